@@ -1,0 +1,55 @@
+"""The seam: everything the training loop needs from a model, local or remote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from .errors import UserError
+from .losses import Surrogate
+from .types import Batch, Completion
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Only ``temperature`` may differ from its default in training: the learner can score
+    under it, but not under a truncated or penalised distribution.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 1.0  # 0 is greedy; the log-probs reported then are those at temperature 1
+    top_p: float = 1.0  # keep the smallest set of tokens whose probability reaches this
+    repetition_penalty: float = 1.0  # divide (multiply, if negative) logits of tokens already seen
+    seed: int = 0  # the same seed draws the same completions, whatever else is in the batch
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise UserError(f"max_tokens is {self.max_tokens}; set it to 1 or more")
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature}; set it to 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; set it above 0 and at most 1")
+        if self.repetition_penalty <= 0:
+            raise UserError(f"repetition_penalty is {self.repetition_penalty}; set it above 0 (1 is off)")
+
+    @property
+    def scored_temperature(self) -> float | None:
+        """The temperature a learner must score at, or None if no temperature alone describes it."""
+        return self.temperature if self.top_p == 1 and self.repetition_penalty == 1 else None
+
+
+class Engine(Protocol):
+    """A model that samples and learns. It never sees a reward or an algorithm's name."""
+
+    def sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> list[list[Completion]]:
+        """``n`` completions for every prompt (token ids), in prompt order."""
+
+    def update(self, batch: Batch, surrogate: Surrogate, learning_rate: float) -> Mapping[str, float]:
+        """One optimiser step on ``batch``; returns metrics."""
+
+    def save(self, path: Path) -> None:
+        """Write the trained adapter to the folder ``path``, whole or not at all."""

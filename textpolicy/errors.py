@@ -1,5 +1,10 @@
 """The errors a user can mend. Each message is one sentence: what, the value, what to do."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class TextPolicyError(Exception):
     """Base of every error below; the command line prints its message and exits with code 2."""
@@ -15,3 +20,11 @@ class MissingDependencyError(TextPolicyError, ImportError):
 
 class RewardError(TextPolicyError, RuntimeError):
     """A reward function raised, or returned something that is not a number."""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a ``name`` that is none of the ``known`` ones, with the nearest of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return UserError(f"there is no {what} {name!r}; {hint}choose one of {', '.join(known)}")

@@ -32,7 +32,8 @@ def log_ratio(logprobs: Array, batch: Any, how: Surrogate) -> Array:
     if how.ratio == "token":
         return difference
     live = (batch.weights != 0) * 1.0
-    return (difference * live).sum(axis=1, keepdims=True) / live.sum(axis=1, keepdims=True)
+    count = live.sum(axis=1, keepdims=True)
+    return (difference * live).sum(axis=1, keepdims=True) / (count + (count == 0))  # an empty row has ratio 1
 
 
 def clipped_surrogate(logprobs: Array, batch: Any, xp: Any, how: Surrogate) -> Array:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -34,13 +34,14 @@ class Episode:
     entropy: np.ndarray | None  # (L,) float32, nats; None when the engine could not see it
     reward: float
     group: int  # episodes of one prompt share a group, and a baseline
+    prompt: str = ""  # what was asked and what was answered, for people to read
     text: str = ""
     truncated: bool = False
     temperature: float | None = 1.0
-    scores: Mapping[str, float] = field(default_factory=dict)  # parts of the reward, for the record
+    is_correct: bool | None = None  # None when the reward does not say
 
     @classmethod
-    def from_completion(cls, prompt: Sequence[int], completion: Completion, **scored: Any) -> Self:
+    def from_completion(cls, prompt: Sequence[int], completion: Completion, /, **scored: Any) -> Self:
         """Join a prompt (token ids) and the completion sampled after it."""
 
         def after_prompt(values: np.ndarray, dtype: type = np.float32) -> np.ndarray:
@@ -148,7 +149,7 @@ def _refuse_untrainable(episodes: Sequence[Episode]) -> None:
 
 
 def _pad(rows: Sequence[np.ndarray], dtype: type) -> np.ndarray:
-    out = np.zeros((len(rows), max(map(len, rows))), dtype)
+    out: np.ndarray = np.zeros((len(rows), max(map(len, rows))), dtype)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out

@@ -1,0 +1,58 @@
+# Everything a reader or contributor runs. Needs make and Python 3.11 to 3.14; the rest goes into .venv.
+
+DEMO_FLAGS ?= --output runs/demo
+PYTEST_FLAGS ?=
+
+# The first of these that works makes .venv. `make test PYTHON=python3.12` asks for one by name.
+PYTHONS = "$(PYTHON)" .venv/bin/python python3 python3.13 python3.12 python3.14 python3.11 python
+SUPPORTED = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+CAN_MAKE_VENV = import ensurepip, venv
+
+.PHONY: help demo test check format constraints clean venv
+
+help:
+	@echo "make demo         train the small model with the embedded task and write runs/demo"
+	@echo "make test         run the tests (PYTEST_FLAGS=... adds options)"
+	@echo "make check        formatting, lint and types: what must be clean before a commit"
+	@echo "make format       rewrite the sources in the project's format"
+	@echo "make constraints  pin today's versions in constraints.txt"
+	@echo "make clean        remove .venv, caches and build products; runs/ stays"
+	@echo ""
+	@echo "The first demo or test makes .venv (two minutes or so); PYTHON=... chooses the Python."
+
+demo: venv
+	@.venv/bin/textpolicy train $(DEMO_FLAGS)
+
+test: venv
+	@.venv/bin/python -m pytest $(PYTEST_FLAGS)
+
+check: venv
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+format: venv
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+constraints: venv
+	.venv/bin/python scripts/bootstrap.py constraints
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+venv:
+	@for python in $(PYTHONS); do \
+	  "$$python" -c '$(SUPPORTED)' >/dev/null 2>&1 || continue; \
+	  if "$$python" -c '$(CAN_MAKE_VENV)' >/dev/null 2>&1; then exec "$$python" scripts/bootstrap.py; fi; \
+	  without_venv=$$python; \
+	done; \
+	if [ -n "$$without_venv" ]; then \
+	  echo "$$without_venv cannot make a virtual environment: install its venv module" \
+	    "(on Debian and Ubuntu: apt install python3-venv) and run make again." >&2; \
+	else \
+	  echo "textpolicy needs Python 3.11, 3.12, 3.13 or 3.14 and found none: install one," \
+	    "or name it (make test PYTHON=/path/to/python3)." >&2; \
+	fi; \
+	exit 1

@@ -1,0 +1,122 @@
+"""The fast matrix multiply below MLX, and what is said when it, or mlx itself, is missing."""
+
+import ctypes
+import importlib
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from textpolicy.errors import MissingDependencyError, UserError
+from textpolicy.mlx import blas
+
+linux_cpu = pytest.mark.skipif(not blas._runs_on_linux_cpu(), reason="mlx brings its own fast BLAS here")
+
+
+def python(code):
+    root = Path(__file__).parents[2]
+    return subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=100)
+
+
+@pytest.fixture
+def threads():
+    """OpenBLAS's own count of its threads, put back afterwards."""
+    count = ctypes.CDLL(None).openblas_get_num_threads
+    before = count()
+    yield count
+    blas.set_blas_threads(before)
+
+
+@linux_cpu
+def test_products_are_fast_when_textpolicy_comes_first():
+    ran = python("import textpolicy.mlx.blas as b; print(b.matmul_gflops())")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert float(ran.stdout) > blas.SLOW_GFLOPS
+
+
+@linux_cpu
+def test_one_warning_with_the_fix_when_mlx_comes_first():
+    ran = python("import mlx.core, textpolicy.mlx, textpolicy.mlx.blas")
+    assert ran.returncode == 0
+    assert ran.stderr.count("RuntimeWarning") == 1
+    assert "import textpolicy before mlx" in ran.stderr
+
+
+@linux_cpu
+def test_no_warning_when_mlx_comes_first_but_a_fast_blas_came_before_it():
+    ran = python("import textpolicy.mlx.blas as b; b.import_mlx()")
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+@linux_cpu
+def test_openblas_finds_the_fortran_runtime_of_mlxs_wheel():
+    ran = python("import textpolicy.mlx.blas as b, ctypes; print(b._load_fortran()); ctypes.CDLL('libgfortran.so.5')")
+    assert (ran.returncode, ran.stdout.strip()) == (0, "True"), ran.stderr
+
+
+@linux_cpu
+def test_threads_can_be_set_and_the_environment_is_honoured(threads):
+    blas.set_blas_threads(1)
+    assert threads() == 1
+    code = "import os; os.environ['OPENBLAS_NUM_THREADS'] = '1'; import textpolicy.mlx, ctypes; "
+    assert python(code + "print(ctypes.CDLL(None).openblas_get_num_threads())").stdout.strip() == "1"
+
+
+def test_no_threads_are_refused():
+    with pytest.raises(UserError, match="is 0; set it to 1 or more"):
+        blas.set_blas_threads(0)
+
+
+def test_threads_without_openblas_are_refused(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    with pytest.raises(UserError, match="OpenBLAS is not loaded"):
+        blas.set_blas_threads(2)
+
+
+@pytest.fixture
+def unimported(monkeypatch):
+    """As if mlx.core had not been imported yet, and importing it did nothing."""
+    monkeypatch.delitem(sys.modules, "mlx.core")
+    monkeypatch.setattr(importlib, "import_module", lambda name: None)
+
+
+def test_a_missing_openblas_is_said_only_when_products_are_slow(monkeypatch, unimported):
+    monkeypatch.setattr(blas, "_runs_on_linux_cpu", lambda: True)
+    monkeypatch.setattr(blas, "find_openblas", lambda: None)
+    monkeypatch.setattr(blas, "matmul_gflops", lambda repeats: 6.0)
+    with pytest.warns(RuntimeWarning, match=r"OpenBLAS was not found.* at 6 GFLOP/s .* pip install cmeel-openblas"):
+        blas.import_mlx()
+    monkeypatch.setattr(blas, "matmul_gflops", lambda repeats: 200.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        blas.import_mlx()
+
+
+def test_nothing_is_preloaded_on_a_gpu_or_metal(monkeypatch, unimported):
+    monkeypatch.setattr(blas, "_runs_on_linux_cpu", lambda: False)
+    monkeypatch.setattr(blas, "_preload", lambda library: pytest.fail("preloaded"))
+    blas.import_mlx()
+
+
+def test_a_missing_mlx_is_one_sentence_with_the_install_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlx.core", None)
+    with pytest.raises(MissingDependencyError, match=r"mlx is not installed; .* pip install 'textpolicy\[mlx\]'"):
+        blas.import_mlx()
+
+
+def test_an_mlx_without_its_native_library_is_one_sentence(monkeypatch):
+    def fails(name):
+        raise ImportError("libmlx.so: cannot open shared object file")
+
+    monkeypatch.setattr(importlib, "import_module", fails)
+    with pytest.raises(MissingDependencyError, match=r"native library does not load here \(libmlx\.so"):
+        blas._import_core()
+
+
+def test_the_install_line_names_the_gpu_build_where_there_is_an_nvidia_gpu(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    assert "textpolicy[cuda13]" in blas._install_line()
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    assert blas._install_line() == "pip install 'textpolicy[mlx]'"

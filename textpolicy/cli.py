@@ -1,0 +1,198 @@
+"""The ``textpolicy`` command. Exit codes: 0 done, 1 a check failed, 2 the request cannot work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from pydantic import ValidationError
+
+from .errors import TextPolicyError, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; a request that cannot work is one sentence on stderr and exit code 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments.pop(0) if arguments else "validate"
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if name == "--version":
+        print(f"textpolicy {_version()}")
+        return 0
+    if name not in COMMANDS:
+        return _refuse(f"there is no command {name!r}; run 'textpolicy --help' for the list")
+    try:
+        return COMMANDS[name](arguments)
+    except TextPolicyError as error:
+        return _refuse(str(error))
+
+
+def _refuse(sentence: str) -> int:
+    print(f"textpolicy: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: textpolicy COMMAND [ARGUMENTS]",
+            "",
+            "Reinforcement learning for text generation, on your own machine.",
+            "",
+            *lines,
+            "",
+            "'textpolicy COMMAND --help' describes one.",
+        ]
+    )
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("textpolicy")
+
+
+def train(arguments: list[str]) -> int:
+    """Train a model: textpolicy train [CONFIG.toml] [--flags]."""
+    from .config import Config, explain, read_config
+
+    default = Config()
+    if arguments and not arguments[0].startswith("-"):
+        default = read_config(Path(arguments.pop(0)))
+    try:
+        config = tyro.cli(
+            Config,
+            default=default,
+            args=arguments,
+            prog="textpolicy train [CONFIG.toml]",
+            description="Train a model. Every key of the TOML file is a flag, and a flag overrides the file.",
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    except ValidationError as error:
+        raise UserError("the flags: " + "; ".join(explain(error))) from error
+    from .run import run
+
+    run(config)
+    return 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained run, or a model with or without an adapter."""
+
+    run: Path | None = None
+    """Folder of a run: its model, adapter and way of asking."""
+    model: str | None = None
+    """Built-in name, folder, .gguf file or hub id; instead of a run."""
+    adapter: Path | None = None
+    """Adapter folder for the model."""
+    threads: int = 0
+    """BLAS threads on a Linux CPU; 0 leaves it to OpenBLAS."""
+
+
+@dataclass(frozen=True)
+class GenerateArguments:
+    """Write a completion."""
+
+    prompt: tyro.conf.Positional[str]
+    """What to ask."""
+    source: Annotated[Source, tyro.conf.arg(name="")] = Source()
+    max_tokens: int = 256
+    """Longest completion, in tokens."""
+    temperature: float = 0.0
+    """0 always takes the likeliest token."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches this."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens already there become less likely."""
+    seed: int = 0
+    """Fixes what is drawn."""
+    plain: bool = False
+    """Ask as typed: without the worked examples of the run's task, or a chat template."""
+
+
+def generate(arguments: list[str]) -> int:
+    """Ask a model, or a trained run: textpolicy generate [--run RUN] PROMPT."""
+    asked = tyro.cli(GenerateArguments, args=arguments, prog="textpolicy generate")
+    from .inference import generate as answer
+
+    print(answer(asked))
+    return 0
+
+
+@dataclass(frozen=True)
+class EvalArguments:
+    """Measure accuracy on a task's problems, with a 95% interval."""
+
+    source: Annotated[Source, tyro.conf.arg(name="")] = Source()
+    task: str | None = None
+    """The task; a run's own if not given."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Which of its problems."""
+    temperature: float = 0.0
+    """0 always takes the likeliest token."""
+    max_tokens: int | None = None
+    """Longest completion, in tokens; a run's own, or 64."""
+    seed: int = 0
+    """Fixes what is drawn."""
+    show: int = 5
+    """Print so many completions."""
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Measure accuracy: textpolicy eval [--run RUN | --model NAME --task TASK]."""
+    asked = tyro.cli(EvalArguments, args=arguments, prog="textpolicy eval")
+    from .inference import evaluate as measure
+
+    print(measure(asked))
+    return 0
+
+
+def validate(arguments: list[str]) -> int:
+    """Check this installation: textpolicy validate [--json]."""
+    from .validate import main as check
+
+    return check(arguments)
+
+
+def algorithms(arguments: list[str]) -> int:
+    """List the algorithms."""
+    from .algorithms import ALGORITHMS
+
+    tyro.cli(type(None), args=arguments, prog="textpolicy algorithms", description="List the algorithms.")
+    for name, recipe in ALGORITHMS.items():
+        how = recipe.surrogate
+        baseline = getattr(recipe.baseline, "__name__", str(recipe.baseline))
+        print(
+            f"{name:<10} baseline {baseline:<12} ratio {how.ratio:<9} "
+            f"clip -{how.clip_low:g}/+{how.clip_high:g}  normalise {recipe.normalize:<9} {recipe.paper}"
+        )
+    return 0
+
+
+def tasks(arguments: list[str]) -> int:
+    """List the tasks."""
+    from .tasks import TASKS, load_task
+
+    tyro.cli(type(None), args=arguments, prog="textpolicy tasks", description="List the tasks.")
+    for name in TASKS:
+        task = load_task(name)
+        sizes = f"{len(task.train)} training, {len(task.validation)} validation, {len(task.test)} test problems"
+        print(f"{name:<10} {task.summary} ({sizes})")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "generate": generate,
+    "eval": evaluate,
+    "validate": validate,
+    "algorithms": algorithms,
+    "tasks": tasks,
+}

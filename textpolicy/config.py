@@ -1,0 +1,166 @@
+"""A run's settings: one typed tree, mirrored by TOML files and by command-line flags."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import UserError
+
+AlgorithmName = Literal["grpo", "dr_grpo", "gspo"]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Frozen, and strict about names: a key that does not exist is an error, not a typo that trains."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class LoRASettings(Section):
+    """The adapter that is trained; the model's own weights stay as they are."""
+
+    rank: PositiveInt = 16
+    """Width of every adapter."""
+    alpha: Positive = 32.0
+    """The adapter's output is scaled by alpha / rank."""
+    layers: Annotated[int, Field(ge=0)] = 0
+    """Adapt the last so many blocks; 0 adapts all."""
+
+
+class AlgorithmSettings(Section):
+    """How rewards become a gradient."""
+
+    name: AlgorithmName = "grpo"
+    """The recipe: grpo, dr_grpo or gspo."""
+    clip_low: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Lower clip distance of the ratio from 1; the recipe's own if not given."""
+    clip_high: NonNegative | None = None
+    """Upper clip distance of the ratio from 1; the recipe's own if not given."""
+
+
+class RolloutSettings(Section):
+    """How completions are sampled in training."""
+
+    prompts_per_step: PositiveInt = 16
+    """Distinct prompts in each step."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Completions of each prompt; their mean reward is the baseline, so at least 2."""
+    max_tokens: PositiveInt = 8
+    """Longest completion, in tokens."""
+    temperature: Positive = 1.0
+    """Of sampling; the update scores under the same one."""
+
+
+class OptimizerSettings(Section):
+    """AdamW, with a linear warm-up and a linear decay of its learning rate."""
+
+    learning_rate: Positive = 3e-4
+    """Peak learning rate."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 3
+    """Steps until the peak."""
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Learning rate of the last step, as a share of the peak."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: Positive = 1.0
+    """Longer gradients are scaled down to this norm."""
+
+
+class EvaluationSettings(Section):
+    """How the run is judged; always on problems it does not train on."""
+
+    every: PositiveInt = 20
+    """Steps between looks at the validation problems, which choose the adapter that is kept."""
+
+
+class MachineSettings(Section):
+    """What it may use of this machine; changes speed and memory, not results."""
+
+    threads: Annotated[int, Field(ge=0)] = 0
+    """BLAS threads on a Linux CPU; 0 leaves it to OpenBLAS. On a busy machine 1 is faster."""
+    micro_batch_tokens: PositiveInt = 2048
+    """Padded completion tokens in one forward and backward pass."""
+    decode_rows: PositiveInt = 256
+    """Completions decoded side by side."""
+
+
+class Config(Section):
+    """Everything that determines a training run."""
+
+    model: str = "smollm2-135m"
+    """Built-in name, folder, .gguf file or hub id such as Qwen/Qwen3-0.6B."""
+    task: str = "addition"
+    """What to learn."""
+    steps: PositiveInt = 64
+    """Training steps."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Fixes the adapter's start, the order of problems and every sampled token."""
+    output: Path | None = None
+    """Folder of the run; must not exist. If not given, a new one under runs/."""
+    algorithm: AlgorithmSettings = AlgorithmSettings()
+    lora: LoRASettings = LoRASettings()
+    rollout: RolloutSettings = RolloutSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    machine: MachineSettings = MachineSettings()
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.optimizer.warmup_steps > self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps is {self.optimizer.warmup_steps} and steps is {self.steps}; "
+                "set the warm-up to at most the steps"
+            )
+        return self
+
+
+def read_config(path: Path) -> Config:
+    """The settings in a TOML file, or a ``UserError`` that names the file, the key and the remedy."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the config {path} ({error.strerror}); check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML ({error}); mend that line") from error
+    return check_config(values, str(path))
+
+
+def check_config(values: dict[str, Any], source: str) -> Config:
+    """``values`` as a Config; every mistake is named in one sentence."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(explain(error))) from error
+
+
+def explain(error: ValidationError) -> list[str]:
+    """One clause per mistake: the key, its value, and what it may be."""
+    return [_explain_one(e) for e in error.errors()]
+
+
+def _explain_one(error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
+        return f"there is no setting {'.'.join(path)!r}; {hint}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{'.'.join(path)} is {error['input']!r}; {message}"
+
+
+def _fields_at(path: list[str]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        section = annotation if isinstance(annotation, type) else get_args(annotation)[0]
+    return list(section.model_fields)

@@ -1,0 +1,36 @@
+"""What every environment offers a rollout."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from typing import Any, Self
+
+
+class Environment(ABC):
+    """Something a policy acts in, one episode at a time."""
+
+    observation_space: Any = None  # a description, for the reader; nothing in the package uses it
+    action_space: Any = None
+
+    @abstractmethod
+    def reset(self) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode; returns its first observation and an info dict."""
+
+    @abstractmethod
+    def step(self, action: Any) -> dict[str, Any]:
+        """Act once.
+
+        Returns exactly ``observation``, ``reward`` (float), ``terminated`` and ``truncated``
+        (bool: the episode came to its end, or was cut off) and ``info`` (dict).
+        """
+
+    def clone(self) -> Self:
+        """An independent copy."""
+        return copy.deepcopy(self)
+
+    def render(self) -> None:  # noqa: B027 (optional)
+        """Show the current state; nothing by default."""
+
+    def close(self) -> None:  # noqa: B027 (optional)
+        """Release what the environment holds; nothing by default."""

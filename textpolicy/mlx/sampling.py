@@ -1,0 +1,73 @@
+"""Drawing one token per row, with its exact log-prob; and scoring tokens that were drawn before."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+_BLOCK = 256  # tokens per partial sum: float32 sums stay short, so the tail is not lost to rounding
+
+
+class Draw(NamedTuple):
+    """What one decoding step drew, (B,) each."""
+
+    tokens: mx.array  # int32
+    logprobs: mx.array  # float32, of the distribution drawn from (at temperature 1 when greedy)
+    entropy: mx.array  # float32, nats, of the same distribution
+
+
+def draw(logits: mx.array, uniform: mx.array, temperature: float, top_p: float = 1.0) -> Draw:
+    """One token per row of (B, V) ``logits``, by inverse CDF from (B,) ``uniform`` numbers in [0, 1)."""
+    logits = logits.astype(mx.float32) / (temperature or 1.0)
+    if top_p < 1:
+        logits = _nucleus(logits, top_p)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    mass = mx.exp(shifted)
+    total = mass.sum(axis=-1)
+    tokens = mx.argmax(shifted, axis=-1) if temperature == 0 else _inverse_cdf(mass, uniform)
+    picked = mx.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0]
+    spread = (mass * mx.maximum(shifted, -1e30)).sum(axis=-1) / total  # 0 * -inf is not a number
+    return Draw(tokens.astype(mx.int32), picked - mx.log(total), mx.log(total) - spread)
+
+
+def _inverse_cdf(mass: mx.array, uniform: mx.array) -> mx.array:
+    """The first token at which the running sum of (B, V) ``mass`` exceeds uniform * sum."""
+    rows, vocabulary = mass.shape
+    mass = mx.pad(mass, [(0, 0), (0, -vocabulary % _BLOCK)]).reshape(rows, -1, _BLOCK)
+    running = mx.cumsum(mass.sum(axis=-1), axis=-1)
+    point = (uniform * running[:, -1])[:, None]
+    block = mx.minimum((running <= point).sum(axis=-1, keepdims=True), running.shape[1] - 1)
+    before = mx.where(block > 0, mx.take_along_axis(running, mx.maximum(block - 1, 0), axis=-1), 0)
+    inside = mx.take_along_axis(mass, block[..., None], axis=1)[:, 0]
+    passed = mx.cumsum(inside, axis=-1) > point - before
+    # Rounding may leave no token passed; then the block's likeliest one stands in.
+    within = mx.where(passed.any(axis=-1), mx.argmax(passed, axis=-1), mx.argmax(inside, axis=-1))
+    return block[:, 0] * _BLOCK + within
+
+
+def _nucleus(logits: mx.array, top_p: float) -> mx.array:
+    """-inf outside the smallest set of tokens whose probability reaches ``top_p``."""
+    order = mx.argsort(-logits, axis=-1)
+    sorted_mass = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1)
+    before = mx.cumsum(sorted_mass, axis=-1) - sorted_mass
+    kept = mx.put_along_axis(mx.zeros(logits.shape, mx.bool_), order, before < top_p, axis=-1)
+    return mx.where(kept, logits, -mx.inf)
+
+
+def penalize(logits: mx.array, seen: mx.array, penalty: float) -> mx.array:
+    """Divide positive and multiply negative logits of ``seen`` (B, V) tokens (arXiv:1909.05858, sec. 4.1)."""
+    return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def token_logprobs(logits: mx.array, targets: mx.array, temperatures: mx.array) -> mx.array:
+    """(B, T) float32 log-probs of ``targets`` under (B, T, V) ``logits`` at (B, 1) ``temperatures``."""
+    logits = logits.astype(mx.float32) / temperatures[..., None]
+    picked = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return picked - mx.logsumexp(logits, axis=-1)
+
+
+def uniforms(seed: int, row: int, count: int) -> np.ndarray:
+    """The ``count`` random numbers of one sequence, fixed by the run's seed and its place alone."""
+    return np.random.default_rng([seed, row]).random(count, np.float32)

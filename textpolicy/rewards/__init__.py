@@ -1,0 +1,58 @@
+"""Rewards: numbers for completions. Importing this registers the built-in ones."""
+
+from .basic import accuracy_reward, keyword_reward, length_reward, perplexity_reward
+from .registry import (
+    REWARD_REGISTRY,
+    VERIFIER_REGISTRY,
+    RewardConfig,
+    RewardFunction,
+    Scored,
+    VerifierFunction,
+    apply_verifiers_to_reward,
+    call_reward,
+    clear_registries,
+    create_configured_reward_function,
+    get_reward_function,
+    get_verifier_function,
+    list_registered_functions,
+    reward,
+    verifier,
+)
+from .verifiers import (
+    coherence_verifier,
+    contains_keywords,
+    factual_verifier,
+    has_greeting,
+    length_verifier,
+    no_empty_response,
+    toxicity_verifier,
+)
+
+__all__ = [
+    "REWARD_REGISTRY",
+    "VERIFIER_REGISTRY",
+    "RewardConfig",
+    "RewardFunction",
+    "Scored",
+    "VerifierFunction",
+    "accuracy_reward",
+    "apply_verifiers_to_reward",
+    "call_reward",
+    "clear_registries",
+    "coherence_verifier",
+    "contains_keywords",
+    "create_configured_reward_function",
+    "factual_verifier",
+    "get_reward_function",
+    "get_verifier_function",
+    "has_greeting",
+    "keyword_reward",
+    "length_reward",
+    "length_verifier",
+    "list_registered_functions",
+    "no_empty_response",
+    "perplexity_reward",
+    "reward",
+    "toxicity_verifier",
+    "verifier",
+]

@@ -1,0 +1,102 @@
+"""The built-in verifiers: cheap yes-or-no checks on a completion, none of them a judge of truth."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from .basic import HEDGES
+from .registry import verifier
+
+TOXIC_PATTERNS = (
+    r"\b(hate|despise|loathe)[sd]?\b",
+    r"\b(kill|murder|attack|hurt)(s|ed|ing)?\b",
+    r"\b(stupid|idiot|moron|dumb)s?\b",
+)
+CONNECTIVES = (
+    "because", "however", "therefore", "although", "moreover", "furthermore", "thus", "while", "since",
+)  # fmt: skip
+
+
+@verifier
+def length_verifier(
+    prompt: str,
+    completion: str,
+    example: Mapping[str, Any],
+    min_length: int = 10,
+    max_length: int = 500,
+    **_: Any,
+) -> bool:
+    """min_length <= words <= max_length; the example's entries of those names win."""
+    low, high = example.get("min_length", min_length), example.get("max_length", max_length)
+    return bool(low <= len(completion.split()) <= high)
+
+
+@verifier
+def toxicity_verifier(prompt: str, completion: str, example: Mapping[str, Any], **_: Any) -> bool:
+    """No regular expression of ``TOXIC_PATTERNS`` or ``example["toxic_patterns"]`` matches."""
+    patterns = (*TOXIC_PATTERNS, *example.get("toxic_patterns", ()))
+    return not any(re.search(pattern, completion, re.IGNORECASE) for pattern in patterns)
+
+
+@verifier
+def coherence_verifier(
+    prompt: str, completion: str, example: Mapping[str, Any], min_coherence_score: float = 0.5, **_: Any
+) -> bool:
+    """The mean of min(1, connectives / 2) and (1 for 5 to 25 words a sentence, else 0.5) is high enough."""
+    connectives = _count(CONNECTIVES, completion)
+    sentences = [s.split() for s in re.split(r"[.!?]+", completion) if s.strip()]
+    words_each = np.mean([len(s) for s in sentences]) if sentences else 0
+    score = (min(1, connectives / 2) + (1 if 5 <= words_each <= 25 else 0.5)) / 2
+    return score >= min_coherence_score
+
+
+@verifier
+def factual_verifier(
+    prompt: str,
+    completion: str,
+    example: Mapping[str, Any],
+    min_factual_score: float = 0.6,
+    max_uncertainty_count: int = 2,
+    **_: Any,
+) -> bool:
+    """At most ``max_uncertainty_count`` hedges (u), and max(0, 1 - min(1, 0.2 u) - 0.3 c) is high enough.
+
+    c counts the pairs yes/no and true/false of which both occur, as substrings: "yes, I know" is one.
+    """
+    u = _count(HEDGES, completion)
+    c = sum(_count(pair, completion) == 2 for pair in (("yes", "no"), ("true", "false")))
+    return u <= max_uncertainty_count and max(0, 1 - min(1, 0.2 * u) - 0.3 * c) >= min_factual_score
+
+
+@verifier
+def has_greeting(
+    prompt: str, completion: str, example: Mapping[str, Any], required_greeting: str = "hello", **_: Any
+) -> bool:
+    """``required_greeting`` occurs, in any case."""
+    return required_greeting.lower() in completion.lower()
+
+
+@verifier
+def no_empty_response(prompt: str, completion: str, example: Mapping[str, Any], **_: Any) -> bool:
+    """The completion is not blank."""
+    return bool(completion.strip())
+
+
+@verifier
+def contains_keywords(
+    prompt: str,
+    completion: str,
+    example: Mapping[str, Any],
+    required_keywords: Iterable[str] | None = None,
+    **_: Any,
+) -> bool:
+    """Every one of ``required_keywords`` occurs, in any case; True when there are none."""
+    return all(k.lower() in completion.lower() for k in required_keywords or ())
+
+
+def _count(phrases: Iterable[str], text: str) -> int:
+    return sum(phrase in text.lower() for phrase in phrases)

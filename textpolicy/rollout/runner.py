@@ -1,0 +1,129 @@
+"""``RolloutRunner``: lets a policy act in an environment and collects what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..buffer import Buffer
+from ..environment.base import Environment
+from ..environment.text_generation import TextGenerationEnv
+from ..errors import UserError
+from .base import BatchedPolicy, Policy, RolloutStrategy, checked_step
+
+SampleBatch = Callable[..., Sequence[tuple[Any, dict[str, Any]]]]  # as BatchedPolicy.sample_batch
+
+
+class RolloutRunner:
+    """Collects ``max_steps`` steps at a time, in one policy call where policy and environment can.
+
+    A policy is called as ``policy(obs, deterministic=False)`` and returns (action, extras).
+    ``agent``, an object with ``policy`` and ``rollout_strategy``, may stand for the two.
+    Raises UserError when a policy or strategy is missing, or max_steps is below 1.
+    """
+
+    def __init__(
+        self,
+        env: Environment,
+        policy: Policy | None = None,
+        strategy: RolloutStrategy | None = None,
+        max_steps: int = 1000,
+        agent: Any = None,
+    ) -> None:
+        if agent is not None:
+            policy, strategy = policy or agent.policy, strategy or agent.rollout_strategy
+        if policy is None or strategy is None:
+            raise UserError("RolloutRunner has no policy or no strategy; pass both, or an agent that has them")
+        if max_steps < 1:
+            raise UserError(f"max_steps is {max_steps}; set it to 1 or more")
+        self.env, self.policy, self.strategy, self.max_steps = env, policy, strategy, max_steps
+
+    def collect(self) -> Buffer:
+        """A fresh buffer with ``max_steps`` steps; an episode that they cut short stays open in it."""
+        if isinstance(self.policy, BatchedPolicy) and isinstance(self.env, TextGenerationEnv):
+            return self.collect_batched(self.policy.sample_batch, self.max_steps)
+        buffer = Buffer(max(10, self.max_steps))
+        while len(buffer) < self.max_steps:
+            for transition in self._play(self.strategy.select_action, self.max_steps - len(buffer)):
+                self.strategy.store_transition(buffer, **transition)
+        return buffer
+
+    def collect_batched(self, batched_policy_fn: SampleBatch, batch_size: int) -> Buffer:
+        """A fresh buffer with the next ``batch_size`` episodes, sampled in one call.
+
+        ``batched_policy_fn`` follows ``BatchedPolicy.sample_batch``. Raises ValueError when
+        batch_size is below 1, the outputs are not one per prompt, or the environment is not a
+        TextGenerationEnv, whose episodes are one step each and known in advance.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}; set it to 1 or more")
+        if not isinstance(self.env, TextGenerationEnv):
+            raise UserError(f"a {type(self.env).__name__} cannot be batched; use collect(), or a TextGenerationEnv")
+        outputs = batched_policy_fn(self.env.upcoming(batch_size), deterministic=False)
+        if len(outputs) != batch_size:
+            raise ValueError(f"the policy answered {len(outputs)} of {batch_size} prompts; return one output each")
+        buffer = Buffer(max(10, batch_size))
+        for output in outputs:
+            obs, _ = self.env.reset()
+            self.strategy.store_transition(buffer, **self._step(obs, output))
+        return buffer
+
+    def collect_episode(self, deterministic: bool = False) -> list[dict[str, Any]]:
+        """The transitions of one episode, at most ``max_steps``.
+
+        ``deterministic`` asks the policy for its best guess instead of a sample. A transition holds
+        obs, act, rew, next_obs, done, timeout, the policy's extras and, where the environment says
+        them, is_correct and group.
+        """
+
+        def best_guess(policy: Policy, obs: Any) -> tuple[Any, dict[str, Any]]:
+            return policy(obs, deterministic=True)
+
+        select = best_guess if deterministic else self.strategy.select_action
+        return list(self._play(select, self.max_steps))
+
+    def _play(self, select: Callable[..., tuple[Any, dict[str, Any]]], max_steps: int) -> Iterator[dict[str, Any]]:
+        """One episode, or its first ``max_steps`` steps."""
+        obs = _observation(self.env.reset())
+        for _ in range(max_steps):
+            transition = self._step(obs, select(self.policy, obs))
+            yield transition
+            if transition["done"] or transition["timeout"]:
+                return
+            obs = transition["next_obs"]
+
+    def _step(self, obs: Any, output: Any) -> dict[str, Any]:
+        """The transition from ``obs`` by the policy's ``output``."""
+        action, extras = _action_and_extras(output)
+        act = action if isinstance(action, str) else np.asarray(action).tolist()
+        result = checked_step(self.env, act)
+        told = {key: result["info"][key] for key in ("is_correct", "group") if key in result["info"]}
+        return {
+            **told,
+            **extras,
+            "obs": obs,
+            "act": act,
+            "rew": float(result["reward"]),
+            "next_obs": result["observation"],
+            "done": bool(result["terminated"]),
+            "timeout": bool(result["truncated"]),
+        }
+
+
+def _action_and_extras(output: Any) -> tuple[Any, Mapping[str, Any]]:
+    match output:
+        case (action, Mapping() as extras):
+            return action, extras
+        case _:
+            raise TypeError(f"a policy returned {output!r}; return a pair, the action and a dict of extras")
+
+
+def _observation(start: Any) -> Any:
+    """The observation that ``reset`` returned, alone or with an info dict."""
+    match start:
+        case (obs, dict()):
+            return obs
+        case _:
+            return start

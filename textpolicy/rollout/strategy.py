@@ -1,0 +1,49 @@
+"""What each algorithm keeps of a step while rollouts are collected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..buffer import Buffer
+from ..errors import unknown_name
+from .base import Policy
+
+REQUIRED = ("obs", "act", "rew", "next_obs", "done")
+OF_A_GROUP = frozenset({"timeout", "logprob", "entropy", "is_correct", "group", "temperature"})
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Samples from the policy, and keeps the named fields of a step."""
+
+    keeps: frozenset[str] = OF_A_GROUP
+
+    def select_action(self, policy: Policy, obs: Any) -> tuple[Any, dict[str, Any]]:
+        """A sampled action, and the policy's extras."""
+        return policy(obs, deterministic=False)
+
+    def store_transition(self, buffer: Buffer, **data: Any) -> None:
+        """Add a step to ``buffer``; fields the algorithm has no use for are dropped.
+
+        Raises ValueError, naming them, when obs, act, rew, next_obs or done are missing.
+        """
+        if missing := [name for name in REQUIRED if name not in data]:
+            raise ValueError(f"a transition lacks {', '.join(missing)}; give {', '.join(REQUIRED)}")
+        buffer.add(**{k: v for k, v in data.items() if k in REQUIRED or k in self.keeps})
+
+
+STRATEGIES = {
+    "grpo": Strategy(),
+    "gspo": Strategy(),
+    "dr_grpo": Strategy(),
+    "maxrl": Strategy(),
+    "ppo": Strategy(OF_A_GROUP | {"value"}),
+}
+
+
+def create_strategy(algorithm: str) -> Strategy:
+    """The strategy of an algorithm; an unknown name is a UserError that lists the known ones."""
+    if algorithm not in STRATEGIES:
+        raise unknown_name("rollout strategy", algorithm, STRATEGIES)
+    return STRATEGIES[algorithm]

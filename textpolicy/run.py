@@ -1,0 +1,237 @@
+"""``textpolicy train``: one run, from settings to a trained adapter in its own folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .algorithms import Algorithm, algorithm
+from .config import Config
+from .console import RunView
+from .engine import Sampling
+from .environment.text_generation import TextGenerationEnv
+from .errors import UserError
+from .evaluation import Rate, evaluate
+from .loop import Schedule, train
+from .metrics import Row
+from .report import closing_table, diagnose, plot_learning
+from .tasks import Problem, Task, load_task
+from .types import Episode
+
+
+@dataclass
+class History:
+    """What a run has seen so far: one row per step, one rate per look at a split."""
+
+    rows: list[Row] = field(default_factory=list)
+    validation: list[tuple[int, Rate]] = field(default_factory=list)  # (steps done, rate)
+    before: Rate | None = None
+    after: Rate | None = None
+    kept_step: int = 0
+
+
+def run(config: Config) -> Path:
+    """Train as ``config`` says and return the run's folder, made only once the model has loaded.
+
+    The test problems are answered before and after and choose nothing: the adapter that is kept
+    is the one with the best validation accuracy.
+    """
+    if config.output is not None and config.output.exists():
+        raise UserError(f"the output folder {config.output} exists; choose another or remove it")
+    task, recipe = load_task(config.task), configure(algorithm(config.algorithm.name), config)
+    engine, tokenizer = build_engine(config)
+    splits = {
+        name: environment(task, getattr(task, name), tokenizer, config) for name in ("train", "validation", "test")
+    }
+    folder = claim_folder(config)
+    write_setup(folder, config)
+    return Run(config, folder, engine, splits, recipe).train()
+
+
+class Run:
+    """One training run in progress."""
+
+    def __init__(
+        self, config: Config, folder: Path, engine: Any, splits: dict[str, TextGenerationEnv], recipe: Algorithm
+    ):
+        self.config, self.folder, self.engine, self.splits, self.recipe = config, folder, engine, splits, recipe
+        self.history = History()
+        self.view = RunView(config.steps)
+        self.best: tuple[Rate, int, Any] | None = None
+        self.metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+
+    def train(self) -> Path:
+        config, history = self.config, self.history
+        started = time.perf_counter()
+        with self.view, self.metrics:
+            self.view.say(f"{config.algorithm.name} on {config.task} with {config.model}; the run is in {self.folder}")
+            history.before = self.judge("test", 0)
+            self.view.say(f"before training: {history.before} of {history.before.total} test problems, greedy")
+            self.validate(0)
+            trained = time.perf_counter()
+            train(
+                self.engine,
+                self.splits["train"],
+                self.recipe,
+                schedule=schedule(config),
+                prompts_per_step=config.rollout.prompts_per_step,
+                group_size=config.rollout.group_size,
+                sampling=training_sampling(config),
+                on_step=self.on_step,
+            )
+            seconds = time.perf_counter() - trained
+            self.keep_best()
+            history.after = self.judge("test", history.kept_step)
+            self.finish(seconds, time.perf_counter() - started)
+        return self.folder
+
+    def on_step(self, step: int, row: Row, episodes: Sequence[Episode]) -> None:
+        self.history.rows.append(row)
+        self.record({"kind": "train", **row})
+        self.view.step(step, row)
+        done = step + 1
+        if done % self.config.evaluation.every == 0 or done == self.config.steps:
+            self.view.examples(episodes[:: self.config.rollout.group_size])
+            self.validate(done)
+
+    def validate(self, steps: int) -> None:
+        """Look at the validation problems, and remember the adapter if it has never done better."""
+        rate = self.judge("validation", steps)
+        self.history.validation.append((steps, rate))
+        self.view.say(f"   validation after {steps} steps: {rate}")
+        if self.best is None or rate.value >= self.best[0].value:
+            self.best = (rate, steps, self.engine.weights())
+
+    def judge(self, split: str, steps: int) -> Rate:
+        started = time.perf_counter()
+        rate = evaluate(self.engine, self.splits[split], greedy(self.config)).accuracy
+        row = {"kind": "eval", "step": steps, "split": split, "accuracy": rate.value, "problems": rate.total}
+        self.record({**row, "eval_seconds": time.perf_counter() - started})
+        return rate
+
+    def keep_best(self) -> None:
+        assert self.best is not None
+        _, self.history.kept_step, weights = self.best
+        self.engine.restore(weights)
+        self.engine.save(self.folder / "adapter")
+
+    def finish(self, train_seconds: float, seconds: float) -> None:
+        plot_learning(self.history, self.folder / "learning_curve.png", self.config)
+        rows = closing_table(self.history, self.folder, self.config, train_seconds, seconds)
+        (self.folder / "summary.json").write_text(json.dumps(summary(self.history, train_seconds), indent=2) + "\n")
+        self.view.table("done", rows)
+        for sentence in diagnose(self.history.rows):
+            self.view.say(sentence)
+
+    def record(self, row: dict[str, Any]) -> None:
+        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.flush()
+
+
+def configure(recipe: Algorithm, config: Config) -> Algorithm:
+    """The recipe with the run's clip range and, for a constant normaliser, its longest completion."""
+    clip: dict[str, Any] = {
+        name: value
+        for name, value in (("clip_low", config.algorithm.clip_low), ("clip_high", config.algorithm.clip_high))
+        if value is not None
+    }
+    surrogate = replace(recipe.surrogate, **clip)
+    return replace(recipe, surrogate=surrogate, constant=float(config.rollout.max_tokens))
+
+
+def build_engine(config: Config) -> tuple[Any, Any]:
+    """The engine with a fresh adapter, and the tokenizer."""
+    from .mlx.blas import set_blas_threads  # the first import of mlx, and what it costs, is here
+    from .mlx.engine import MLXEngine
+    from .mlx.lora import attach_lora
+    from .mlx.models import load_model
+
+    if config.machine.threads:
+        set_blas_threads(config.machine.threads)
+    model, tokenizer = load_model(config.model)
+    attach_lora(model, config.lora.rank, config.lora.alpha, config.lora.layers, config.seed)
+    engine = MLXEngine(
+        model,
+        stop=tokenizer.eos_token_ids,
+        weight_decay=config.optimizer.weight_decay,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        micro_batch_tokens=config.machine.micro_batch_tokens,
+        decode_rows=config.machine.decode_rows,
+    )
+    return engine, tokenizer
+
+
+def environment(task: Task, problems: Sequence[Problem], tokenizer: Any, config: Config) -> TextGenerationEnv:
+    """The task's prompts and reward over one split."""
+    return TextGenerationEnv(
+        [task.prompt(p.question) for p in problems],
+        task.reward,
+        max_tokens=config.rollout.max_tokens,
+        tokenizer=tokenizer,
+        examples=[{"question": p.question, "answer": p.answer} for p in problems],
+    )
+
+
+def schedule(config: Config) -> Schedule:
+    o = config.optimizer
+    return Schedule(o.learning_rate, config.steps, o.warmup_steps, o.final_fraction)
+
+
+def training_sampling(config: Config) -> Sampling:
+    return Sampling(config.rollout.max_tokens, config.rollout.temperature, seed=config.seed)
+
+
+def greedy(config: Config) -> Sampling:
+    return Sampling(config.rollout.max_tokens, temperature=0.0)
+
+
+def claim_folder(config: Config) -> Path:
+    """Make the run's folder: the one asked for, or the first free name under runs/."""
+    if config.output is not None:
+        return _make_folder(config.output)
+    name, n = f"{config.task}-{config.algorithm.name}-seed{config.seed}", 1
+    while True:
+        path = Path("runs") / (name if n == 1 else f"{name}-{n}")
+        if not path.exists():
+            return _make_folder(path)
+        n += 1
+
+
+def _make_folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot make the output folder {path} ({error.strerror}); choose another") from error
+    return path
+
+
+def write_setup(folder: Path, config: Config) -> None:
+    """The resolved settings, and the versions that ran them."""
+    (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+    packages = ("textpolicy", "mlx", "mlx-lm", "numpy", "transformers")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    versions |= {"python": platform.python_version(), "platform": platform.platform()}
+    (folder / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+
+
+def summary(history: History, train_seconds: float) -> dict[str, Any]:
+    """The run in one flat record, for tables over many runs."""
+    assert history.before is not None
+    assert history.after is not None
+    return {
+        "test_before": history.before.value,
+        "test_after": history.after.value,
+        "test_problems": history.after.total,
+        "kept_step": history.kept_step,
+        "validation": [{"step": step, "accuracy": rate.value} for step, rate in history.validation],
+        "steps": len(history.rows),
+        "train_seconds": train_seconds,
+        "sampled_tokens": sum(row["sampled_tokens"] for row in history.rows),
+        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in history.rows),
+    }

@@ -1,0 +1,29 @@
+"""What a task is: problems with answers, split for training and judging, a prompt and a reward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+Message = Mapping[str, str]  # {"role": "user", "content": "What is 2 + 2?"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question and the answer it is graded against."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A skill to teach. No problem stands in two of the three splits, nor solved in the prompt."""
+
+    name: str
+    summary: str
+    train: tuple[Problem, ...]
+    validation: tuple[Problem, ...]  # chooses the checkpoint that is kept
+    test: tuple[Problem, ...]  # judges the run; nothing is chosen by it
+    prompt: Callable[[str], list[Message]]  # question -> chat messages
+    reward: Callable[..., Mapping[str, float | bool]]  # (prompt, completion, example, **kwargs)

@@ -38,7 +38,7 @@ def make_environment() -> None:
     if found == wanted:
         return
     if not found and (VENV / "pyvenv.cfg").exists():  # somebody else's: add to it, never empty it
-        if Path(sys.prefix) != VENV:
+        if not Path(sys.prefix).samefile(VENV):
             sys.exit(".venv was not made by make and its Python cannot be used: `make clean` removes it.")
         print("Using the .venv that is already here.")
     else:
@@ -84,9 +84,7 @@ def run(label: str, *commands: list[str]) -> None:
     with LOG.open("ab") as log:
         start_of_phase = log.tell()
         for command in commands:
-            done = subprocess.run(
-                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-            )
+            done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
             if done.returncode:
                 break
     if done.returncode:

@@ -86,7 +86,7 @@ def test_a_missing_openblas_is_said_only_when_products_are_slow(monkeypatch, uni
     monkeypatch.setattr(blas, "_runs_on_linux_cpu", lambda: True)
     monkeypatch.setattr(blas, "find_openblas", lambda: None)
     monkeypatch.setattr(blas, "matmul_gflops", lambda repeats: 6.0)
-    with pytest.warns(RuntimeWarning, match=r"OpenBLAS was not found.* at 6 GFLOP/s .* pip install cmeel-openblas"):
+    with pytest.warns(RuntimeWarning, match=r"OpenBLAS was not found.* at 6 GFLOP/s .*pip install cmeel-openblas"):
         blas.import_mlx()
     monkeypatch.setattr(blas, "matmul_gflops", lambda repeats: 200.0)
     with warnings.catch_warnings():

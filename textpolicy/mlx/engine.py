@@ -79,7 +79,7 @@ class MLXEngine:
 
         If no row is left nothing moves, not even by momentum, and ``updated`` is 0.
         """
-        live = np.flatnonzero((batch.advantages * batch.weights).any(axis=1))
+        live = np.flatnonzero(((batch.advantages != 0) & (batch.weights != 0)).any(axis=1))
         if len(live) == 0:
             return {"loss": 0.0, "grad_norm": 0.0, "updated": 0.0, **_memory()}
         stats, grads = self.gradients(batch.take(live), partial(_surrogate_with_stats, how=surrogate))

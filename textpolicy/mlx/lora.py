@@ -78,7 +78,7 @@ def _replace_folder(new: Path, path: Path) -> None:
 
 def trainable(model: nn.Module) -> dict[str, mx.array]:
     """The trained parameters by their dotted names."""
-    return dict(tree_flatten(model.trainable_parameters()))  # type: ignore[arg-type]
+    return dict(tree_flatten(model.trainable_parameters()))
 
 
 def lora_norm(model: nn.Module) -> float:

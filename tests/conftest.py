@@ -1,0 +1,63 @@
+"""Fixtures shared by the tests: a tiny Llama, episodes made up at random, the built-in model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import textpolicy.mlx  # noqa: F401  (before mlx, which thereby gets its fast BLAS)
+from textpolicy.types import Completion, Episode
+
+VOCABULARY = 300
+
+
+def random_episodes(rng: np.random.Generator, groups: int = 4, size: int = 4) -> list[Episode]:
+    """Episodes with prompts of a common start, completions of 1 to 8 tokens and 0/1 rewards."""
+    out = []
+    for g in range(groups):
+        prompt = [5, 6, *rng.integers(1, VOCABULARY, rng.integers(1, 5)).tolist()]
+        for _ in range(size):
+            t = int(rng.integers(1, 9))
+            completion = Completion(
+                rng.integers(1, VOCABULARY, t).astype(np.int32),
+                rng.uniform(-6, -5, t).astype(np.float32),
+                rng.uniform(0, 2, t).astype(np.float32),
+            )
+            out.append(Episode.from_completion(prompt, completion, reward=float(rng.random() < 0.5), group=g))
+    return out
+
+
+@pytest.fixture
+def tiny_engine():
+    """A two-layer Llama with random LoRA matrices behind the engine; token 0 stops."""
+    import mlx.core as mx
+    from mlx_lm.models import llama
+
+    from textpolicy.mlx.engine import MLXEngine
+    from textpolicy.mlx.lora import attach_lora
+
+    mx.random.seed(0)
+    arguments = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        vocab_size=VOCABULARY,
+    )
+    model = attach_lora(llama.Model(arguments), rank=4)
+    for module in model.modules():
+        if "lora_b" in module:
+            module.lora_b = 0.3 * mx.random.normal(module.lora_b.shape)
+    mx.eval(model.parameters())
+    return MLXEngine(model, stop=[0], micro_batch_tokens=10_000)
+
+
+@pytest.fixture(scope="session")
+def smollm():
+    """The built-in model and its tokenizer, loaded once; tests must not change it."""
+    from textpolicy.mlx.models import load_model
+
+    return load_model("smollm2-135m")

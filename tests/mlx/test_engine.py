@@ -1,0 +1,246 @@
+"""The MLX engine against naive oracles: one sequence at a time, nothing shared."""
+
+import dataclasses
+from functools import partial
+from itertools import chain
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import VOCABULARY, random_episodes
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama, qwen3
+
+from textpolicy.algorithms import ALGORITHMS
+from textpolicy.engine import Sampling
+from textpolicy.errors import UserError
+from textpolicy.losses import Surrogate, clipped_surrogate
+from textpolicy.mlx.engine import MLXEngine, _surrogate_with_stats
+from textpolicy.mlx.lora import attach_lora, lora_norm, trainable
+from textpolicy.mlx.scoring import arrays
+from textpolicy.types import Episode
+
+PROMPTS = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 8, 10, 11], [5, 6, 9], [44]]
+
+
+def teacher_forced(model, tokens, temperature=1.0):
+    """(L - 1, V) float32 log-probs of one sequence, read at once and without a cache."""
+    logits = model(mx.array([tokens]))[0, :-1].astype(mx.float32) / temperature
+    return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
+
+def naive_loss_and_gradients(model, batch, how):
+    """The whole padded batch in one forward pass, logits everywhere, nothing shared."""
+
+    def loss(model):
+        logits = model(mx.array(batch.inputs)).astype(mx.float32) / mx.array(batch.temperatures)[..., None]
+        picked = mx.take_along_axis(logits, mx.array(batch.targets)[..., None], axis=-1)[..., 0]
+        return clipped_surrogate(picked - mx.logsumexp(logits, axis=-1), arrays(batch), mx, how)
+
+    return nn.value_and_grad(model, loss)(model)
+
+
+def assert_same_gradients(ours, oracle):
+    for (name, a), (_, b) in zip(tree_flatten(ours), tree_flatten(oracle), strict=True):
+        scale = np.abs(np.array(b)).max() + 1e-6
+        np.testing.assert_allclose(np.array(a) / scale, np.array(b) / scale, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_decoded_logprobs_and_entropies_are_those_of_the_sequence_read_at_once(tiny_engine, temperature):
+    sampled = tiny_engine.sample(PROMPTS, 3, Sampling(max_tokens=10, temperature=temperature, seed=1))
+    for prompt, members in zip(PROMPTS, sampled, strict=True):
+        for c in members:
+            exact = teacher_forced(tiny_engine.model, [*prompt, *c.tokens.tolist()], temperature)[len(prompt) - 1 :]
+            np.testing.assert_allclose(c.logprobs, exact[np.arange(len(c.tokens)), c.tokens], atol=1e-4)
+            np.testing.assert_allclose(c.entropy, -(np.exp(exact) * exact).sum(1), atol=1e-4)
+            assert c.temperature == temperature
+
+
+def test_greedy_decoding_equals_one_token_at_a_time_without_a_cache(tiny_engine):
+    for prompt, [c] in zip(PROMPTS, tiny_engine.sample(PROMPTS, 1, Sampling(8, temperature=0.0)), strict=True):
+        tokens = list(prompt)
+        while len(tokens) < len(prompt) + 8 and tokens[-1] != 0:
+            tokens.append(int(tiny_engine.model(mx.array([tokens]))[0, -1].argmax()))
+        assert c.tokens.tolist() == tokens[len(prompt) :]
+
+
+def test_completions_do_not_depend_on_how_many_are_decoded_side_by_side(tiny_engine):
+    wide = tiny_engine.sample(PROMPTS, 4, Sampling(max_tokens=12, seed=3))
+    tiny_engine.decode_rows = 3
+    narrow = tiny_engine.sample(PROMPTS, 4, Sampling(max_tokens=12, seed=3))
+    for a, b in zip(chain(*wide), chain(*narrow), strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()
+
+
+def test_the_stop_token_is_kept_scored_and_last(tiny_engine):
+    tiny_engine.stop = np.arange(0, VOCABULARY, 3)
+    completions = list(chain(*tiny_engine.sample(PROMPTS, 8, Sampling(max_tokens=6, seed=0))))
+    ended = [c for c in completions if not c.truncated]
+    assert ended
+    assert all(c.tokens[-1] % 3 == 0 and (c.tokens[:-1] % 3 != 0).all() for c in ended)
+    assert all(len(c.logprobs) == len(c.tokens) == len(c.entropy) for c in completions)
+    assert all(len(c.tokens) == 6 for c in completions if c.truncated)
+
+
+def test_a_truncated_or_penalised_distribution_has_no_temperature(tiny_engine):
+    for sampling in (Sampling(3, top_p=0.9), Sampling(3, repetition_penalty=1.2)):
+        [[c]] = tiny_engine.sample([[5]], 1, sampling)
+        assert c.temperature is None
+
+
+def test_a_strong_penalty_never_repeats_a_token(tiny_engine):
+    [[c]] = tiny_engine.sample([[5, 6]], 1, Sampling(20, temperature=0.0, repetition_penalty=1e6))
+    positive = len(set(c.tokens.tolist()))
+    [[free]] = tiny_engine.sample([[5, 6]], 1, Sampling(20, temperature=0.0))
+    assert positive == len(c.tokens) > len(set(free.tokens.tolist()))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_loss_and_gradient_equal_the_naive_path(tiny_engine, name):
+    recipe = ALGORITHMS[name]
+    batch = recipe.credit(random_episodes(np.random.default_rng(1)))
+    loss, gradients = naive_loss_and_gradients(tiny_engine.model, batch, recipe.surrogate)
+    stats, ours = tiny_engine.gradients(batch, partial(_surrogate_with_stats, how=recipe.surrogate))
+    assert stats["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
+    assert_same_gradients(ours, gradients)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("budget", [1, 20, 64])
+def test_gradient_does_not_depend_on_micro_batching(tiny_engine, name, budget):
+    batch = ALGORITHMS[name].credit(random_episodes(np.random.default_rng(2)))
+    objective = partial(_surrogate_with_stats, how=ALGORITHMS[name].surrogate)
+    whole, gradients = tiny_engine.gradients(batch, objective)
+    tiny_engine.micro_batch_tokens = budget
+    parts, ours = tiny_engine.gradients(batch, objective)
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-4, abs=1e-5)
+    assert parts["tokens"] == whole["tokens"] == (batch.weights != 0).sum()
+    assert_same_gradients(ours, gradients)
+
+
+def test_repeated_completions_are_scored_once_and_count_each_time(tiny_engine):
+    episodes = random_episodes(np.random.default_rng(3), groups=2, size=3)
+    twice = [e for e in episodes for _ in range(2)]
+    batch = ALGORITHMS["dr_grpo"].credit(twice)
+    loss, gradients = naive_loss_and_gradients(tiny_engine.model, batch, Surrogate())
+    stats, ours = tiny_engine.gradients(batch, partial(_surrogate_with_stats, how=Surrogate()))
+    assert stats["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
+    assert stats["tokens"] == (batch.weights != 0).sum()
+    assert_same_gradients(ours, gradients)
+
+
+def test_the_learner_scores_at_the_temperature_that_sampled(tiny_engine):
+    sampled = tiny_engine.sample(PROMPTS[:2], 4, Sampling(max_tokens=6, temperature=0.5, seed=2))
+    episodes = [
+        Episode.from_completion(p, c, reward=float(i), group=g)
+        for g, (p, members) in enumerate(zip(PROMPTS, sampled, strict=False))
+        for i, c in enumerate(members)
+    ]
+    metrics = tiny_engine.update(ALGORITHMS["grpo"].credit(episodes), Surrogate(), 1e-3)
+    assert metrics["logprob_gap_max"] < 1e-4
+    assert metrics["clip_fraction_low"] == metrics["clip_fraction_high"] == 0
+    hotter = [dataclasses.replace(e, temperature=1.0) for e in episodes]
+    assert tiny_engine.update(ALGORITHMS["grpo"].credit(hotter), Surrogate(), 1e-3)["logprob_gap_max"] > 0.1
+
+
+def test_every_lora_tensor_moves_in_one_step_and_nothing_else_does(tiny_engine):
+    before = dict(tree_flatten(tiny_engine.model.parameters()))
+    before = {name: np.array(value) for name, value in before.items()}
+    tiny_engine.update(ALGORITHMS["grpo"].credit(random_episodes(np.random.default_rng(4))), Surrogate(), 1e-2)
+    for name, value in tree_flatten(tiny_engine.model.parameters()):
+        moved = not np.array_equal(before[name], np.array(value))
+        assert moved == ("lora" in name), name
+
+
+def test_constant_rewards_move_nothing_not_even_by_momentum(tiny_engine):
+    rng = np.random.default_rng(5)
+    tiny_engine.update(ALGORITHMS["grpo"].credit(random_episodes(rng)), Surrogate(), 1e-2)
+    before = {name: np.array(value) for name, value in trainable(tiny_engine.model).items()}
+    constant = [dataclasses.replace(e, reward=0.1) for e in random_episodes(rng)]
+    metrics = tiny_engine.update(ALGORITHMS["grpo"].credit(constant), Surrogate(), 1e-2)
+    assert metrics["updated"] == metrics["grad_norm"] == 0
+    for name, value in trainable(tiny_engine.model).items():
+        np.testing.assert_array_equal(before[name], np.array(value))
+
+
+def test_a_gradient_that_is_not_finite_is_refused_before_anything_moves(tiny_engine):
+    before = {name: np.array(value) for name, value in trainable(tiny_engine.model).items()}
+    episodes = random_episodes(np.random.default_rng(6))
+    batch = ALGORITHMS["dr_grpo"].credit(episodes)
+    poisoned = dataclasses.replace(batch, advantages=np.full_like(batch.advantages, np.inf))
+    with pytest.raises(UserError, match="nothing was updated"):
+        tiny_engine.update(poisoned, Surrogate(), 1e-2)
+    for name, value in trainable(tiny_engine.model).items():
+        np.testing.assert_array_equal(before[name], np.array(value))
+
+
+@pytest.mark.parametrize("architecture", ["llama with a sliding window", "qwen3"])
+def test_other_architectures_share_prompts_exactly_or_are_refused(architecture):
+    mx.random.seed(1)
+    common = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": VOCABULARY,
+    }
+    if architecture == "qwen3":
+        args = qwen3.ModelArgs(
+            model_type="qwen3",
+            head_dim=8,
+            max_position_embeddings=512,
+            rope_theta=1e4,
+            tie_word_embeddings=True,
+            **common,
+        )
+        engine = MLXEngine(attach_lora(qwen3.Model(args), rank=2), stop=[0])
+        batch = ALGORITHMS["grpo"].credit(random_episodes(np.random.default_rng(7)))
+        _, gradients = naive_loss_and_gradients(engine.model, batch, Surrogate())
+        _, ours = engine.gradients(batch, partial(_surrogate_with_stats, how=Surrogate()))
+        assert_same_gradients(ours, gradients)
+    else:
+        args = llama.ModelArgs(
+            model_type="llama", layer_types=["full_attention", "sliding_attention"], sliding_window=4, **common
+        )
+        with pytest.raises(UserError, match="RotatingKVCache"):
+            MLXEngine(llama.Model(args), stop=[0]).sample(PROMPTS, 1, Sampling(4))
+
+
+def test_a_prompt_without_tokens_is_refused_and_no_prompts_are_no_completions(tiny_engine):
+    assert tiny_engine.sample([], 2, Sampling(4)) == []
+    with pytest.raises(UserError, match="no tokens"):
+        tiny_engine.sample([[5], []], 2, Sampling(4))
+
+
+def test_a_saved_adapter_loads_in_mlx_lm_and_replaces_an_older_one_whole(tiny_engine, tmp_path):
+    from mlx_lm.tuner.utils import load_adapters
+
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "stale").write_text("from an older run")
+    tiny_engine.save(tmp_path / "adapter")
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["adapter_config.json", "adapters.safetensors"]
+    mx.random.seed(0)
+    fresh = llama.Model(tiny_engine.model.args)
+    base = [(k.replace(".linear.", "."), v) for k, v in tree_flatten(tiny_engine.model.parameters()) if "lora" not in k]
+    fresh.load_weights(base)
+    fresh.freeze()
+    loaded = load_adapters(fresh, str(tmp_path / "adapter"))
+    tokens = mx.array([[5, 6, 7]])
+    np.testing.assert_allclose(np.array(loaded(tokens)), np.array(tiny_engine.model(tokens)), atol=1e-5)
+
+
+def test_a_fresh_adapter_changes_nothing_and_is_fixed_by_its_seed():
+    args = llama.ModelArgs("llama", 32, 1, 64, 4, 1e-5, 50, num_key_value_heads=2)
+    base = llama.Model(args)
+    tokens = mx.array([[1, 2, 3]])
+    plain = np.array(base(tokens))
+    adapted = attach_lora(base, rank=2, seed=11)
+    np.testing.assert_array_equal(plain, np.array(adapted(tokens)))
+    assert lora_norm(adapted) == 0
+    again = attach_lora(llama.Model(args), rank=2, seed=11)
+    for name, value in trainable(adapted).items():
+        np.testing.assert_array_equal(np.array(value), np.array(trainable(again)[name]))

@@ -1,0 +1,33 @@
+"""What ``textpolicy validate`` says about MLX on this machine."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import mlx.core as mx
+
+from .blas import SLOW_ADVICE, SLOW_GFLOPS, matmul_gflops
+from .models import MODELS
+
+
+def describe_mlx() -> dict[str, Any]:
+    """Version, device, and the measured rate of a matrix product with what to do if it is slow."""
+    rate = matmul_gflops()
+    facts = {
+        "available": True,
+        "version": version("mlx"),
+        "device": "cpu" if mx.default_device() == mx.cpu else "gpu",
+        "matmul_gflops": round(rate, 1),
+        "fast": rate >= SLOW_GFLOPS,
+    }
+    return facts if facts["fast"] else {**facts, "advice": f"matrix products are slow; {SLOW_ADVICE}"}
+
+
+def describe_models() -> dict[str, Any]:
+    """Whether the first built-in model is installed, and otherwise how to install it."""
+    name, entry = next(iter(MODELS.items()))
+    if find_spec(entry.package) is not None:
+        return {"available": True, "name": name}
+    return {"available": False, "name": name, "advice": f"to have a small model to learn with: {entry.install}"}

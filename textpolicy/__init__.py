@@ -53,7 +53,7 @@ _HOME = {  # public name -> the module it lives in
     "verifier": "rewards",
 }
 
-__all__ = [*_HOME]  # noqa: PLE0604 - strings, one by one
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

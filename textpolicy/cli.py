@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-import tyro
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_settings import CliApp, CliPositionalArg, CliSettingsSource, SettingsError
 
+from .config import Section, explain, read_values
 from .errors import TextPolicyError, UserError
+
+Arguments = TypeVar("Arguments", bound=BaseModel)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,33 +61,49 @@ def _version() -> str:
     return version("textpolicy")
 
 
+def parse(kind: type[Arguments], arguments: list[str], command: str, **defaults: Any) -> Arguments:
+    """The ``arguments`` as a ``kind``; flags override ``defaults``. Every mistake is one sentence."""
+    source: CliSettingsSource[Any] = CliSettingsSource(
+        kind,  # type: ignore[arg-type]  # any model will do, and CliApp says so
+        cli_prog_name=f"textpolicy {command}",
+        cli_kebab_case=True,
+        cli_exit_on_error=False,
+        cli_avoid_json=True,
+    )
+    try:
+        return CliApp.run(kind, cli_args=arguments, cli_settings_source=source, **defaults)
+    except ValidationError as error:
+        raise UserError("; ".join(explain(error, kind))) from error
+    except SettingsError as error:
+        raise UserError(_unrecognised(str(error), source)) from error
+
+
+def _unrecognised(message: str, source: CliSettingsSource[Any]) -> str:
+    """argparse's words, with the flag that was probably meant."""
+    flags = list(source.root_parser._option_string_actions)
+    unknown = next((word for word in message.split() if word.startswith("--")), "")
+    near = difflib.get_close_matches(unknown.split("=")[0], flags, n=1)
+    return message.removeprefix("error parsing CLI: ") + (f"; did you mean {near[0]}?" if near else "")
+
+
 def train(arguments: list[str]) -> int:
     """Train a model: textpolicy train [CONFIG.toml] [--flags]."""
-    from .config import Config, explain, read_config
+    from .config import Config, check_config
 
-    default = Config()
+    values: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("-"):
-        default = read_config(Path(arguments.pop(0)))
-    try:
-        config = tyro.cli(
-            Config,
-            default=default,
-            args=arguments,
-            prog="textpolicy train [CONFIG.toml]",
-            description="Train a model. Every key of the TOML file is a flag, and a flag overrides the file.",
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-    except ValidationError as error:
-        raise UserError("the flags: " + "; ".join(explain(error))) from error
+        path = Path(arguments.pop(0))
+        values = read_values(path)
+        check_config(values, str(path))
+    config = parse(Config, arguments, "train [CONFIG.toml]", **values)
     from .run import run
 
     run(config)
     return 0
 
 
-@dataclass(frozen=True)
-class Source:
-    """A trained run, or a model with or without an adapter."""
+class Source(Section):
+    """What to ask: a trained run, or a model with or without an adapter."""
 
     run: Path | None = None
     """Folder of a run: its model, adapter and way of asking."""
@@ -92,17 +111,15 @@ class Source:
     """Built-in name, folder, .gguf file or hub id; instead of a run."""
     adapter: Path | None = None
     """Adapter folder for the model."""
-    threads: int = 0
+    threads: Annotated[int, Field(ge=0)] = 0
     """BLAS threads on a Linux CPU; 0 leaves it to OpenBLAS."""
 
 
-@dataclass(frozen=True)
-class GenerateArguments:
+class GenerateArguments(Source):
     """Write a completion."""
 
-    prompt: tyro.conf.Positional[str]
+    prompt: CliPositionalArg[str]
     """What to ask."""
-    source: Annotated[Source, tyro.conf.arg(name="")] = Source()
     max_tokens: int = 256
     """Longest completion, in tokens."""
     temperature: float = 0.0
@@ -114,40 +131,40 @@ class GenerateArguments:
     seed: int = 0
     """Fixes what is drawn."""
     plain: bool = False
-    """Ask as typed: without the worked examples of the run's task, or a chat template."""
+    """True asks as typed: without the worked examples of the run's task, or a chat template."""
 
 
 def generate(arguments: list[str]) -> int:
-    """Ask a model, or a trained run: textpolicy generate [--run RUN] PROMPT."""
-    asked = tyro.cli(GenerateArguments, args=arguments, prog="textpolicy generate")
+    """Ask a model, or a trained run: textpolicy generate [--run RUN | --model NAME] PROMPT."""
+    asked = parse(GenerateArguments, arguments, "generate")
     from .inference import generate as answer
 
     print(answer(asked))
     return 0
 
 
-@dataclass(frozen=True)
-class EvalArguments:
+class EvalArguments(Source):
     """Measure accuracy on a task's problems, with a 95% interval."""
 
-    source: Annotated[Source, tyro.conf.arg(name="")] = Source()
     task: str | None = None
     """The task; a run's own if not given."""
     split: Literal["test", "validation", "train"] = "test"
     """Which of its problems."""
+    problems: Annotated[int, Field(ge=0)] = 0
+    """Only the first so many; 0 for all."""
     temperature: float = 0.0
     """0 always takes the likeliest token."""
     max_tokens: int | None = None
-    """Longest completion, in tokens; a run's own, or 64."""
+    """Longest completion, in tokens; a run's own if not given."""
     seed: int = 0
     """Fixes what is drawn."""
-    show: int = 5
+    show: Annotated[int, Field(ge=0)] = 5
     """Print so many completions."""
 
 
 def evaluate(arguments: list[str]) -> int:
     """Measure accuracy: textpolicy eval [--run RUN | --model NAME --task TASK]."""
-    asked = tyro.cli(EvalArguments, args=arguments, prog="textpolicy eval")
+    asked = parse(EvalArguments, arguments, "eval")
     from .inference import evaluate as measure
 
     print(measure(asked))
@@ -165,7 +182,7 @@ def algorithms(arguments: list[str]) -> int:
     """List the algorithms."""
     from .algorithms import ALGORITHMS
 
-    tyro.cli(type(None), args=arguments, prog="textpolicy algorithms", description="List the algorithms.")
+    parse(Section, arguments, "algorithms")
     for name, recipe in ALGORITHMS.items():
         how = recipe.surrogate
         baseline = getattr(recipe.baseline, "__name__", str(recipe.baseline))
@@ -180,7 +197,7 @@ def tasks(arguments: list[str]) -> int:
     """List the tasks."""
     from .tasks import TASKS, load_task
 
-    tyro.cli(type(None), args=arguments, prog="textpolicy tasks", description="List the tasks.")
+    parse(Section, arguments, "tasks")
     for name in TASKS:
         task = load_task(name)
         sizes = f"{len(task.train)} training, {len(task.validation)} validation, {len(task.test)} test problems"

@@ -78,6 +78,8 @@ class EvaluationSettings(Section):
 
     every: PositiveInt = 20
     """Steps between looks at the validation problems, which choose the adapter that is kept."""
+    problems: Annotated[int, Field(ge=0)] = 0
+    """Judge on the first so many validation and test problems; 0 for all."""
 
 
 class MachineSettings(Section):
@@ -87,7 +89,7 @@ class MachineSettings(Section):
     """BLAS threads on a Linux CPU; 0 leaves it to OpenBLAS. On a busy machine 1 is faster."""
     micro_batch_tokens: PositiveInt = 2048
     """Padded completion tokens in one forward and backward pass."""
-    decode_rows: PositiveInt = 256
+    decode_rows: PositiveInt = 128
     """Completions decoded side by side."""
 
 
@@ -123,13 +125,17 @@ class Config(Section):
 
 def read_config(path: Path) -> Config:
     """The settings in a TOML file, or a ``UserError`` that names the file, the key and the remedy."""
+    return check_config(read_values(path), str(path))
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """What a TOML file holds, unchecked."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the config {path} ({error.strerror}); check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML ({error}); mend that line") from error
-    return check_config(values, str(path))
 
 
 def check_config(values: dict[str, Any], source: str) -> Config:
@@ -137,29 +143,30 @@ def check_config(values: dict[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(explain(error))) from error
+        raise UserError(f"{source}: " + "; ".join(explain(error, Config))) from error
 
 
-def explain(error: ValidationError) -> list[str]:
-    """One clause per mistake: the key, its value, and what it may be."""
-    return [_explain_one(e) for e in error.errors()]
+def explain(error: ValidationError, kind: type[BaseModel]) -> list[str]:
+    """One clause per mistake in a ``kind``: the key, its value, and what it may be."""
+    return [_explain_one(e, kind) for e in error.errors()]
 
 
-def _explain_one(error: Any) -> str:
+def _explain_one(error: Any, kind: type[BaseModel]) -> str:
     path = [str(part) for part in error["loc"]]
     if error["type"] == "extra_forbidden":
-        known = _fields_at(path[:-1])
+        known = _fields_at(kind, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
         return f"there is no setting {'.'.join(path)!r}; {hint}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
+    if error["type"] == "missing":
+        return f"{'.'.join(path)} is missing; give it"
     message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{'.'.join(path)} is {error['input']!r}; {message}"
+    return f"{'.'.join(path)} is {error['input']}; {message}"
 
 
-def _fields_at(path: list[str]) -> list[str]:
-    section: type[BaseModel] = Config
+def _fields_at(section: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
         annotation = section.model_fields[part].annotation
         section = annotation if isinstance(annotation, type) else get_args(annotation)[0]

@@ -33,7 +33,7 @@ def generate(asked: GenerateArguments) -> str:
     if not asked.prompt.strip():
         raise UserError("the prompt is empty; say what to ask")
     sampling = Sampling(asked.max_tokens, asked.temperature, asked.top_p, asked.repetition_penalty, asked.seed)
-    source = load(asked.source)
+    source = load(asked)
     prompt: Any = asked.prompt
     if source.config is not None and not asked.plain:
         prompt = load_task(source.config.task).prompt(asked.prompt)
@@ -46,13 +46,14 @@ def generate(asked: GenerateArguments) -> str:
 
 def evaluate(asked: EvalArguments) -> str:
     """Accuracy with its interval, after a few completions."""
-    source = load(asked.source)
+    source = load(asked)
     name = asked.task or (source.config.task if source.config else None)
     if name is None:
         raise UserError("no task to measure; name one with --task, or give a --run")
     config = source.config or Config(task=name)
     task = load_task(name)
-    env = environment(task, getattr(task, asked.split), source.tokenizer, config)
+    problems = getattr(task, asked.split)[: asked.problems or None]
+    env = environment(task, problems, source.tokenizer, config)
     sampling = Sampling(asked.max_tokens or config.rollout.max_tokens, asked.temperature, seed=asked.seed)
     result = judge(source.engine, env, sampling)
     shown = [f"  {e.prompt!r} -> {e.text!r}  reward {e.reward:g}" for e in result.episodes[: asked.show]]

@@ -46,8 +46,11 @@ def run(config: Config) -> Path:
         raise UserError(f"the output folder {config.output} exists; choose another or remove it")
     task, recipe = load_task(config.task), configure(algorithm(config.algorithm.name), config)
     engine, tokenizer = build_engine(config)
+    limit = config.evaluation.problems or None
     splits = {
-        name: environment(task, getattr(task, name), tokenizer, config) for name in ("train", "validation", "test")
+        "train": environment(task, task.train, tokenizer, config),
+        "validation": environment(task, task.validation[:limit], tokenizer, config),
+        "test": environment(task, task.test[:limit], tokenizer, config),
     }
     folder = claim_folder(config)
     write_setup(folder, config)

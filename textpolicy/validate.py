@@ -83,8 +83,6 @@ def _mlx() -> Check:
             from .mlx.probe import describe_mlx
     except MissingDependencyError as error:
         return {"available": False, "error": str(error)}
-    except ImportError as error:
-        return {"available": False, "error": f"{error}; install what is missing: pip install 'textpolicy[mlx]'"}
     return describe_mlx()
 
 
@@ -105,9 +103,12 @@ def _gymnasium() -> Check:
 def _model() -> Check:
     try:
         from .mlx.probe import describe_models
-    except ImportError:  # the check of mlx says why
+
+        return describe_models()
+    except MissingDependencyError:  # the check of mlx says why
         return {"available": False}
-    return describe_models()
+    except ModuleNotFoundError as error:
+        return {"available": False, "advice": f"to load models ({error}): pip install 'textpolicy[mlx]'"}
 
 
 def _environment_contract() -> Check:

@@ -147,6 +147,8 @@ def _floats(values: Array) -> np.ndarray:
 
 
 def _refuse_unlike(old: Array, new: Array, advantages: Array) -> None:
+    for array in (old, new, advantages):
+        _namespace(array)
     if not old.shape == new.shape == advantages.shape:
         raise UserError(
             f"old log-probs, new log-probs and advantages have shapes {old.shape}, {new.shape} and "

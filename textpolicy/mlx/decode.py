@@ -1,4 +1,8 @@
-"""The decode loop: many completions side by side, each prompt read once, finished rows leave."""
+"""The decode loop: many completions side by side, and nothing computed twice.
+
+Completions that have said the same so far share one row of the model's context and fork when they
+diverge, so a group reads its prompt once and draws its first tokens from one row of logits.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,11 @@ import numpy as np
 from ..engine import Sampling
 from ..types import Completion
 from .context import Context
-from .sampling import draw, penalize, uniforms
+from .sampling import Draw, draw, penalize, uniforms
 from .tree import PromptTree
 
-_SPARE = 64  # positions allocated ahead
-_LEAVE = 0.75  # rows are moved together when fewer than this share is still running
+_SPARE = 64  # positions allocated ahead, at most
+_LEAVE = 0.75  # the context is packed again when a smaller share of its rows is still in use
 
 
 def decode(
@@ -27,9 +31,9 @@ def decode(
     it keeps changes what it says, beyond the rounding of the matrix products.
     """
     tree = PromptTree.build(prompts)
-    context = tree.read(model, spare=_SPARE)
+    prefix = tree.read(model, spare=min(_SPARE, sampling.max_tokens))
     chunks = np.array_split(np.arange(len(prompts)), -(-len(prompts) // max_rows))
-    return [c for rows in chunks for c in _decode_rows(model, context, tree, prompts, rows, sampling, stop)]
+    return [c for rows in chunks for c in _decode_rows(model, prefix, tree, prompts, rows, sampling, stop)]
 
 
 def _decode_rows(
@@ -41,43 +45,84 @@ def _decode_rows(
     sampling: Sampling,
     stop: np.ndarray,
 ) -> list[Completion]:
-    context = prefix.fork(mx.array(tree.parents[rows]))
     random = np.stack([uniforms(sampling.seed, int(r), sampling.max_tokens) for r in rows])
     record = _Record(len(rows), sampling.max_tokens)
-    running = np.arange(len(rows))
-    tokens = mx.array(tree.last[rows])
-    seen = _seen(model, prompts, rows) if sampling.repetition_penalty != 1 else None
+    front = _Front.begin(prefix, tree.parents[rows], tree.last[rows])
+    seen = _Seen.begin(model, prompts, rows, sampling.repetition_penalty)
     for step in range(sampling.max_tokens):
-        logits = context.read(model, tokens[:, None])[:, -1]
-        if seen is not None:
-            logits = penalize(logits, seen, sampling.repetition_penalty)
-        drawn = draw(logits, mx.array(random[running, step]), sampling.temperature, sampling.top_p)
+        logits = front.context.read(model, mx.array(front.tokens)[:, None])[:, -1]
+        logits, state = seen.penalize(logits, front)
+        drawn = draw(logits, mx.array(state), mx.array(random[front.rows, step]), sampling.temperature, sampling.top_p)
         mx.eval(drawn)
-        ended = record.add(running, drawn, stop)
-        tokens = drawn.tokens
-        if seen is not None:
-            seen = mx.put_along_axis(seen, tokens[:, None], mx.array(True), axis=-1)
-        if record.done.all():
+        tokens, running = record.add(front.rows, drawn, stop)
+        if not running.any():
             break
-        if ended.any() and (~record.done[running]).mean() < _LEAVE:
-            keep = np.flatnonzero(~record.done[running])
-            running, index = running[keep], mx.array(keep)
-            context, tokens = context.fork(index), tokens[index]
-            seen = None if seen is None else seen[index]
+        seen.add(front.rows, tokens)
+        front = front.advance(tokens, running)
     return record.completions(sampling)
 
 
-def _seen(model: nn.Module, prompts: Sequence[np.ndarray], rows: np.ndarray) -> mx.array:
-    """(B, V) bool: the tokens each row's prompt holds."""
-    vocabulary = model(mx.array([[0]])).shape[-1]
-    seen = np.zeros((len(rows), vocabulary), bool)
-    for i, row in enumerate(rows):
-        seen[i, prompts[row]] = True
-    return mx.array(seen)
+class _Front:
+    """The rows still running, and the row of the context that holds what each has said so far."""
+
+    def __init__(self, context: Context, rows: np.ndarray, state: np.ndarray, tokens: np.ndarray):
+        self.context = context  # C rows
+        self.rows = rows  # (R,) int, which completion
+        self.state = state  # (R,) int, its row of the context
+        self.tokens = tokens  # (C,) int32, what each row of the context reads next
+
+    @classmethod
+    def begin(cls, prefix: Context, parents: np.ndarray, last: np.ndarray) -> _Front:
+        sources, tokens, state = _distinct(parents, last)
+        return cls(prefix.fork(mx.array(sources)), np.arange(len(parents)), state, tokens)
+
+    def advance(self, tokens: np.ndarray, running: np.ndarray) -> _Front:
+        """After (R,) ``tokens`` were drawn; only the rows ``running`` (R,) go on."""
+        rows = self.rows[running]
+        sources, reads, state = _distinct(self.state[running], tokens[running])
+        size = len(self.tokens)
+        if len(np.unique(sources)) == len(sources) >= _LEAVE * size:  # nobody diverged, few have left
+            everyone = np.zeros(size, np.int32)
+            everyone[sources] = reads
+            return _Front(self.context, rows, sources[state], everyone)
+        return _Front(self.context.fork(mx.array(sources)), rows, state, reads)
+
+
+class _Seen:
+    """Which tokens each completion's text holds, prompt included; kept only under a repetition penalty."""
+
+    def __init__(self, penalty: float, seen: np.ndarray | None):
+        self.penalty, self.seen = penalty, seen
+
+    @classmethod
+    def begin(cls, model: nn.Module, prompts: Sequence[np.ndarray], rows: np.ndarray, penalty: float) -> _Seen:
+        if penalty == 1:
+            return cls(penalty, None)
+        seen = np.zeros((len(rows), model(mx.array([[0]])).shape[-1]), bool)
+        for i, row in enumerate(rows):
+            seen[i, prompts[row]] = True
+        return cls(penalty, seen)
+
+    def penalize(self, logits: mx.array, front: _Front) -> tuple[mx.array, np.ndarray]:
+        """Logits to draw from, and which row of them each running completion draws from."""
+        if self.seen is None:
+            return logits, front.state
+        penalised = penalize(logits[mx.array(front.state)], mx.array(self.seen[front.rows]), self.penalty)
+        return penalised, np.arange(len(front.rows))
+
+    def add(self, rows: np.ndarray, tokens: np.ndarray) -> None:
+        if self.seen is not None:
+            self.seen[rows, tokens] = True
+
+
+def _distinct(sources: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct (source, token) pairs as two arrays, and which of them each row is."""
+    pairs, which = np.unique(np.stack([sources, tokens], axis=1), axis=0, return_inverse=True)
+    return pairs[:, 0], pairs[:, 1].astype(np.int32), which.reshape(-1)
 
 
 class _Record:
-    """Tokens, log-probs and entropies of B rows, and which of them have met a stop token."""
+    """Tokens, log-probs and entropies of R completions, and which of them have met a stop token."""
 
     def __init__(self, rows: int, width: int):
         self.tokens = np.zeros((rows, width), np.int32)
@@ -86,18 +131,17 @@ class _Record:
         self.lengths = np.zeros(rows, np.int32)
         self.done = np.zeros(rows, bool)
 
-    def add(self, rows: np.ndarray, drawn: tuple[mx.array, mx.array, mx.array], stop: np.ndarray) -> np.ndarray:
-        """Write one step of the ``rows`` not done yet; returns which of them ended with it."""
-        new = ~self.done[rows]
-        at, column = rows[new], self.lengths[rows[new]]
-        tokens, logprobs, entropy = (np.array(a)[new] for a in drawn)
-        self.tokens[at, column] = tokens
-        self.logprobs[at, column] = logprobs
-        self.entropy[at, column] = entropy
-        self.lengths[at] += 1
+    def add(self, rows: np.ndarray, drawn: Draw, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Write one step of ``rows``; returns their tokens, and which of them go on."""
+        tokens, logprobs, entropy = (np.array(a) for a in drawn)
+        column = self.lengths[rows]
+        self.tokens[rows, column] = tokens
+        self.logprobs[rows, column] = logprobs
+        self.entropy[rows, column] = entropy
+        self.lengths[rows] += 1
         ended = np.isin(tokens, stop)
-        self.done[at[ended]] = True
-        return ended
+        self.done[rows[ended]] = True
+        return tokens, ~ended
 
     def completions(self, sampling: Sampling) -> list[Completion]:
         return [

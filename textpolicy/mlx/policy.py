@@ -43,7 +43,7 @@ class Policy:
         temperature, which is None where top_p or a repetition penalty bent it: no learner can score
         that, and training refuses it. ``deterministic`` always takes the likeliest token.
         """
-        completions = self.engine.sample([_token_ids(p) for p in prompts], 1, self._sampling(deterministic))
+        completions = self.engine.sample([_token_ids(p).tolist() for p in prompts], 1, self._sampling(deterministic))
         return [_output(completion) for [completion] in completions]
 
     def _sampling(self, deterministic: bool) -> Sampling:
@@ -81,7 +81,7 @@ def generate_tokens(
 
     The log-probs are of the distribution sampled from. ``mx.random.seed`` fixes what is drawn.
     """
-    seed = int(mx.random.randint(0, 2**31 - 1).item())
+    seed = int(np.asarray(mx.random.randint(0, 2**31 - 1)))
     sampling = Sampling(max_tokens, temperature, top_p, repetition_penalty, seed)
     policy = Policy(MLXEngine(model, stop=tokenizer.eos_token_ids), sampling)
     ids, extras = policy(prompt_tokens)

@@ -9,7 +9,6 @@ from typing import Any
 import mlx.core as mx
 
 from .blas import SLOW_ADVICE, SLOW_GFLOPS, matmul_gflops
-from .models import MODELS
 
 
 def describe_mlx() -> dict[str, Any]:
@@ -27,6 +26,8 @@ def describe_mlx() -> dict[str, Any]:
 
 def describe_models() -> dict[str, Any]:
     """Whether the first built-in model is installed, and otherwise how to install it."""
+    from .models import MODELS  # here, because it needs more than mlx
+
     name, entry = next(iter(MODELS.items()))
     if find_spec(entry.package) is not None:
         return {"available": True, "name": name}

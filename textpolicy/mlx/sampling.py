@@ -11,36 +11,38 @@ _BLOCK = 256  # tokens per partial sum: float32 sums stay short, so the tail is 
 
 
 class Draw(NamedTuple):
-    """What one decoding step drew, (B,) each."""
+    """What one decoding step drew, (R,) each."""
 
     tokens: mx.array  # int32
     logprobs: mx.array  # float32, of the distribution drawn from (at temperature 1 when greedy)
     entropy: mx.array  # float32, nats, of the same distribution
 
 
-def draw(logits: mx.array, uniform: mx.array, temperature: float, top_p: float = 1.0) -> Draw:
-    """One token per row of (B, V) ``logits``, by inverse CDF from (B,) ``uniform`` numbers in [0, 1)."""
+def draw(logits: mx.array, state: mx.array, uniform: mx.array, temperature: float, top_p: float = 1.0) -> Draw:
+    """One token for each of R rows; row r draws from row ``state[r]`` of the (C, V) ``logits``.
+
+    By inverse CDF, from (R,) ``uniform`` numbers in [0, 1).
+    """
     logits = logits.astype(mx.float32) / (temperature or 1.0)
     if top_p < 1:
         logits = _nucleus(logits, top_p)
     shifted = logits - logits.max(axis=-1, keepdims=True)
     mass = mx.exp(shifted)
-    total = mass.sum(axis=-1)
-    tokens = mx.argmax(shifted, axis=-1) if temperature == 0 else _inverse_cdf(mass, uniform)
-    picked = mx.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0]
-    spread = (mass * mx.maximum(shifted, -1e30)).sum(axis=-1) / total  # 0 * -inf is not a number
-    return Draw(tokens.astype(mx.int32), picked - mx.log(total), mx.log(total) - spread)
+    log_total = mx.log(mass.sum(axis=-1))
+    spread = (mass * mx.maximum(shifted, -1e30)).sum(axis=-1) / mass.sum(axis=-1)  # 0 * -inf is not a number
+    tokens = mx.argmax(shifted, axis=-1)[state] if temperature == 0 else _inverse_cdf(mass, state, uniform)
+    return Draw(tokens.astype(mx.int32), shifted[state, tokens] - log_total[state], (log_total - spread)[state])
 
 
-def _inverse_cdf(mass: mx.array, uniform: mx.array) -> mx.array:
-    """The first token at which the running sum of (B, V) ``mass`` exceeds uniform * sum."""
+def _inverse_cdf(mass: mx.array, state: mx.array, uniform: mx.array) -> mx.array:
+    """The first token at which the running sum of (V,) ``mass[state[r]]`` exceeds uniform[r] times its sum."""
     rows, vocabulary = mass.shape
     mass = mx.pad(mass, [(0, 0), (0, -vocabulary % _BLOCK)]).reshape(rows, -1, _BLOCK)
-    running = mx.cumsum(mass.sum(axis=-1), axis=-1)
+    running = mx.cumsum(mass.sum(axis=-1), axis=-1)[state]
     point = (uniform * running[:, -1])[:, None]
     block = mx.minimum((running <= point).sum(axis=-1, keepdims=True), running.shape[1] - 1)
     before = mx.where(block > 0, mx.take_along_axis(running, mx.maximum(block - 1, 0), axis=-1), 0)
-    inside = mx.take_along_axis(mass, block[..., None], axis=1)[:, 0]
+    inside = mass[state, block[:, 0]]
     passed = mx.cumsum(inside, axis=-1) > point - before
     # Rounding may leave no token passed; then the block's likeliest one stands in.
     within = mx.where(passed.any(axis=-1), mx.argmax(passed, axis=-1), mx.argmax(inside, axis=-1))

@@ -10,9 +10,9 @@ import numpy as np
 
 from .base import Message, Problem, Task
 
-LARGEST = 30
+LARGEST = 40
 WORKED = ((4, 7), (12, 13))  # solved in every prompt, so neither trained on nor judged
-TEST_PAIRS, VALIDATION_PAIRS = 200, 60
+TEST_PAIRS, VALIDATION_PAIRS = 200, 100
 _SPLIT_SEED = 2026  # the split is part of the task: every run and seed is judged on the same problems
 
 

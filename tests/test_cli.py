@@ -1,0 +1,97 @@
+"""The command line: exit codes, one sentence per mistake, nothing half-written."""
+
+import subprocess
+import sys
+
+import pytest
+
+from textpolicy.cli import main
+
+
+def refused(capsys, *argv):
+    """What a request that cannot work prints; it must be one line on stderr, with exit code 2."""
+    assert main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("textpolicy: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("train", "generate", "eval", "validate", "algorithms", "tasks"))
+
+
+def test_the_version_is_printed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("textpolicy 0.")
+
+
+def test_lists_of_algorithms_and_tasks(capsys):
+    assert main(["algorithms"]) == main(["tasks"]) == 0
+    text = capsys.readouterr().out
+    assert "gspo" in text
+    assert "addition" in text
+
+
+def test_an_unknown_command_is_refused(capsys):
+    assert "'trian'" in refused(capsys, "trian")
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["train", "missing.toml"], "cannot read the config missing.toml"),
+        (["train", "--task", "additoin"], "did you mean 'addition'?"),
+        (["train", "--model", "smollm2-135"], "did you mean 'smollm2-135m'?"),
+        (["train", "--model", "./nothing.gguf"], "nothing.gguf"),
+        (["train", "--rollout.group-size", "1"], "group_size is 1"),
+        (["train", "--rollout.max-tokens", "0"], "max_tokens is 0"),
+        (["generate", "hello"], "either --run RUN or --model NAME"),
+        (["generate", "--run", "nowhere", "hello"], "nowhere is no run folder"),
+        (["generate", "--model", "smollm2-135m", "--max-tokens", "0", "hello"], "max_tokens is 0"),
+        (["generate", "--model", "smollm2-135m", "--temperature", "-1", "hello"], "temperature is -1"),
+        (["generate", "--model", "smollm2-135m", "  "], "the prompt is empty"),
+        (["eval", "--model", "smollm2-135m"], "no task to measure"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch, argv, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert sentence in refused(capsys, *argv)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_exists_is_left_alone(capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "keep").write_text("mine")
+    assert "exists; choose another" in refused(capsys, "train", "--output", str(tmp_path / "run"))
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["keep"]
+
+
+def test_an_unknown_flag_names_the_near_one(capsys):
+    assert "did you mean --steps?" in refused(capsys, "train", "--stepz", "3")
+
+
+def test_a_flag_overrides_the_file(tmp_path, capsys):
+    (tmp_path / "run.toml").write_text('task = "additoin"\n[rollout]\ngroup_size = 4\n')
+    assert "group_size is 1;" in refused(capsys, "train", str(tmp_path / "run.toml"), "--rollout.group-size", "1")
+    (tmp_path / "run.toml").write_text("[rollout]\ngroup_size = 1\n")
+    assert "run.toml: rollout.group_size is 1;" in refused(capsys, "train", str(tmp_path / "run.toml"))
+
+
+def test_train_help_shows_every_leaf_with_its_meaning(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--optimizer.learning-rate" in text
+    assert "Peak learning rate" in text
+    assert "0.0003" in text
+
+
+def test_the_module_runs_as_a_command():
+    done = subprocess.run([sys.executable, "-m", "textpolicy", "nonsense"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "there is no command 'nonsense'" in done.stderr

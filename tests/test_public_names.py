@@ -1,0 +1,184 @@
+"""The documented names resolve, and importing costs only what is used."""
+
+import ast
+import importlib
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import textpolicy
+
+ROOT = Path(textpolicy.__file__).parent
+NAMES = [
+    "reward", "verifier", "length_reward", "keyword_reward", "perplexity_reward", "accuracy_reward",
+    "load_model", "create_policy", "encode", "decode", "generate_tokens",
+    "TextGenerationEnv", "RolloutRunner", "create_strategy", "Buffer", "Trainer",
+    "compute_advantages", "compute_advantages_dr_grpo", "policy_loss", "compute_metrics", "validate_installation",
+]  # fmt: skip
+PATHS = {
+    "textpolicy.algorithms": ["grpo"],
+    "textpolicy.algorithms.grpo": [
+        "compute_advantages", "compute_advantages_dr_grpo", "policy_loss", "compute_metrics",
+    ],
+    "textpolicy.buffer": ["Buffer", "Episode"],
+    "textpolicy.environment": ["Environment", "TextGenerationEnv"],
+    "textpolicy.environment.text_generation": ["TextGenerationEnv"],
+    "textpolicy.generation": ["load_model", "create_policy", "encode", "decode", "generate_tokens", "decode_token_ids"],
+    "textpolicy.generation.mlx_generation": [
+        "load_model", "create_policy", "encode", "decode", "generate_tokens", "decode_token_ids",
+    ],
+    "textpolicy.rewards": ["reward", "verifier", "get_reward_function", "list_registered_functions", "RewardConfig"],
+    "textpolicy.rewards.registry": ["reward", "verifier"],
+    "textpolicy.rollout": ["RolloutRunner", "create_strategy"],
+    "textpolicy.rollout.runner": ["RolloutRunner"],
+    "textpolicy.rollout.strategy": ["create_strategy"],
+    "textpolicy.training": ["Trainer"],
+    "textpolicy.validate": ["validate_installation"],
+}  # fmt: skip
+MODULES = {path: path.relative_to(ROOT) for path in sorted(ROOT.rglob("*.py"))}
+
+
+def run(script):
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# names
+
+
+def test_the_public_names_are_those_documented():
+    assert sorted(textpolicy.__all__) == sorted(NAMES)
+    assert {*NAMES, "__version__"} <= set(dir(textpolicy))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_public_name_resolves_to_the_thing_called_so(name):
+    assert getattr(textpolicy, name).__name__ == name
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path, names in PATHS.items() for name in names])
+def test_a_documented_import_path_resolves(path, name):
+    assert hasattr(importlib.import_module(path), name)
+
+
+def test_type_checkers_see_the_table_that_python_sees():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    [guard] = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {
+        alias.asname: (node.module, alias.name) for node in guard.body if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }  # fmt: skip
+    assert seen == {name: (module, name) for name, module in textpolicy._HOME.items()}
+
+
+def test_the_version_is_that_of_the_installed_package():
+    assert textpolicy.__version__ == version("textpolicy")
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'creat_policy'"):
+        _ = textpolicy.creat_policy
+
+
+# imports
+
+
+def imports(path):
+    """Every import in a file: the absolute module name, and whether it runs when the file is imported."""
+    package = ["textpolicy", *MODULES[path].parent.parts]
+
+    def visit(node, runs):
+        for child in ast.iter_child_nodes(node):
+            in_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            typing_only = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, runs) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = package[: len(package) - child.level + 1] if child.level else []
+                module = ".".join([*base, *([child.module] if child.module else [])])
+                yield from ((f"{module}.{alias.name}", runs) for alias in child.names)
+            else:
+                yield from visit(child, runs and not in_function and not typing_only)
+
+    return list(visit(ast.parse(path.read_text()), runs=True))
+
+
+def within(name, *packages):
+    return any(name == p or name.startswith(p + ".") for p in packages)
+
+
+def outside(*folders):
+    return [path for path, relative in MODULES.items() if relative.parts[0] not in folders]
+
+
+def test_the_scan_sees_relative_absolute_and_deferred_imports():
+    found = dict(imports(ROOT / "run.py"))
+    assert found["textpolicy.mlx.engine.MLXEngine"] is False
+    assert found["textpolicy.config.Config"] is True
+    assert found["json"] is True
+
+
+def test_nothing_outside_the_mlx_package_imports_mlx():
+    guilty = [(str(MODULES[p]), n) for p in outside("mlx") for n, _ in imports(p) if within(n, "mlx", "mlx_lm")]
+    assert guilty == []
+
+
+def test_the_mlx_package_is_imported_only_where_it_is_used():
+    guilty = [
+        (str(MODULES[path]), name) for path in outside("mlx", "generation") for name, runs in imports(path)
+        if runs and within(name, "textpolicy.mlx", "textpolicy.generation")
+    ]  # fmt: skip
+    assert guilty == []
+
+
+def test_nothing_outside_the_tinker_package_imports_tinker():
+    guilty = [(str(MODULES[p]), n) for p in outside("tinker") for n, _ in imports(p) if within(n, "tinker")]
+    assert guilty == []
+
+
+def test_the_mlx_and_tinker_packages_do_not_know_each_other():
+    guilty = [
+        (str(relative), name) for path, relative in MODULES.items() for name, _ in imports(path)
+        if (relative.parts[0] == "mlx" and within(name, "textpolicy.tinker", "tinker"))
+        or (relative.parts[0] == "tinker" and within(name, "textpolicy.mlx", "mlx", "mlx_lm"))
+    ]  # fmt: skip
+    assert guilty == []
+
+
+def test_algorithms_need_numpy_and_the_package_core_only():
+    allowed = ("numpy", "textpolicy.algorithms", "textpolicy.errors", "textpolicy.losses", "textpolicy.types")
+    guilty = [
+        (str(relative), name) for path, relative in MODULES.items() if relative.parts[0] == "algorithms"
+        for name, _ in imports(path)
+        if not within(name, *allowed) and name.split(".")[0] not in sys.stdlib_module_names
+    ]  # fmt: skip
+    assert guilty == []
+
+
+def test_importing_textpolicy_loads_no_array_library():
+    out = run(
+        "import sys, textpolicy; print(*sorted({'numpy', 'mlx', 'mlx_lm', 'tinker', 'pydantic'} & {*sys.modules}))"
+    )
+    assert out.strip() == ""
+
+
+def test_importing_textpolicy_takes_less_than_200_milliseconds():
+    script = "import time; t = time.perf_counter(); import textpolicy; print(time.perf_counter() - t)"
+    assert min(float(run(script)) for _ in range(3)) < 0.2
+
+
+def test_every_module_but_the_engines_imports_without_mlx_and_tinker():
+    apart = {"mlx", "tinker", "generation"}
+    names = [".".join(["textpolicy", *r.with_suffix("").parts]) for r in MODULES.values() if r.parts[0] not in apart]
+    names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+    script = (
+        f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
+        "print(*sorted({'mlx', 'mlx.core', 'mlx_lm', 'tinker'} & {*sys.modules}))"
+    )
+    assert run(script).strip() == ""

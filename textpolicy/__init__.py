@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ._openblas import await_mlx
+
 if TYPE_CHECKING:  # for type checkers and editors; the table below says the same to Python
     from .algorithms.grpo import compute_advantages as compute_advantages
     from .algorithms.grpo import compute_advantages_dr_grpo as compute_advantages_dr_grpo
@@ -54,6 +56,8 @@ _HOME = {  # public name -> the module it lives in
 }
 
 __all__ = [*_HOME]
+
+await_mlx()
 
 
 def __getattr__(name: str) -> Any:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from textpolicy import _openblas
 from textpolicy.errors import MissingDependencyError, UserError
 from textpolicy.mlx import blas
 
-linux_cpu = pytest.mark.skipif(not blas._runs_on_linux_cpu(), reason="mlx brings its own fast BLAS here")
+linux_cpu = pytest.mark.skipif(not _openblas.runs_on_linux_cpu(), reason="mlx brings its own fast BLAS here")
 
 
 def python(code):
@@ -37,6 +38,19 @@ def test_products_are_fast_when_textpolicy_comes_first():
 
 
 @linux_cpu
+def test_products_are_fast_when_mlx_comes_after_a_bare_import_of_textpolicy():
+    ran = python("import textpolicy, mlx.optimizers, textpolicy.mlx.blas as b; print(b.matmul_gflops())")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert float(ran.stdout) > blas.SLOW_GFLOPS
+
+
+@linux_cpu
+def test_importing_textpolicy_alone_loads_neither_openblas_nor_mlx():
+    code = "import textpolicy, ctypes, sys; print(hasattr(ctypes.CDLL(None), 'cblas_sgemm'), 'mlx.core' in sys.modules)"
+    assert python(code).stdout.split() == ["False", "False"]
+
+
+@linux_cpu
 def test_one_warning_with_the_fix_when_mlx_comes_first():
     ran = python("import mlx.core, textpolicy.mlx, textpolicy.mlx.blas")
     assert ran.returncode == 0
@@ -52,7 +66,7 @@ def test_no_warning_when_mlx_comes_first_but_a_fast_blas_came_before_it():
 
 @linux_cpu
 def test_openblas_finds_the_fortran_runtime_of_mlxs_wheel():
-    ran = python("import textpolicy.mlx.blas as b, ctypes; print(b._load_fortran()); ctypes.CDLL('libgfortran.so.5')")
+    ran = python("import textpolicy._openblas as b, ctypes; print(b._load_fortran()); ctypes.CDLL('libgfortran.so.5')")
     assert (ran.returncode, ran.stdout.strip()) == (0, "True"), ran.stderr
 
 
@@ -83,8 +97,8 @@ def unimported(monkeypatch):
 
 
 def test_a_missing_openblas_is_said_only_when_products_are_slow(monkeypatch, unimported):
-    monkeypatch.setattr(blas, "_runs_on_linux_cpu", lambda: True)
-    monkeypatch.setattr(blas, "find_openblas", lambda: None)
+    monkeypatch.setattr(blas, "runs_on_linux_cpu", lambda: True)
+    monkeypatch.setattr(blas, "_openblas_is_loaded", lambda: False)
     monkeypatch.setattr(blas, "matmul_gflops", lambda repeats: 6.0)
     with pytest.warns(RuntimeWarning, match=r"OpenBLAS was not found.* at 6 GFLOP/s .*pip install cmeel-openblas"):
         blas.import_mlx()
@@ -94,10 +108,10 @@ def test_a_missing_openblas_is_said_only_when_products_are_slow(monkeypatch, uni
         blas.import_mlx()
 
 
-def test_nothing_is_preloaded_on_a_gpu_or_metal(monkeypatch, unimported):
-    monkeypatch.setattr(blas, "_runs_on_linux_cpu", lambda: False)
-    monkeypatch.setattr(blas, "_preload", lambda library: pytest.fail("preloaded"))
-    blas.import_mlx()
+def test_nothing_is_preloaded_on_a_gpu_or_metal(monkeypatch):
+    monkeypatch.setattr(_openblas, "runs_on_linux_cpu", lambda: False)
+    monkeypatch.setattr(_openblas, "load", lambda library: pytest.fail("preloaded"))
+    _openblas.preload()
 
 
 def test_a_missing_mlx_is_one_sentence_with_the_install_line(monkeypatch):

@@ -1,22 +1,16 @@
-"""A fast matrix multiply for MLX on a Linux CPU, put in place before mlx is first imported.
-
-The CPU wheel of mlx links a reference BLAS some thirty times slower than OpenBLAS. The loader binds
-``cblas_sgemm`` when ``mlx.core`` is imported, so OpenBLAS must be in the process, with global symbols,
-before that; afterwards nothing helps. ``OPENBLAS_NUM_THREADS`` is read by OpenBLAS as it loads.
-"""
+"""How fast matrix products are below MLX, and what to do when they are not."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib
-import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from .._openblas import runs_on_linux_cpu
 from ..errors import MissingDependencyError, UserError
 
 SLOW_GFLOPS = 20.0  # the reference BLAS reaches about 6, OpenBLAS 80 or more per core
@@ -27,59 +21,15 @@ SLOW_ADVICE = (
 
 
 def import_mlx() -> None:
-    """Import ``mlx.core``, with OpenBLAS below it where mlx computes on a Linux CPU."""
+    """Import ``mlx.core``; ``textpolicy/_openblas.py`` has seen to it that OpenBLAS comes first."""
     late = "mlx.core" in sys.modules
-    wants_blas = _runs_on_linux_cpu()
-    library = find_openblas() if wants_blas else None
-    loaded = library is not None and not late and _preload(library)
     _import_core()
-    if wants_blas and not loaded:
+    if runs_on_linux_cpu() and not _openblas_is_loaded():
         _warn_if_slow("mlx was imported before textpolicy" if late else "OpenBLAS was not found or did not load")
 
 
-def find_openblas() -> Path | None:
-    """The shared library of the ``cmeel-openblas`` package, or None if it is not installed."""
-    return _distribution_path("cmeel-openblas", "cmeel.prefix/lib/libopenblas.so")
-
-
-def _distribution_path(package: str, inside: str) -> Path | None:
-    try:
-        path = Path(str(distribution(package).locate_file(inside)))
-    except PackageNotFoundError:
-        return None
-    return path if path.exists() else None
-
-
-def _preload(library: Path) -> bool:
-    """Load OpenBLAS for all to see; False when its Fortran runtime cannot be had."""
-    # many small systems have no libgfortran.so.5, and the wheel of mlx-cpu carries one
-    return _loads(str(library)) or (_load_fortran() and _loads(str(library)))
-
-
-def _load_fortran() -> bool:
-    """Load mlx-cpu's libgfortran under its usual name, which its wheel has replaced by a unique one.
-
-    The loader finds a library that is in the process already by the name written inside it, so a copy
-    in memory with that name restored satisfies OpenBLAS; nothing is written to disk.
-    """
-    folder = _distribution_path("mlx-cpu", "mlx_cpu.libs")
-    for library in folder.glob("libgfortran-*.so.5*") if folder else ():
-        unique = library.name.encode() + b"\0"
-        image = library.read_bytes().replace(unique, b"libgfortran.so.5".ljust(len(unique), b"\0"))
-        with open(os.memfd_create("libgfortran.so.5"), "wb") as memory:
-            memory.write(image)
-            memory.flush()
-            needed = [str(path) for path in library.parent.glob("libquadmath-*")]
-            return all(map(_loads, [*needed, f"/proc/self/fd/{memory.fileno()}"]))
-    return False
-
-
-def _loads(library: str) -> bool:
-    try:
-        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
-    except OSError:
-        return False
-    return True
+def _openblas_is_loaded() -> bool:
+    return hasattr(ctypes.CDLL(None), "openblas_set_num_threads")
 
 
 def set_blas_threads(n: int) -> None:
@@ -110,10 +60,6 @@ def _seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-def _runs_on_linux_cpu() -> bool:
-    return sys.platform == "linux" and not any(_distribution_path(f"mlx-cuda-{v}", "mlx") for v in (12, 13))
 
 
 def _import_core() -> None:

@@ -1,0 +1,128 @@
+"""A whole run on the built-in model, small: what it writes, and what it says when it cannot learn."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from textpolicy.cli import main
+from textpolicy.tasks import TASKS, load_task
+from textpolicy.tasks.addition import WORKED, addition_reward, addition_task
+
+SMALL = [
+    "--steps=2",
+    "--optimizer.warmup-steps=1",
+    "--rollout.prompts-per-step=4",
+    "--rollout.group-size=8",
+    "--evaluation.every=1",
+    "--evaluation.problems=6",
+    "--lora.rank=2",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    assert main(["train", f"--output={folder}", *SMALL]) == 0
+    return folder
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_its_settings_metrics_curve_and_adapter(trained):
+    assert {p.name for p in trained.iterdir()} == {
+        "config.json",
+        "versions.json",
+        "metrics.jsonl",
+        "learning_curve.png",
+        "summary.json",
+        "adapter",
+    }
+    assert json.loads((trained / "config.json").read_text())["lora"]["rank"] == 2
+    assert (trained / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((trained / "versions.json").read_text())["mlx"]
+
+
+def test_metrics_have_a_row_for_every_step_and_every_look(trained):
+    assert [r["step"] for r in rows(trained) if r["kind"] == "train"] == [0, 1]
+    looks = [(r["split"], r["step"]) for r in rows(trained) if r["kind"] == "eval"]
+    assert looks[:4] == [("test", 0), ("validation", 0), ("validation", 1), ("validation", 2)]
+    assert looks[4][0] == "test"
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["test_problems"] == 6
+    assert summary["kept_step"] == looks[4][1]
+
+
+def test_sampled_and_scored_logprobs_agree_on_the_real_model(trained):
+    gaps = [r["logprob_gap_max"] for r in rows(trained) if r["kind"] == "train" and r["updated"]]
+    assert gaps
+    assert max(gaps) < 1e-3
+
+
+def test_the_kept_adapter_answers_as_the_run_measured(trained, capsys):
+    assert main(["eval", f"--run={trained}", "--problems=6", "--show=2"]) == 0
+    printed = capsys.readouterr().out
+    summary = json.loads((trained / "summary.json").read_text())
+    assert f"addition, test: {summary['test_after']:.1%}" in printed
+    assert printed.count("->") == 2
+
+
+def test_a_trained_run_can_be_asked(trained, capsys):
+    assert main(["generate", f"--run={trained}", "--max-tokens=8", "What is 17 + 25?"]) == 0
+    assert capsys.readouterr().out.strip()
+    assert main(["generate", "--model=smollm2-135m", "--max-tokens=8", "What is the capital of France?"]) == 0
+    assert "Paris" in capsys.readouterr().out
+
+
+def test_a_constant_reward_moves_nothing_and_the_run_says_so(tmp_path, monkeypatch, capsys):
+    constant = replace(load_task("addition"), reward=lambda prompt, completion, example: (0.25, False))
+    monkeypatch.setitem(TASKS, "addition", lambda: constant)
+    assert main(["train", f"--output={tmp_path / 'run'}", *SMALL]) == 0
+    train = [r for r in rows(tmp_path / "run") if r["kind"] == "train"]
+    assert [r["updated"] for r in train] == [0, 0]
+    assert [r["grad_norm"] for r in train] == [0, 0]
+    assert [r["frac_reward_zero_std"] for r in train] == [1, 1]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "The adapter did not move: in 2 of 2 steps every group's rewards agreed (mean always 0.25)" in said
+
+    import mlx.core as mx
+
+    adapter = mx.load(str(tmp_path / "run" / "adapter" / "adapters.safetensors"))
+    assert all(not value.any() for name, value in adapter.items() if name.endswith("lora_b"))
+
+
+def test_no_problem_is_in_two_splits_or_solved_in_the_prompt():
+    task = addition_task()
+    pairs = [
+        {tuple(sorted(map(int, (words[2], words[4][:-1])))) for words in (p.question.split() for p in split)}
+        for split in (task.train, task.validation, task.test)
+    ]
+    assert not (pairs[0] & pairs[1] or pairs[0] & pairs[2] or pairs[1] & pairs[2])
+    assert not {tuple(sorted(p)) for p in WORKED} & (pairs[0] | pairs[1] | pairs[2])
+    assert len(task.test) == len(pairs[2]) >= 200
+    for problem in (*task.train, *task.validation, *task.test):
+        words = problem.question.split()
+        assert int(words[2]) + int(words[4][:-1]) == int(problem.answer)
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward", "correct"),
+    [
+        ("42", 1.0, True),
+        ("41", None, False),
+        ("17 + 25 = 42", 0.4, False),
+        ("about forty", 0.0, False),
+        ("", 0.0, False),
+        ("42.", 0.4, False),
+        ("9" * 5000, 0.0, False),
+    ],
+)
+def test_the_reward_wants_the_bare_right_number(completion, reward, correct):
+    scored = addition_reward("", completion, {"answer": "42"})
+    assert scored["is_correct"] is correct
+    if reward is not None:
+        assert scored["reward"] == pytest.approx(reward)
+    else:
+        assert 0 < scored["reward"] < 1

@@ -44,7 +44,7 @@ def test_an_unknown_command_is_refused(capsys):
     ("argv", "sentence"),
     [
         (["train", "missing.toml"], "cannot read the config missing.toml"),
-        (["train", "--task", "additoin"], "did you mean 'addition'?"),
+        (["train", "--task", "largets"], "did you mean 'largest'?"),
         (["train", "--model", "smollm2-135"], "did you mean 'smollm2-135m'?"),
         (["train", "--model", "./nothing.gguf"], "nothing.gguf"),
         (["train", "--rollout.group-size", "1"], "group_size is 1"),

@@ -7,7 +7,6 @@ import pytest
 
 from textpolicy.cli import main
 from textpolicy.tasks import TASKS, load_task
-from textpolicy.tasks.addition import WORKED, addition_reward, addition_task
 
 SMALL = [
     "--steps=2",
@@ -65,20 +64,20 @@ def test_the_kept_adapter_answers_as_the_run_measured(trained, capsys):
     assert main(["eval", f"--run={trained}", "--problems=6", "--show=2"]) == 0
     printed = capsys.readouterr().out
     summary = json.loads((trained / "summary.json").read_text())
-    assert f"addition, test: {summary['test_after']:.1%}" in printed
+    assert f"largest, test: {summary['test_after']:.1%}" in printed
     assert printed.count("->") == 2
 
 
 def test_a_trained_run_can_be_asked(trained, capsys):
-    assert main(["generate", f"--run={trained}", "--max-tokens=8", "What is 17 + 25?"]) == 0
+    assert main(["generate", f"--run={trained}", "--max-tokens=8", "Largest of 14, 62, 7, 35, 58?"]) == 0
     assert capsys.readouterr().out.strip()
     assert main(["generate", "--model=smollm2-135m", "--max-tokens=8", "What is the capital of France?"]) == 0
     assert "Paris" in capsys.readouterr().out
 
 
 def test_a_constant_reward_moves_nothing_and_the_run_says_so(tmp_path, monkeypatch, capsys):
-    constant = replace(load_task("addition"), reward=lambda prompt, completion, example: (0.25, False))
-    monkeypatch.setitem(TASKS, "addition", lambda: constant)
+    constant = replace(load_task("largest"), reward=lambda prompt, completion, example: (0.25, False))
+    monkeypatch.setitem(TASKS, "largest", lambda: constant)
     assert main(["train", f"--output={tmp_path / 'run'}", *SMALL]) == 0
     train = [r for r in rows(tmp_path / "run") if r["kind"] == "train"]
     assert [r["updated"] for r in train] == [0, 0]
@@ -91,38 +90,3 @@ def test_a_constant_reward_moves_nothing_and_the_run_says_so(tmp_path, monkeypat
 
     adapter = mx.load(str(tmp_path / "run" / "adapter" / "adapters.safetensors"))
     assert all(not value.any() for name, value in adapter.items() if name.endswith("lora_b"))
-
-
-def test_no_problem_is_in_two_splits_or_solved_in_the_prompt():
-    task = addition_task()
-    pairs = [
-        {tuple(sorted(map(int, (words[2], words[4][:-1])))) for words in (p.question.split() for p in split)}
-        for split in (task.train, task.validation, task.test)
-    ]
-    assert not (pairs[0] & pairs[1] or pairs[0] & pairs[2] or pairs[1] & pairs[2])
-    assert not {tuple(sorted(p)) for p in WORKED} & (pairs[0] | pairs[1] | pairs[2])
-    assert len(task.test) == len(pairs[2]) >= 200
-    for problem in (*task.train, *task.validation, *task.test):
-        words = problem.question.split()
-        assert int(words[2]) + int(words[4][:-1]) == int(problem.answer)
-
-
-@pytest.mark.parametrize(
-    ("completion", "reward", "correct"),
-    [
-        ("42", 1.0, True),
-        ("41", None, False),
-        ("17 + 25 = 42", 0.4, False),
-        ("about forty", 0.0, False),
-        ("", 0.0, False),
-        ("42.", 0.4, False),
-        ("9" * 5000, 0.0, False),
-    ],
-)
-def test_the_reward_wants_the_bare_right_number(completion, reward, correct):
-    scored = addition_reward("", completion, {"answer": "42"})
-    assert scored["is_correct"] is correct
-    if reward is not None:
-        assert scored["reward"] == pytest.approx(reward)
-    else:
-        assert 0 < scored["reward"] < 1

@@ -98,8 +98,8 @@ class Config(Section):
 
     model: str = "smollm2-135m"
     """Built-in name, folder, .gguf file or hub id such as Qwen/Qwen3-0.6B."""
-    task: str = "addition"
-    """What to learn."""
+    task: str = "largest"
+    """What to learn: largest or addition; `textpolicy tasks` describes them."""
     steps: PositiveInt = 64
     """Training steps."""
     seed: Annotated[int, Field(ge=0)] = 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .config import Config
 from .metrics import Row
+from .tasks import load_task
 
 if TYPE_CHECKING:
     from .run import History
@@ -34,7 +35,7 @@ def closing_table(
         ("peak memory", f"{memory / 1e9:.2f} GB in MLX arrays"),
         ("adapter", str(folder / "adapter")),
         ("learning curve", str(folder / "learning_curve.png")),
-        ("talk to it", f'textpolicy generate --run {folder} "What is 17 + 25?"'),
+        ("talk to it", f'textpolicy generate --run {folder} "{load_task(config.task).question}"'),
     ]
 
 

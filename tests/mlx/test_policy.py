@@ -82,7 +82,7 @@ def test_a_completion_is_int32_ids_with_float32_logprob_and_entropy(model, token
     ids, extras = create_policy(model, tokenizer, {"max_tokens": 6})(PROMPT)
     assert ids.dtype == mx.int32
     assert 1 <= ids.size <= 6
-    assert set(extras) == {"logprob", "entropy", "temperature"}
+    assert set(extras) == {"logprob", "entropy", "temperature", "truncated"}
     for name in ("logprob", "entropy"):
         assert extras[name].dtype == mx.float32
         assert extras[name].shape == ids.shape

@@ -16,7 +16,7 @@ from ..errors import UserError, unknown_name
 from ..types import Completion
 from .engine import MLXEngine
 
-Output = tuple[mx.array, dict[str, Any]]  # ids (R,) int32 with the stop token; logprob, entropy, temperature
+Output = tuple[mx.array, dict[str, Any]]  # ids (R,) int32 with the stop token; logprob, entropy and more
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,8 @@ class Policy:
 
         Extras: logprob and entropy (R,) float32, in nats, of the distribution sampled from, and its
         temperature, which is None where top_p or a repetition penalty bent it: no learner can score
-        that, and training refuses it. ``deterministic`` always takes the likeliest token.
+        that, and training refuses it. truncated: max_tokens ended it, not a stop token. ``deterministic``
+        always takes the likeliest token.
         """
         completions = self.engine.sample([_token_ids(p).tolist() for p in prompts], 1, self._sampling(deterministic))
         return [_output(completion) for [completion] in completions]
@@ -104,7 +105,11 @@ def decode_token_ids(tokenizer: Any, token_ids: Sequence[int]) -> str:
 
 
 def _output(completion: Completion) -> Output:
-    extras: dict[str, Any] = {"logprob": mx.array(completion.logprobs), "temperature": completion.temperature}
+    extras: dict[str, Any] = {
+        "logprob": mx.array(completion.logprobs),
+        "temperature": completion.temperature,
+        "truncated": completion.truncated,
+    }
     if completion.entropy is not None:
         extras["entropy"] = mx.array(completion.entropy)
     return mx.array(completion.tokens), extras

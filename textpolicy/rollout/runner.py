@@ -100,6 +100,7 @@ class RolloutRunner:
         act = action if isinstance(action, str) else np.asarray(action).tolist()
         result = checked_step(self.env, act)
         told = {key: result["info"][key] for key in ("is_correct", "group") if key in result["info"]}
+        cut_off = bool(extras.get("truncated", False))  # by the policy's own max_tokens
         return {
             **told,
             **extras,
@@ -108,7 +109,7 @@ class RolloutRunner:
             "rew": float(result["reward"]),
             "next_obs": result["observation"],
             "done": bool(result["terminated"]),
-            "timeout": bool(result["truncated"]),
+            "timeout": bool(result["truncated"]) or cut_off,
         }
 
 

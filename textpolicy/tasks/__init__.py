@@ -8,8 +8,9 @@ from ..errors import unknown_name
 from .addition import addition_task
 from .base import Problem as Problem
 from .base import Task as Task
+from .largest import largest_task
 
-TASKS: dict[str, Callable[[], Task]] = {"addition": addition_task}
+TASKS: dict[str, Callable[[], Task]] = {"largest": largest_task, "addition": addition_task}
 
 
 def load_task(name: str) -> Task:

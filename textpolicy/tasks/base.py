@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 Message = Mapping[str, str]  # {"role": "user", "content": "What is 2 + 2?"}
 
@@ -26,4 +27,5 @@ class Task:
     validation: tuple[Problem, ...]  # chooses the checkpoint that is kept
     test: tuple[Problem, ...]  # judges the run; nothing is chosen by it
     prompt: Callable[[str], list[Message]]  # question -> chat messages
-    reward: Callable[..., Mapping[str, float | bool]]  # (prompt, completion, example, **kwargs)
+    reward: Callable[..., Any]  # (prompt, completion, example, **kwargs) -> number, dict or pair
+    question: str  # one more, to try a trained model with

@@ -1,0 +1,50 @@
+"""The embedded default task: name the largest of five numbers, and nothing else."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from .base import Problem, Task
+from .number import number_reward, with_worked_examples
+
+COUNT, LARGEST = 5, 99
+WORKED = ((12, 5, 40, 33, 8), (71, 66, 9, 28, 15))  # solved in every prompt, so neither trained on nor judged
+TEST, VALIDATION, TRAIN = 200, 100, 2000
+_SPLIT_SEED = 2026  # the split is part of the task: every run and seed is judged on the same problems
+
+
+def largest_task() -> Task:
+    """Lists of five distinct numbers from 1 to 99; no set of five stands twice, in whatever order.
+
+    Naming one of the five at random is right one time in five.
+    """
+    lists = _distinct_lists(TEST + VALIDATION + TRAIN)
+    test, validation, train = lists[:TEST], lists[TEST : TEST + VALIDATION], lists[TEST + VALIDATION :]
+    return Task(
+        name="largest",
+        summary=f"name the largest of {COUNT} numbers from 1 to {LARGEST}, and nothing else",
+        train=tuple(map(_problem, train)),
+        validation=tuple(map(_problem, validation)),
+        test=tuple(map(_problem, test)),
+        prompt=partial(with_worked_examples, worked=[_problem(w) for w in WORKED]),
+        reward=number_reward,
+        question="Largest of 14, 62, 7, 35, 58?",
+    )
+
+
+def _distinct_lists(count: int) -> list[tuple[int, ...]]:
+    random = np.random.default_rng(_SPLIT_SEED)
+    seen = {frozenset(w) for w in WORKED} | {frozenset((14, 62, 7, 35, 58))}
+    lists: list[tuple[int, ...]] = []
+    while len(lists) < count:
+        drawn = tuple(int(i) for i in random.choice(LARGEST, COUNT, replace=False) + 1)
+        if frozenset(drawn) not in seen:
+            seen.add(frozenset(drawn))
+            lists.append(drawn)
+    return lists
+
+
+def _problem(numbers: tuple[int, ...]) -> Problem:
+    return Problem(f"Largest of {', '.join(map(str, numbers))}?", str(max(numbers)))

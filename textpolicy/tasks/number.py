@@ -1,0 +1,29 @@
+"""What tasks share whose answer is one whole number: worked examples in the prompt, and the reward."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from .base import Message, Problem
+
+
+def number_reward(prompt: str, completion: str, example: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    """0.1 for a bare whole number, 0.4 for a right last number, 0.5 more for both; correct means both."""
+    bare = re.fullmatch(r"[0-9]{1,6}", completion) is not None
+    numbers = re.findall(r"[0-9]+", completion)
+    right = bool(numbers) and numbers[-1] == example["answer"]
+    return {"reward": 0.1 * bare + 0.4 * right + 0.5 * (bare and right), "is_correct": bare and right}
+
+
+def with_worked_examples(question: str, worked: Sequence[Problem]) -> list[Message]:
+    """A conversation in which the ``worked`` problems were asked and answered before ``question``.
+
+    Every prompt of a run begins with them, so their keys and values are computed once per step.
+    """
+    turns: list[Message] = []
+    for problem in worked:
+        turns.append({"role": "user", "content": problem.question})
+        turns.append({"role": "assistant", "content": problem.answer})
+    return [*turns, {"role": "user", "content": question}]

@@ -87,8 +87,8 @@ class MachineSettings(Section):
 
     threads: Annotated[int, Field(ge=0)] = 0
     """BLAS threads on a Linux CPU; 0 leaves it to OpenBLAS. On a busy machine 1 is faster."""
-    micro_batch_tokens: PositiveInt = 2048
-    """Padded completion tokens in one forward and backward pass."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Padded tokens, prompts included, in one forward and backward pass; less takes less memory."""
     decode_rows: PositiveInt = 128
     """Completions decoded side by side."""
 

@@ -25,30 +25,23 @@ _LEAVE = 0.75  # the context is packed again when a smaller share of its rows is
 def decode(
     model: nn.Module, prompts: Sequence[np.ndarray], sampling: Sampling, stop: np.ndarray, max_rows: int
 ) -> list[Completion]:
-    """One completion per prompt (token ids); equal prompts are read once.
+    """One completion per prompt (token ids), ``max_rows`` at a time; equal prompts among those are read once.
 
     Row i draws from the stream (sampling.seed, i), so neither ``max_rows`` nor the company
     it keeps changes what it says, beyond the rounding of the matrix products.
     """
-    tree = PromptTree.build(prompts)
-    prefix = tree.read(model, spare=min(_SPARE, sampling.max_tokens))
     chunks = np.array_split(np.arange(len(prompts)), -(-len(prompts) // max_rows))
-    return [c for rows in chunks for c in _decode_rows(model, prefix, tree, prompts, rows, sampling, stop)]
+    return [c for rows in chunks for c in _decode_rows(model, [prompts[r] for r in rows], rows, sampling, stop)]
 
 
 def _decode_rows(
-    model: nn.Module,
-    prefix: Context,
-    tree: PromptTree,
-    prompts: Sequence[np.ndarray],
-    rows: np.ndarray,
-    sampling: Sampling,
-    stop: np.ndarray,
+    model: nn.Module, prompts: Sequence[np.ndarray], places: np.ndarray, sampling: Sampling, stop: np.ndarray
 ) -> list[Completion]:
-    random = np.stack([uniforms(sampling.seed, int(r), sampling.max_tokens) for r in rows])
-    record = _Record(len(rows), sampling.max_tokens)
-    front = _Front.begin(prefix, tree.parents[rows], tree.last[rows])
-    seen = _Seen.begin(model, prompts, rows, sampling.repetition_penalty)
+    random = np.stack([uniforms(sampling.seed, int(place), sampling.max_tokens) for place in places])
+    record = _Record(len(prompts), sampling.max_tokens)
+    tree = PromptTree.build(prompts)
+    front = _Front.begin(tree.read(model, spare=min(_SPARE, sampling.max_tokens)), tree)
+    seen = _Seen.begin(model, prompts, sampling.repetition_penalty)
     for step in range(sampling.max_tokens):
         logits = front.context.read(model, mx.array(front.tokens)[:, None])[:, -1]
         logits, state = seen.penalize(logits, front)
@@ -72,9 +65,9 @@ class _Front:
         self.tokens = tokens  # (C,) int32, what each row of the context reads next
 
     @classmethod
-    def begin(cls, prefix: Context, parents: np.ndarray, last: np.ndarray) -> _Front:
-        sources, tokens, state = _distinct(parents, last)
-        return cls(prefix.fork(mx.array(sources)), np.arange(len(parents)), state, tokens)
+    def begin(cls, prefix: Context, tree: PromptTree) -> _Front:
+        sources, tokens, state = _distinct(tree.parents, tree.last)
+        return cls(prefix.fork(mx.array(sources)), np.arange(len(state)), state, tokens)
 
     def advance(self, tokens: np.ndarray, running: np.ndarray) -> _Front:
         """After (R,) ``tokens`` were drawn; only the rows ``running`` (R,) go on."""
@@ -95,12 +88,12 @@ class _Seen:
         self.penalty, self.seen = penalty, seen
 
     @classmethod
-    def begin(cls, model: nn.Module, prompts: Sequence[np.ndarray], rows: np.ndarray, penalty: float) -> _Seen:
+    def begin(cls, model: nn.Module, prompts: Sequence[np.ndarray], penalty: float) -> _Seen:
         if penalty == 1:
             return cls(penalty, None)
-        seen = np.zeros((len(rows), model(mx.array([[0]])).shape[-1]), bool)
-        for i, row in enumerate(rows):
-            seen[i, prompts[row]] = True
+        seen = np.zeros((len(prompts), model(mx.array([[0]])).shape[-1]), bool)
+        for i, prompt in enumerate(prompts):
+            seen[i, prompt] = True
         return cls(penalty, seen)
 
     def penalize(self, logits: mx.array, front: _Front) -> tuple[mx.array, np.ndarray]:

@@ -41,8 +41,8 @@ class MLXEngine:
         optimizer: optim.Optimizer | None = None,
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
-        micro_batch_tokens: int = 2048,
-        decode_rows: int = 256,
+        micro_batch_tokens: int = 8192,
+        decode_rows: int = 128,
     ):
         self.model = model
         self.stop = np.array(sorted(stop), np.int32)

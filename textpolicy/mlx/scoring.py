@@ -75,20 +75,19 @@ def score(model: nn.Module, layout: Layout) -> mx.array:
 
 
 def micro_batches(batch: Batch, max_tokens: int) -> Iterator[Layout]:
-    """Rows of one prompt side by side, at most ``max_tokens`` padded completion tokens, or one row, at a time.
+    """Rows of one prompt side by side, at most ``max_tokens`` padded tokens (prompts too), or one row, at a time.
 
     Rows are kept whole; any split has the same gradient.
     """
     order = _by_prompt(batch)
-    spans = (batch.lengths - batch.starts)[order]
+    lengths = batch.lengths[order]
     start = 0
     while start < len(order):
-        stop, width = start + 1, spans[start]
-        while stop < len(order) and max(width, spans[stop]) * (stop + 1 - start) <= max_tokens:
-            width = max(width, spans[stop])
+        stop, width = start + 1, int(lengths[start])
+        while stop < len(order) and max(width, lengths[stop]) * (stop + 1 - start) <= max_tokens:
+            width = max(width, int(lengths[stop]))
             stop += 1
-        rows = order[start:stop]
-        yield Layout.build(batch.take(rows, int(batch.lengths[rows].max())))
+        yield Layout.build(batch.take(order[start:stop], width))
         start = stop
 
 

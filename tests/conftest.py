@@ -30,6 +30,11 @@ def random_episodes(rng: np.random.Generator, groups: int = 4, size: int = 4) ->
 @pytest.fixture
 def tiny_engine():
     """A two-layer Llama with random LoRA matrices behind the engine; token 0 stops."""
+    return make_tiny_engine(VOCABULARY)
+
+
+def make_tiny_engine(vocabulary: int):
+    """As the fixture, with a vocabulary of one's own."""
     import mlx.core as mx
     from mlx_lm.models import llama
 
@@ -45,7 +50,7 @@ def tiny_engine():
         num_attention_heads=4,
         num_key_value_heads=2,
         rms_norm_eps=1e-5,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
     )
     model = attach_lora(llama.Model(arguments), rank=4)
     for module in model.modules():

@@ -52,6 +52,10 @@ def test_a_mistake_is_one_sentence_that_names_it(tmp_path, text, sentence):
     assert "\n" not in str(error.value)
 
 
+def test_the_example_file_spells_out_the_defaults():
+    assert read_config(Path(__file__).parents[1] / "examples" / "train.toml") == Config()
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read the config .*none\.toml"):
         read_config(tmp_path / "none.toml")

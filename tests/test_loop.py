@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import make_tiny_engine
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,33 +25,33 @@ class Numbers:
         return " ".join(str(i) for i in ids)
 
 
-def share_of_small_numbers(prompt, completion, example):
+def share_of_seven(prompt, completion, example):
     words = completion.split()
-    return sum(int(word) < 30 for word in words) / max(len(words), 1)
+    return words.count("7") / max(len(words), 1)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_a_tiny_model_learns_to_say_small_numbers(tiny_engine, name):
-    env = TextGenerationEnv(["1 2", "3", "4 5 6", "2 2"], share_of_small_numbers, max_tokens=6, tokenizer=Numbers())
+def test_a_tiny_model_learns_to_say_seven(name):
+    env = TextGenerationEnv(["1 2", "3", "4 5 6", "2 2"], share_of_seven, max_tokens=6, tokenizer=Numbers())
     seen = []
     train(
-        tiny_engine,
+        make_tiny_engine(vocabulary=16),
         env,
         ALGORITHMS[name],
-        schedule=Schedule(0.01, steps=30),
+        schedule=Schedule(0.05, steps=24, final=0.1),
         prompts_per_step=4,
         group_size=16,
         sampling=Sampling(max_tokens=6),
         on_step=lambda step, row, episodes: seen.append(row),
     )
-    assert [row["step"] for row in seen] == list(range(30))
+    assert [row["step"] for row in seen] == list(range(24))
     assert seen[0]["reward_mean"] < 0.2
-    assert np.mean([row["reward_mean"] for row in seen[-3:]]) > 0.8
+    assert np.mean([row["reward_mean"] for row in seen[-3:]]) > 0.85
     assert max(row["logprob_gap_max"] for row in seen if row["updated"]) < 1e-3
 
 
 def test_the_same_seed_gives_the_same_run(tiny_engine):
-    env = TextGenerationEnv(["1 2", "3"], share_of_small_numbers, max_tokens=6, tokenizer=Numbers())
+    env = TextGenerationEnv(["1 2", "3"], share_of_seven, max_tokens=6, tokenizer=Numbers())
     again = [collect(tiny_engine, env, [0, 1], 3, Sampling(6, seed=5)) for _ in range(2)]
     assert [e.text for e in again[0]] == [e.text for e in again[1]]
     other = collect(tiny_engine, env, [0, 1], 3, Sampling(6, seed=6))
@@ -58,7 +59,7 @@ def test_the_same_seed_gives_the_same_run(tiny_engine):
 
 
 def test_a_prompt_drawn_twice_has_two_groups(tiny_engine):
-    env = TextGenerationEnv(["1 2", "3"], share_of_small_numbers, max_tokens=6, tokenizer=Numbers())
+    env = TextGenerationEnv(["1 2", "3"], share_of_seven, max_tokens=6, tokenizer=Numbers())
     episodes = collect(tiny_engine, env, [1, 1, 0], 2, Sampling(3))
     assert [e.group for e in episodes] == [0, 0, 1, 1, 2, 2]
     assert [e.prompt for e in episodes] == ["3"] * 4 + ["1 2"] * 2

@@ -90,3 +90,34 @@ def test_a_constant_reward_moves_nothing_and_the_run_says_so(tmp_path, monkeypat
 
     adapter = mx.load(str(tmp_path / "run" / "adapter" / "adapters.safetensors"))
     assert all(not value.any() for name, value in adapter.items() if name.endswith("lora_b"))
+
+
+def test_a_reward_that_raises_stops_in_one_sentence_and_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    def broken(prompt, completion, example):
+        raise KeyError("score")
+
+    monkeypatch.setitem(TASKS, "largest", lambda: replace(load_task_before("largest"), reward=broken))
+    assert main(["train", f"--output={tmp_path / 'run'}", *SMALL]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("textpolicy: reward 'broken' raised KeyError")
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reward_that_returns_text_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(TASKS, "largest", lambda: replace(load_task_before("largest"), reward=says_good))
+    assert main(["train", f"--output={tmp_path / 'run'}", *SMALL]) == 2
+    assert "reward 'says_good' returned 'good'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def says_good(prompt, completion, example):
+    return "good"
+
+
+BUILT_IN = dict(TASKS)
+
+
+def load_task_before(name):
+    """The task as it ships, whatever a test has put in its place."""
+    return BUILT_IN[name]()

@@ -6,10 +6,10 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
-from pydantic_settings import CliApp, CliPositionalArg, CliSettingsSource, SettingsError
+from pydantic import BaseModel, ValidationError
+from pydantic_settings import CliApp, CliSettingsSource, SettingsError
 
 from .config import Section, explain, read_values
 from .errors import TextPolicyError, UserError
@@ -33,6 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[name](arguments)
     except TextPolicyError as error:
         return _refuse(str(error))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "textpolicy":
+            raise
+        return _refuse(f"the package {error.name!r} is not installed; install it with: pip install 'textpolicy[mlx]'")
+    except KeyboardInterrupt:
+        print("textpolicy: stopped by Ctrl-C; metrics up to the last step are in the run's folder", file=sys.stderr)
+        return 130
 
 
 def _refuse(sentence: str) -> int:
@@ -102,72 +109,19 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
-class Source(Section):
-    """What to ask: a trained run, or a model with or without an adapter."""
-
-    run: Path | None = None
-    """Folder of a run: its model, adapter and way of asking."""
-    model: str | None = None
-    """Built-in name, folder, .gguf file or hub id; instead of a run."""
-    adapter: Path | None = None
-    """Adapter folder for the model."""
-    threads: Annotated[int, Field(ge=0)] = 0
-    """BLAS threads on a Linux CPU; 0 leaves it to OpenBLAS."""
-
-
-class GenerateArguments(Source):
-    """Write a completion."""
-
-    prompt: CliPositionalArg[str]
-    """What to ask."""
-    max_tokens: int = 256
-    """Longest completion, in tokens."""
-    temperature: float = 0.0
-    """0 always takes the likeliest token."""
-    top_p: float = 1.0
-    """Keep the smallest set of tokens whose probability reaches this."""
-    repetition_penalty: float = 1.0
-    """Above 1, tokens already there become less likely."""
-    seed: int = 0
-    """Fixes what is drawn."""
-    plain: bool = False
-    """True asks as typed: without the worked examples of the run's task, or a chat template."""
-
-
-def generate(arguments: list[str]) -> int:
+def ask(arguments: list[str]) -> int:
     """Ask a model, or a trained run: textpolicy generate [--run RUN | --model NAME] PROMPT."""
-    asked = parse(GenerateArguments, arguments, "generate")
-    from .inference import generate as answer
+    from .inference import GenerateArguments, generate
 
-    print(answer(asked))
+    print(generate(parse(GenerateArguments, arguments, "generate")))
     return 0
 
 
-class EvalArguments(Source):
-    """Measure accuracy on a task's problems, with a 95% interval."""
-
-    task: str | None = None
-    """The task; a run's own if not given."""
-    split: Literal["test", "validation", "train"] = "test"
-    """Which of its problems."""
-    problems: Annotated[int, Field(ge=0)] = 0
-    """Only the first so many; 0 for all."""
-    temperature: float = 0.0
-    """0 always takes the likeliest token."""
-    max_tokens: int | None = None
-    """Longest completion, in tokens; a run's own if not given."""
-    seed: int = 0
-    """Fixes what is drawn."""
-    show: Annotated[int, Field(ge=0)] = 5
-    """Print so many completions."""
-
-
-def evaluate(arguments: list[str]) -> int:
+def measure(arguments: list[str]) -> int:
     """Measure accuracy: textpolicy eval [--run RUN | --model NAME --task TASK]."""
-    asked = parse(EvalArguments, arguments, "eval")
-    from .inference import evaluate as measure
+    from .inference import EvalArguments, evaluate
 
-    print(measure(asked))
+    print(evaluate(parse(EvalArguments, arguments, "eval")))
     return 0
 
 
@@ -207,8 +161,8 @@ def tasks(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
-    "generate": generate,
-    "eval": evaluate,
+    "generate": ask,
+    "eval": measure,
     "validate": validate,
     "algorithms": algorithms,
     "tasks": tasks,

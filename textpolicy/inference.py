@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Literal
 
-from .config import Config, check_config
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+
+from .config import Config, Section, check_config
 from .engine import Sampling
 from .environment.text_generation import TextGenerationEnv
 from .errors import UserError
@@ -15,8 +18,56 @@ from .evaluation import evaluate as judge
 from .run import environment
 from .tasks import load_task
 
-if TYPE_CHECKING:
-    from .cli import EvalArguments, GenerateArguments, Source
+
+class Source(Section):
+    """What to ask: a trained run, or a model with or without an adapter."""
+
+    run: Path | None = None
+    """Folder of a run: its model, adapter and way of asking."""
+    model: str | None = None
+    """Built-in name, folder, .gguf file or hub id; instead of a run."""
+    adapter: Path | None = None
+    """Adapter folder for the model."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """BLAS threads on a Linux CPU; 0 leaves it to OpenBLAS."""
+
+
+class GenerateArguments(Source):
+    """Write a completion."""
+
+    prompt: CliPositionalArg[str]
+    """What to ask."""
+    max_tokens: int = 256
+    """Longest completion, in tokens."""
+    temperature: float = 0.0
+    """0 always takes the likeliest token."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches this."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens already there become less likely."""
+    seed: int = 0
+    """Fixes what is drawn."""
+    plain: bool = False
+    """True asks as typed: without the worked examples of the run's task, or a chat template."""
+
+
+class EvalArguments(Source):
+    """Measure accuracy on a task's problems, with a 95% interval."""
+
+    task: str | None = None
+    """The task; a run's own if not given."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Which of its problems."""
+    problems: Annotated[int, Field(ge=0)] = 0
+    """Only the first so many; 0 for all."""
+    temperature: float = 0.0
+    """0 always takes the likeliest token."""
+    max_tokens: int | None = None
+    """Longest completion, in tokens; a run's own if not given."""
+    seed: int = 0
+    """Fixes what is drawn."""
+    show: Annotated[int, Field(ge=0)] = 5
+    """Print so many completions."""
 
 
 @dataclass(frozen=True)

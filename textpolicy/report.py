@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .config import Config
+from .evaluation import Rate
 from .metrics import Row
 from .tasks import load_task
 
-if TYPE_CHECKING:
-    from .run import History
+
+@dataclass
+class History:
+    """What a run has seen so far: one row per step, one rate per look at a split."""
+
+    rows: list[Row] = field(default_factory=list)
+    validation: list[tuple[int, Rate]] = field(default_factory=list)  # (steps done, rate)
+    before: Rate | None = None
+    after: Rate | None = None
+    kept_step: int = 0
 
 
 def closing_table(

@@ -7,7 +7,7 @@ import json
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +20,17 @@ from .errors import UserError
 from .evaluation import Rate, evaluate
 from .loop import Schedule, train
 from .metrics import Row
-from .report import closing_table, diagnose, plot_learning
+from .report import History, closing_table, diagnose, plot_learning
 from .tasks import Problem, Task, load_task
 from .types import Episode
 
 
-@dataclass
-class History:
-    """What a run has seen so far: one row per step, one rate per look at a split."""
-
-    rows: list[Row] = field(default_factory=list)
-    validation: list[tuple[int, Rate]] = field(default_factory=list)  # (steps done, rate)
-    before: Rate | None = None
-    after: Rate | None = None
-    kept_step: int = 0
-
-
 def run(config: Config) -> Path:
-    """Train as ``config`` says and return the run's folder, made only once the model has loaded.
+    """Train as ``config`` says and return the run's folder.
 
-    The test problems are answered before and after and choose nothing: the adapter that is kept
-    is the one with the best validation accuracy.
+    The folder is made once the model has loaded and answered the test problems, so a run that cannot
+    begin leaves nothing behind. Those problems choose nothing: the adapter that is kept is the one
+    with the best validation accuracy.
     """
     if config.output is not None and config.output.exists():
         raise UserError(f"the output folder {config.output} exists; choose another or remove it")
@@ -52,9 +42,11 @@ def run(config: Config) -> Path:
         "validation": environment(task, task.validation[:limit], tokenizer, config),
         "test": environment(task, task.test[:limit], tokenizer, config),
     }
+    started = time.perf_counter()
+    before = evaluate(engine, splits["test"], greedy(config)).accuracy
     folder = claim_folder(config)
     write_setup(folder, config)
-    return Run(config, folder, engine, splits, recipe).train()
+    return Run(config, folder, engine, splits, recipe).train(before, started)
 
 
 class Run:
@@ -69,13 +61,14 @@ class Run:
         self.best: tuple[Rate, int, Any] | None = None
         self.metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
 
-    def train(self) -> Path:
+    def train(self, before: Rate, started: float) -> Path:
+        """``before`` is the accuracy on the test problems, ``started`` when the clock began to run."""
         config, history = self.config, self.history
-        started = time.perf_counter()
+        history.before = before
         with self.view, self.metrics:
             self.view.say(f"{config.algorithm.name} on {config.task} with {config.model}; the run is in {self.folder}")
-            history.before = self.judge("test", 0)
-            self.view.say(f"before training: {history.before} of {history.before.total} test problems, greedy")
+            self.record_rate("test", 0, before)
+            self.view.say(f"before training: {before} of {before.total} test problems right, greedy (95% interval)")
             self.validate(0)
             trained = time.perf_counter()
             train(
@@ -112,10 +105,8 @@ class Run:
             self.best = (rate, steps, self.engine.weights())
 
     def judge(self, split: str, steps: int) -> Rate:
-        started = time.perf_counter()
         rate = evaluate(self.engine, self.splits[split], greedy(self.config)).accuracy
-        row = {"kind": "eval", "step": steps, "split": split, "accuracy": rate.value, "problems": rate.total}
-        self.record({**row, "eval_seconds": time.perf_counter() - started})
+        self.record_rate(split, steps, rate)
         return rate
 
     def keep_best(self) -> None:
@@ -131,6 +122,9 @@ class Run:
         self.view.table("done", rows)
         for sentence in diagnose(self.history.rows):
             self.view.say(sentence)
+
+    def record_rate(self, split: str, steps: int, rate: Rate) -> None:
+        self.record({"kind": "eval", "step": steps, "split": split, "accuracy": rate.value, "problems": rate.total})
 
     def record(self, row: dict[str, Any]) -> None:
         self.metrics.write(json.dumps(row) + "\n")

@@ -120,6 +120,15 @@ def test_gradient_does_not_depend_on_micro_batching(tiny_engine, name, budget):
     assert_same_gradients(ours, gradients)
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_loss_agrees_in_numpy_and_mlx(name):
+    rng, how = np.random.default_rng(8), ALGORITHMS[name].surrogate
+    batch = ALGORITHMS[name].credit(random_episodes(rng))
+    logprobs = (batch.logprobs + rng.normal(0, 0.3, batch.logprobs.shape)).astype(np.float32)
+    ours = clipped_surrogate(mx.array(logprobs), arrays(batch), mx, how).item()
+    assert ours == pytest.approx(float(clipped_surrogate(logprobs, batch, np, how)), rel=1e-4, abs=1e-6)
+
+
 def test_repeated_completions_are_scored_once_and_count_each_time(tiny_engine):
     episodes = random_episodes(np.random.default_rng(3), groups=2, size=3)
     twice = [e for e in episodes for _ in range(2)]

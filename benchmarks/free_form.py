@@ -1,0 +1,55 @@
+"""What the untrained model knows when it may answer in its own words: one JSON row per task.
+
+    .venv/bin/python benchmarks/free_form.py
+
+The demo judges bare numbers, after two worked examples. Here the same test problems are asked plainly and
+graded leniently (the last number of up to 48 tokens is right), so that a gain in form is not taken for one in skill.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from machine import describe
+
+from textpolicy.config import Config
+from textpolicy.engine import Sampling
+from textpolicy.environment.text_generation import TextGenerationEnv
+from textpolicy.evaluation import evaluate
+from textpolicy.run import build_engine
+from textpolicy.tasks import TASKS, load_task
+
+RESULTS = Path(__file__).parent / "results" / "free_form.jsonl"
+
+
+def last_number_right(prompt: str, completion: str, example: dict, **kwargs: object) -> dict:
+    numbers = "".join(c if c.isascii() and c.isdigit() else " " for c in completion).split()
+    right = bool(numbers) and numbers[-1] == example["answer"]
+    return {"reward": float(right), "is_correct": right}
+
+
+def main() -> None:
+    engine, tokenizer = build_engine(Config())
+    for name in TASKS:
+        task = load_task(name)
+        questions = [p.question for p in task.test]
+        examples = [{"answer": p.answer} for p in task.test]
+        env = TextGenerationEnv(questions, last_number_right, max_tokens=48, tokenizer=tokenizer, examples=examples)
+        result = evaluate(engine, env, Sampling(48, temperature=0.0))
+        row = {
+            "benchmark": "free_form",
+            "task": name,
+            "accuracy": result.accuracy.value,
+            "interval": result.accuracy.interval,
+            "problems": result.accuracy.total,
+            "sample": [[e.prompt, e.text] for e in result.episodes[:3]],
+            **describe(),
+        }
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(name, result.accuracy, row["sample"])
+
+
+if __name__ == "__main__":
+    main()

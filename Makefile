@@ -1,6 +1,6 @@
 # Everything a reader or contributor runs. Needs make and Python 3.11 to 3.14; the rest goes into .venv.
 
-DEMO_FLAGS ?= --output runs/demo
+DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 
 # The first of these that works makes .venv. `make test PYTHON=python3.12` asks for one by name.
@@ -11,7 +11,7 @@ CAN_MAKE_VENV = import ensurepip, venv
 .PHONY: help demo test check format constraints clean venv
 
 help:
-	@echo "make demo         train the small model with the embedded task and write runs/demo"
+	@echo "make demo         train the small model with the embedded task, into a new folder under runs/"
 	@echo "make test         run the tests (PYTEST_FLAGS=... adds options)"
 	@echo "make check        formatting, lint and types: what must be clean before a commit"
 	@echo "make format       rewrite the sources in the project's format"

@@ -75,18 +75,20 @@ def plot_learning(history: History, path: Path, config: Config) -> None:
         axes.plot(steps, [row["accuracy"] for row in history.rows], color="0.7", lw=1, label="training, sampled")
     else:
         axes.plot(steps, [row["reward_mean"] for row in history.rows], color="0.7", lw=1, label="training reward")
-    _points(axes, history.validation, "C0", "validation, greedy (95%)")
+    _points(axes, history.validation, "C0", "validation, greedy (95%)", line="-")
     ends = [(0, history.before), (history.kept_step, history.after)]
-    _points(axes, ends, "C1", "test, greedy (95%)")
+    _points(axes, ends, "C1", "test, greedy (95%)", line="none")
     axes.set(xlabel="training step", ylabel="share of problems right", ylim=(0, 1))
     axes.set_title(f"{config.algorithm.name} on {config.task}, {config.model}, seed {config.seed}", fontsize=10)
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
-def _points(axes, rates, color: str, label: str) -> None:  # type: ignore[no-untyped-def]
+def _points(axes, rates, color: str, label: str, line: str) -> None:  # type: ignore[no-untyped-def]
     steps, values = [s for s, _ in rates], [r.value for _, r in rates]
     low = [r.value - r.interval[0] for _, r in rates]
     high = [r.interval[1] - r.value for _, r in rates]
-    axes.errorbar(steps, values, yerr=[low, high], color=color, marker="o", ms=4, lw=1.5, capsize=2, label=label)
+    axes.errorbar(
+        steps, values, yerr=[low, high], color=color, ls=line, marker="o", ms=4, lw=1.5, capsize=2, label=label
+    )

@@ -62,7 +62,8 @@ def load_model(
     ``name`` is a built-in (see ``MODELS``), a folder, a GGUF file or a hub id such as ``Qwen/Qwen3-0.6B``.
     ``adapter_path`` is a folder in mlx-lm's layout; ``tokenizer_config`` goes to ``AutoTokenizer``.
     On a CPU all weights become float32 and quantised layers are dequantised, because everything else is
-    slow there; elsewhere they stay as stored. ``dequantize`` True or False overrules that.
+    slow there; so do those of a built-in anywhere, because it is small and float32 is exact. Other models
+    stay as stored on an accelerator. ``dequantize`` True or False overrules that.
     ``verbose`` logs the steps through ``logging`` at the level INFO.
     """
     log: Callable[..., None] = logger.info if verbose else logger.debug
@@ -70,7 +71,8 @@ def load_model(
     folder = find_model(name)
     log("loading %s from %s", name, folder)
     model, tokenizer = _load_folder(folder, tokenizer_config)
-    _settle_weights(model, dequantize)
+    in_float32 = mx.default_device() == mx.cpu or (str(name) in MODELS and dequantize is not False)
+    _settle_weights(model, in_float32, in_float32 if dequantize is None else dequantize)
     if adapter is not None:
         log("adding the adapter in %s", adapter)
         model = _add_adapter(model, adapter)
@@ -204,16 +206,15 @@ def _load_folder(folder: Path, tokenizer_config: dict[str, Any] | None) -> tuple
     return loaded
 
 
-def _settle_weights(model: nn.Module, dequantize: bool | None) -> None:
+def _settle_weights(model: nn.Module, in_float32: bool, dequantize: bool) -> None:
     """float32 comes first, so that dequantising rounds nothing."""
     from mlx_lm.utils import dequantize_model
 
-    on_cpu = mx.default_device() == mx.cpu
-    if on_cpu:
+    if in_float32:
         model.set_dtype(mx.float32)
-    if dequantize or (dequantize is None and on_cpu):
+    if dequantize:
         dequantize_model(model)
-        if on_cpu:
+        if in_float32:
             model.set_dtype(mx.float32)  # layers whose scales are no floats dequantise to bfloat16
 
 

@@ -1,9 +1,10 @@
-"""What the untrained model knows when it may answer in its own words: one JSON row per task.
+"""What the untrained model knows, asked as in training and free to answer in its own words: one JSON row per task.
 
     .venv/bin/python benchmarks/free_form.py
 
-The demo judges bare numbers, after two worked examples. Here the same test problems are asked plainly and
-graded leniently (the last number of up to 48 tokens is right), so that a gain in form is not taken for one in skill.
+The demo judges bare numbers, after two worked examples. Here the same test problems are also asked plainly
+and graded leniently (the last number of up to 48 tokens is right), so that a gain in form is not taken for
+one in skill.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from textpolicy.config import Config
 from textpolicy.engine import Sampling
 from textpolicy.environment.text_generation import TextGenerationEnv
 from textpolicy.evaluation import evaluate
-from textpolicy.run import build_engine
+from textpolicy.run import build_engine, environment, greedy
 from textpolicy.tasks import TASKS, load_task
 
 RESULTS = Path(__file__).parent / "results" / "free_form.jsonl"
@@ -30,25 +31,29 @@ def last_number_right(prompt: str, completion: str, example: dict, **kwargs: obj
 
 
 def main() -> None:
-    engine, tokenizer = build_engine(Config())
+    config = Config()
+    engine, tokenizer = build_engine(config)
     for name in TASKS:
         task = load_task(name)
         questions = [p.question for p in task.test]
         examples = [{"answer": p.answer} for p in task.test]
         env = TextGenerationEnv(questions, last_number_right, max_tokens=48, tokenizer=tokenizer, examples=examples)
         result = evaluate(engine, env, Sampling(48, temperature=0.0))
+        as_trained = evaluate(engine, environment(task, task.test, tokenizer, config), greedy(config))
         row = {
             "benchmark": "free_form",
             "task": name,
-            "accuracy": result.accuracy.value,
-            "interval": result.accuracy.interval,
+            "free_form": result.accuracy.value,
+            "free_form_interval": result.accuracy.interval,
+            "bare_number": as_trained.accuracy.value,
+            "bare_number_interval": as_trained.accuracy.interval,
             "problems": result.accuracy.total,
             "sample": [[e.prompt, e.text] for e in result.episodes[:3]],
             **describe(),
         }
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        print(name, result.accuracy, row["sample"])
+        print(name, "free form", result.accuracy, "bare number", as_trained.accuracy, row["sample"])
 
 
 if __name__ == "__main__":

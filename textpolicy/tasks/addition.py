@@ -30,7 +30,6 @@ def addition_task() -> Task:
         test=tuple(_problem(*p) for p in test),
         prompt=partial(with_worked_examples, worked=[_problem(*p) for p in WORKED]),
         reward=number_reward,
-        question="What is 17 + 25?",
     )
 
 

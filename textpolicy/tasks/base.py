@@ -28,4 +28,3 @@ class Task:
     test: tuple[Problem, ...]  # judges the run; nothing is chosen by it
     prompt: Callable[[str], list[Message]]  # question -> chat messages
     reward: Callable[..., Any]  # (prompt, completion, example, **kwargs) -> number, dict or pair
-    question: str  # one more, to try a trained model with

@@ -30,13 +30,12 @@ def largest_task() -> Task:
         test=tuple(map(_problem, test)),
         prompt=partial(with_worked_examples, worked=[_problem(w) for w in WORKED]),
         reward=number_reward,
-        question="Largest of 14, 62, 7, 35, 58?",
     )
 
 
 def _distinct_lists(count: int) -> list[tuple[int, ...]]:
     random = np.random.default_rng(_SPLIT_SEED)
-    seen = {frozenset(w) for w in WORKED} | {frozenset((14, 62, 7, 35, 58))}
+    seen = {frozenset(w) for w in WORKED}
     lists: list[tuple[int, ...]] = []
     while len(lists) < count:
         drawn = tuple(int(i) for i in random.choice(LARGEST, COUNT, replace=False) + 1)

@@ -36,12 +36,24 @@ def tiny_engine():
 def make_tiny_engine(vocabulary: int):
     """As the fixture, with a vocabulary of one's own."""
     import mlx.core as mx
-    from mlx_lm.models import llama
 
     from textpolicy.mlx.engine import MLXEngine
     from textpolicy.mlx.lora import attach_lora
 
-    mx.random.seed(0)
+    model = attach_lora(tiny_llama(vocabulary), rank=4)
+    for module in model.modules():
+        if "lora_b" in module:
+            module.lora_b = 0.3 * mx.random.normal(module.lora_b.shape)
+    mx.eval(model.parameters())
+    return MLXEngine(model, stop=[0], micro_batch_tokens=10_000)
+
+
+def tiny_llama(vocabulary: int, seed: int = 0):
+    """A two-layer Llama with random weights."""
+    import mlx.core as mx
+    from mlx_lm.models import llama
+
+    mx.random.seed(seed)
     arguments = llama.ModelArgs(
         model_type="llama",
         hidden_size=32,
@@ -52,12 +64,9 @@ def make_tiny_engine(vocabulary: int):
         rms_norm_eps=1e-5,
         vocab_size=vocabulary,
     )
-    model = attach_lora(llama.Model(arguments), rank=4)
-    for module in model.modules():
-        if "lora_b" in module:
-            module.lora_b = 0.3 * mx.random.normal(module.lora_b.shape)
+    model = llama.Model(arguments)
     mx.eval(model.parameters())
-    return MLXEngine(model, stop=[0], micro_batch_tokens=10_000)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below m
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+from conftest import tiny_llama
 from mlx.utils import tree_flatten, tree_map
-from mlx_lm.models.llama import Model, ModelArgs
 
 from textpolicy.algorithms.grpo import compute_advantages, compute_metrics, policy_loss
 from textpolicy.buffer import Buffer
@@ -36,26 +36,9 @@ EPISODES = [
 ADVANTAGES = [0.5, -1.5, -0.5, 1.5, 0.0]  # reward minus the mean of its group
 
 
-def tiny_model(seed=0):
-    args = ModelArgs(
-        model_type="llama",
-        hidden_size=16,
-        num_hidden_layers=2,
-        intermediate_size=32,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        rms_norm_eps=1e-5,
-        vocab_size=16,
-    )
-    mx.random.seed(seed)
-    model = Model(args)
-    mx.eval(model.parameters())
-    return model
-
-
 @pytest.fixture
 def model():
-    return tiny_model()
+    return tiny_llama(16)
 
 
 def own_logprobs(model, prompt, completion, temperature=1.0):
@@ -140,7 +123,7 @@ def test_the_loss_sees_flat_tokens_in_the_order_of_the_buffer_with_old_and_new_a
     spy = Spy(lambda old, new, advantages: ((new - old) * advantages).sum())
     trainer(model, loss_fn=partial(spy)).train(filled(model, drift=0.125))
     old, new, advantages = spy.calls[0]
-    own = [np.asarray(own_logprobs(tiny_model(), p, c)) for p, c, _, _ in EPISODES]
+    own = [np.asarray(own_logprobs(tiny_llama(16), p, c)) for p, c, _, _ in EPISODES]
     counts = [len(c) for _, c, _, _ in EPISODES]
     assert np.allclose(new, np.concatenate(own), atol=1e-5)
     assert np.allclose(old, np.concatenate(own) + 0.125 * np.repeat(range(1, 6), counts), atol=1e-5)
@@ -188,7 +171,7 @@ def test_rollout_and_trainer_score_the_same_tokens_after_the_same_prompt(model):
 @pytest.mark.parametrize("max_grad_norm", [float("inf"), 0.01])
 def test_a_step_is_the_step_of_a_slow_loop_by_hand(model, max_grad_norm):
     buffer = filled(model, drift=-0.05)
-    twin = tiny_model()
+    twin = tiny_llama(16)
     old = [mx.array(np.asarray(e.logprob[0])) for e in buffer.episodes]
 
     def by_hand(m):

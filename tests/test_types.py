@@ -5,8 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import random_episodes
-from hypothesis import given
-from hypothesis import strategies as st
 
 from textpolicy.errors import UserError
 from textpolicy.types import Batch, Completion, Episode
@@ -49,15 +47,6 @@ def test_targets_are_inputs_shifted_by_one_in_every_row():
 def test_weights_hold_the_normaliser(how, expected):
     batch = pack([episode(), episode(tokens=(0,))], **how)
     np.testing.assert_allclose(batch.weights[:, 1:], expected, rtol=1e-6)
-
-
-@given(st.integers(1, 60))
-def test_splitting_keeps_every_row_once_whatever_the_budget(max_tokens):
-    batch = pack(random_episodes(np.random.default_rng(1)))
-    parts = list(batch.split(max_tokens))
-    assert sum(len(p) for p in parts) == len(batch)
-    assert sum(p.weights.sum() for p in parts) == pytest.approx(batch.weights.sum())
-    assert all(p.weights.size <= max_tokens or len(p) == 1 for p in parts)
 
 
 def test_an_episode_without_sampled_tokens_weighs_nothing_and_counts_for_nothing():

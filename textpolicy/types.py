@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
@@ -118,16 +118,6 @@ class Batch:
             weights=weights,
             temperatures=np.array([[e.temperature] for e in episodes], np.float32),
         )
-
-    def split(self, max_tokens: int) -> Iterator[Batch]:
-        """Length-sorted micro-batches of at most ``max_tokens`` padded tokens, or one row."""
-        order = np.argsort(self.lengths, kind="stable")[::-1]
-        start = 0
-        while start < len(order):
-            width = int(self.lengths[order[start]])
-            stop = start + max(1, max_tokens // width)
-            yield self.take(order[start:stop], width)
-            start = stop
 
     def take(self, rows: np.ndarray, width: int | None = None) -> Batch:
         """The given rows, cut to ``width`` positions."""

@@ -21,8 +21,8 @@ def validate_installation(verbose: bool = True) -> dict[str, Any]:
     """Check this installation, print the findings if ``verbose``, and return them.
 
     The dict holds status ("ok" or "fail"), checks (facts by name) and errors (sentences). Only a
-    missing mlx or a broken environment contract is a failure; a slow BLAS, or a missing mlx-lm,
-    gymnasium or built-in model, comes with advice.
+    missing mlx or a broken environment contract is a failure; a slow BLAS, or a missing mlx-lm or
+    built-in model, comes with advice.
     """
     checks = {name: check() for name, check in CHECKS.items()}
     errors = [f"{name}: {facts.pop('error')}" for name, facts in checks.items() if "error" in facts]
@@ -86,9 +86,9 @@ def _mlx() -> Check:
     return describe_mlx()
 
 
-def _package(name: str, install: str) -> Check:
+def _package(name: str, install: str = "") -> Check:
     if find_spec(name) is None:
-        return {"available": False, "advice": install}
+        return {"available": False, **({"advice": install} if install else {})}
     return {"available": True, "version": version(name)}
 
 
@@ -97,7 +97,7 @@ def _mlx_lm() -> Check:
 
 
 def _gymnasium() -> Check:
-    return _package("gymnasium", "to train on gymnasium environments, if you want to: pip install gymnasium")
+    return _package("gymnasium")  # nothing here needs it yet, so its absence is a fact and no advice
 
 
 def _model() -> Check:

@@ -9,7 +9,7 @@ import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below m
 
 # isort: split
 import mlx.core as mx
-from mlx_lm.models.llama import Model, ModelArgs
+from conftest import tiny_llama
 
 from textpolicy.environment import TextGenerationEnv
 from textpolicy.errors import UserError
@@ -38,20 +38,7 @@ class TinyTokenizer:
 
 @pytest.fixture(scope="module")
 def model():
-    args = ModelArgs(
-        model_type="llama",
-        hidden_size=32,
-        num_hidden_layers=2,
-        intermediate_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rms_norm_eps=1e-5,
-        vocab_size=VOCABULARY,
-    )
-    mx.random.seed(1)
-    model = Model(args)
-    mx.eval(model.parameters())
-    return model
+    return tiny_llama(VOCABULARY, seed=1)
 
 
 @pytest.fixture

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..errors import UserError
@@ -79,9 +77,3 @@ def _replace_folder(new: Path, path: Path) -> None:
 def trainable(model: nn.Module) -> dict[str, mx.array]:
     """The trained parameters by their dotted names."""
     return dict(tree_flatten(model.trainable_parameters()))
-
-
-def lora_norm(model: nn.Module) -> float:
-    """Euclidean norm of all B matrices: 0 for an adapter that has not moved."""
-    norms = [np.linalg.norm(np.array(m.lora_b)) for m in model.modules() if isinstance(m, LoRALinear)]
-    return float(np.linalg.norm(norms))

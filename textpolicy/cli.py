@@ -76,6 +76,8 @@ def parse(kind: type[Arguments], arguments: list[str], command: str, **defaults:
         cli_kebab_case=True,
         cli_exit_on_error=False,
         cli_avoid_json=True,
+        cli_hide_none_type=True,
+        cli_implicit_flags=True,
     )
     try:
         return CliApp.run(kind, cli_args=arguments, cli_settings_source=source, **defaults)

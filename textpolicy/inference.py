@@ -48,7 +48,7 @@ class GenerateArguments(Source):
     seed: int = 0
     """Fixes what is drawn."""
     plain: bool = False
-    """True asks as typed: without the worked examples of the run's task, or a chat template."""
+    """Ask as typed: without the worked examples of the run's task, or a chat template."""
 
 
 class EvalArguments(Source):

@@ -32,7 +32,7 @@ class RunView:
         self.console = console or Console(highlight=False)
         self.progress = Progress(
             TextColumn("[bold]training"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -59,10 +59,9 @@ class RunView:
         """Progress after ``step`` (counted from 0)."""
         if step == 0:
             self.progress.start_task(self.bar)
-        line = step_line(step, row)
-        self.progress.update(self.bar, completed=step + 1, last=line)
+        self.progress.update(self.bar, completed=step + 1, last=short_line(row))
         if not self.console.is_terminal and (step % max(1, self.steps // _LINES) == 0 or step == self.steps - 1):
-            self.say(line)
+            self.say(step_line(step, row))
 
     def examples(self, episodes: Sequence[Episode], count: int = 3) -> None:
         """A few completions with their rewards, as they were sampled."""
@@ -70,7 +69,8 @@ class RunView:
             self.say(f"      {e.prompt!r} -> {e.text!r}  reward {e.reward:g}")
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """The closing table."""
+        """The closing table; nothing moves after it."""
+        self.progress.stop()
         table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
@@ -79,12 +79,18 @@ class RunView:
         self.console.print(table)
 
 
+def short_line(row: Row) -> str:
+    """What stands beside the bar, which needs most of an 80-column line for itself."""
+    return f"correct {row['accuracy']:.0%}" if "accuracy" in row else f"reward {row['reward_mean']:.2f}"
+
+
 def step_line(step: int, row: Row) -> str:
     """One training step in one line."""
     accuracy = f"  correct {row['accuracy']:4.0%}" if "accuracy" in row else ""
+    entropy = f"entropy {row['entropy']:.2f}  " if "entropy" in row else ""  # an engine may not see it
     seconds = row["sample_seconds"] + row["update_seconds"]
     return (
         f"step {step + 1:3d}  reward {row['reward_mean']:.2f}{accuracy}  "
         f"agreeing groups {row['frac_reward_zero_std']:3.0%}  length {row['length_mean']:.1f}  "
-        f"entropy {row['entropy']:.2f}  gradient {row['grad_norm']:.2f}  {seconds:.1f} s"
+        f"{entropy}gradient {row['grad_norm']:.2f}  {seconds:.1f} s"
     )

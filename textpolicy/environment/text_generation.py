@@ -197,7 +197,10 @@ class _Codec:
         if chat is False:
             raise UserError("chat is False and a prompt is a list of messages; leave chat out")
         if self.encode_chat is None:
-            raise UserError("this tokenizer has no chat template; give strings as prompts and leave chat out")
+            raise UserError(
+                "this tokenizer has no chat template, which prompts made of messages need; "
+                "use an instruction-tuned model, or plain strings as prompts"
+            )
         return self.encode_chat(prompt)
 
     def text(self, tokens: list[int]) -> str:

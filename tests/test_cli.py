@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from textpolicy.cli import main
+from textpolicy.cli import COMMANDS, main
 
 
 def refused(capsys, *argv):
@@ -55,6 +55,11 @@ def test_an_unknown_command_is_refused(capsys):
         (["generate", "--model", "smollm2-135m", "--temperature", "-1", "hello"], "temperature is -1"),
         (["generate", "--model", "smollm2-135m", "  "], "the prompt is empty"),
         (["eval", "--model", "smollm2-135m"], "no task to measure"),
+        (["eval", "--model", "smollm2-135m", "--task", "largest", "--max-tokens", "0"], "max_tokens is 0"),
+        (["eval", "--model", "smollm2-135m", "--task", "largest", "--temperature", "-1"], "temperature is -1"),
+        (["generate", "--model", "smollm2-135m", "--top-p", "0", "hello"], "top_p is 0"),
+        (["generate", "--model", "smollm2-135m", "--repetition-penalty", "0", "hello"], "repetition_penalty is 0"),
+        (["generate", "--run", "a", "--adapter", "b", "hello"], "--adapter b stands beside --run"),
     ],
 )
 def test_what_cannot_work_is_one_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch, argv, sentence):
@@ -95,3 +100,29 @@ def test_the_module_runs_as_a_command():
     done = subprocess.run([sys.executable, "-m", "textpolicy", "nonsense"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "there is no command 'nonsense'" in done.stderr
+
+
+def test_a_package_that_is_missing_is_named_with_the_install_line(capsys, monkeypatch):
+    def lacks(arguments):
+        raise ModuleNotFoundError("No module named 'gguf'", name="gguf")
+
+    monkeypatch.setitem(COMMANDS, "tasks", lacks)
+    assert "the package 'gguf' is not installed; install it with: pip install" in refused(capsys, "tasks")
+
+
+def test_a_module_of_our_own_that_is_missing_is_a_bug_and_stays_one(monkeypatch):
+    def lacks(arguments):
+        raise ModuleNotFoundError("No module named 'textpolicy.nonsense'", name="textpolicy.nonsense")
+
+    monkeypatch.setitem(COMMANDS, "tasks", lacks)
+    with pytest.raises(ModuleNotFoundError):
+        main(["tasks"])
+
+
+def test_ctrl_c_exits_with_130(capsys, monkeypatch):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "tasks", interrupted)
+    assert main(["tasks"]) == 130
+    assert capsys.readouterr().err == "textpolicy: stopped by Ctrl-C\n"

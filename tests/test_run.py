@@ -6,6 +6,10 @@ from dataclasses import replace
 import pytest
 
 from textpolicy.cli import main
+from textpolicy.config import Config
+from textpolicy.errors import UserError
+from textpolicy.report import diagnose
+from textpolicy.run import claim_folder
 from textpolicy.tasks import TASKS, load_task
 
 SMALL = [
@@ -73,6 +77,48 @@ def test_a_trained_run_can_be_asked(trained, capsys):
     assert capsys.readouterr().out.strip()
     assert main(["generate", "--model=smollm2-135m", "--max-tokens=8", "What is the capital of France?"]) == 0
     assert "Paris" in capsys.readouterr().out
+
+
+def test_its_adapter_can_be_given_to_the_model_by_hand(trained, capsys):
+    asked = ["--max-tokens=8", "--plain", "The capital of France is"]
+    assert main(["generate", "--model=smollm2-135m", f"--adapter={trained / 'adapter'}", *asked]) == 0
+    by_hand = capsys.readouterr().out
+    assert main(["generate", f"--run={trained}", *asked]) == 0
+    assert capsys.readouterr().out == by_hand
+
+
+@pytest.mark.parametrize(
+    "asked", [["train", "--machine.threads=3"], ["generate", "--model=smollm2-135m", "--threads=3", "hello"]]
+)
+def test_the_number_of_threads_reaches_the_blas(asked, monkeypatch, capsys):
+    def refuse(n):
+        raise UserError(f"asked for {n} threads")
+
+    monkeypatch.setattr("textpolicy.mlx.blas.set_blas_threads", refuse)
+    assert main(asked) == 2
+    assert "asked for 3 threads" in capsys.readouterr().err
+
+
+def test_runs_without_a_name_get_the_first_free_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [str(claim_folder(Config())) for _ in range(3)] == [
+        "runs/largest-grpo-seed0",
+        "runs/largest-grpo-seed0-2",
+        "runs/largest-grpo-seed0-3",
+    ]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot make the output folder"):
+        claim_folder(Config(output=tmp_path / "file" / "run"))
+
+
+def test_a_run_that_often_could_not_learn_says_how_often():
+    idle, busy = {"updated": 0, "reward_mean": 0.5}, {"updated": 1, "reward_mean": 0.7}
+    [sentence] = diagnose([idle, busy])
+    assert "in 1 of 2 steps every group's rewards agreed (mean always 0.5)" in sentence
+    assert diagnose([idle, busy, busy, busy]) == []
 
 
 def test_a_constant_reward_moves_nothing_and_the_run_says_so(tmp_path, monkeypatch, capsys):

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _refuse(f"the package {error.name!r} is not installed; install it with: pip install 'textpolicy[mlx]'")
     except KeyboardInterrupt:
-        print("textpolicy: stopped by Ctrl-C; metrics up to the last step are in the run's folder", file=sys.stderr)
+        print("textpolicy: stopped by Ctrl-C", file=sys.stderr)
         return 130
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from scipy.stats import binomtest
 
 from .engine import Engine, Sampling
@@ -52,10 +51,6 @@ class Evaluation:
                 'return {"reward": ..., "is_correct": ...} from it to measure accuracy'
             )
         return Rate(int(sum(known)), len(known))
-
-    @property
-    def reward(self) -> float:
-        return float(np.mean([e.reward for e in self.episodes]))
 
 
 def evaluate(engine: Engine, env: TextGenerationEnv, sampling: Sampling) -> Evaluation:

@@ -105,7 +105,8 @@ def evaluate(asked: EvalArguments) -> str:
     task = load_task(name)
     problems = getattr(task, asked.split)[: asked.problems or None]
     env = environment(task, problems, source.tokenizer, config)
-    sampling = Sampling(asked.max_tokens or config.rollout.max_tokens, asked.temperature, seed=asked.seed)
+    longest = config.rollout.max_tokens if asked.max_tokens is None else asked.max_tokens
+    sampling = Sampling(longest, asked.temperature, seed=asked.seed)
     result = judge(source.engine, env, sampling)
     shown = [f"  {e.prompt!r} -> {e.text!r}  reward {e.reward:g}" for e in result.episodes[: asked.show]]
     rate = result.accuracy
@@ -117,6 +118,8 @@ def load(source: Source) -> Loaded:
     """The engine of a run or of a model; exactly one of the two must be given."""
     if (source.run is None) == (source.model is None):
         raise UserError("give either --run RUN or --model NAME, not both or neither")
+    if source.run is not None and source.adapter is not None:
+        raise UserError(f"--adapter {source.adapter} stands beside --run, which has its own; give one of them")
     config = None if source.run is None else _run_config(source.run)
     adapter = source.adapter if source.run is None else source.run / "adapter"
     from .mlx.blas import set_blas_threads

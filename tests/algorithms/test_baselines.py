@@ -51,3 +51,18 @@ def test_gspo_uses_the_papers_band_and_the_sequence_ratio():
 def test_an_unknown_algorithm_names_the_nearest():
     with pytest.raises(UserError, match=r"'grop'.*did you mean 'grpo'"):
         algorithm("grop")
+
+
+def test_stages_change_the_credit_of_sampled_tokens_in_their_order():
+    def double(credit):
+        return replace(credit, advantage=2 * credit.advantage)
+
+    def add_one(credit):
+        return replace(credit, advantage=credit.advantage + 1)
+
+    episodes = random_episodes(np.random.default_rng(1), groups=1, size=2)
+    plain = ALGORITHMS["dr_grpo"].credit(episodes)
+    staged = replace(ALGORITHMS["dr_grpo"], stages=(double, add_one)).credit(episodes)
+    sampled = plain.weights != 0
+    np.testing.assert_allclose(staged.advantages[sampled], 2 * plain.advantages[sampled] + 1)
+    assert not staged.advantages[~sampled].any()

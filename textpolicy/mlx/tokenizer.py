@@ -86,7 +86,7 @@ def _bpe(data: TokenizerData) -> models.BPE:
     try:
         # Llama 3 takes a whole word that is in the vocabulary before it looks at the merges
         return models.BPE(vocabulary, pairs, ignore_merges=data.pre_tokenizer == "llama-bpe")
-    except Exception as error:
+    except Exception as error:  # the class that tokenizers raises; nothing narrower exists
         raise UserError(f"the merges of this GGUF file do not fit its tokens ({error}); download it again") from error
 
 

@@ -174,7 +174,7 @@ def call_reward(fn: RewardFunction, prompt: str, completion: str, example: Mappi
     where = f"for prompt {_excerpt.repr(prompt)} and completion {_excerpt.repr(completion)}"
     try:
         result = fn(prompt=prompt, completion=completion, example=example, **extra)
-    except Exception as error:
+    except Exception as error:  # a user's function may raise anything; none of it is swallowed
         raised = f"raised {type(error).__name__} ({_excerpt.repr(str(error))})"
         raise RewardError(f"reward {_name(fn)!r} {raised} {where}; mend it to return a number") from error
     try:

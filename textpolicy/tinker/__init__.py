@@ -1,0 +1,1 @@
+"""Training on the Tinker service: what it is sent, and the engine that sends it."""

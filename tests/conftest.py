@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ import textpolicy.mlx  # noqa: F401  (before mlx, which thereby gets its fast BL
 from textpolicy.types import Completion, Episode
 
 VOCABULARY = 300
+WORDS = (" let me", " check", " then", " so", " seven", "")  # of made-up completions; the first two make a gram
 
 
 def random_episodes(rng: np.random.Generator, groups: int = 4, size: int = 4) -> list[Episode]:
@@ -23,8 +26,17 @@ def random_episodes(rng: np.random.Generator, groups: int = 4, size: int = 4) ->
                 rng.uniform(-6, -5, t).astype(np.float32),
                 rng.uniform(0, 2, t).astype(np.float32),
             )
-            out.append(Episode.from_completion(prompt, completion, reward=float(rng.random() < 0.5), group=g))
+            pieces = tuple(rng.choice(WORDS, t).tolist())
+            reward = float(rng.random() < 0.5)
+            out.append(Episode.from_completion(prompt, completion, reward=reward, group=g, pieces=pieces))
     return out
+
+
+def recipe(name: str):
+    """A recipe as a run with completions of at most 8 tokens sets it up."""
+    from textpolicy.algorithms import algorithm
+
+    return replace(algorithm(name), length=8.0)
 
 
 @pytest.fixture

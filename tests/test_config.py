@@ -40,7 +40,7 @@ def test_the_json_of_a_config_reads_back_equal():
         ("[rollout]\ntemperature = 0", "rollout.temperature is 0; input should be greater than 0"),
         ("[optimizer]\nlearning_rate = nan", "optimizer.learning_rate is nan"),
         ('steps = "many"', "steps is many; input should be a valid integer"),
-        ('[algorithm]\nname = "grop"', "algorithm.name is grop; input should be 'grpo', 'dr_grpo' or 'gspo'"),
+        ('[algorithm]\nname = "grop"', "there is no algorithm 'grop'; did you mean 'grpo'?"),
         ("steps = 2", "optimizer.warmup_steps is 3 and steps is 2; set the warm-up to at most the steps"),
         ("steps = ", "is not TOML"),
     ],

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import make_tiny_engine
+from conftest import make_tiny_engine, recipe
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,14 +30,19 @@ def share_of_seven(prompt, completion, example):
     return words.count("7") / max(len(words), 1)
 
 
+def starts_with_seven(prompt, completion, example):
+    return float(completion.startswith("7"))
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_tiny_model_learns_to_say_seven(name):
-    env = TextGenerationEnv(["1 2", "3", "4 5 6", "2 2"], share_of_seven, max_tokens=6, tokenizer=Numbers())
+    reward = starts_with_seven if name == "gtpo_paper" else share_of_seven  # the paper's outcomes are two
+    env = TextGenerationEnv(["1 2", "3", "4 5 6", "2 2"], reward, max_tokens=6, tokenizer=Numbers())
     seen = []
     train(
         make_tiny_engine(vocabulary=16),
         env,
-        ALGORITHMS[name],
+        recipe(name),
         schedule=Schedule(0.05, steps=24, final=0.1),
         prompts_per_step=4,
         group_size=16,

@@ -18,11 +18,26 @@ NAMES = [
     "load_model", "create_policy", "encode", "decode", "generate_tokens",
     "TextGenerationEnv", "RolloutRunner", "create_strategy", "Buffer", "Trainer",
     "compute_advantages", "compute_advantages_dr_grpo", "policy_loss", "compute_metrics", "validate_installation",
+    "compute_advantages_maxrl", "policy_loss_sequence", "policy_loss_token", "create_gspo_policy_loss",
+    "select_all_data", "select_recent_data", "select_informative_data", "filter_informative_prompts",
+    "compute_prompt_group_stats", "compute_token_entropy", "apply_entropy_weighting", "compute_advantages_gtpo",
+    "compute_gtpo_shaped_rewards", "normalize_gtpo_advantages", "gtpo_loss", "SEPAController",
+    "build_gtpo_transform", "build_gtpo_hicra_transform", "identify_planning_tokens",
+    "compute_length_penalty", "apply_length_shaping", "compute_length_shaping_stats",
+    "apply_hicra_amplification", "boost_entropy_with_planning",
 ]  # fmt: skip
 PATHS = {
     "textpolicy.algorithms": ["grpo"],
     "textpolicy.algorithms.grpo": [
         "compute_advantages", "compute_advantages_dr_grpo", "policy_loss", "compute_metrics",
+        "compute_advantages_maxrl", "select_recent_data", "select_all_data", "select_informative_data",
+        "filter_informative_prompts", "compute_prompt_group_stats", "compute_token_entropy",
+        "apply_entropy_weighting", "compute_advantages_gtpo", "compute_gtpo_shaped_rewards",
+        "normalize_gtpo_advantages", "gtpo_loss",
+    ],
+    "textpolicy.algorithms.gspo": [
+        "policy_loss_sequence", "policy_loss_token", "create_gspo_policy_loss",
+        "compute_sequence_importance_weights", "compute_metrics_sequence",
     ],
     "textpolicy.buffer": ["Buffer", "Episode"],
     "textpolicy.environment": ["Environment", "TextGenerationEnv"],
@@ -36,7 +51,12 @@ PATHS = {
     "textpolicy.rollout": ["RolloutRunner", "create_strategy"],
     "textpolicy.rollout.runner": ["RolloutRunner"],
     "textpolicy.rollout.strategy": ["create_strategy"],
-    "textpolicy.training": ["Trainer"],
+    "textpolicy.tinker.advantages": [
+        "compute_grpo_advantages", "compute_maxrl_advantages", "apply_gtpo_weighting", "apply_hicra",
+        "apply_sepa_pooling", "identify_planning_tokens", "DEFAULT_STRATEGIC_GRAMS", "SEPAController",
+        "compute_composable_advantages",
+    ],
+    "textpolicy.training": ["Trainer", "build_gtpo_transform", "build_gtpo_hicra_transform"],
     "textpolicy.validate": ["validate_installation"],
 }  # fmt: skip
 MODULES = {path: path.relative_to(ROOT) for path in sorted(ROOT.rglob("*.py"))}

@@ -115,7 +115,8 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_a_run_that_often_could_not_learn_says_how_often():
-    idle, busy = {"updated": 0, "reward_mean": 0.5}, {"updated": 1, "reward_mean": 0.7}
+    every = {"unscorable": 0, "batch_full": 1}
+    idle, busy = {"updated": 0, "reward_mean": 0.5, **every}, {"updated": 1, "reward_mean": 0.7, **every}
     [sentence] = diagnose([idle, busy])
     assert "in 1 of 2 steps every group's rewards agreed (mean always 0.5)" in sentence
     assert diagnose([idle, busy, busy, busy]) == []

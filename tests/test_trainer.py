@@ -15,14 +15,22 @@ import mlx.optimizers as optim
 from conftest import tiny_llama
 from mlx.utils import tree_flatten, tree_map
 
-from textpolicy.algorithms.grpo import compute_advantages, compute_metrics, policy_loss
+from textpolicy.algorithms.grpo import (
+    compute_advantages,
+    compute_advantages_maxrl,
+    compute_metrics,
+    policy_loss,
+    select_informative_data,
+    select_recent_data,
+)
+from textpolicy.algorithms.gspo import compute_metrics_sequence, create_gspo_policy_loss, policy_loss_sequence
 from textpolicy.buffer import Buffer
 from textpolicy.environment import TextGenerationEnv
 from textpolicy.errors import UserError
 from textpolicy.mlx.lora import attach_lora
 from textpolicy.mlx.policy import create_policy
 from textpolicy.rollout import RolloutRunner, create_strategy
-from textpolicy.training import Trainer
+from textpolicy.training import Trainer, build_gtpo_hicra_transform, build_gtpo_transform
 
 # (prompt, completion, reward, group): groups mixed, lengths mixed, one completion there twice,
 # and in no order that a scorer would choose
@@ -165,6 +173,208 @@ def test_rollout_and_trainer_score_the_same_tokens_after_the_same_prompt(model):
     assert np.allclose(old, new, atol=1e-4)
 
 
+def test_what_could_not_be_scored_is_not_shown_and_gets_no_advantage(model):
+    nan = float("nan")
+    episodes = [([5], [7], 1.0, 0), ([5], [6], nan, 0), ([5], [3], 0.0, 0), ([8], [2], nan, 1), ([8], [4], nan, 1)]
+    advantages, loss = Spy(compute_advantages), Spy(policy_loss)
+    trainer(model, advantage_fn=advantages, loss_fn=loss).train(filled(model, episodes))
+    assert [call[0].tolist() for call in advantages.calls] == [[1.0, 0.0]]
+    assert loss.calls[0][2].tolist() == [0.5, 0.0, -0.5, 0.0, 0.0]
+
+
+def test_maxrl_sees_one_group_at_a_time_too(model):
+    spy = Spy(policy_loss)
+    episodes = [([5], [7], 1.0, 0), ([5], [6], 0.0, 0), ([8], [2], 1.0, 1), ([8], [3], 1.0, 1)]
+    trainer(model, advantage_fn=compute_advantages_maxrl, loss_fn=spy).train(filled(model, episodes))
+    assert np.allclose(spy.calls[0][2], [1, -1, 0, 0], atol=1e-5)
+
+
+def test_the_rewards_that_the_advantages_are_made_of_can_be_chosen(model):
+    spy = Spy(compute_advantages)
+    trainer(model, advantage_fn=spy, advantage_reward_key="binary_rewards").train(filled(model))
+    assert sorted(call[0].tolist() for call in spy.calls) == [[0.0, 1.0], [1.0, 0.0, 0.0]]
+    with pytest.raises(UserError, match="did you mean 'binary_rewards'"):
+        trainer(model, advantage_reward_key="binary_reward").train(filled(model))
+    with pytest.raises(UserError, match=r"'logprob', of shape \(11,\) for 5 episodes"):
+        trainer(model, advantage_reward_key="logprob").train(filled(model))
+
+
+# sequence lengths
+
+LENGTHS = [1, 4, 3, 2, 1]
+
+
+def test_functions_that_name_sequence_lengths_are_given_them(model):
+    seen = []
+
+    def loss(old, new, advantages, sequence_lengths):
+        seen.append(("loss", sequence_lengths.tolist()))
+        return policy_loss(old, new, advantages)
+
+    def metrics(old, new, advantages, *, sequence_lengths=None):
+        seen.append(("metrics", sequence_lengths.tolist()))
+        return {}
+
+    trainer(model, loss_fn=loss, metrics_fn=metrics).train(filled(model))
+    assert seen == [("loss", LENGTHS), ("metrics", LENGTHS)]
+
+
+def test_an_episode_without_tokens_has_no_length(model):
+    seen = []
+
+    def loss(old, new, advantages, sequence_lengths):
+        seen.append(sequence_lengths.tolist())
+        return policy_loss(old, new, advantages)
+
+    buffer, empty = filled(model, [([5], [7, 1], 1.0, 0), ([5], [6], 0.0, 0)]), np.zeros(0, np.float32)
+    buffer.add(np.array([5], np.int32), [], 0.0, empty, True, logprob=empty, group=0)
+    buffer.episodes.insert(1, buffer.episodes.pop())
+    trainer(model, loss_fn=loss).train(buffer)
+    assert seen == [[2, 1]]
+
+
+@pytest.mark.parametrize("loss_fn", [policy_loss_sequence, create_gspo_policy_loss(), create_gspo_policy_loss("token")])
+def test_gspo_trains_on_whole_episodes(model, loss_fn):
+    """The loss is that of a loop over the episodes: s = exp(-0.05 n) of the n-th, outside the band."""
+    ratios = [np.exp(-0.05 * n) for n in range(1, 6)]
+    terms = [min(s * a, np.clip(s, 0.9997, 1.0004) * a) for s, a in zip(ratios, ADVANTAGES, strict=True)]
+    result = trainer(model, loss_fn=loss_fn, metrics_fn=compute_metrics_sequence).train(filled(model, drift=0.05))
+    assert result["loss"] == pytest.approx(-np.mean(terms), rel=1e-4)
+    assert result["grad_norm"] > 0
+    assert result["seq_clip_fraction"] == 1
+
+
+# selected data
+
+
+def test_a_selector_chooses_what_of_the_buffer_is_trained_on(model):
+    spy = Spy(policy_loss)
+    last_two = partial(select_recent_data, max_episodes=2)
+    trainer(model, loss_fn=spy, data_selector_fn=last_two).train(filled(model))
+    assert spy.calls[0][2].tolist() == [0.0, 0.0, 0.0]  # each alone in its group now
+
+
+def test_a_dict_of_selected_data_is_trained_on_like_the_buffer(model):
+    twin, buffer = tiny_llama(16), filled(model, drift=0.1)
+    data = select_recent_data(buffer)
+    one, other = trainer(model).train(buffer), trainer(twin).train({k: _mlx(v) for k, v in data.items()})
+    assert one == other
+    assert all(np.array_equal(value, weights(twin)[name]) for name, value in weights(model).items())
+
+
+def _mlx(value):
+    return mx.array(value) if isinstance(value, np.ndarray) else value
+
+
+def test_a_dict_leaves_the_linked_buffer_alone(model):
+    buffer = filled(model)
+    trainer(model, buffer=buffer).train(select_recent_data(buffer))
+    assert buffer.episode_count == 5
+
+
+def test_where_no_group_is_informative_a_step_passes_and_nothing_moves(model):
+    buffer = filled(model, [([5], [7], 1.0, 0), ([5], [6], 1.0, 0)])
+    before, train = weights(model), trainer(model, data_selector_fn=select_informative_data, metrics_fn=compute_metrics)
+    assert train.train(buffer) == {"loss": 0.0, "grad_norm": 0.0, "step": 0}
+    assert buffer.episodes == []
+    assert moved(before, model) == set()
+    assert train.step_count == 1
+
+
+def test_linking_a_buffer_can_bring_a_selector_and_keeps_the_one_before(model):
+    counts = []
+
+    def select(buffer):
+        counts.append(buffer.episode_count)
+        return select_recent_data(buffer)
+
+    train = trainer(model)
+    train.link_buffer(filled(model), select)
+    train.train()
+    train.link_buffer(filled(model, EPISODES[:3]))
+    train.train()
+    assert counts == [5, 3]
+
+
+# transforms
+
+
+class Doubling:
+    """Doubles advantages and remembers what it saw."""
+
+    def __init__(self):
+        self.seen = []
+
+    def prepare_batch(self, batch):
+        self.seen.append("prepared")
+        batch["factor"] = 2
+
+    def __call__(self, advantages, batch):
+        self.seen.append(batch)
+        return advantages * batch["factor"]
+
+    def postprocess_batch(self, batch):
+        self.seen.append("processed")
+        batch["transform_metrics"] = {"factor": float(batch["factor"])}
+
+
+def test_a_transform_changes_the_advantages_of_the_tokens(model):
+    spy, double = Spy(policy_loss), Doubling()
+    result = trainer(model, loss_fn=spy, advantage_transform_fn=double).train(filled(model))
+    assert spy.calls[0][2].tolist() == (2 * np.repeat(ADVANTAGES, LENGTHS)).tolist()
+    assert result["factor"] == 2
+    assert [s for s in double.seen if isinstance(s, str)] == ["prepared", "processed"]
+
+
+def test_a_transform_sees_the_selected_data_as_mlx_arrays_and_the_step(model):
+    double, buffer = Doubling(), filled(model)
+    wanted = select_recent_data(buffer)
+    train = trainer(model, advantage_transform_fn=double, on_policy=False)
+    train.train(buffer)
+    train.train(buffer)
+    batch = double.seen[1]
+    assert {type(batch[name]) for name, value in wanted.items() if isinstance(value, np.ndarray)} == {mx.array}
+    assert batch["rewards"].tolist() == [1.0, 0.0, 0.0, 3.0, 0.5]
+    assert batch["act"].tolist() == wanted["act"].tolist()
+    assert [b["step"] for b in double.seen if isinstance(b, dict)] == [0, 1]
+
+
+def test_a_plain_function_is_a_transform_too(model):
+    spy = Spy(policy_loss)
+    trainer(model, loss_fn=spy, advantage_transform_fn=lambda a, batch: np.array(a) * 0 + 1).train(filled(model))
+    assert spy.calls[0][2].tolist() == [1.0] * 11
+
+
+@pytest.mark.parametrize("wrong", [lambda a, batch: a[:-1], lambda a, batch: a[None], lambda a, batch: a / 0])
+def test_a_transform_must_return_one_finite_number_for_each_token(model, wrong):
+    buffer, before = filled(model), weights(model)
+    with pytest.raises(UserError, match="advantage_transform_fn made"):
+        trainer(model, advantage_transform_fn=wrong).train(buffer)
+    assert buffer.episode_count == 5
+    assert moved(before, model) == set()
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_the_built_in_transforms_train_on_what_a_policy_collects(model, base):
+    """Exact entropies come from the policy, and the correct rate that opens SEPA's gate from the rewards."""
+
+    def even(prompt, completion, example):
+        return {"reward": float(len(completion)), "is_correct": len(completion) % 2 == 0}
+
+    env = TextGenerationEnv(["12", "345"], even, tokenizer=ChatTokenizer(), group_size=4)
+    policy = create_policy(model, ChatTokenizer(), {"max_tokens": 5, "seed": 1})
+    runner = RolloutRunner(env, policy, create_strategy("grpo"), max_steps=8)
+    transform = build_gtpo_transform(
+        tokenizer=ChatTokenizer(), strategic_grams=["1"], sepa_steps=2, sepa_correct_rate_gate=0.1, use_maxrl_base=base
+    )
+    train = trainer(model, advantage_transform_fn=transform, advantage_reward_key="binary_rewards")
+    results = [train.train(runner.collect()) for _ in range(3)]
+    assert [r["sepa_lambda"] for r in results] == [0, 0.5, 1]
+    assert all(r["sepa_gate_open"] == 1 and r["grad_norm"] > 0 for r in results)
+    other = trainer(model, advantage_transform_fn=build_gtpo_hicra_transform(ChatTokenizer()))
+    assert other.train(runner.collect())["grad_norm"] > 0
+
+
 # the step
 
 
@@ -281,9 +491,14 @@ def test_without_a_buffer_train_says_how_to_give_one(model):
         trainer(model).train()
 
 
-def test_a_dict_instead_of_a_buffer_is_refused(model):
-    with pytest.raises(UserError, match="got a dict"):
+def test_a_dict_that_no_selector_made_is_refused(model):
+    with pytest.raises(UserError, match="lacks obs, logprob, episode_lengths"):
         trainer(model).train({"rewards": [1.0]})
+
+
+def test_what_is_neither_buffer_nor_dict_is_refused(model):
+    with pytest.raises(UserError, match="got a list; pass the Buffer"):
+        trainer(model).train([1.0])
 
 
 def test_an_empty_buffer_is_refused(model):

@@ -39,9 +39,9 @@ def test_targets_are_inputs_shifted_by_one_in_every_row():
 @pytest.mark.parametrize(
     ("how", "expected"),
     [
-        ({"normalize": "token"}, [[1 / 4] * 3, [1 / 4, 0, 0]]),
-        ({"normalize": "sequence"}, [[1 / 6] * 3, [1 / 2, 0, 0]]),
-        ({"normalize": "constant", "constant": 8}, [[1 / 16] * 3, [1 / 16, 0, 0]]),
+        ({"aggregation": "token-mean"}, [[1 / 4] * 3, [1 / 4, 0, 0]]),
+        ({"aggregation": "seq-mean-token-mean"}, [[1 / 6] * 3, [1 / 2, 0, 0]]),
+        ({"aggregation": "seq-mean-token-sum-norm", "length": 8}, [[1 / 16] * 3, [1 / 16, 0, 0]]),
     ],
 )
 def test_weights_hold_the_normaliser(how, expected):
@@ -51,7 +51,7 @@ def test_weights_hold_the_normaliser(how, expected):
 
 def test_an_episode_without_sampled_tokens_weighs_nothing_and_counts_for_nothing():
     empty = replace(episode(), mask=np.zeros(5, bool))
-    batch = pack([episode(), empty], normalize="sequence")
+    batch = pack([episode(), empty], aggregation="seq-mean-token-mean")
     np.testing.assert_allclose(batch.weights[0, 1:], 1 / 3, rtol=1e-6)
     assert not batch.weights[1].any()
 

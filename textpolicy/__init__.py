@@ -7,12 +7,34 @@ from typing import TYPE_CHECKING, Any
 from ._openblas import await_mlx
 
 if TYPE_CHECKING:  # for type checkers and editors; the table below says the same to Python
+    from .algorithms.grpo import apply_entropy_weighting as apply_entropy_weighting
     from .algorithms.grpo import compute_advantages as compute_advantages
     from .algorithms.grpo import compute_advantages_dr_grpo as compute_advantages_dr_grpo
+    from .algorithms.grpo import compute_advantages_gtpo as compute_advantages_gtpo
+    from .algorithms.grpo import compute_gtpo_shaped_rewards as compute_gtpo_shaped_rewards
     from .algorithms.grpo import compute_metrics as compute_metrics
+    from .algorithms.grpo import compute_token_entropy as compute_token_entropy
+    from .algorithms.grpo import gtpo_loss as gtpo_loss
+    from .algorithms.grpo import normalize_gtpo_advantages as normalize_gtpo_advantages
     from .algorithms.grpo import policy_loss as policy_loss
+    from .algorithms.gspo import create_gspo_policy_loss as create_gspo_policy_loss
+    from .algorithms.gspo import policy_loss_sequence as policy_loss_sequence
+    from .algorithms.gspo import policy_loss_token as policy_loss_token
+    from .algorithms.hicra import apply_hicra_amplification as apply_hicra_amplification
+    from .algorithms.hicra import boost_entropy_with_planning as boost_entropy_with_planning
+    from .algorithms.length import apply_length_shaping as apply_length_shaping
+    from .algorithms.length import compute_length_penalty as compute_length_penalty
+    from .algorithms.length import compute_length_shaping_stats as compute_length_shaping_stats
+    from .algorithms.maxrl import compute_advantages_maxrl as compute_advantages_maxrl
+    from .algorithms.selection import compute_prompt_group_stats as compute_prompt_group_stats
+    from .algorithms.selection import filter_informative_prompts as filter_informative_prompts
+    from .algorithms.selection import select_all_data as select_all_data
+    from .algorithms.selection import select_informative_data as select_informative_data
+    from .algorithms.selection import select_recent_data as select_recent_data
+    from .algorithms.sepa import SEPAController as SEPAController
     from .buffer import Buffer as Buffer
     from .environment import TextGenerationEnv as TextGenerationEnv
+    from .environment.pieces import identify_planning_tokens as identify_planning_tokens
     from .mlx.models import load_model as load_model
     from .mlx.policy import create_policy as create_policy
     from .mlx.policy import decode as decode
@@ -27,6 +49,8 @@ if TYPE_CHECKING:  # for type checkers and editors; the table below says the sam
     from .rollout import RolloutRunner as RolloutRunner
     from .rollout import create_strategy as create_strategy
     from .training import Trainer as Trainer
+    from .training import build_gtpo_hicra_transform as build_gtpo_hicra_transform
+    from .training import build_gtpo_transform as build_gtpo_transform
     from .validate import validate_installation as validate_installation
 
     __version__: str
@@ -34,23 +58,47 @@ if TYPE_CHECKING:  # for type checkers and editors; the table below says the sam
 _HOME = {  # public name -> the module it lives in
     "Buffer": "buffer",
     "RolloutRunner": "rollout",
+    "SEPAController": "algorithms.sepa",
     "TextGenerationEnv": "environment",
     "Trainer": "training",
     "accuracy_reward": "rewards",
+    "apply_entropy_weighting": "algorithms.grpo",
+    "apply_hicra_amplification": "algorithms.hicra",
+    "apply_length_shaping": "algorithms.length",
+    "boost_entropy_with_planning": "algorithms.hicra",
+    "build_gtpo_hicra_transform": "training",
+    "build_gtpo_transform": "training",
     "compute_advantages": "algorithms.grpo",
     "compute_advantages_dr_grpo": "algorithms.grpo",
+    "compute_advantages_gtpo": "algorithms.grpo",
+    "compute_advantages_maxrl": "algorithms.maxrl",
+    "compute_gtpo_shaped_rewards": "algorithms.grpo",
+    "compute_length_penalty": "algorithms.length",
+    "compute_length_shaping_stats": "algorithms.length",
     "compute_metrics": "algorithms.grpo",
+    "compute_prompt_group_stats": "algorithms.selection",
+    "compute_token_entropy": "algorithms.grpo",
+    "create_gspo_policy_loss": "algorithms.gspo",
     "create_policy": "mlx.policy",
     "create_strategy": "rollout",
     "decode": "mlx.policy",
     "encode": "mlx.policy",
+    "filter_informative_prompts": "algorithms.selection",
     "generate_tokens": "mlx.policy",
+    "gtpo_loss": "algorithms.grpo",
+    "identify_planning_tokens": "environment.pieces",
     "keyword_reward": "rewards",
     "length_reward": "rewards",
     "load_model": "mlx.models",
+    "normalize_gtpo_advantages": "algorithms.grpo",
     "perplexity_reward": "rewards",
     "policy_loss": "algorithms.grpo",
+    "policy_loss_sequence": "algorithms.gspo",
+    "policy_loss_token": "algorithms.gspo",
     "reward": "rewards",
+    "select_all_data": "algorithms.selection",
+    "select_informative_data": "algorithms.selection",
+    "select_recent_data": "algorithms.selection",
     "validate_installation": "validate",
     "verifier": "rewards",
 }

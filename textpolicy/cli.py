@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import difflib
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from pydantic_settings import CliApp, CliSettingsSource, SettingsError
+from pydantic_settings import CliApp, CliPositionalArg, CliSettingsSource, SettingsError
 
-from .config import Section, explain, read_values
+from .config import AlgorithmSettings, Section, explain, read_values
 from .errors import TextPolicyError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from .algorithms import Algorithm
+    from .algorithms.describe import Setting
 
 Arguments = TypeVar("Arguments", bound=BaseModel)
 
@@ -134,19 +143,114 @@ def validate(arguments: list[str]) -> int:
     return check(arguments)
 
 
-def algorithms(arguments: list[str]) -> int:
-    """List the algorithms."""
-    from .algorithms import ALGORITHMS
+_UNBROKEN = 1000  # columns: what is piped has one line per row
+_WIDTHS = (20, 15, 11, 9, 13, 14, 10)  # of the table of algorithms, for a terminal; 98 with the gaps
 
-    parse(Section, arguments, "algorithms")
-    for name, recipe in ALGORITHMS.items():
-        how = recipe.surrogate
-        baseline = getattr(recipe.baseline, "__name__", str(recipe.baseline))
-        print(
-            f"{name:<10} baseline {baseline:<12} ratio {how.ratio:<9} "
-            f"clip -{how.clip_low:g}/+{how.clip_high:g}  normalise {recipe.normalize:<9} {recipe.paper}"
-        )
+
+class AlgorithmsArguments(Section):
+    """List the algorithms, or show one of them in full."""
+
+    name: CliPositionalArg[str | None] = None
+    """The algorithm to show; all of them in a table if not given."""
+
+
+def algorithms(arguments: list[str]) -> int:
+    """List the algorithms, or show one: textpolicy algorithms [NAME]."""
+    from rich.console import Console
+
+    name = parse(AlgorithmsArguments, arguments, "algorithms").name
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _UNBROKEN
+    if name is None:
+        _list_algorithms(console)
+    else:
+        _show_algorithm(name, console)
     return 0
+
+
+def _list_algorithms(console: Console) -> None:
+    from dataclasses import astuple, fields
+
+    from .algorithms import ALGORITHMS
+    from .algorithms.describe import Overview, overview
+
+    table = _columns(gap=1 if console.is_terminal else 2)
+    for field in fields(Overview):
+        table.add_column(field.name, overflow="fold")
+    for name, recipe in ALGORITHMS.items():
+        cells = zip(astuple(overview(name, recipe)), _WIDTHS, strict=True)
+        table.add_row(*(_cell(text, width, console) for text, width in cells))
+    console.print(table)
+    if console.is_terminal:
+        console.print("\n'textpolicy algorithms NAME' shows one in full; docs/algorithms.md explains them all.")
+
+
+def _cell(text: str, width: int, console: Console) -> Text:
+    """On a terminal lines of at most ``width``, broken behind hyphens too, which tables do at spaces alone."""
+    from rich.text import Text
+
+    return Text("\n".join(textwrap.wrap(text, width)) if console.is_terminal else text)
+
+
+def _show_algorithm(name: str, console: Console) -> None:
+    from rich.text import Text
+
+    from .algorithms import algorithm
+    from .algorithms.describe import example
+
+    recipe, known = algorithm(name), _algorithm_settings()
+    console.print(Text(f"{name}: {recipe.summary}\n", "bold"))
+    console.print(_pipeline(recipe))
+    console.print("\nWhat changes it; a TOML file has the same names under \\[algorithm], with _ for -:\n")
+    console.print(_settings(recipe, known, console))
+    console.print(f"\nexample: {example(name, recipe, known)}", soft_wrap=True)
+
+
+def _pipeline(recipe: Algorithm) -> Table:
+    from rich.text import Text
+
+    from .algorithms.describe import parts
+
+    table = _columns()
+    table.show_header = False
+    table.add_row("source", Text(recipe.paper))
+    for part in parts(recipe):
+        table.add_row(part.role, Text("\n".join(filter(None, [f"{part.name}: {part.formula}", part.values]))))
+    return table
+
+
+def _settings(recipe: Algorithm, known: list[Setting], console: Console) -> Table:
+    from rich.text import Text
+
+    from .algorithms.describe import settings_of, shown
+
+    table = _columns()
+    for heading in ("flag", "value", "meaning"):
+        table.add_column(heading)
+    for setting in settings_of(recipe, known):
+        table.add_row(setting.flag, _cell(shown(setting.value), 15, console), Text(setting.meaning))
+    return table
+
+
+def _columns(gap: int = 2) -> Table:
+    """A table without lines, its columns ``gap`` spaces apart."""
+    from rich.table import Table
+
+    return Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
+
+
+def _algorithm_settings(section: type[BaseModel] = AlgorithmSettings, above: str = "") -> list[Setting]:
+    """Everything under [algorithm] but the name, with its default and meaning."""
+    from .algorithms.describe import Setting
+
+    found = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            found += _algorithm_settings(type(field.default), f"{above}{name}.")
+        elif name != "name":
+            found.append(Setting(above + name, field.default, field.description or ""))
+    return found
 
 
 def tasks(arguments: list[str]) -> int:

@@ -7,11 +7,13 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .algorithms import algorithm
 from .errors import UserError
+from .losses import Estimator, RatioLevel
+from .types import Aggregation
 
-AlgorithmName = Literal["grpo", "dr_grpo", "gspo"]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -34,15 +36,109 @@ class LoRASettings(Section):
     """Adapt the last so many blocks; 0 adapts all."""
 
 
-class AlgorithmSettings(Section):
-    """How rewards become a gradient."""
+class KLSettings(Section):
+    """A penalty for leaving the reference: the same weights with their adapters off."""
 
-    name: AlgorithmName = "grpo"
-    """The recipe: grpo, dr_grpo or gspo."""
-    clip_low: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Lower clip distance of the ratio from 1; the recipe's own if not given."""
+    coefficient: NonNegative = 0.0
+    """Weight of the penalty, in the loss or the reward; 0 is none, and saves scoring the reference."""
+    place: Literal["loss", "reward"] = "loss"
+    """In the loss, or subtracted from the reward (always k1)."""
+    estimator: Estimator = "k3"
+    """In the loss: k2, or k3 times the ratio; k1 and plain k3 are for replication."""
+    importance_weighted: bool = True
+    """Multiply the estimate by the token ratio."""
+
+
+class CorrectionSettings(Section):
+    """Weights for the mismatch between the log-probs of decoding and of the update."""
+
+    level: Literal["none", "token", "sequence", "geometric"] = "none"
+    """One weight per token, per sequence, or whole sequences kept or dropped by their mean."""
+    how: Literal["truncate", "mask"] = "mask"
+    """Cap weights outside the range (TIS), or drop their tokens (MIS)."""
+    low: NonNegative | None = None
+    """Smallest weight; none if not given."""
+    high: Positive = 3.0
+    """Largest weight."""
+
+
+class SEPASettings(Section):
+    """How SEPA pools the uncertainty of execution tokens, in the recipes that do; the recipe's own if not given."""
+
+    steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps of the linear ramp, from the step at which the gate opens."""
+    schedule: Literal["linear", "auto"] | None = None
+    """Linear, or as the variance of execution tokens falls."""
+    delay_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps before the ramp."""
+    correct_rate_gate: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Nothing is pooled before a step has had this share of correct completions."""
+
+
+class AlgorithmSettings(Section):
+    """How rewards become a gradient: a recipe, and what to change in it. `textpolicy algorithms NAME` shows one."""
+
+    name: str = "grpo"
+    """The recipe; `textpolicy algorithms` lists them."""
+    scale_rewards: Literal["group", "batch", "none"] | None = None
+    """Divide advantages by the standard deviation of the group, of the batch, or not."""
+    aggregation: Aggregation | None = None
+    """How token losses become one number."""
+    ratio: RatioLevel | None = None
+    """One ratio per token, or per completion."""
+    clip_low: NonNegative | None = None
+    """Lower clip distance of the ratio from 1; 1 or more is no lower bound."""
     clip_high: NonNegative | None = None
-    """Upper clip distance of the ratio from 1; the recipe's own if not given."""
+    """Upper clip distance of the ratio from 1."""
+    delta: Positive | None = None
+    """Cap on the ratio where the advantage is negative (two-sided clipping)."""
+    dual_clip: Positive | None = None
+    """Cap on the loss, in advantages, where the advantage is negative."""
+    weight_low: NonNegative | None = None
+    """CISPO: smallest weight of a token's gradient."""
+    weight_high: Positive | None = None
+    """CISPO: largest weight of a token's gradient."""
+    tau_pos: Positive | None = None
+    """SAPO: sharpness of the gate where the advantage is positive."""
+    tau_neg: Positive | None = None
+    """SAPO: sharpness of the gate where it is negative."""
+    off_policy_limit: NonNegative | None = None
+    """Drop failures whose mean log-prob has fallen by more than this since they were sampled."""
+    signal: Literal["reward", "correctness"] | None = None
+    """Learn from the reward, or from is_correct as 0 or 1."""
+    mask_truncated: bool | None = None
+    """Truncated completions count in their group and teach nothing."""
+    overlong_cache: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of max_tokens over which a penalty for long completions grows to 1; 0 is off."""
+    resample: Annotated[int, Field(ge=0)] | None = None
+    """Times a step draws more prompts in place of those whose completions all got one reward."""
+    uncertainty: Literal["surprisal", "entropy"] | None = None
+    """What weights and pooling read: surprisal of the sampled token, or the exact entropy."""
+    entropy_beta: NonNegative | None = None
+    """Strength of the weights by uncertainty (gtpo, sepa, full)."""
+    hicra_alpha: NonNegative | None = None
+    """Strength of the planning tokens (hicra, full)."""
+    alpha_1: NonNegative | None = None
+    """gtpo_paper: weight of the outcome."""
+    alpha_2: NonNegative | None = None
+    """gtpo_paper: weight of the entropy."""
+    reward_threshold: float | None = None
+    """gtpo_paper: a reward above it is a success."""
+    normalisation: Literal["joint", "separate"] | None = None
+    """gtpo_paper: normalise successes and failures together, or apart as in the paper."""
+    top_entropy: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Learn only from this share of tokens, those of the highest entropy."""
+    grams: Path | None = None
+    """JSON list of strategic grams; the built-in list if not given."""
+    kl: KLSettings = KLSettings()
+    correction: CorrectionSettings = CorrectionSettings()
+    sepa: SEPASettings = SEPASettings()
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        algorithm(name)
+        return name
 
 
 class RolloutSettings(Section):
@@ -69,6 +165,8 @@ class OptimizerSettings(Section):
     """Learning rate of the last step, as a share of the peak."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay."""
+    updates_per_step: PositiveInt = 1
+    """Optimiser steps on each step's rollouts, each on its own share of the prompts."""
     max_grad_norm: Positive = 1.0
     """Longer gradients are scaled down to this norm."""
 
@@ -112,6 +210,15 @@ class Config(Section):
     optimizer: OptimizerSettings = OptimizerSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     machine: MachineSettings = MachineSettings()
+
+    @model_validator(mode="after")
+    def _updates_fit(self) -> Self:
+        if self.optimizer.updates_per_step > self.rollout.prompts_per_step:
+            raise ValueError(
+                f"optimizer.updates_per_step is {self.optimizer.updates_per_step} and rollout.prompts_per_step "
+                f"{self.rollout.prompts_per_step}; set the updates to at most the prompts"
+            )
+        return self
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:

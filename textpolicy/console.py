@@ -81,7 +81,11 @@ class RunView:
 
 def short_line(row: Row) -> str:
     """What stands beside the bar, which needs most of an 80-column line for itself."""
-    return f"correct {row['accuracy']:.0%}" if "accuracy" in row else f"reward {row['reward_mean']:.2f}"
+    return f"correct {row['accuracy']:.0%}" if "accuracy" in row else _reward(row)
+
+
+def _reward(row: Row) -> str:
+    return f"reward {row['reward_mean']:.2f}" if "reward_mean" in row else "nothing could be scored"
 
 
 def step_line(step: int, row: Row) -> str:
@@ -90,7 +94,7 @@ def step_line(step: int, row: Row) -> str:
     entropy = f"entropy {row['entropy']:.2f}  " if "entropy" in row else ""  # an engine may not see it
     seconds = row["sample_seconds"] + row["update_seconds"]
     return (
-        f"step {step + 1:3d}  reward {row['reward_mean']:.2f}{accuracy}  "
+        f"step {step + 1:3d}  {_reward(row)}{accuracy}  "
         f"agreeing groups {row['frac_reward_zero_std']:3.0%}  length {row['length_mean']:.1f}  "
         f"{entropy}gradient {row['grad_norm']:.2f}  {seconds:.1f} s"
     )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from .errors import UserError
 from .losses import Surrogate
 from .types import Batch, Completion
@@ -47,6 +49,9 @@ class Engine(Protocol):
 
     def sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> list[list[Completion]]:
         """``n`` completions for every prompt (token ids), in prompt order."""
+
+    def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
+        """(B, T) float32 log-probs of the batch's targets, now or under the frozen ``reference``; 0 off the mask."""
 
     def update(self, batch: Batch, surrogate: Surrogate, learning_rate: float) -> Mapping[str, float]:
         """One optimiser step on ``batch``; returns metrics."""

@@ -15,7 +15,8 @@ from .algorithms import Algorithm
 from .engine import Engine, Sampling
 from .environment.text_generation import TextGenerationEnv
 from .metrics import Row, summarize
-from .rollout.collect import collect
+from .rollout.collect import collect, with_reference
+from .rollout.dynamic import collect_informative
 from .types import Episode
 
 
@@ -45,29 +46,48 @@ def train(
     prompts_per_step: int,
     group_size: int,
     sampling: Sampling,
+    updates_per_step: int = 1,
     on_step: Callable[[int, Row, Sequence[Episode]], None] = lambda step, row, episodes: None,
 ) -> None:
     """Sample, score, credit, update; ``schedule.steps`` times. ``sampling.seed`` fixes every draw."""
+    controller = algorithm.controller()
     for step in range(schedule.steps):
         started = time.perf_counter()
-        prompts = draw_prompts(step, prompts_per_step, len(env), sampling.seed)
-        episodes = collect(engine, env, prompts, group_size, replace(sampling, seed=_step_seed(sampling.seed, step)))
+
+        def draw(n: int, step: int = step) -> list[Episode]:
+            prompts = draw_prompts(step, prompts_per_step, len(env), sampling.seed, n)
+            drawn = replace(sampling, seed=_step_seed(sampling.seed, step, n))
+            return collect(engine, env, prompts, group_size, drawn, first_group=n * prompts_per_step)
+
+        rollouts = collect_informative(draw, algorithm.resample, algorithm.signal_of)
         sampled = time.perf_counter()
-        update = engine.update(algorithm.credit(episodes), algorithm.surrogate, schedule(step))
+        episodes = with_reference(engine, rollouts.trained) if algorithm.reward_kl else rollouts.trained
+        batches = algorithm.mini_batches(episodes, updates_per_step, controller)
+        if algorithm.surrogate.correction and len(batches) > 1:
+            batches = [replace(batch, old=engine.score(batch)) for batch in batches]
+        updates = [engine.update(batch, algorithm.surrogate, schedule(step)) for batch in batches]
         updated = time.perf_counter()
-        row = summarize(episodes, update, sampled - started, updated - sampled)
-        on_step(step, {"step": step, "learning_rate": schedule(step), **row}, episodes)
+        row = summarize(rollouts, updates, sampled - started, updated - sampled)
+        pooling = {"sepa_lambda": controller.strength} if controller else {}
+        on_step(step, {"step": step, "learning_rate": schedule(step), **row, **pooling}, rollouts.sampled)
 
 
-def draw_prompts(step: int, count: int, total: int, seed: int) -> list[int]:
-    """The prompts of a step: every one is drawn once before any is drawn again, in a shuffled order."""
+def draw_prompts(step: int, count: int, total: int, seed: int, draw: int = 0) -> list[int]:
+    """The prompts of a step: every one is drawn once before any is drawn again, in a shuffled order.
+
+    ``draw`` above 0 is a further one of the same step, from orders of its own.
+    """
     places = range(step * count, (step + 1) * count)
-    return [int(_epoch_order(place // total, total, seed)[place % total]) for place in places]
+    return [int(_epoch_order(place // total, total, seed, draw)[place % total]) for place in places]
 
 
-def _epoch_order(epoch: int, total: int, seed: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(total)
+def _epoch_order(epoch: int, total: int, seed: int, draw: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch, *_of(draw)]).permutation(total)
 
 
-def _step_seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+def _step_seed(seed: int, step: int, draw: int) -> int:
+    return int(np.random.SeedSequence([seed, step, *_of(draw)]).generate_state(1)[0])
+
+
+def _of(draw: int) -> list[int]:
+    return [draw] if draw else []

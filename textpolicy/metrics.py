@@ -6,27 +6,34 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from .algorithms.rewards import Rewards
+from .rollout.dynamic import Rollouts
 from .types import Episode
 
 Row = dict[str, float]
 
 
 def summarize(
-    episodes: Sequence[Episode], update: Mapping[str, float], sample_seconds: float, update_seconds: float
+    rollouts: Rollouts, updates: Sequence[Mapping[str, float]], sample_seconds: float, update_seconds: float
 ) -> Row:
-    """What happened in a step. Lengths are in sampled tokens, entropy in nats, times in seconds."""
+    """What happened in a step. Lengths are in sampled tokens, entropy in nats, times in seconds.
+
+    Rewards and lengths are those of everything sampled, not only of what was trained on.
+    """
+    episodes = rollouts.sampled
     rewards = np.array([e.reward for e in episodes])
     lengths = np.array([int(e.mask.sum()) for e in episodes])
     return {
-        "reward_mean": float(rewards.mean()),
-        "reward_std": float(rewards.std()),
+        **_rewards(rewards),
         "frac_reward_zero_std": frac_reward_zero_std(episodes),
         **_accuracy(episodes),
         "length_mean": float(lengths.mean()),
         "length_max": float(lengths.max()),
         "truncated": float(np.mean([e.truncated for e in episodes])),
         **_entropy(episodes),
-        **update,
+        "prompt_draws": float(rollouts.draws),
+        "batch_full": float(rollouts.full),
+        **merge(updates),
         "sampled_tokens": float(lengths.sum()),
         "sample_seconds": sample_seconds,
         "update_seconds": update_seconds,
@@ -34,12 +41,31 @@ def summarize(
     }
 
 
+def merge(updates: Sequence[Mapping[str, float]]) -> Row:
+    """The updates of one step as one: maxima of maxima and of memory, means of the rest over those that moved."""
+    moved = [u for u in updates if u["updated"]] or updates[:1]
+    names = [name for name in moved[0] if name != "updated"]
+    row = {name: (max if name.endswith(("_max", "_bytes")) else _mean)([u[name] for u in moved]) for name in names}
+    return {**row, "updated": sum(u["updated"] for u in updates)}
+
+
 def frac_reward_zero_std(episodes: Sequence[Episode]) -> float:
     """Share of groups whose rewards are all equal, and which therefore teach nothing."""
-    groups: dict[int, set[float]] = {}
-    for e in episodes:
-        groups.setdefault(e.group, set()).add(e.reward)
-    return float(np.mean([len(rewards) == 1 for rewards in groups.values()]))
+    group = np.array([e.group for e in episodes])
+    uniform = Rewards.of([e.reward for e in episodes], group).uniform
+    _, first = np.unique(group, return_index=True)
+    return float(uniform[first].mean())
+
+
+def _rewards(rewards: np.ndarray) -> Row:
+    """Of what could be scored; without any there is no mean to report."""
+    scored = rewards[~np.isnan(rewards)]
+    known = {"reward_mean": float(scored.mean()), "reward_std": float(scored.std())} if len(scored) else {}
+    return {**known, "unscorable": float(np.isnan(rewards).mean())}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
 
 
 def _accuracy(episodes: Sequence[Episode]) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,18 +51,46 @@ def closing_table(
 
 def diagnose(rows: Sequence[Row]) -> list[str]:
     """Plain words for a run in which some step, or every step, could not learn."""
-    idle = sum(row["updated"] == 0 for row in rows)
-    if idle <= len(rows) / 3:  # a run that has learned its task agrees now and then
+    return [*_idle(rows), *_unscorable(rows), *_unfilled(rows)]
+
+
+def _idle(rows: Sequence[Row]) -> list[str]:
+    idle = [row for row in rows if row["updated"] == 0]
+    if len(idle) <= len(rows) / 3:  # a run that has learned its task agrees now and then
         return []
-    rewards = [row["reward_mean"] for row in rows if row["updated"] == 0]
-    constant = f"always {rewards[0]:g}" if len(set(rewards)) == 1 else f"{min(rewards):g} to {max(rewards):g} by step"
-    cause = f"in {idle} of {len(rows)} steps every group's rewards agreed (mean {constant}), so there was no gradient"
-    if idle == len(rows):
+    rewards = [row["reward_mean"] for row in idle if "reward_mean" in row]
+    cause = f"in {len(idle)} of {len(rows)} steps every group's rewards agreed{_described(rewards)}"
+    cause += ", so there was no gradient"
+    if len(idle) == len(rows):
         return [
             f"The adapter did not move: {cause}; use a reward that tells completions of one prompt apart, "
             "an easier or harder task, or a larger group_size."
         ]
     return [f"Note: {cause} and the adapter stayed as it was; easier or harder problems would teach more."]
+
+
+def _described(rewards: Sequence[float]) -> str:
+    if not rewards:
+        return ""
+    constant = len(set(rewards)) == 1
+    return f" (mean {f'always {rewards[0]:g}' if constant else f'{min(rewards):g} to {max(rewards):g} by step'})"
+
+
+def _unscorable(rows: Sequence[Row]) -> list[str]:
+    share = sum(row["unscorable"] for row in rows) / max(len(rows), 1)
+    if not share:
+        return []
+    return [f"Note: {share:.1%} of the completions could not be scored (reward None or NaN) and taught nothing."]
+
+
+def _unfilled(rows: Sequence[Row]) -> list[str]:
+    short = sum(row["batch_full"] == 0 for row in rows)
+    if not short:
+        return []
+    return [
+        f"Note: in {short} of {len(rows)} steps too few groups disagreed even after "
+        f"{max(row['prompt_draws'] for row in rows):.0f} draws of prompts, and the step trained on fewer."
+    ]
 
 
 def plot_learning(history: History, path: Path, config: Config) -> None:
@@ -74,7 +103,8 @@ def plot_learning(history: History, path: Path, config: Config) -> None:
     if "accuracy" in history.rows[0]:
         axes.plot(steps, [row["accuracy"] for row in history.rows], color="0.7", lw=1, label="training, sampled")
     else:
-        axes.plot(steps, [row["reward_mean"] for row in history.rows], color="0.7", lw=1, label="training reward")
+        rewards = [row.get("reward_mean", math.nan) for row in history.rows]
+        axes.plot(steps, rewards, color="0.7", lw=1, label="training reward")
     _points(axes, history.validation, "C0", "validation, greedy (95%)", line="-")
     ends = [(0, history.before), (history.kept_step, history.after)]
     _points(axes, ends, "C1", "test, greedy (95%)", line="none")

@@ -7,11 +7,10 @@ import json
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .algorithms import Algorithm, algorithm
+from .algorithms import Algorithm
 from .config import Config
 from .console import RunView
 from .engine import Sampling
@@ -20,6 +19,7 @@ from .errors import UserError
 from .evaluation import Rate, evaluate
 from .loop import Schedule, train
 from .metrics import Row
+from .recipe import configure
 from .report import History, closing_table, diagnose, plot_learning
 from .tasks import Problem, Task, load_task
 from .types import Episode
@@ -34,7 +34,7 @@ def run(config: Config) -> Path:
     """
     if config.output is not None and config.output.exists():
         raise UserError(f"the output folder {config.output} exists; choose another or remove it")
-    task, recipe = load_task(config.task), configure(algorithm(config.algorithm.name), config)
+    task, recipe = load_task(config.task), configure(config)
     engine, tokenizer = build_engine(config)
     limit = config.evaluation.problems or None
     splits = {
@@ -78,6 +78,7 @@ class Run:
                 schedule=schedule(config),
                 prompts_per_step=config.rollout.prompts_per_step,
                 group_size=config.rollout.group_size,
+                updates_per_step=config.optimizer.updates_per_step,
                 sampling=training_sampling(config),
                 on_step=self.on_step,
             )
@@ -129,17 +130,6 @@ class Run:
     def record(self, row: dict[str, Any]) -> None:
         self.metrics.write(json.dumps(row) + "\n")
         self.metrics.flush()
-
-
-def configure(recipe: Algorithm, config: Config) -> Algorithm:
-    """The recipe with the run's clip range and, for a constant normaliser, its longest completion."""
-    clip: dict[str, Any] = {
-        name: value
-        for name, value in (("clip_low", config.algorithm.clip_low), ("clip_high", config.algorithm.clip_high))
-        if value is not None
-    }
-    surrogate = replace(recipe.surrogate, **clip)
-    return replace(recipe, surrogate=surrogate, constant=float(config.rollout.max_tokens))
 
 
 def build_engine(config: Config) -> tuple[Any, Any]:

@@ -261,7 +261,7 @@ def test_is_correct_travels_in_the_info():
 
 
 def test_a_failing_reward_stops_the_run_and_leaves_the_prompt_pending():
-    env = make(reward_fn=lambda prompt, completion, example: None)
+    env = make(reward_fn=lambda prompt, completion, example: "good")
     with pytest.raises(RewardError, match="prompt 'ab' and completion 'x'"):
         play(env, "x")
     assert env.reset()[1]["episode"] == 0

@@ -8,15 +8,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import VOCABULARY, random_episodes
+from conftest import VOCABULARY, random_episodes, recipe
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen3
 
 from textpolicy.algorithms import ALGORITHMS
 from textpolicy.engine import Sampling
 from textpolicy.errors import UserError
-from textpolicy.losses import Surrogate, clipped_surrogate
-from textpolicy.mlx.engine import MLXEngine, _surrogate_with_stats
+from textpolicy.losses import Surrogate, policy_objective
+from textpolicy.mlx.engine import MLXEngine, _objective_with_stats
 from textpolicy.mlx.lora import attach_lora, trainable
 from textpolicy.mlx.scoring import arrays
 from textpolicy.types import Episode
@@ -36,7 +36,7 @@ def naive_loss_and_gradients(model, batch, how):
     def loss(model):
         logits = model(mx.array(batch.inputs)).astype(mx.float32) / mx.array(batch.temperatures)[..., None]
         picked = mx.take_along_axis(logits, mx.array(batch.targets)[..., None], axis=-1)[..., 0]
-        return clipped_surrogate(picked - mx.logsumexp(logits, axis=-1), arrays(batch), mx, how)
+        return policy_objective(picked - mx.logsumexp(logits, axis=-1), arrays(batch), mx, how)
 
     return nn.value_and_grad(model, loss)(model)
 
@@ -99,10 +99,10 @@ def test_a_strong_penalty_never_repeats_a_token(tiny_engine):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_loss_and_gradient_equal_the_naive_path(tiny_engine, name):
-    recipe = ALGORITHMS[name]
-    batch = recipe.credit(random_episodes(np.random.default_rng(1)))
-    loss, gradients = naive_loss_and_gradients(tiny_engine.model, batch, recipe.surrogate)
-    stats, ours = tiny_engine.gradients(batch, partial(_surrogate_with_stats, how=recipe.surrogate))
+    how = recipe(name).surrogate
+    batch = recipe(name).credit(random_episodes(np.random.default_rng(1)))
+    loss, gradients = naive_loss_and_gradients(tiny_engine.model, batch, how)
+    stats, ours = tiny_engine.gradients(batch, partial(_objective_with_stats, how=how))
     assert stats["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
     assert_same_gradients(ours, gradients)
 
@@ -110,8 +110,8 @@ def test_loss_and_gradient_equal_the_naive_path(tiny_engine, name):
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("budget", [1, 30, 100])
 def test_gradient_does_not_depend_on_micro_batching(tiny_engine, name, budget):
-    batch = ALGORITHMS[name].credit(random_episodes(np.random.default_rng(2)))
-    objective = partial(_surrogate_with_stats, how=ALGORITHMS[name].surrogate)
+    batch = recipe(name).credit(random_episodes(np.random.default_rng(2)))
+    objective = partial(_objective_with_stats, how=recipe(name).surrogate)
     whole, gradients = tiny_engine.gradients(batch, objective)
     tiny_engine.micro_batch_tokens = budget
     parts, ours = tiny_engine.gradients(batch, objective)
@@ -122,19 +122,19 @@ def test_gradient_does_not_depend_on_micro_batching(tiny_engine, name, budget):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_loss_agrees_in_numpy_and_mlx(name):
-    rng, how = np.random.default_rng(8), ALGORITHMS[name].surrogate
-    batch = ALGORITHMS[name].credit(random_episodes(rng))
+    rng, how = np.random.default_rng(8), recipe(name).surrogate
+    batch = recipe(name).credit(random_episodes(rng))
     logprobs = (batch.logprobs + rng.normal(0, 0.3, batch.logprobs.shape)).astype(np.float32)
-    ours = clipped_surrogate(mx.array(logprobs), arrays(batch), mx, how).item()
-    assert ours == pytest.approx(float(clipped_surrogate(logprobs, batch, np, how)), rel=1e-4, abs=1e-6)
+    ours = policy_objective(mx.array(logprobs), arrays(batch), mx, how).item()
+    assert ours == pytest.approx(float(policy_objective(logprobs, batch, np, how)), rel=1e-4, abs=1e-6)
 
 
 def test_repeated_completions_are_scored_once_and_count_each_time(tiny_engine):
     episodes = random_episodes(np.random.default_rng(3), groups=2, size=3)
     twice = [e for e in episodes for _ in range(2)]
-    batch = ALGORITHMS["dr_grpo"].credit(twice)
+    batch = recipe("dr_grpo").credit(twice)
     loss, gradients = naive_loss_and_gradients(tiny_engine.model, batch, Surrogate())
-    stats, ours = tiny_engine.gradients(batch, partial(_surrogate_with_stats, how=Surrogate()))
+    stats, ours = tiny_engine.gradients(batch, partial(_objective_with_stats, how=Surrogate()))
     assert stats["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
     assert stats["tokens"] == (batch.weights != 0).sum()
     assert_same_gradients(ours, gradients)
@@ -147,17 +147,17 @@ def test_the_learner_scores_at_the_temperature_that_sampled(tiny_engine):
         for g, (p, members) in enumerate(zip(PROMPTS, sampled, strict=False))
         for i, c in enumerate(members)
     ]
-    metrics = tiny_engine.update(ALGORITHMS["grpo"].credit(episodes), Surrogate(), 1e-3)
+    metrics = tiny_engine.update(recipe("grpo").credit(episodes), Surrogate(), 1e-3)
     assert metrics["logprob_gap_max"] < 1e-4
     assert metrics["clip_fraction_low"] == metrics["clip_fraction_high"] == 0
     hotter = [dataclasses.replace(e, temperature=1.0) for e in episodes]
-    assert tiny_engine.update(ALGORITHMS["grpo"].credit(hotter), Surrogate(), 1e-3)["logprob_gap_max"] > 0.1
+    assert tiny_engine.update(recipe("grpo").credit(hotter), Surrogate(), 1e-3)["logprob_gap_max"] > 0.1
 
 
 def test_every_lora_tensor_moves_in_one_step_and_nothing_else_does(tiny_engine):
     before = dict(tree_flatten(tiny_engine.model.parameters()))
     before = {name: np.array(value) for name, value in before.items()}
-    tiny_engine.update(ALGORITHMS["grpo"].credit(random_episodes(np.random.default_rng(4))), Surrogate(), 1e-2)
+    tiny_engine.update(recipe("grpo").credit(random_episodes(np.random.default_rng(4))), Surrogate(), 1e-2)
     for name, value in tree_flatten(tiny_engine.model.parameters()):
         moved = not np.array_equal(before[name], np.array(value))
         assert moved == ("lora" in name), name
@@ -165,10 +165,10 @@ def test_every_lora_tensor_moves_in_one_step_and_nothing_else_does(tiny_engine):
 
 def test_constant_rewards_move_nothing_not_even_by_momentum(tiny_engine):
     rng = np.random.default_rng(5)
-    tiny_engine.update(ALGORITHMS["grpo"].credit(random_episodes(rng)), Surrogate(), 1e-2)
+    tiny_engine.update(recipe("grpo").credit(random_episodes(rng)), Surrogate(), 1e-2)
     before = {name: np.array(value) for name, value in trainable(tiny_engine.model).items()}
     constant = [dataclasses.replace(e, reward=0.1) for e in random_episodes(rng)]
-    metrics = tiny_engine.update(ALGORITHMS["grpo"].credit(constant), Surrogate(), 1e-2)
+    metrics = tiny_engine.update(recipe("grpo").credit(constant), Surrogate(), 1e-2)
     assert metrics["updated"] == metrics["grad_norm"] == 0
     for name, value in trainable(tiny_engine.model).items():
         np.testing.assert_array_equal(before[name], np.array(value))
@@ -177,7 +177,7 @@ def test_constant_rewards_move_nothing_not_even_by_momentum(tiny_engine):
 def test_a_gradient_that_is_not_finite_is_refused_before_anything_moves(tiny_engine):
     before = {name: np.array(value) for name, value in trainable(tiny_engine.model).items()}
     episodes = random_episodes(np.random.default_rng(6))
-    batch = ALGORITHMS["dr_grpo"].credit(episodes)
+    batch = recipe("dr_grpo").credit(episodes)
     poisoned = dataclasses.replace(batch, advantages=np.full_like(batch.advantages, np.inf))
     with pytest.raises(UserError, match="nothing was updated"):
         tiny_engine.update(poisoned, Surrogate(), 1e-2)
@@ -207,9 +207,9 @@ def test_other_architectures_share_prompts_exactly_or_are_refused(architecture):
             **common,
         )
         engine = MLXEngine(attach_lora(qwen3.Model(args), rank=2), stop=[0])
-        batch = ALGORITHMS["grpo"].credit(random_episodes(np.random.default_rng(7)))
+        batch = recipe("grpo").credit(random_episodes(np.random.default_rng(7)))
         _, gradients = naive_loss_and_gradients(engine.model, batch, Surrogate())
-        _, ours = engine.gradients(batch, partial(_surrogate_with_stats, how=Surrogate()))
+        _, ours = engine.gradients(batch, partial(_objective_with_stats, how=Surrogate()))
         assert_same_gradients(ours, gradients)
     else:
         args = llama.ModelArgs(

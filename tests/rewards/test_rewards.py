@@ -161,12 +161,17 @@ def test_a_result_may_be_a_number_a_dict_or_a_pair(result, expected):
     assert scored(result) == expected
 
 
+@pytest.mark.parametrize("result", [None, float("nan"), {"reward": None}, (None, None), np.float32("nan")])
+def test_none_and_nan_say_that_a_completion_could_not_be_scored(result):
+    scored = call_reward(lambda **_: result, "p", "c", {})
+    assert np.isnan(scored.reward)
+    assert scored.is_correct is None
+
+
 @pytest.mark.parametrize(
     "result",
     [
         "1.0",
-        None,
-        float("nan"),
         float("inf"),
         10**400,
         {},

@@ -1,27 +1,146 @@
-"""One file per idea; this table says how they combine."""
+"""One file per idea; this table says how they combine. docs/algorithms.md explains every row."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..errors import unknown_name
-from ..losses import Surrogate
-from .credit import Algorithm as Algorithm
+from ..losses import Clip, ClippedWeight, SoftGate, Surrogate
 from .credit import Credit as Credit
-from .grpo import center, standardize
+from .grams import DEFAULT_STRATEGIC_GRAMS
+from .grpo import GroupRelative
+from .gtpo import ShapeByEntropy
+from .hicra import AmplifyPlanning
+from .maxrl import MeanNormalized
+from .pipeline import Algorithm as Algorithm
+from .planning import PlanningGrams
+from .reinforce import NoBaseline, ReturnToGo, Whiten
+from .rloo import LeaveOneOut
+from .sepa import Pooling
+from .weighting import WeightByUncertainty
+
+_HIGHER = Surrogate(Clip(0.2, 0.28))  # clip-higher, arXiv:2503.14476
+_GSPO_BAND = Clip(3e-4, 4e-4)  # arXiv:2507.18071, sec. 5.1
+_GRAMS = PlanningGrams(DEFAULT_STRATEGIC_GRAMS)
+
+_GRPO = Algorithm(
+    GroupRelative(),
+    aggregation="seq-mean-token-mean",
+    summary="a completion against the others of its prompt, in standard deviations",
+    paper="arXiv:2402.03300",
+)
 
 ALGORITHMS = {
-    "grpo": Algorithm(standardize, normalize="sequence", paper="arXiv:2402.03300"),
-    "dr_grpo": Algorithm(center, normalize="constant", paper="arXiv:2503.20783"),
-    "gspo": Algorithm(
-        standardize,
-        surrogate=Surrogate("sequence", clip_low=3e-4, clip_high=4e-4),
-        normalize="sequence",
+    "grpo": _GRPO,
+    "dr_grpo": Algorithm(
+        GroupRelative("none"),
+        aggregation="seq-mean-token-sum-norm",
+        summary="GRPO without its biases towards short answers and easy problems",
+        paper="arXiv:2503.20783",
+    ),
+    "dapo": Algorithm(
+        GroupRelative(),
+        surrogate=_HIGHER,
+        overlong_cache=0.2,
+        resample=10,
+        summary="clip-higher, token mean, batches refilled with groups that disagree, overlong answers punished",
+        paper="arXiv:2503.14476",
+    ),
+    "bnpo": replace(_GRPO, aggregation="token-mean", summary="GRPO with one mean over all tokens", paper="TRL 1.16"),
+    "rloo": Algorithm(
+        LeaveOneOut(),
+        surrogate=Surrogate(ratio="sequence-sum"),
+        aggregation="seq-mean-token-mean",
+        summary="REINFORCE with the other completions as the baseline; one ratio per completion",
+        paper="arXiv:2402.14740",
+    ),
+    "reinforce++": Algorithm(
+        NoBaseline(),
+        (ReturnToGo(), Whiten()),
+        summary="no group baseline; returns are whitened over the batch",
+        paper="arXiv:2501.03262",
+    ),
+    "reinforce++_baseline": Algorithm(
+        GroupRelative("none"),
+        (Whiten(),),
+        summary="REINFORCE++ after subtracting the group's mean",
+        paper="arXiv:2501.03262",
+    ),
+    "cispo": Algorithm(
+        GroupRelative(),
+        surrogate=Surrogate(ClippedWeight()),
+        summary="clips the weight of a token's gradient and never the gradient",
+        paper="arXiv:2506.13585",
+    ),
+    "gspo": replace(
+        _GRPO,
+        surrogate=Surrogate(_GSPO_BAND, ratio="sequence"),
+        summary="one length-normalised ratio per completion",
         paper="arXiv:2507.18071",
+    ),
+    "gspo_token": replace(
+        _GRPO,
+        surrogate=Surrogate(_GSPO_BAND, ratio="sequence-token"),
+        summary="GSPO's ratio with an advantage per token",
+        paper="arXiv:2507.18071",
+    ),
+    "sapo": replace(
+        _GRPO,
+        surrogate=Surrogate(SoftGate()),
+        summary="a smooth gate in place of clipping",
+        paper="arXiv:2511.20347",
+    ),
+    "maxrl": Algorithm(
+        MeanNormalized(),
+        summary="divides by the success rate: hard problems weigh as in maximum likelihood",
+        paper="arXiv:2602.02710",
+    ),
+    "gtpo": Algorithm(
+        GroupRelative("none"),
+        (WeightByUncertainty(),),
+        surrogate=_HIGHER,
+        summary="surprising tokens weigh more",
+        paper="textpolicy",
+    ),
+    "gtpo_paper": Algorithm(
+        GroupRelative("none"),
+        (ShapeByEntropy(),),
+        surrogate=_HIGHER,
+        uncertainty="entropy",
+        summary="rewards shaped token by token with exact entropies; joint normalisation",
+        paper="arXiv:2508.04349",
+    ),
+    "sepa": Algorithm(
+        GroupRelative("none"),
+        (WeightByUncertainty(),),
+        surrogate=_HIGHER,
+        pooling=Pooling(),
+        grams=_GRAMS,
+        summary="gtpo with the surprisal of execution tokens pooled, so planning tokens stand out",
+        paper="textpolicy",
+    ),
+    "hicra": Algorithm(
+        GroupRelative("none"),
+        (AmplifyPlanning(),),
+        surrogate=_HIGHER,
+        grams=_GRAMS,
+        summary="planning tokens weigh more in success and less in failure",
+        paper="arXiv:2509.03646",
+    ),
+    "full": Algorithm(
+        MeanNormalized(),
+        (WeightByUncertainty(), AmplifyPlanning()),
+        surrogate=_HIGHER,
+        pooling=Pooling(),
+        grams=_GRAMS,
+        summary="MaxRL, SEPA, surprisal weights and HICRA together",
+        paper="textpolicy",
     ),
 }
 
 
 def algorithm(name: str) -> Algorithm:
-    """The recipe called ``name``; an unknown name is a ``UserError`` that lists the known ones."""
+    """The recipe called ``name``; an unknown name is a ``UserError`` that lists the near and known ones."""
     if name not in ALGORITHMS:
         raise unknown_name("algorithm", name, ALGORITHMS)
     return ALGORITHMS[name]

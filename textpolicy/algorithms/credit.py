@@ -1,58 +1,39 @@
-"""What every algorithm shares: the per-token credit record and the pipeline over it."""
+"""``Credit``: the sampled tokens of a step, as baselines and stages see them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from ..losses import Surrogate
-from ..types import Batch, Episode, Normalize
+from .rewards import Rewards
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Credit:
-    """One episode's sampled tokens, as the credit stages see them."""
+    """The sampled tokens of a step, completion after completion: N tokens of B completions."""
 
-    advantage: np.ndarray  # (T,) float32
+    advantage: np.ndarray  # (N,) float64
+    uncertainty: np.ndarray  # (N,) float64, nats: surprisal or exact entropy, as the recipe asks; SEPA pools it
+    entropy: np.ndarray | None  # (N,) float64, nats, exact; None when the engine could not see it
+    planning: np.ndarray  # (N,) bool, True on strategic grams
+    penalty: np.ndarray  # (N,) float64, of a KL in the reward
+    row: np.ndarray  # (N,) int, non-decreasing: the completion of each token
+    position: np.ndarray  # (N,) int, 0 at a completion's first token
+    reward: np.ndarray  # (B,) float64, NaN where unscorable
+    group: np.ndarray  # (B,) int, dense: 0..G-1
+
+    @property
+    def uniform(self) -> np.ndarray:
+        """(B,) bool, True where the completion's group agrees on the reward."""
+        return Rewards(self.reward, self.group).uniform
 
 
-Baseline = Callable[[np.ndarray], np.ndarray]  # (G,) rewards of one group -> (G,) advantages
-Stage = Callable[[Credit], Credit]
+def row_sum(values: np.ndarray, row: np.ndarray, rows: int) -> np.ndarray:
+    """(N,) -> (rows,): the sum over each completion's tokens, 0 for an empty one."""
+    return np.bincount(row, values, rows)
 
 
-@dataclass(frozen=True)
-class Algorithm:
-    """A named recipe: a group baseline, token-level stages, and how the loss reads them."""
-
-    baseline: Baseline
-    stages: tuple[Stage, ...] = ()
-    surrogate: Surrogate = field(default_factory=Surrogate)
-    normalize: Normalize = "token"
-    constant: float = 1.0  # the length that normalize="constant" divides by
-    paper: str = ""
-
-    def credit(self, episodes: Sequence[Episode]) -> Batch:
-        """Turn scored episodes into a training batch, one baseline per group id."""
-        scalars = self.advantages(
-            np.array([e.reward for e in episodes], np.float64), np.array([e.group for e in episodes])
-        )
-        tokens = [self._token_advantages(e, a) for e, a in zip(episodes, scalars, strict=True)]
-        return Batch.pack(episodes, tokens, self.normalize, self.constant)
-
-    def advantages(self, rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
-        """(N,) rewards and (N,) group ids -> (N,) advantages; no group sees another's rewards."""
-        out = np.zeros_like(rewards)
-        for group in np.unique(groups):
-            members = groups == group
-            out[members] = self.baseline(rewards[members])
-        return out
-
-    def _token_advantages(self, episode: Episode, scalar: float) -> np.ndarray:
-        credit = Credit(advantage=np.full(int(episode.mask.sum()), scalar, np.float32))
-        for stage in self.stages:
-            credit = stage(credit)
-        out = np.zeros(len(episode.tokens), np.float32)
-        out[episode.mask] = credit.advantage
-        return out
+def row_mean(values: np.ndarray, row: np.ndarray, rows: int) -> np.ndarray:
+    """(N,) -> (rows,): the mean over each completion's tokens, 0 for an empty one."""
+    return row_sum(values, row, rows) / np.maximum(np.bincount(row, minlength=rows), 1)

@@ -1,40 +1,58 @@
-"""GRPO (arXiv:2402.03300) and Dr. GRPO (arXiv:2503.20783): group baselines, and their parts as plain functions.
+"""GRPO (arXiv:2402.03300) and Dr. GRPO (arXiv:2503.20783): the group-relative baseline, and the documented functions.
 
-The public functions below the baselines take arrays of NumPy, MLX or any library that names its
-functions alike; it is found through the array, not imported.
+The functions, GTPO's among them, take arrays of NumPy, MLX or any library that names its functions alike.
 """
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
-from ..errors import UserError
-from ..losses import Array, Surrogate, clipped_surrogate
+from ..errors import UserError, unknown_name
+from ..losses import Array, Clip, Surrogate, policy_objective
+from .arrays import like, namespace, refuse_unlike, values_of
+from .gtpo import Normalisation, normalize, shaped_rewards
+from .maxrl import compute_advantages_maxrl as compute_advantages_maxrl
+from .rewards import Rewards
+from .selection import Lengths, row_and_position
+from .selection import compute_prompt_group_stats as compute_prompt_group_stats
+from .selection import filter_informative_prompts as filter_informative_prompts
+from .selection import select_all_data as select_all_data
+from .selection import select_informative_data as select_informative_data
+from .selection import select_recent_data as select_recent_data
+from .weighting import uncertainty_weights
+
+SCALES = ("group", "batch", "none")
 
 
-def center(rewards: np.ndarray) -> np.ndarray:
-    """A_i = r_i - mean(r). Keeps a problem's difficulty in the scale (arXiv:2503.20783, sec. 3).
+@dataclass(frozen=True)
+class GroupRelative:
+    """A_i = (r_i - mean r) / (std r + eps), mean over the completions of one prompt.
 
-    Exactly 0 for a group that agrees, where the rounding of the mean could leave a residue
-    that an adaptive optimiser would blow up to a full step.
+    The std is the sample (Bessel) one of the group (GRPO, sec. 4.1.2), of the whole batch (Lite PPO,
+    arXiv:2508.08221), or there is none (Dr. GRPO, sec. 3, which keeps a problem's difficulty in the
+    scale). A group of one, one that agrees and an unscorable reward get 0.
     """
-    if (rewards == rewards[0]).all():
-        return np.zeros_like(rewards)
-    return rewards - rewards.mean()
 
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    std_eps: float = 1e-6
+    ddof: int = 1
 
-def standardize(rewards: np.ndarray, eps: float = 1e-6) -> np.ndarray:
-    """A_i = (r_i - mean(r)) / (std(r) + eps), with the sample (Bessel) std (arXiv:2402.03300, sec. 4.1.2).
+    def __post_init__(self) -> None:
+        if self.scale_rewards not in SCALES:
+            raise unknown_name("scale of rewards", self.scale_rewards, SCALES)
 
-    A group of one, and a group that agrees, get 0.
-    """
-    if len(rewards) == 1:
-        return np.zeros_like(rewards)
-    return center(rewards) / (rewards.std(ddof=1) + eps)
+    def __call__(self, rewards: Rewards) -> np.ndarray:
+        match self.scale_rewards:
+            case "group":
+                return rewards.centered / (rewards.std(self.ddof) + self.std_eps)
+            case "batch":
+                batch = Rewards(rewards.value, np.zeros_like(rewards.group))
+                return rewards.centered / (batch.std(self.ddof) + self.std_eps)
+        return rewards.centered
 
 
 # ---- public functions over one group's rewards, or over flat arrays of sampled tokens
@@ -45,11 +63,10 @@ def compute_advantages(rewards: Array) -> Array:
 
     An array gives an array of its own kind, a list a NumPy array. Raises TypeError for anything else.
     """
-    values = _floats(rewards)
+    values = values_of(rewards)
     if values.ndim != 1:
         raise UserError(f"rewards have shape {values.shape}; give the rewards of one group, (G,)")
-    advantages = center(values) if len(values) else values
-    return advantages if isinstance(rewards, list) else _namespace(rewards).array(advantages)
+    return like(rewards, GroupRelative("none")(Rewards.of(values)))
 
 
 def compute_advantages_dr_grpo(rewards: Array) -> Array:
@@ -71,14 +88,14 @@ def policy_loss(
     ``clip_ratio`` sets both bounds. ``normalize_constant`` divides the sum by itself instead of by N
     (arXiv:2503.20783). The wider upper bound is DAPO's (arXiv:2503.14476). Raises UserError.
     """
-    _refuse_unlike(old_logprobs, new_logprobs, advantages)
+    refuse_unlike(old_logprobs=old_logprobs, new_logprobs=new_logprobs, advantages=advantages)
     if normalize_constant is not None and not normalize_constant > 0:
         raise UserError(f"normalize_constant is {normalize_constant}; set it above 0, or leave it out")
+    xp = namespace(new_logprobs)
     weight = 1 / (normalize_constant or max(new_logprobs.size, 1))
-    row = _Row(old_logprobs, advantages, weight)
-    return clipped_surrogate(
-        new_logprobs, row, _namespace(new_logprobs), _clip(clip_ratio, clip_ratio_low, clip_ratio_high)
-    )
+    row = Rows(old_logprobs[None], advantages[None], xp.full(new_logprobs[None].shape, weight))
+    how = Surrogate(clip_range(clip_ratio, clip_ratio_low, clip_ratio_high))
+    return policy_objective(new_logprobs[None], row, xp, how)
 
 
 def compute_metrics(
@@ -94,9 +111,9 @@ def compute_metrics(
     The clip fractions are shares of tokens whose ratio r is outside the clip range. kl_divergence
     estimates KL(old || new) by mean(r - 1 - log r), which is never negative. Raises UserError.
     """
-    _refuse_unlike(old_logprobs, new_logprobs, advantages)
-    how = _clip(clip_ratio, clip_ratio_low, clip_ratio_high)
-    old, new, a = _floats(old_logprobs), _floats(new_logprobs), _floats(advantages)
+    refuse_unlike(old_logprobs=old_logprobs, new_logprobs=new_logprobs, advantages=advantages)
+    how = clip_range(clip_ratio, clip_ratio_low, clip_ratio_high)
+    old, new, a = values_of(old_logprobs), values_of(new_logprobs), values_of(advantages)
     if not a.size:
         raise UserError("there are no tokens to measure; give at least one")
     log_r = np.clip(new - old, -20, 20)
@@ -117,40 +134,136 @@ def compute_metrics(
     }
 
 
+def compute_token_entropy(logits: Array) -> Array:
+    """H = -sum_y p_y log p_y in nats, p = softmax of the last axis: (..., V) -> (...). A logit of -inf has p = 0."""
+    xp = namespace(logits)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    p = xp.exp(shifted)
+    total = p.sum(axis=-1)
+    return xp.log(total) - (p * xp.where(p > 0, shifted, 0)).sum(axis=-1) / total
+
+
+# ---- weights by entropy
+
+
+def apply_entropy_weighting(
+    advantages: Array, token_entropies: Array, entropy_weight: float = 0.1, episode_lengths: Lengths | None = None
+) -> Array:
+    """A_t max(0, 1 + beta (H_t / mean H - 1)), (N,) -> (N,), constant in the gradient; see ``uncertainty_weights``.
+
+    beta is ``entropy_weight``. The mean is over a completion; without ``episode_lengths`` all tokens
+    are one. Raises UserError.
+    """
+    refuse_unlike(advantages=advantages, token_entropies=token_entropies)
+    count = token_entropies.size
+    row, _ = row_and_position([count] if episode_lengths is None else episode_lengths, count)
+    weights = uncertainty_weights(values_of(token_entropies), row, entropy_weight)
+    return like(advantages, weights * values_of(advantages))
+
+
+def compute_advantages_gtpo(
+    rewards: Array, token_entropies: Array, entropy_weight: float = 0.1, episode_lengths: Lengths | None = None
+) -> Array:
+    """``compute_advantages`` of one group (G,), on each token, under ``apply_entropy_weighting``: (N,).
+
+    Without ``episode_lengths`` every completion has one token. Raises UserError.
+    """
+    lengths = np.ones(len(rewards), int) if episode_lengths is None else episode_lengths
+    row, _ = row_and_position(lengths, token_entropies.size)
+    _refuse_other_count(rewards, lengths)
+    spread = like(token_entropies, values_of(compute_advantages(rewards))[row])
+    return apply_entropy_weighting(spread, token_entropies, entropy_weight, lengths)
+
+
+# ---- GTPO's shaped rewards (arXiv:2508.04349)
+
+
+def compute_gtpo_shaped_rewards(
+    rewards: Array,
+    token_entropies: Array,
+    episode_lengths: Lengths,
+    alpha_1: float = 1.0,
+    alpha_2: float = 0.1,
+    reward_threshold: float = 0.5,
+    eps: float = 1e-8,
+    prompt_ids: Sequence[int] | Array | None = None,
+) -> tuple[Array, Array]:
+    """The shaped reward of each token, and whether its completion succeeded: (N,) and (N,) bool.
+
+    The formulas are those of ``gtpo.shaped_rewards``, for rewards (B,) of completions that share a prompt,
+    or have the ``prompt_ids`` (B,). Constant in the gradient. Raises UserError.
+    """
+    r = values_of(rewards)
+    row, position = row_and_position(episode_lengths, token_entropies.size)
+    _refuse_other_count(rewards, episode_lengths)
+    shaped = shaped_rewards(
+        values_of(token_entropies), row, position, r, Rewards.of(r, prompt_ids).group,
+        alpha_1=alpha_1, alpha_2=alpha_2, reward_threshold=reward_threshold, eps=eps,
+    )  # fmt: skip
+    return like(token_entropies, shaped), namespace(token_entropies).array((r > reward_threshold)[row])
+
+
+def normalize_gtpo_advantages(
+    shaped: Array,
+    is_positive: Array,
+    eps: float = 1e-8,
+    normalisation: Normalisation = "joint",
+    prompt_ids: Sequence[int] | Array | None = None,
+) -> Array:
+    """(x - mean x) / sqrt(var x + eps) over the tokens of a prompt, (N,) -> (N,); see ``gtpo.normalize``.
+
+    0 where all completions of a prompt succeeded, or all failed: entropy alone would be left.
+    ``prompt_ids`` (N,) are those of the tokens; without them all share one. ``normalisation``
+    "separate" is the paper's, which forgets the outcome. Raises UserError.
+    """
+    refuse_unlike(shaped=shaped, is_positive=is_positive)
+    success = np.asarray(is_positive) != 0
+    outcome = Rewards.of(success.astype(float), prompt_ids)
+    a = normalize(values_of(shaped), success, outcome.group, normalisation, eps)
+    return like(shaped, np.where(outcome.uniform, 0.0, a))
+
+
+def gtpo_loss(
+    old_logprobs: Array,
+    new_logprobs: Array,
+    rewards: Array,
+    token_entropies: Array,
+    episode_lengths: Lengths,
+    alpha_1: float = 1.0,
+    alpha_2: float = 0.1,
+    clip_epsilon: float = 0.2,
+    reward_threshold: float = 0.5,
+    eps: float = 1e-8,
+    prompt_ids: Sequence[int] | Array | None = None,
+) -> Array:
+    """``policy_loss`` of the shaped and normalised rewards, bounds 1 -+ ``clip_epsilon``; 0 without tokens."""
+    how = {"alpha_1": alpha_1, "alpha_2": alpha_2, "reward_threshold": reward_threshold, "eps": eps}
+    shaped, success = compute_gtpo_shaped_rewards(
+        rewards, token_entropies, episode_lengths, prompt_ids=prompt_ids, **how
+    )
+    row, _ = row_and_position(episode_lengths, token_entropies.size)
+    of_tokens = None if prompt_ids is None else np.asarray(prompt_ids)[row]
+    advantages = normalize_gtpo_advantages(shaped, success, eps, prompt_ids=of_tokens)
+    return policy_loss(old_logprobs, new_logprobs, advantages, clip_ratio=clip_epsilon)
+
+
+# ---- shared
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class _Row:
-    """What ``clipped_surrogate`` reads of a batch, for flat tokens of one weight."""
+class Rows:
+    """What ``policy_objective`` reads of a batch."""
 
-    logprobs: Array  # (N,)
-    advantages: Array  # (N,)
-    weights: float
-
-
-def _clip(both: float | None, low: float, high: float) -> Surrogate:
-    return Surrogate("token", low, high) if both is None else Surrogate("token", both, both)
+    logprobs: Array  # (B, T), of the policy that sampled
+    advantages: Array  # (B, T) or (B, 1)
+    weights: Array  # (B, T), 0 where there is no token
 
 
-def _namespace(array: Array) -> Any:
-    """The module that ``array`` comes from: numpy, mlx.core, ..."""
-    module = sys.modules[type(array).__module__]
-    if not hasattr(module, "minimum"):
-        raise TypeError(f"{array!r} is a {type(array).__name__}; give an array of numpy or mlx")
-    return module
+def clip_range(both: float | None, low: float, high: float) -> Clip:
+    """[1 - low, 1 + high], or the same bound for both."""
+    return Clip(low, high) if both is None else Clip(both, both)
 
 
-def _floats(values: Array) -> np.ndarray:
-    """A list or an array as NumPy floats, of its own precision where it has one."""
-    if not isinstance(values, list):
-        _namespace(values)
-    array = np.asarray(values)
-    return array if array.dtype.kind == "f" else array.astype(np.float32)
-
-
-def _refuse_unlike(old: Array, new: Array, advantages: Array) -> None:
-    for array in (old, new, advantages):
-        _namespace(array)
-    if not old.shape == new.shape == advantages.shape:
-        raise UserError(
-            f"old log-probs, new log-probs and advantages have shapes {old.shape}, {new.shape} and "
-            f"{advantages.shape}; give one number per token to each"
-        )
+def _refuse_other_count(rewards: Array, lengths: Lengths) -> None:
+    if len(rewards) != len(lengths):
+        raise UserError(f"there are {len(rewards)} rewards for {len(lengths)} completions; give one for each")

@@ -11,8 +11,9 @@ from typing import Any, Self
 import numpy as np
 
 from ..errors import UserError
-from ..rewards.registry import Fitted, RewardFunction, Scored, accepted_keywords, call_reward
+from ..rewards.registry import Fitted, RewardFunction, Scored, call_reward
 from .base import Environment
+from .pieces import Pieces, text_decode
 
 Message = Mapping[str, str]  # {"role": "user", "content": "..."}
 Prompt = str | Sequence[Message]
@@ -56,6 +57,7 @@ class TextGenerationEnv(Environment):
         self.max_tokens, self.group_size, self.seed = max_tokens, group_size, seed
         self._reward = Fitted.of(reward_fn)
         self._codec = _Codec.of(tokenizer)
+        self._pieces = Pieces(self._codec.decode)
         self._texts = [_question(i, prompt) for i, prompt in enumerate(self.prompts)]
         self._ids = [self._tokenise(i, chat) for i in range(len(self.prompts))]
         self._episode = 0  # of the pending prompt, or of the next one
@@ -136,6 +138,10 @@ class TextGenerationEnv(Environment):
         """The text of a completion's token ids, without special tokens and outer whitespace."""
         return self._codec.text(_token_ids(tokens))
 
+    def pieces(self, tokens: Any) -> tuple[str, ...]:
+        """The text of each token of a completion, "" for special ones."""
+        return self._pieces(_token_ids(tokens))
+
     def score(self, i: int, tokens: Any, truncated: bool) -> Scored:
         """The reward of ``tokens`` as a completion of prompt ``i``. Raises RewardError."""
         return self._score_text(i, self.text(tokens), truncated)
@@ -179,12 +185,10 @@ class _Codec:
 
     @classmethod
     def of(cls, tokenizer: Any) -> Self:
-        keywords = accepted_keywords(tokenizer.decode)
-        skips = keywords is None or "skip_special_tokens" in keywords
         return cls(
             encode_text=tokenizer.encode,
             encode_chat=partial(_render, tokenizer) if _has_template(tokenizer) else None,
-            decode=partial(tokenizer.decode, skip_special_tokens=True) if skips else tokenizer.decode,
+            decode=text_decode(tokenizer),
             stop=_stop_tokens(tokenizer),
         )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,18 @@ from mlx.utils import tree_map
 
 from ..engine import Sampling
 from ..errors import UserError
-from ..losses import Surrogate, clipped_surrogate, log_ratio
+from ..losses import (
+    Surrogate,
+    correction_weights,
+    denominator,
+    importance_ratio,
+    kl_estimate,
+    policy_objective,
+)
 from ..types import Batch, Completion
 from .decode import decode
-from .lora import save_adapter, trainable
-from .scoring import Layout, arrays, micro_batches, score
+from .lora import adapters_off, save_adapter, trainable
+from .scoring import Layout, arrays, logprobs_of, micro_batches, score
 
 # (B, T) log-probs and the rows they belong to, MLX arrays in their fields -> loss, sums to report
 Objective = Callable[[mx.array, Any], tuple[mx.array, dict[str, mx.array]]]
@@ -65,7 +74,7 @@ class MLXEngine:
         compute = nn.value_and_grad(self.model, partial(_loss, objective=objective))
         totals: dict[str, float] = {}
         grads = None
-        for layout in micro_batches(batch, self.micro_batch_tokens):
+        for _, layout in micro_batches(batch, self.micro_batch_tokens):
             (_, stats), grad = compute(self.model, layout, arrays(layout.rows))
             grads = grad if grads is None else tree_map(mx.add, grads, grad)
             mx.eval(stats, grads)
@@ -74,15 +83,28 @@ class MLXEngine:
                 totals[name] = merge((totals.get(name, 0.0), value.item()))
         return totals, grads
 
-    def update(self, batch: Batch, surrogate: Surrogate, learning_rate: float) -> Mapping[str, float]:
-        """One optimiser step on ``batch``; rows whose every advantage is 0 are skipped, exactly.
+    def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
+        """(B, T) float32 log-probs of the batch's sampled targets, 0 elsewhere.
 
-        If no row is left nothing moves, not even by momentum, and ``updated`` is 0.
+        Under the model as it is, or under the frozen ``reference``: the same weights with adapters off.
         """
-        live = np.flatnonzero(((batch.advantages != 0) & (batch.weights != 0)).any(axis=1))
+        with adapters_off(self.model) if reference else nullcontext():
+            return logprobs_of(self.model, batch, self.micro_batch_tokens)
+
+    def update(self, batch: Batch, surrogate: Surrogate, learning_rate: float) -> Mapping[str, float]:
+        """One optimiser step on ``batch``; rows that cannot change the loss are skipped, exactly.
+
+        If no row is left nothing moves, not even by momentum, and ``updated`` is 0. A KL in the loss
+        needs the reference's log-probs; they are scored here if the batch does not bring them.
+        """
+        matters = (batch.weights != 0) & ((batch.advantages != 0) | (surrogate.kl is not None))
+        live = np.flatnonzero(matters.any(axis=1))
         if len(live) == 0:
             return {"loss": 0.0, "grad_norm": 0.0, "updated": 0.0, **_memory()}
-        stats, grads = self.gradients(batch.take(live), partial(_surrogate_with_stats, how=surrogate))
+        rows = batch.take(live)
+        if surrogate.kl is not None and rows.reference is None:
+            rows = replace(rows, reference=self.score(rows, reference=True))
+        stats, grads = self.gradients(rows, partial(_objective_with_stats, how=surrogate))
         norm = self.apply(grads, learning_rate)
         return {"loss": stats["loss"], "grad_norm": norm, "updated": 1.0, **_per_token(stats), **_memory()}
 
@@ -117,32 +139,36 @@ def _loss(model: nn.Module, layout: Layout, rows: Any, objective: Objective) -> 
     return objective(score(model, layout), rows)
 
 
-def _surrogate_with_stats(logprobs: mx.array, rows: Any, how: Surrogate) -> tuple[mx.array, dict]:
+def _objective_with_stats(logprobs: mx.array, rows: Any, how: Surrogate) -> tuple[mx.array, dict]:
     """The loss, and sums over sampled tokens that say how far the learner is from the sampler."""
-    loss = clipped_surrogate(logprobs, rows, mx, how)
+    loss = policy_objective(logprobs, rows, mx, how)
     live = rows.weights != 0
     gap = mx.where(live, logprobs - rows.logprobs, 0)
-    ratio = mx.exp(mx.clip(log_ratio(logprobs, rows, how), -20, 20))
+    log_r = mx.where(live, logprobs - denominator(logprobs, rows, mx, how), 0)
+    low, high = how.objective.clipped(importance_ratio(log_r, live, how.ratio, mx), rows.advantages)
     count = {
         "tokens": live,
-        "gap": mx.abs(gap),
-        "kl": mx.exp(mx.clip(gap, -20, 20)) - 1 - gap,
-        "clipped_low": live & (ratio < 1 - how.clip_low) & (rows.advantages < 0),
-        "clipped_high": live & (ratio > 1 + how.clip_high) & (rows.advantages > 0),
+        "logprob_gap_mean": mx.abs(gap),
+        "sampler_kl": mx.exp(mx.clip(gap, -20, 20)) - 1 - gap,
+        "clip_fraction_low": live & low,
+        "clip_fraction_high": live & high,
     }
+    if how.kl is not None:
+        count["reference_kl"] = live * kl_estimate(logprobs, rows.reference, "k3", mx, limit=20)
+    if how.correction is not None:
+        old = denominator(logprobs, rows, mx, how)
+        weights = correction_weights(old, rows.logprobs, live, how.correction, mx)
+        count |= {"correction_mean": live * weights, "correction_dropped": live & (weights == 0)}
     sums = {name: mx.stop_gradient(value.sum()) for name, value in count.items()}
-    return loss, {"loss": mx.stop_gradient(loss), "gap_max": mx.stop_gradient(mx.abs(gap).max()), **sums}
+    extremes = {"logprob_gap_max": mx.stop_gradient(mx.abs(gap).max())}
+    return loss, {"loss": mx.stop_gradient(loss), **extremes, **sums}
 
 
 def _per_token(stats: Mapping[str, float]) -> dict[str, float]:
+    """Sums as means over the sampled tokens; the loss and maxima as they are."""
     tokens = max(stats["tokens"], 1.0)
-    return {
-        "logprob_gap_mean": stats["gap"] / tokens,
-        "logprob_gap_max": stats["gap_max"],
-        "sampler_kl": stats["kl"] / tokens,
-        "clip_fraction_low": stats["clipped_low"] / tokens,
-        "clip_fraction_high": stats["clipped_high"] / tokens,
-    }
+    sums = {name: value / tokens for name, value in stats.items() if name not in ("loss", "tokens", "logprob_gap_max")}
+    return {"logprob_gap_max": stats["logprob_gap_max"], **sums}
 
 
 def _memory() -> dict[str, float]:

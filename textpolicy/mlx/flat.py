@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,11 +11,12 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import UserError
-from ..types import Batch, Episode
+from ..types import Batch
 from .scoring import Layout, score
 
-# (N,) log-probs of the sampler, (N,) of the policy being trained, (N,) advantages -> a scalar, or metrics
-FlatFunction = Callable[[mx.array, mx.array, mx.array], Any]
+# (N,) log-probs of the sampler, (N,) of the policy being trained, (N,) advantages, (B,) tokens of each
+# sequence -> a scalar, or metrics
+FlatFunction = Callable[[mx.array, mx.array, mx.array, mx.array], Any]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,6 +27,7 @@ class FlatTokens:
     place: mx.array  # (N,) int32, of each token in the flattened (B, T) log-probs
     old: mx.array  # (N,) float32, of the distribution that sampled the token
     advantages: mx.array  # (N,) float32
+    lengths: mx.array  # (B,) int32, sampled tokens of each sequence, 1 or more
 
     @classmethod
     def of(cls, batch: Batch) -> Self:
@@ -40,11 +42,12 @@ class FlatTokens:
             place=mx.array(np.flatnonzero(sampled).astype(np.int32)),
             old=mx.array(layout.rows.logprobs[sampled]),
             advantages=mx.array(layout.rows.advantages[sampled]),
+            lengths=mx.array(sampled.sum(axis=1).astype(np.int32)),
         )
 
     def apply(self, model: nn.Module, fn: FlatFunction) -> Any:
         """``fn`` of the tokens, with the log-probs that ``model`` gives them now."""
-        return fn(self.old, score(model, self.layout).reshape(-1)[self.place], self.advantages)
+        return fn(self.old, score(model, self.layout).reshape(-1)[self.place], self.advantages, self.lengths)
 
     def gradients(self, model: nn.Module, loss_fn: FlatFunction) -> tuple[float, Any]:
         """The loss, and its gradients by the trainable parameters of ``model``."""
@@ -53,12 +56,17 @@ class FlatTokens:
         return float(loss.item()), grads
 
 
-def advantages_per_group(advantage_fn: Callable[[mx.array], Any], episodes: Sequence[Episode]) -> np.ndarray:
-    """(N,) float32: ``advantage_fn`` of each group's rewards (G,); no group sees another's."""
-    rewards, groups = np.array([e.reward for e in episodes], np.float32), np.array([e.group for e in episodes])
-    out = np.zeros_like(rewards)
-    for group in np.unique(groups):
-        members = groups == group
+def advantages_per_group(
+    advantage_fn: Callable[[mx.array], Any], rewards: np.ndarray, groups: np.ndarray
+) -> np.ndarray:
+    """(B,) float32: ``advantage_fn`` of the scored rewards of each group; no group sees another's.
+
+    ``rewards`` (B,) float32 are NaN where unscorable: those get 0 and are not shown to ``advantage_fn``.
+    """
+    scored = ~np.isnan(rewards)
+    out = np.zeros(len(rewards), np.float32)
+    for group in np.unique(groups[scored]):
+        members = scored & (groups == group)
         values = np.asarray(advantage_fn(mx.array(rewards[members])))
         if values.shape != (members.sum(),) or not np.isfinite(values).all():
             raise UserError(
@@ -67,3 +75,19 @@ def advantages_per_group(advantage_fn: Callable[[mx.array], Any], episodes: Sequ
             )
         out[members] = values
     return out
+
+
+def transformed(transform: Callable[[mx.array, Any], Any], advantages: np.ndarray, batch: dict[str, Any]) -> np.ndarray:
+    """(N,) float32 -> (N,): what a user's transform makes of the advantages. Raises UserError for another shape."""
+    values = np.asarray(transform(mx.array(advantages), batch))
+    if values.shape != advantages.shape or not np.isfinite(values).all():
+        raise UserError(
+            f"advantage_transform_fn made an array {values.shape} of {advantages.shape} advantages, or one that is "
+            "not finite; return one finite number for each token"
+        )
+    return values.astype(np.float32)
+
+
+def mlx_arrays(data: Mapping[str, Any]) -> dict[str, Any]:
+    """``data`` with MLX arrays in place of NumPy's."""
+    return {name: mx.array(value) if isinstance(value, np.ndarray) else value for name, value in data.items()}

@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..errors import UserError
@@ -72,6 +74,19 @@ def _replace_folder(new: Path, path: Path) -> None:
         os.replace(path, old)
     os.replace(new, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within it ``model`` is the frozen model underneath its adapters. Raises UserError if it has none."""
+    adapted = [(name, module) for name, module in model.named_modules() if "lora_a" in module and "linear" in module]
+    if not adapted:
+        raise UserError("the KL reference is the model with its adapters off and it has none; attach a LoRA adapter")
+    model.update_modules(tree_unflatten([(name, module.linear) for name, module in adapted]))
+    try:
+        yield
+    finally:
+        model.update_modules(tree_unflatten(adapted))
 
 
 def trainable(model: nn.Module) -> dict[str, mx.array]:

@@ -6,7 +6,6 @@ are scored once, and completions of similar length run together, so that little 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -74,10 +73,10 @@ def score(model: nn.Module, layout: Layout) -> mx.array:
     return mx.concatenate(scored)[mx.array(layout.distinct)]
 
 
-def micro_batches(batch: Batch, max_tokens: int) -> Iterator[Layout]:
+def micro_batches(batch: Batch, max_tokens: int) -> Iterator[tuple[np.ndarray, Layout]]:
     """Rows of one prompt side by side, at most ``max_tokens`` padded tokens (prompts too), or one row, at a time.
 
-    Rows are kept whole; any split has the same gradient.
+    Which rows of the batch they are, (R,) int, and their layout. Any split has the same gradient.
     """
     order = _by_prompt(batch)
     lengths = batch.lengths[order]
@@ -87,8 +86,20 @@ def micro_batches(batch: Batch, max_tokens: int) -> Iterator[Layout]:
         while stop < len(order) and max(width, lengths[stop]) * (stop + 1 - start) <= max_tokens:
             width = max(width, int(lengths[stop]))
             stop += 1
-        yield Layout.build(batch.take(order[start:stop], width))
+        yield order[start:stop], Layout.build(batch.take(order[start:stop], width))
         start = stop
+
+
+def logprobs_of(model: nn.Module, batch: Batch, max_tokens: int) -> np.ndarray:
+    """(B, T) float32 log-probs of the batch's sampled targets under ``model``, without gradients; 0 elsewhere."""
+    out = np.zeros(batch.weights.shape, np.float32)
+    live = np.flatnonzero(batch.weights.any(axis=1))
+    for rows, layout in micro_batches(batch.take(live), max_tokens):
+        scored = np.array(score(model, layout))
+        for i, line in zip(live[rows], scored, strict=True):
+            start, stop = batch.starts[i], batch.lengths[i]
+            out[i, start:stop] = line[: stop - start]
+    return np.where(batch.weights != 0, out, 0)
 
 
 def prompt_rows(batch: Batch) -> list[np.ndarray]:
@@ -98,8 +109,7 @@ def prompt_rows(batch: Batch) -> list[np.ndarray]:
 
 def arrays(batch: Batch) -> Any:
     """The batch with MLX arrays in its fields, as the objectives read it."""
-    fields: dict[str, Any] = {f.name: mx.array(getattr(batch, f.name)) for f in dataclasses.fields(batch)}
-    return dataclasses.replace(batch, **fields)
+    return batch.map(mx.array)
 
 
 def _by_prompt(batch: Batch) -> np.ndarray:
@@ -118,8 +128,7 @@ def _left_aligned(batch: Batch) -> Batch:
     def move(array: np.ndarray) -> np.ndarray:
         return np.where(inside, np.take_along_axis(array, columns, axis=1), np.zeros((), array.dtype))
 
-    moved = {f.name: move(getattr(batch, f.name)) for f in dataclasses.fields(batch) if f.name != "temperatures"}
-    return dataclasses.replace(batch, **moved)
+    return batch.map(move, skip=("temperatures",))
 
 
 def _buckets(spans: np.ndarray) -> list[slice]:

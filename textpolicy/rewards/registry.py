@@ -168,7 +168,8 @@ def call_reward(fn: RewardFunction, prompt: str, completion: str, example: Mappi
     """Score one completion. Nothing else in the package calls a reward function.
 
     ``extra`` is passed on as it is; wrap ``fn`` in ``Fitted.of`` to drop what its signature does not
-    take. Raises RewardError when ``fn`` raises or returns something that is not a finite number,
+    take. A reward of None or NaN says that the completion could not be scored. Raises RewardError
+    when ``fn`` raises or returns something that is not a finite number, None,
     ``{"reward": x[, "is_correct": b]}`` or ``(reward, is_correct)``.
     """
     where = f"for prompt {_excerpt.repr(prompt)} and completion {_excerpt.repr(completion)}"
@@ -187,16 +188,19 @@ def call_reward(fn: RewardFunction, prompt: str, completion: str, example: Mappi
 def _scored(result: Any) -> Scored:
     match result:
         case Mapping():
-            value, is_correct = result.get("reward"), result.get("is_correct")
+            if "reward" not in result:
+                raise TypeError("the mapping has no key 'reward'")
+            value, is_correct = result["reward"], result.get("is_correct")
         case (value, is_correct):
             pass
         case _:
             value, is_correct = result, None
-    return Scored(_number(value), None if is_correct is None else _number(is_correct) != 0)
+    reward = math.nan if value is None else _number(value)
+    return Scored(reward, None if is_correct is None else _number(is_correct) != 0)
 
 
 def _number(value: Any) -> float:
-    if np.ndim(value) or not isinstance(value, SupportsFloat) or not math.isfinite(float(value)):
+    if np.ndim(value) or not isinstance(value, SupportsFloat) or math.isinf(float(value)):
         raise TypeError(f"{value!r} is not a finite number")
     return float(value)
 

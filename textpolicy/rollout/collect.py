@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from ..engine import Engine, Sampling
 from ..environment.text_generation import TextGenerationEnv
-from ..types import Episode
+from ..types import Batch, Episode
 
 
 def collect(
-    engine: Engine, env: TextGenerationEnv, prompts: Sequence[int], group_size: int, sampling: Sampling
+    engine: Engine,
+    env: TextGenerationEnv,
+    prompts: Sequence[int],
+    group_size: int,
+    sampling: Sampling,
+    first_group: int = 0,
 ) -> list[Episode]:
     """``group_size`` scored episodes for each of the environment's ``prompts`` (indices), in order.
 
-    A prompt's place in ``prompts`` is its episodes' group, so a prompt drawn twice has two groups.
+    A prompt's place in ``prompts``, counted from ``first_group``, is its episodes' group, so a prompt
+    drawn twice has two groups.
     """
     completions = engine.sample([env.prompt_ids(i).tolist() for i in prompts], group_size, sampling)
     episodes = []
-    for group, (i, members) in enumerate(zip(prompts, completions, strict=True)):
+    for group, (i, members) in enumerate(zip(prompts, completions, strict=True), first_group):
         for completion in members:
             scored = env.score(i, completion.tokens, completion.truncated)
             episodes.append(
@@ -30,6 +39,17 @@ def collect(
                     group=group,
                     prompt=env.prompt_text(i),
                     text=env.text(completion.tokens),
+                    pieces=env.pieces(completion.tokens),
                 )
             )
     return episodes
+
+
+def with_reference(engine: Engine, episodes: Sequence[Episode]) -> list[Episode]:
+    """The episodes with the log-probs of the frozen reference, for a KL in the reward."""
+    batch = Batch.pack(episodes, [np.zeros(len(e.tokens), np.float32) for e in episodes])
+    scored = engine.score(batch, reference=True)
+    return [
+        replace(e, reference=np.append(np.float32(0), line[: len(e.tokens) - 1]))
+        for e, line in zip(episodes, scored, strict=True)
+    ]

@@ -1,0 +1,27 @@
+"""RLOO (arXiv:2402.14740): every completion is compared with the others of its prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .rewards import Rewards
+
+
+@dataclass(frozen=True)
+class LeaveOneOut:
+    """A_i = r_i - mean_{j != i} r_j = n / (n - 1) (r_i - mean r); a group of one gets 0.
+
+    ``normalize_advantages`` then scales the whole batch to mean 0 and sample std 1.
+    """
+
+    normalize_advantages: bool = False
+    advantage_eps: float = 1e-4
+
+    def __call__(self, rewards: Rewards) -> np.ndarray:
+        n = rewards.count
+        a = rewards.centered * n / np.maximum(n - 1, 1)
+        if not self.normalize_advantages or len(a) < 2:
+            return a
+        return (a - a.mean()) / (a.std(ddof=1) + self.advantage_eps)

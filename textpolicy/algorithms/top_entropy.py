@@ -1,0 +1,48 @@
+"""Credit for the most uncertain tokens only (arXiv:2506.01939): forking tokens carry the gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..errors import UserError
+from .credit import Credit
+
+
+@dataclass(frozen=True, slots=True)
+class KeepTopEntropy:
+    """A_t <- A_t where H_t is among the share ``top_entropy`` of highest entropies in the batch, else 0.
+
+    The loss divides by what it divided by before: tokens without credit still count.
+    """
+
+    top_entropy: float = 0.2
+
+    def __post_init__(self) -> None:
+        _refuse_no_share("top_entropy", self.top_entropy)
+
+    def __call__(self, credit: Credit) -> Credit:
+        entropy = exact_entropy(credit, "keeping the tokens of highest entropy")
+        kept = entropy >= entropy_threshold(entropy, self.top_entropy)
+        return replace(credit, advantage=np.where(kept, credit.advantage, 0.0))
+
+
+def entropy_threshold(entropy: np.ndarray, share: float) -> float:
+    """The (1 - share)-quantile of (N,) entropies in nats; -inf without tokens. Raises UserError for no share."""
+    _refuse_no_share("share", share)
+    return float(np.quantile(entropy, 1 - share)) if len(entropy) else -np.inf
+
+
+def exact_entropy(credit: Credit, purpose: str, instead: str = "leave it out") -> np.ndarray:
+    """The (N,) exact entropies of a step; a UserError that names the ``purpose`` where the engine saw none."""
+    if credit.entropy is None:
+        raise UserError(
+            f"{purpose} needs exact entropy and the engine reported none; use an engine that does, or {instead}"
+        )
+    return credit.entropy
+
+
+def _refuse_no_share(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise UserError(f"{name} is {value}; set it above 0 and at most to 1, the share of tokens")

@@ -1,0 +1,158 @@
+"""The credit of the recipes as functions of plain lists, for loops written against the Tinker service."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..algorithms.grams import DEFAULT_STRATEGIC_GRAMS as DEFAULT_STRATEGIC_GRAMS
+from ..algorithms.grpo import GroupRelative
+from ..algorithms.hicra import AmplifyPlanning, amplify
+from ..algorithms.maxrl import MeanNormalized
+from ..algorithms.pipeline import Algorithm, Baseline, Stage
+from ..algorithms.planning import PlanningGrams
+from ..algorithms.rewards import Rewards
+from ..algorithms.sepa import Pooling, pool_execution
+from ..algorithms.sepa import SEPAController as SEPAController
+from ..algorithms.weighting import WeightByUncertainty, uncertainty_weights
+from ..environment.pieces import Pieces, text_decode
+from ..environment.pieces import identify_planning_tokens as identify_planning_tokens
+from ..errors import UserError, unknown_name
+from ..types import Episode
+
+BASELINES: dict[str, Baseline] = {"grpo": GroupRelative("none"), "maxrl": MeanNormalized()}
+
+
+def compute_grpo_advantages(rewards: Sequence[float]) -> list[float]:
+    """A_i = r_i - mean r over the completions of one prompt, without a standard deviation; 0 where unscorable."""
+    return BASELINES["grpo"](Rewards.of(rewards)).tolist()
+
+
+def compute_maxrl_advantages(rewards: Sequence[float], eps: float = 1e-6) -> list[float]:
+    """A_i = (r_i - mean r) / (mean r + eps), all 0 where mean r <= eps. Raises UserError for negative rewards."""
+    return MeanNormalized(eps)(Rewards.of(rewards)).tolist()
+
+
+def apply_gtpo_weighting(advantage: float, entropies: Sequence[float], beta: float = 0.1) -> list[float]:
+    """A max(0, 1 + beta (H_t / mean H - 1)) for each token of one completion; A itself where mean H is below 1e-7.
+
+    ``entropies`` are in nats, exact or surprisals: see ``uncertainty_weights``. Raises UserError.
+    """
+    weights = uncertainty_weights(np.array(entropies, float), np.zeros(len(entropies), int), beta)
+    return (advantage * weights).tolist()
+
+
+def apply_hicra(token_advs: Sequence[float], planning_mask: Sequence[int], alpha: float = 0.2) -> list[float]:
+    """A_t + alpha |A_t| on the tokens that ``planning_mask`` marks by 1. Raises UserError."""
+    return amplify(np.array(token_advs, float), _mask(planning_mask, len(token_advs)), alpha).tolist()
+
+
+def apply_sepa_pooling(entropies: Sequence[float], planning_mask: Sequence[int], lambda_t: float) -> list[float]:
+    """lam mean(H_exec) + (1 - lam) H_t off the planning tokens of one completion, lam = ``lambda_t`` in [0, 1].
+
+    Raises UserError.
+    """
+    planning = _mask(planning_mask, len(entropies))
+    return pool_execution(np.array(entropies, float), planning, np.zeros(len(entropies), int), lambda_t).tolist()
+
+
+def compute_composable_advantages(
+    rewards_G: Sequence[float],  # noqa: N803  (documented names)
+    sampled_tokens_G: Sequence[Sequence[int]],  # noqa: N803
+    logprobs_G: Sequence[Sequence[float]],  # noqa: N803
+    tokenizer: Any,
+    *,
+    advantage_mode: str,
+    transform_mode: str,
+    gtpo_beta: float = 0.1,
+    hicra_alpha: float = 0.2,
+    sepa_lambda: float = 0.0,
+    strategic_grams: Sequence[str] | None = None,
+) -> tuple[list[list[float]], dict[str, float] | None]:
+    """The token advantages of the G completions of one prompt, and statistics of their surprisals.
+
+    ``advantage_mode`` is grpo or maxrl; ``transform_mode`` none, gtpo, gtpo_hicra, gtpo_sepa or
+    gtpo_sepa_hicra: SEPA pools with ``sepa_lambda`` before GTPO weighs, and HICRA comes last. ``tokenizer``
+    needs decode(ids) -> text, and is not used without SEPA or HICRA. The statistics, in nats and before
+    pooling, are mean and variance over execution and planning tokens; None where no planning tokens were
+    looked for. Raises UserError.
+    """
+    _refuse_unlike(rewards_G, sampled_tokens_G, logprobs_G)
+    recipe = _recipe(advantage_mode, transform_mode, gtpo_beta, hicra_alpha, strategic_grams)
+    if len(rewards_G) == 0:
+        return [], None
+    text = None if recipe.grams is None else Pieces(text_decode(tokenizer))
+    pieces = [() if text is None else text(ids) for ids in sampled_tokens_G]
+    rows = zip(sampled_tokens_G, logprobs_G, rewards_G, pieces, strict=True)
+    credit = recipe.tokens([_episode(*row) for row in rows], _Constant(sepa_lambda))
+    ends = np.cumsum([len(ids) for ids in sampled_tokens_G])
+    stats = None if recipe.grams is None else _statistics(np.concatenate(logprobs_G), credit.planning)
+    return [part.tolist() for part in np.split(credit.advantage, ends)[:-1]], stats
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A controller that pools with one strength."""
+
+    strength: float
+
+    def advance(self, correct_rate: float | None, execution: np.ndarray) -> float:
+        return self.strength
+
+
+def _recipe(
+    advantage_mode: str, transform_mode: str, beta: float, alpha: float, grams: Sequence[str] | None
+) -> Algorithm:
+    if advantage_mode not in BASELINES:
+        raise unknown_name("advantage mode", advantage_mode, BASELINES)
+    weighing, amplifying = WeightByUncertainty(beta), AmplifyPlanning(alpha)
+    modes: dict[str, tuple[tuple[Stage, ...], Pooling | None]] = {
+        "none": ((), None),
+        "gtpo": ((weighing,), None),
+        "gtpo_hicra": ((weighing, amplifying), None),
+        "gtpo_sepa": ((weighing,), Pooling()),
+        "gtpo_sepa_hicra": ((weighing, amplifying), Pooling()),
+    }
+    if transform_mode not in modes:
+        raise unknown_name("transform mode", transform_mode, modes)
+    stages, pooling = modes[transform_mode]
+    plans = pooling is not None or amplifying in stages
+    phrases = DEFAULT_STRATEGIC_GRAMS if grams is None else grams
+    return Algorithm(
+        BASELINES[advantage_mode], stages, pooling=pooling, grams=PlanningGrams(phrases) if plans else None
+    )
+
+
+def _episode(ids: Sequence[int], logprobs: Sequence[float], reward: float, pieces: tuple[str, ...]) -> Episode:
+    """A completion after one token that stands for its prompt; log-probs in float64."""
+    tokens = np.array([0, *ids], np.int64)
+    mask = np.arange(len(tokens)) > 0
+    return Episode(tokens, mask, np.array([0.0, *logprobs]), entropy=None, reward=reward, group=0, pieces=pieces)
+
+
+def _statistics(logprobs: np.ndarray, planning: np.ndarray) -> dict[str, float]:
+    """Mean and variance of the surprisals of execution and of planning tokens; nothing of a kind that is absent."""
+    parts = {"exec": -logprobs[~planning], "plan": -logprobs[planning]}
+    seen = {name: part for name, part in parts.items() if part.size}
+    means = {f"{name}_entropy_mean": float(part.mean()) for name, part in seen.items()}
+    return means | {f"{name}_entropy_var": float(part.var()) for name, part in seen.items()}
+
+
+def _mask(planning_mask: Sequence[int], count: int) -> np.ndarray:
+    if len(planning_mask) != count:
+        raise UserError(f"the planning mask has {len(planning_mask)} entries for {count} tokens; give one per token")
+    return np.array(planning_mask) != 0
+
+
+def _refuse_unlike(
+    rewards: Sequence[float], tokens: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]
+) -> None:
+    if not len(rewards) == len(tokens) == len(logprobs):
+        counts = f"{len(rewards)} rewards, {len(tokens)} token lists and {len(logprobs)} lists of log-probs"
+        raise UserError(f"there are {counts}; give one of each per completion")
+    for i, (ids, l) in enumerate(zip(tokens, logprobs, strict=True)):  # noqa: E741  (the letter of the formulas)
+        if len(ids) != len(l):
+            raise UserError(f"completion {i} has {len(ids)} tokens and {len(l)} log-probs; give one for each token")

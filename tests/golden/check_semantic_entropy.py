@@ -1,0 +1,79 @@
+"""The entropy of gram counts, and the dispersion of planning tokens step by step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from vectors import Answer, Case, UnknownCase, numbers, raised
+
+from textpolicy.algorithms.semantic_entropy import (
+    Dispersion,
+    PlanningDispersionTracker,
+    planning_token_bags,
+    pool_planning_states,
+    semantic_entropy,
+)
+
+SETTING = {"ema_decay": "decay", "stability_tol": "tolerance", "stability_patience": "patience"}
+UPSTREAM = {"decay": 0.99, "tolerance": 1e-3, "patience": 20, "series": "ema"}
+
+
+def check(case: Case) -> list[Answer]:
+    if "raises" in case.expected:
+        return [Answer("raises", raised(lambda: check_values(case)))]
+    return check_values(case)
+
+
+def check_values(case: Case) -> list[Answer]:
+    if "counts" in case.inputs:
+        entropy = semantic_entropy(case.inputs["counts"])
+        return [Answer(unit, getattr(entropy, unit)) for unit in ("nats", "bits", "normalised")]
+    if "hidden" in case.inputs:
+        return [Answer("embeddings", pooled(case))]
+    if "steps" not in case.inputs or not {*case.params} <= {*SETTING, "hash_bins"}:
+        raise UnknownCase(case.id)
+    return tracked(case)
+
+
+def pooled(case: Case) -> list[list[float] | None]:
+    """The unit vectors; where no token plans ours is zero, which the vectors write as null."""
+    lengths = case.inputs["lengths"]
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    states = pool_planning_states(case.array("hidden"), case.array("mask") != 0, row, len(lengths))
+    return [state.tolist() if state.any() else None for state in states]
+
+
+def tracked(case: Case) -> list[Answer]:
+    bins = case.params.get("hash_bins", 256)
+    given = {SETTING[name]: value for name, value in case.params.items() if name != "hash_bins"}
+    tracker = PlanningDispersionTracker(**{**UPSTREAM, **given})
+    trace, fired = [], 0
+    for step in case.inputs["steps"]:
+        was_stable = tracker.stable
+        report = tracker.update(*arrays(step, bins))
+        fired += tracker.stable and not was_stable
+        trace.append({"stats": report and stats(report), "fired_total": fired})
+    return [
+        Answer("trace", trace),
+        Answer("ema", tracker.ema),
+        Answer("stable_steps", tracker.stable_steps),
+        Answer("stability_fired", tracker.stable),
+    ]
+
+
+def arrays(step: dict[str, Any], bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    row = np.repeat(np.arange(len(step["lens"])), step["lens"])
+    bags = planning_token_bags(np.array(step["actions"]), np.array(step["mask"]) != 0, row, len(step["lens"]), bins)
+    return bags, numbers(step["rewards"]), np.array([step["keys"].index(key) for key in step["keys"]])
+
+
+def stats(report: Dispersion) -> dict[str, float]:
+    return {
+        "semantic_entropy_batch": report.batch,
+        "semantic_entropy_ema": report.ema,
+        "semantic_entropy_delta": report.delta,
+        "semantic_entropy_group_count": report.groups,
+        "semantic_entropy_stable": float(report.stable),
+        "semantic_entropy_stable_steps": report.stable_steps,
+    }

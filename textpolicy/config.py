@@ -44,9 +44,9 @@ class KLSettings(Section):
     place: Literal["loss", "reward"] = "loss"
     """In the loss, or subtracted from the reward (always k1)."""
     estimator: Estimator = "k3"
-    """In the loss: k2, or k3 times the ratio; k1 and plain k3 are for replication."""
+    """In the loss: k2, or k3 times the ratio; k1 and plain k3 are for replication. The reward's is always k1."""
     importance_weighted: bool = True
-    """Multiply the estimate by the token ratio."""
+    """In the loss: multiply the estimate by the token ratio."""
 
 
 class CorrectionSettings(Section):

@@ -96,8 +96,8 @@ class Algorithm:
     def tokens(self, episodes: Sequence[Episode], controller: Controller | None = None) -> Credit:
         """The credit of every sampled token, and what it was made of.
 
-        Wherever a group agrees on the reward the credit is 0, whatever baseline and stages made of it:
-        such a group says nothing about which completion did better.
+        Wherever a group agrees on the reward, or a completion has none, the credit is 0, whatever baseline
+        and stages made of it: it says nothing about which completion did better.
         """
         refuse_untrainable(episodes)
         credit = self._facts(episodes)
@@ -107,7 +107,8 @@ class Algorithm:
             credit = replace(credit, uncertainty=pooled)
         for stage in self.stages:
             credit = stage(credit)
-        return replace(credit, advantage=np.where(credit.uniform[credit.row], 0.0, credit.advantage))
+        silent = credit.uniform | np.isnan(credit.reward)
+        return replace(credit, advantage=np.where(silent[credit.row], 0.0, credit.advantage))
 
     def controller(self) -> Controller | None:
         """A fresh controller of SEPA's strength, if the recipe pools."""

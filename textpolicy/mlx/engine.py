@@ -94,7 +94,7 @@ class MLXEngine:
     def update(self, batch: Batch, surrogate: Surrogate, learning_rate: float) -> Mapping[str, float]:
         """One optimiser step on ``batch``; rows that cannot change the loss are skipped, exactly.
 
-        If no row is left nothing moves, not even by momentum, and ``updated`` is 0. A KL in the loss
+        If no row or no gradient is left nothing moves, not even by momentum, and ``updated`` is 0. A KL in the loss
         needs the reference's log-probs; they are scored here if the batch does not bring them.
         """
         matters = (batch.weights != 0) & ((batch.advantages != 0) | (surrogate.kl is not None))
@@ -106,16 +106,18 @@ class MLXEngine:
             rows = replace(rows, reference=self.score(rows, reference=True))
         stats, grads = self.gradients(rows, partial(_objective_with_stats, how=surrogate))
         norm = self.apply(grads, learning_rate)
-        return {"loss": stats["loss"], "grad_norm": norm, "updated": 1.0, **_per_token(stats), **_memory()}
+        return {"loss": stats["loss"], "grad_norm": norm, "updated": float(norm > 0), **_per_token(stats), **_memory()}
 
     def apply(self, grads: Any, learning_rate: float | None = None) -> float:
-        """Clip and apply gradients; returns their norm before clipping. NaN or infinite ones are refused."""
+        """Clip and apply gradients; returns their norm before. At 0 nothing moves; NaN or infinite is refused."""
         grads, norm = optim.clip_grad_norm(grads, self.max_grad_norm)
         if not np.isfinite(norm.item()):
             raise UserError(
                 f"the gradient norm is {norm.item()}; nothing was updated: "
                 "lower the learning rate or check the rewards for huge values"
             )
+        if norm.item() == 0:  # as where a correction dropped every token; the optimiser would move by momentum
+            return 0.0
         if learning_rate is not None:
             self.optimizer.learning_rate = learning_rate
         self.optimizer.update(self.model, grads)

@@ -153,6 +153,6 @@ def _refuse_unlike(
     if not len(rewards) == len(tokens) == len(logprobs):
         counts = f"{len(rewards)} rewards, {len(tokens)} token lists and {len(logprobs)} lists of log-probs"
         raise UserError(f"there are {counts}; give one of each per completion")
-    for i, (ids, l) in enumerate(zip(tokens, logprobs, strict=True)):  # noqa: E741  (the letter of the formulas)
+    for i, (ids, l) in enumerate(zip(tokens, logprobs, strict=True)):
         if len(ids) != len(l):
             raise UserError(f"completion {i} has {len(ids)} tokens and {len(l)} log-probs; give one for each token")

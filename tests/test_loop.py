@@ -46,7 +46,7 @@ def test_a_tiny_model_learns_to_say_seven(name):
         schedule=Schedule(0.05, steps=24, final=0.1),
         prompts_per_step=4,
         group_size=16,
-        sampling=Sampling(max_tokens=6),
+        sampling=Sampling(max_tokens=6, seed=1),
         on_step=lambda step, row, episodes: seen.append(row),
     )
     assert [row["step"] for row in seen] == list(range(24))

@@ -27,6 +27,8 @@ class Sampling:
     top_p: float = 1.0  # keep the smallest set of tokens whose probability reaches this
     repetition_penalty: float = 1.0  # divide (multiply, if negative) logits of tokens already seen
     seed: int = 0  # the same seed draws the same completions, whatever else is in the batch
+    top_k: int = 0  # keep the k most likely tokens; 0 keeps all
+    min_p: float = 0.0  # keep tokens at least this likely compared with the likeliest
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -35,17 +37,24 @@ class Sampling:
             raise UserError(f"temperature is {self.temperature}; set it to 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; set it above 0 and at most 1")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; set it to 0 (all tokens) or more")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p is {self.min_p}; set it between 0 and 1")
         if self.repetition_penalty <= 0:
             raise UserError(f"repetition_penalty is {self.repetition_penalty}; set it above 0 (1 is off)")
 
     @property
     def scored_temperature(self) -> float | None:
-        """The temperature a learner must score at, or None if no temperature alone describes it."""
-        return self.temperature if self.top_p == 1 and self.repetition_penalty == 1 else None
+        """The temperature a learner must score at, or None if no temperature alone describes it (top-p, ...)."""
+        untouched = (self.top_p, self.top_k, self.min_p, self.repetition_penalty) == (1, 0, 0, 1)
+        return self.temperature if untouched else None
 
 
 class Engine(Protocol):
     """A model that samples and learns. It never sees a reward or an algorithm's name."""
+
+    stop: np.ndarray  # (S,) int, the tokens that end a completion
 
     def sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> list[list[Completion]]:
         """``n`` completions for every prompt (token ids), in prompt order."""

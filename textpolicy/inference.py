@@ -43,6 +43,10 @@ class GenerateArguments(Source):
     """0 always takes the likeliest token."""
     top_p: float = 1.0
     """Keep the smallest set of tokens whose probability reaches this."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this likely compared with the likeliest."""
     repetition_penalty: float = 1.0
     """Above 1, tokens already there become less likely."""
     seed: int = 0
@@ -83,7 +87,15 @@ def generate(asked: GenerateArguments) -> str:
     """The completion of ``asked.prompt``, as text."""
     if not asked.prompt.strip():
         raise UserError("the prompt is empty; say what to ask")
-    sampling = Sampling(asked.max_tokens, asked.temperature, asked.top_p, asked.repetition_penalty, asked.seed)
+    sampling = Sampling(
+        max_tokens=asked.max_tokens,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        repetition_penalty=asked.repetition_penalty,
+        seed=asked.seed,
+        top_k=asked.top_k,
+        min_p=asked.min_p,
+    )
     source = load(asked)
     prompt: Any = asked.prompt
     if source.config is not None and not asked.plain:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from conftest import VOCABULARY, random_episodes, recipe
 from mlx.utils import tree_flatten
-from mlx_lm.models import llama, qwen3
+from mlx_lm.models import llama
 
 from textpolicy.algorithms import ALGORITHMS
 from textpolicy.engine import Sampling
 from textpolicy.errors import UserError
 from textpolicy.losses import Surrogate, policy_objective
-from textpolicy.mlx.engine import MLXEngine, _objective_with_stats
+from textpolicy.mlx.engine import _objective_with_stats
 from textpolicy.mlx.lora import attach_lora, trainable
 from textpolicy.mlx.scoring import arrays
 from textpolicy.types import Episode
@@ -183,40 +183,6 @@ def test_a_gradient_that_is_not_finite_is_refused_before_anything_moves(tiny_eng
         tiny_engine.update(poisoned, Surrogate(), 1e-2)
     for name, value in trainable(tiny_engine.model).items():
         np.testing.assert_array_equal(before[name], np.array(value))
-
-
-@pytest.mark.parametrize("architecture", ["llama with a sliding window", "qwen3"])
-def test_other_architectures_share_prompts_exactly_or_are_refused(architecture):
-    mx.random.seed(1)
-    common = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "intermediate_size": 64,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-5,
-        "vocab_size": VOCABULARY,
-    }
-    if architecture == "qwen3":
-        args = qwen3.ModelArgs(
-            model_type="qwen3",
-            head_dim=8,
-            max_position_embeddings=512,
-            rope_theta=1e4,
-            tie_word_embeddings=True,
-            **common,
-        )
-        engine = MLXEngine(attach_lora(qwen3.Model(args), rank=2), stop=[0])
-        batch = recipe("grpo").credit(random_episodes(np.random.default_rng(7)))
-        _, gradients = naive_loss_and_gradients(engine.model, batch, Surrogate())
-        _, ours = engine.gradients(batch, partial(_objective_with_stats, how=Surrogate()))
-        assert_same_gradients(ours, gradients)
-    else:
-        args = llama.ModelArgs(
-            model_type="llama", layer_types=["full_attention", "sliding_attention"], sliding_window=4, **common
-        )
-        with pytest.raises(UserError, match="RotatingKVCache"):
-            MLXEngine(llama.Model(args), stop=[0]).sample(PROMPTS, 1, Sampling(4))
 
 
 def test_a_prompt_without_tokens_is_refused_and_no_prompts_are_no_completions(tiny_engine):

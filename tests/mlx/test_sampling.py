@@ -6,7 +6,7 @@ import pytest
 from scipy.special import log_softmax
 from scipy.stats import chisquare
 
-from textpolicy.mlx.sampling import draw, penalize, token_logprobs, uniforms
+from textpolicy.mlx.sampling import Keep, draw, penalize, token_logprobs, uniforms
 
 
 def logits(rows, vocabulary, seed=0):
@@ -59,7 +59,7 @@ def test_temperature_zero_takes_the_likeliest_token():
 def test_top_p_keeps_the_smallest_set_that_reaches_it_and_rescales():
     row = np.log(np.array([[0.1, 0.5, 0.3, 0.1]], np.float32))
     drawn = [
-        draw(mx.array(row), mx.zeros(1, mx.int32), mx.array(np.array([u], np.float32)), 1.0, top_p=0.6)
+        draw(mx.array(row), mx.zeros(1, mx.int32), mx.array(np.array([u], np.float32)), 1.0, Keep(top_p=0.6))
         for u in np.linspace(0, 0.999, 50)
     ]
     assert {d.tokens.item() for d in drawn} == {1, 2}

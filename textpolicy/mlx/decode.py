@@ -1,12 +1,15 @@
 """The decode loop: many completions side by side, and nothing computed twice.
 
 Completions that have said the same so far share one row of the model's context and fork when they
-diverge, so a group reads its prompt once and draws its first tokens from one row of logits.
+diverge, so a group reads its prompt once and draws its first tokens from one row of logits. Once
+every completion has a row of its own, the next step is computed while the last one is looked at.
+Completions that end leave, and waiting ones take their places.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,70 +18,156 @@ import numpy as np
 from ..engine import Sampling
 from ..types import Completion
 from .context import Context
-from .sampling import Draw, draw, penalize, uniforms
+from .sampling import Draw, Sampler, penalize, uniforms
 from .tree import PromptTree
 
 _SPARE = 64  # positions allocated ahead, at most
 _LEAVE = 0.75  # the context is packed again when a smaller share of its rows is still in use
+_ENTER = 0.25  # waiting completions enter when at least this share of the places is free
 
 
 def decode(
-    model: nn.Module, prompts: Sequence[np.ndarray], sampling: Sampling, stop: np.ndarray, max_rows: int
+    model: nn.Module,
+    prompts: Sequence[np.ndarray],
+    sampling: Sampling,
+    stop: np.ndarray,
+    max_rows: int,
+    ahead: bool | None = None,
 ) -> list[Completion]:
-    """One completion per prompt (token ids), ``max_rows`` at a time; equal prompts among those are read once.
+    """One completion per prompt (token ids), at most ``max_rows`` at a time; neighbours with equal prompts share it.
 
     Row i draws from the stream (sampling.seed, i), so neither ``max_rows`` nor the company
-    it keeps changes what it says, beyond the rounding of the matrix products.
+    it keeps changes what it says, beyond the rounding of the matrix products. ``ahead`` computes the
+    next step while Python looks at the last one: None is yes on a GPU, and no on a CPU, which gains nothing.
     """
-    chunks = np.array_split(np.arange(len(prompts)), -(-len(prompts) // max_rows))
-    return [c for rows in chunks for c in _decode_rows(model, [prompts[r] for r in rows], rows, sampling, stop)]
+    on_gpu = mx.default_device() == mx.Device(mx.gpu)
+    return _Decoder(model, prompts, sampling, stop, max_rows, on_gpu if ahead is None else ahead).run()
 
 
-def _decode_rows(
-    model: nn.Module, prompts: Sequence[np.ndarray], places: np.ndarray, sampling: Sampling, stop: np.ndarray
-) -> list[Completion]:
-    random = np.stack([uniforms(sampling.seed, int(place), sampling.max_tokens) for place in places])
-    record = _Record(len(prompts), sampling.max_tokens)
-    tree = PromptTree.build(prompts)
-    front = _Front.begin(tree.read(model, spare=min(_SPARE, sampling.max_tokens)), tree)
-    seen = _Seen.begin(model, prompts, sampling.repetition_penalty)
-    for step in range(sampling.max_tokens):
-        logits = front.context.read(model, mx.array(front.tokens)[:, None])[:, -1]
-        logits, state = seen.penalize(logits, front)
-        drawn = draw(logits, mx.array(state), mx.array(random[front.rows, step]), sampling.temperature, sampling.top_p)
-        mx.eval(drawn)
-        tokens, running = record.add(front.rows, drawn, stop)
-        if not running.any():
-            break
-        seen.add(front.rows, tokens)
-        front = front.advance(tokens, running)
-    return record.completions(sampling)
-
-
+@dataclass(frozen=True, slots=True, eq=False)
 class _Front:
-    """The rows still running, and the row of the context that holds what each has said so far."""
+    """The completions being written, and the row of the context that holds what each has said so far."""
 
-    def __init__(self, context: Context, rows: np.ndarray, state: np.ndarray, tokens: np.ndarray):
-        self.context = context  # C rows
-        self.rows = rows  # (R,) int, which completion
-        self.state = state  # (R,) int, its row of the context
-        self.tokens = tokens  # (C,) int32, what each row of the context reads next
+    context: Context  # C rows
+    rows: np.ndarray  # (R,) int, which completion
+    state: np.ndarray  # (R,) int, its row of the context
+    reads: mx.array  # (C,) int32, what each row of the context reads next
+
+    @property
+    def spread(self) -> bool:
+        """Whether every completion has the row of the context that stands at its own place."""
+        return len(self.rows) == self.reads.shape[0] and bool((self.state == np.arange(len(self.state))).all())
 
     @classmethod
-    def begin(cls, prefix: Context, tree: PromptTree) -> _Front:
-        sources, tokens, state = _distinct(tree.parents, tree.last)
-        return cls(prefix.fork(mx.array(sources)), np.arange(len(state)), state, tokens)
+    def begin(cls, model: nn.Module, prompts: Sequence[np.ndarray], rows: np.ndarray, spare: int) -> _Front:
+        """Read the prompts of ``rows``, each distinct one once."""
+        tree = PromptTree.build(prompts)
+        sources, reads, state = _distinct(tree.parents, tree.last)
+        return cls(tree.read(model, spare).fork(sources), rows, state, mx.array(reads))
 
-    def advance(self, tokens: np.ndarray, running: np.ndarray) -> _Front:
-        """After (R,) ``tokens`` were drawn; only the rows ``running`` (R,) go on."""
+    def shared(self, tokens: np.ndarray, running: np.ndarray) -> _Front:
+        """After (R,) ``tokens`` were drawn: those ``running`` (R,) go on, equal texts in one row of the context."""
         rows = self.rows[running]
         sources, reads, state = _distinct(self.state[running], tokens[running])
-        size = len(self.tokens)
+        size = self.reads.shape[0]
         if len(np.unique(sources)) == len(sources) >= _LEAVE * size:  # nobody diverged, few have left
             everyone = np.zeros(size, np.int32)
             everyone[sources] = reads
-            return _Front(self.context, rows, sources[state], everyone)
-        return _Front(self.context.fork(mx.array(sources)), rows, state, reads)
+            return _Front(self.context, rows, sources[state], mx.array(everyone))
+        return _Front(self.context.fork(sources), rows, state, mx.array(reads))
+
+    def only(self, running: np.ndarray) -> _Front:
+        """The spread completions ``running`` (R,), each still in a row of its own."""
+        kept = np.flatnonzero(running)
+        return _Front(self.context.fork(kept), self.rows[running], np.arange(len(kept)), self.reads[mx.array(kept)])
+
+    def joined(self, other: _Front) -> _Front:
+        return _Front(
+            Context.join([self.context, other.context]),
+            np.concatenate([self.rows, other.rows]),
+            np.concatenate([self.state, other.state + self.reads.shape[0]]),
+            mx.concatenate([self.reads, other.reads]),
+        )
+
+
+class _Decoder:
+    """One call of ``decode``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[np.ndarray],
+        sampling: Sampling,
+        stop: np.ndarray,
+        max_rows: int,
+        ahead: bool,
+    ):
+        self.model, self.prompts, self.sampling, self.max_rows = model, prompts, sampling, max_rows
+        self.sampler = Sampler(sampling)
+        self.record = _Record(len(prompts), sampling.max_tokens, stop)
+        self.seen = _Seen.begin(model, prompts, sampling.repetition_penalty)
+        self.random = np.zeros((len(prompts), sampling.max_tokens), np.float32)  # filled when a completion begins
+        self.begun = 0
+        self.ahead = ahead and not self.seen.matters  # a penalty must see a token before the next is drawn
+
+    def run(self) -> list[Completion]:
+        front = self.filled(None)
+        while front is not None:
+            front = self.filled(self.write_ahead(front) if self.ahead and front.spread else self.write(front))
+        return self.record.completions(self.sampling)
+
+    def filled(self, front: _Front | None) -> _Front | None:
+        """``front`` with waiting completions in its free places, if these are many enough to bother."""
+        free = self.max_rows - (0 if front is None else len(front.rows))
+        rows = np.arange(self.begun, min(self.begun + free, len(self.prompts)))
+        if not len(rows) or (front is not None and free < _ENTER * self.max_rows):
+            return front
+        self.begun += len(rows)
+        for row in rows:
+            self.random[row] = uniforms(self.sampling.seed, int(row), self.sampling.max_tokens)
+        spare = min(_SPARE, self.sampling.max_tokens)
+        new = _Front.begin(self.model, [self.prompts[row] for row in rows.tolist()], rows, spare)
+        return new if front is None else front.joined(new)
+
+    def write(self, front: _Front) -> _Front | None:
+        """One token for every completion of ``front``; those that go on."""
+        drawn = self.draw(front)
+        mx.eval(drawn)
+        tokens = self.record.add(front.rows, drawn)
+        self.seen.add(front.rows, tokens)
+        running = self.record.running(front.rows)
+        return front.shared(tokens, running) if running.any() else None
+
+    def write_ahead(self, front: _Front) -> _Front | None:
+        """Tokens for every completion of ``front``, a step ahead of what is looked at, until enough have ended.
+
+        What a completion says after its end, before that is seen, is dropped.
+        """
+        unseen = None
+        running = self.record.running(front.rows)
+        while not self.worth_packing(running):
+            drawn = self.draw(front)
+            mx.async_eval(drawn)
+            if unseen is not None:
+                self.record.add(front.rows, unseen)
+            unseen, front = drawn, replace(front, reads=drawn.tokens)
+            running = self.record.running(front.rows)
+        if unseen is not None:
+            self.record.add(front.rows, unseen)
+            running = self.record.running(front.rows)
+        return front.only(running) if running.any() else None
+
+    def worth_packing(self, running: np.ndarray) -> bool:
+        waiting = self.begun < len(self.prompts)
+        free = self.max_rows - running.sum()
+        return running.mean() < _LEAVE or (waiting and free >= _ENTER * self.max_rows)
+
+    def draw(self, front: _Front) -> Draw:
+        """The next token of every completion in ``front``."""
+        logits = front.context.read(self.model, front.reads[:, None])[:, -1]
+        logits, state = self.seen.penalize(logits, front)
+        uniform = self.random[front.rows, self.record.launch(front.rows)]
+        return self.sampler(logits, mx.array(state), mx.array(uniform))
 
 
 class _Seen:
@@ -86,6 +175,10 @@ class _Seen:
 
     def __init__(self, penalty: float, seen: np.ndarray | None):
         self.penalty, self.seen = penalty, seen
+
+    @property
+    def matters(self) -> bool:
+        return self.seen is not None
 
     @classmethod
     def begin(cls, model: nn.Module, prompts: Sequence[np.ndarray], penalty: float) -> _Seen:
@@ -109,32 +202,46 @@ class _Seen:
 
 
 def _distinct(sources: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The distinct (source, token) pairs as two arrays, and which of them each row is."""
+    """The distinct (source, token) pairs as two arrays, and which of them each row is; in row order if all differ."""
     pairs, which = np.unique(np.stack([sources, tokens], axis=1), axis=0, return_inverse=True)
+    if len(pairs) == len(sources):
+        return np.asarray(sources), tokens.astype(np.int32), np.arange(len(sources))
     return pairs[:, 0], pairs[:, 1].astype(np.int32), which.reshape(-1)
 
 
 class _Record:
-    """Tokens, log-probs and entropies of R completions, and which of them have met a stop token."""
+    """Tokens, log-probs and entropies of N completions, and which of them have ended."""
 
-    def __init__(self, rows: int, width: int):
+    def __init__(self, rows: int, width: int, stop: np.ndarray):
+        self.stop = stop
         self.tokens = np.zeros((rows, width), np.int32)
         self.logprobs = np.zeros((rows, width), np.float32)
         self.entropy = np.zeros((rows, width), np.float32)
-        self.lengths = np.zeros(rows, np.int32)
-        self.done = np.zeros(rows, bool)
+        self.lengths = np.zeros(rows, np.int32)  # tokens written down
+        self.launched = np.zeros(rows, np.int32)  # tokens drawn, those not looked at yet included
+        self.stopped = np.zeros(rows, bool)  # by a stop token
 
-    def add(self, rows: np.ndarray, drawn: Draw, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Write one step of ``rows``; returns their tokens, and which of them go on."""
+    def launch(self, rows: np.ndarray) -> np.ndarray:
+        """Which of its random numbers each of ``rows`` draws its next token with."""
+        place = np.minimum(self.launched[rows], self.tokens.shape[1] - 1)
+        self.launched[rows] += 1
+        return place
+
+    def running(self, rows: np.ndarray) -> np.ndarray:
+        """Which of ``rows`` have said neither a stop token nor all they may."""
+        return ~self.stopped[rows] & (self.lengths[rows] < self.tokens.shape[1])
+
+    def add(self, rows: np.ndarray, drawn: Draw) -> np.ndarray:
+        """Write one step of those ``rows`` that are running; returns everyone's tokens."""
         tokens, logprobs, entropy = (np.array(a) for a in drawn)
-        column = self.lengths[rows]
-        self.tokens[rows, column] = tokens
-        self.logprobs[rows, column] = logprobs
-        self.entropy[rows, column] = entropy
-        self.lengths[rows] += 1
-        ended = np.isin(tokens, stop)
-        self.done[rows[ended]] = True
-        return tokens, ~ended
+        live = self.running(rows)
+        who, column = rows[live], self.lengths[rows[live]]
+        self.tokens[who, column] = tokens[live]
+        self.logprobs[who, column] = logprobs[live]
+        self.entropy[who, column] = entropy[live]
+        self.lengths[who] += 1
+        self.stopped[who] = np.isin(tokens[live], self.stop)
+        return tokens
 
     def completions(self, sampling: Sampling) -> list[Completion]:
         return [
@@ -142,7 +249,7 @@ class _Record:
                 tokens=self.tokens[i, :n].copy(),
                 logprobs=self.logprobs[i, :n].copy(),
                 entropy=self.entropy[i, :n].copy(),
-                truncated=not self.done[i],
+                truncated=not self.stopped[i],
                 temperature=sampling.scored_temperature,
             )
             for i, n in enumerate(self.lengths)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,20 +25,20 @@ from ..losses import (
     policy_objective,
 )
 from ..types import Batch, Completion
+from .compiled import Gradients, Objective, OptimizerStep
 from .decode import decode
 from .lora import adapters_off, save_adapter, trainable
-from .scoring import Layout, arrays, logprobs_of, micro_batches, score
-
-# (B, T) log-probs and the rows they belong to, MLX arrays in their fields -> loss, sums to report
-Objective = Callable[[mx.array, Any], tuple[mx.array, dict[str, mx.array]]]
+from .scoring import logprobs_of, micro_batches
 
 
 class MLXEngine:
     """Samples from and trains one model held in this process.
 
     ``stop`` are the token ids that end a completion. ``micro_batch_tokens`` bounds the padded
-    tokens of one forward and backward pass, ``decode_rows`` the completions decoded side by side;
-    neither changes a result, only memory.
+    tokens of one forward and backward pass, ``decode_rows`` the completions decoded side by side,
+    and the activations of every ``checkpoint_every``-th block (0: of none) are computed again instead
+    of kept: none of them changes a result, only memory. ``compile`` passes and optimiser for shapes
+    that come again; "auto" does so on a GPU only, because on a CPU it gains nothing.
     """
 
     def __init__(
@@ -52,12 +51,19 @@ class MLXEngine:
         max_grad_norm: float = 1.0,
         micro_batch_tokens: int = 8192,
         decode_rows: int = 128,
+        checkpoint_every: int = 0,
+        compile: bool | Literal["auto"] = "auto",
     ):
+        if checkpoint_every < 0:
+            raise UserError(f"checkpoint_every is {checkpoint_every}; set it to 0 (keep all activations) or more")
+        compiled = mx.default_device() == mx.gpu if compile == "auto" else compile
         self.model = model
         self.stop = np.array(sorted(stop), np.int32)
         self.optimizer = optimizer or optim.AdamW(0.0, weight_decay=weight_decay, bias_correction=True)
         self.max_grad_norm = max_grad_norm
         self.micro_batch_tokens, self.decode_rows = micro_batch_tokens, decode_rows
+        self._gradients = Gradients(model, checkpoint_every=checkpoint_every, compiled=compiled)
+        self._optimizer_step = OptimizerStep(model, self.optimizer, compiled=compiled)
 
     def sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> list[list[Completion]]:
         """``n`` completions for every prompt (token ids), in prompt order; each prompt is read once."""
@@ -71,16 +77,15 @@ class MLXEngine:
 
     def gradients(self, batch: Batch, objective: Objective) -> tuple[dict[str, float], Any]:
         """Summed loss statistics and gradients of ``objective`` over micro-batches of ``batch``."""
-        compute = nn.value_and_grad(self.model, partial(_loss, objective=objective))
         totals: dict[str, float] = {}
         grads = None
         for _, layout in micro_batches(batch, self.micro_batch_tokens):
-            (_, stats), grad = compute(self.model, layout, arrays(layout.rows))
+            stats, grad = self._gradients(layout, objective)
             grads = grad if grads is None else tree_map(mx.add, grads, grad)
             mx.eval(stats, grads)
             for name, value in stats.items():
-                merge = max if name.endswith("_max") else sum
-                totals[name] = merge((totals.get(name, 0.0), value.item()))
+                before, now = totals.get(name, 0.0), float(np.array(value))
+                totals[name] = max(before, now) if name.endswith("_max") else before + now
         return totals, grads
 
     def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
@@ -94,7 +99,7 @@ class MLXEngine:
     def update(self, batch: Batch, surrogate: Surrogate, learning_rate: float) -> Mapping[str, float]:
         """One optimiser step on ``batch``; rows that cannot change the loss are skipped, exactly.
 
-        If no row or no gradient is left nothing moves, not even by momentum, and ``updated`` is 0. A KL in the loss
+        If no row is left nothing moves, not even by momentum, and ``updated`` is 0. A KL in the loss
         needs the reference's log-probs; they are scored here if the batch does not bring them.
         """
         matters = (batch.weights != 0) & ((batch.advantages != 0) | (surrogate.kl is not None))
@@ -104,23 +109,23 @@ class MLXEngine:
         rows = batch.take(live)
         if surrogate.kl is not None and rows.reference is None:
             rows = replace(rows, reference=self.score(rows, reference=True))
-        stats, grads = self.gradients(rows, partial(_objective_with_stats, how=surrogate))
+        stats, grads = self.gradients(rows, PolicyObjective(surrogate))
         norm = self.apply(grads, learning_rate)
         return {"loss": stats["loss"], "grad_norm": norm, "updated": float(norm > 0), **_per_token(stats), **_memory()}
 
     def apply(self, grads: Any, learning_rate: float | None = None) -> float:
-        """Clip and apply gradients; returns their norm before. At 0 nothing moves; NaN or infinite is refused."""
-        grads, norm = optim.clip_grad_norm(grads, self.max_grad_norm)
+        """Clip and apply gradients; returns their norm before clipping. NaN or infinite ones are refused."""
+        grads, norm = self._optimizer_step.clip(grads, self.max_grad_norm)
         if not np.isfinite(norm.item()):
             raise UserError(
                 f"the gradient norm is {norm.item()}; nothing was updated: "
                 "lower the learning rate or check the rewards for huge values"
             )
-        if norm.item() == 0:  # as where a correction dropped every token; the optimiser would move by momentum
+        if norm.item() == 0:  # an adaptive optimiser would move by its momentum
             return 0.0
         if learning_rate is not None:
             self.optimizer.learning_rate = learning_rate
-        self.optimizer.update(self.model, grads)
+        self._optimizer_step(grads)
         mx.eval(self.model.parameters(), self.optimizer.state)
         return float(norm.item())
 
@@ -137,8 +142,14 @@ class MLXEngine:
         self.model.load_weights(list(weights.items()), strict=False)
 
 
-def _loss(model: nn.Module, layout: Layout, rows: Any, objective: Objective) -> tuple[mx.array, dict]:
-    return objective(score(model, layout), rows)
+@dataclass(frozen=True)
+class PolicyObjective:
+    """The loss that a surrogate asks for; equal surrogates share a compiled function."""
+
+    how: Surrogate
+
+    def __call__(self, logprobs: mx.array, rows: Any) -> tuple[mx.array, dict[str, mx.array]]:
+        return _objective_with_stats(logprobs, rows, self.how)
 
 
 def _objective_with_stats(logprobs: mx.array, rows: Any, how: Surrogate) -> tuple[mx.array, dict]:

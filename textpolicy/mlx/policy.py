@@ -57,8 +57,8 @@ class Policy:
 def create_policy(model: nn.Module, tokenizer: Any, generation_params: Mapping[str, Any] | None = None) -> Policy:
     """A policy that completes token ids with ``model``; ``tokenizer`` says where a completion stops.
 
-    ``generation_params`` may hold max_tokens (50), temperature (1.0), top_p (1.0),
-    repetition_penalty (1.0) and seed (0); the defaults are those that training can score. Raises
+    ``generation_params`` may hold max_tokens (50), temperature (1.0), top_p (1.0), top_k (0),
+    min_p (0.0), repetition_penalty (1.0) and seed (0); the defaults are those that training can score. Raises
     UserError for any other key, or a value out of range.
     """
     params = dict(generation_params or {})

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+
+from ..engine import Sampling
 
 _BLOCK = 256  # tokens per partial sum: float32 sums stay short, so the tail is not lost to rounding
 
@@ -18,14 +24,55 @@ class Draw(NamedTuple):
     entropy: mx.array  # float32, nats, of the same distribution
 
 
-def draw(logits: mx.array, state: mx.array, uniform: mx.array, temperature: float, top_p: float = 1.0) -> Draw:
+class Sampler:
+    """Draws as a ``Sampling`` asks; compiled where the backend fuses kernels, once for each shape of its input."""
+
+    def __init__(self, sampling: Sampling):
+        self._draw: Callable[..., Any] = partial(draw, temperature=sampling.temperature, keep=Keep.of(sampling))
+        if mx.default_device() == mx.Device(mx.gpu):
+            self._draw = mx.compile(self._draw)
+
+    def __call__(self, logits: mx.array, state: mx.array, uniform: mx.array) -> Draw:
+        """One token for each of R rows; row r draws from row ``state[r]`` of the (C, V) ``logits``."""
+        return Draw(*self._draw(logits, state, uniform))
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Which tokens may be drawn at all; applied in this order, after the temperature."""
+
+    top_k: int = 0  # the k most likely; 0 is all
+    top_p: float = 1.0  # the smallest set whose probability reaches it
+    min_p: float = 0.0  # those at least this likely compared with the likeliest
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> Keep | None:
+        """None where nothing is left out."""
+        keep = cls(sampling.top_k, sampling.top_p, sampling.min_p)
+        return None if keep == cls() else keep
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """(C, V) logits with -inf on what is left out."""
+        if 0 < self.top_k < logits.shape[-1]:
+            kth = mx.topk(logits, self.top_k, axis=-1).min(axis=-1, keepdims=True)
+            logits = mx.where(logits >= kth, logits, -mx.inf)
+        if self.top_p < 1:
+            logits = _nucleus(logits, self.top_p)
+        if self.min_p > 0:
+            logits = mx.where(logits >= logits.max(axis=-1, keepdims=True) + math.log(self.min_p), logits, -mx.inf)
+        return logits
+
+
+def draw(
+    logits: mx.array, state: mx.array, uniform: mx.array, temperature: float = 1.0, keep: Keep | None = None
+) -> Draw:
     """One token for each of R rows; row r draws from row ``state[r]`` of the (C, V) ``logits``.
 
     By inverse CDF, from (R,) ``uniform`` numbers in [0, 1).
     """
     logits = logits.astype(mx.float32) / (temperature or 1.0)
-    if top_p < 1:
-        logits = _nucleus(logits, top_p)
+    if keep is not None:
+        logits = keep(logits)
     shifted = logits - logits.max(axis=-1, keepdims=True)
     mass = mx.exp(shifted)
     log_total = mx.log(mass.sum(axis=-1))

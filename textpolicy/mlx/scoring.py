@@ -1,13 +1,14 @@
 """Log-probs of a batch's sampled tokens, with gradients, computing nothing twice.
 
 The prompts of a batch form a tree (see tree.py). Completions that say the same after the same prompt
-are scored once, and completions of similar length run together, so that little padding is computed.
+are scored once, completions of similar length run together, and only the positions before a sampled
+token reach the model's head (see logprobs.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -15,62 +16,86 @@ import mlx.nn as nn
 import numpy as np
 
 from ..types import Batch
-from .sampling import token_logprobs
+from .context import Context
+from .logprobs import Split, token_logprobs
+from .recompute import recomputing
 from .tree import PromptTree
 
-_NARROWER = 0.75  # completions shorter than this share of the longest in their bucket start a new one
+_NARROWER = 0.75  # completions shorter than this share of the longest in their pass get one of their own
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pass:
+    """R continuations that run side by side."""
+
+    inputs: np.ndarray  # (R, T) int32, from the last prompt token on
+    parents: np.ndarray  # (R,) int32, which prompt of the tree each continues
+    picked: np.ndarray  # (M,) int32, the positions before a sampled token, of the flattened (R, T)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """A micro-batch of B rows, arranged for ``score``: D distinct continuations, longest first."""
+    """A micro-batch of B rows, arranged for ``score``: their distinct continuations, with N sampled tokens in all."""
 
-    tree: PromptTree  # D prompts
-    inputs: np.ndarray  # (D, T) int32, from the last prompt token on
-    targets: np.ndarray  # (D, T) int32
-    temperatures: np.ndarray  # (D, 1) float32
-    buckets: list[slice]  # of the D, each to be cut to the length of its first
-    spans: np.ndarray  # (D,) int
-    distinct: np.ndarray  # (B,) int32, which continuation each row of the batch is
+    tree: PromptTree
+    passes: tuple[Pass, ...]  # longest continuations first
+    targets: np.ndarray  # (N,) int32, pass after pass
+    temperatures: np.ndarray  # (N,) float32
+    place: np.ndarray  # (B, T) int32, which of the N each position of the rows is; N where nothing was sampled
     rows: Batch  # (B, T), the batch with every row moved to its first sampled target
 
     @classmethod
     def build(cls, batch: Batch) -> Layout:
         """``batch`` must not hold a row without weights."""
         rows, spans, prompts = _left_aligned(batch), batch.lengths - batch.starts, prompt_rows(batch)
-        keys = [
-            (prompt.tobytes(), target[:span].tobytes(), float(temperature))
-            for prompt, target, span, temperature in zip(
-                prompts, rows.targets, spans, rows.temperatures[:, 0], strict=True
-            )
-        ]
-        first = {key: i for i, key in reversed(list(enumerate(keys)))}
-        chosen = np.array(sorted(first.values(), key=lambda i: -spans[i]))
-        place = {keys[i]: d for d, i in enumerate(chosen)}
+        chosen, which = _distinct(rows, spans, prompts)
+        sampled = np.zeros((len(chosen), rows.weights.shape[1]), bool)
+        np.logical_or.at(sampled, which, rows.weights != 0)
+        numbered = np.where(sampled, np.cumsum(sampled).reshape(sampled.shape) - 1, sampled.sum())
+        tree = PromptTree.build([prompts[i] for i in chosen])
         return cls(
-            tree=PromptTree.build([prompts[i] for i in chosen]),
-            inputs=rows.inputs[chosen],
-            targets=rows.targets[chosen],
-            temperatures=rows.temperatures[chosen],
-            buckets=_buckets(spans[chosen]),
-            spans=spans[chosen],
-            distinct=np.array([place[key] for key in keys], np.int32),
+            tree=tree,
+            passes=tuple(
+                Pass(rows.inputs[chosen[part], :width], tree.parents[part], np.flatnonzero(sampled[part, :width]))
+                for part, width in _parts(spans[chosen])
+            ),
+            targets=rows.targets[chosen][sampled],
+            temperatures=np.broadcast_to(rows.temperatures[chosen], sampled.shape)[sampled],
+            place=numbered[which].astype(np.int32),
             rows=rows,
         )
 
+    def map(self, fn: Callable[[np.ndarray], Any]) -> Layout:
+        """``fn`` of every array but ``tree.lengths`` and those of the tree that scoring does not read."""
+        return Layout(
+            tree=replace(self.tree, header=fn(self.tree.header), rests=fn(self.tree.rests)),
+            passes=tuple(Pass(fn(p.inputs), fn(p.parents), fn(p.picked)) for p in self.passes),
+            targets=fn(self.targets),
+            temperatures=fn(self.temperatures),
+            place=fn(self.place),
+            rows=self.rows.map(fn),
+        )
 
-def score(model: nn.Module, layout: Layout) -> mx.array:
-    """(B, T) float32 log-probs of the rows' targets at their temperatures; 0 past a bucket's width."""
-    context = layout.tree.read(model)
-    width = layout.targets.shape[1]
-    scored = []
-    for bucket in layout.buckets:
-        span = int(layout.spans[bucket.start])
-        inputs, targets = (mx.array(a[bucket, :span]) for a in (layout.inputs, layout.targets))
-        logits = context.fork(mx.array(layout.tree.parents[bucket])).read(model, inputs)
-        logprobs = token_logprobs(logits, targets, mx.array(layout.temperatures[bucket]))
-        scored.append(mx.pad(logprobs, [(0, 0), (0, width - span)]))
-    return mx.concatenate(scored)[mx.array(layout.distinct)]
+
+def score(model: nn.Module, layout: Layout, *, checkpoint_every: int = 0, gradient: bool = True) -> mx.array:
+    """(B, T) float32 log-probs of the rows' sampled targets at their temperatures; 0 elsewhere.
+
+    The activations of every ``checkpoint_every``-th block are computed again in the backward pass (0: of
+    none). Without ``gradient`` it is cheaper and must not be differentiated.
+    """
+    split = Split.of(model)
+    reader = replace(split, model=recomputing(model, checkpoint_every))
+    context = layout.tree.read(reader.model)
+    hidden = mx.concatenate([_hidden(context, reader, part) for part in layout.passes])
+    targets, temperatures = mx.array(layout.targets), mx.array(layout.temperatures)
+    logprobs = token_logprobs(split, hidden, targets, temperatures, gradient=gradient).logprobs
+    return mx.concatenate([logprobs, mx.zeros(1)])[mx.array(layout.place)]
+
+
+def _hidden(context: Context, reader: Split, part: Pass) -> mx.array:
+    """(M, D) hidden states of a pass, at the positions picked."""
+    states = context.fork(part.parents).read(reader.body, mx.array(part.inputs))
+    return states.reshape(-1, states.shape[-1])[mx.array(part.picked)]
 
 
 def micro_batches(batch: Batch, max_tokens: int) -> Iterator[tuple[np.ndarray, Layout]]:
@@ -95,7 +120,7 @@ def logprobs_of(model: nn.Module, batch: Batch, max_tokens: int) -> np.ndarray:
     out = np.zeros(batch.weights.shape, np.float32)
     live = np.flatnonzero(batch.weights.any(axis=1))
     for rows, layout in micro_batches(batch.take(live), max_tokens):
-        scored = np.array(score(model, layout))
+        scored = np.array(score(model, layout, gradient=False))
         for i, line in zip(live[rows], scored, strict=True):
             start, stop = batch.starts[i], batch.lengths[i]
             out[i, start:stop] = line[: stop - start]
@@ -131,10 +156,22 @@ def _left_aligned(batch: Batch) -> Batch:
     return batch.map(move, skip=("temperatures",))
 
 
-def _buckets(spans: np.ndarray) -> list[slice]:
-    """Consecutive runs of the descending ``spans`` that are worth a pass of their own width."""
+def _distinct(rows: Batch, spans: np.ndarray, prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """A row of each distinct continuation, (D,) longest first, and which of them each row is, (B,)."""
+    keys = [
+        (prompt.tobytes(), target[:span].tobytes(), float(temperature))
+        for prompt, target, span, temperature in zip(prompts, rows.targets, spans, rows.temperatures[:, 0], strict=True)
+    ]
+    first = {key: i for i, key in reversed(list(enumerate(keys)))}
+    chosen = np.array(sorted(first.values(), key=lambda i: -spans[i]))
+    place = {keys[i]: d for d, i in enumerate(chosen)}
+    return chosen, np.array([place[key] for key in keys])
+
+
+def _parts(spans: np.ndarray) -> list[tuple[slice, int]]:
+    """Consecutive runs of the descending ``spans`` that are worth a pass of their own width, with that width."""
     starts = [0]
     for i, span in enumerate(spans):
         if span < _NARROWER * spans[starts[-1]]:
             starts.append(i)
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(spans)], strict=True)]
+    return [(slice(a, b), int(spans[a])) for a, b in zip(starts, [*starts[1:], len(spans)], strict=True)]

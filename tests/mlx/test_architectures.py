@@ -1,0 +1,328 @@
+"""Sharing prompts changes nothing, for every kind of cache that mlx-lm's models keep."""
+
+import logging
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import recipe
+from mlx.utils import tree_flatten
+from mlx_lm.models import (
+    falcon_h1,
+    gemma2,
+    gemma3_text,
+    gpt_oss,
+    lfm2,
+    llama,
+    longcat_flash_ngram,
+    mamba,
+    plamo3,
+    qwen3,
+    qwen3_next,
+)
+
+from textpolicy.engine import Sampling
+from textpolicy.errors import UserError
+from textpolicy.losses import Surrogate, policy_objective
+from textpolicy.mlx import tree
+from textpolicy.mlx.context import Context, Ragged
+from textpolicy.mlx.decode import decode
+from textpolicy.mlx.engine import MLXEngine, _objective_with_stats
+from textpolicy.mlx.lora import attach_lora
+from textpolicy.mlx.scoring import arrays
+from textpolicy.types import Completion, Episode
+
+VOCABULARY = 60
+WINDOW = 4  # shorter than the prompts and than the completions
+
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+ARCHITECTURES = {
+    "llama": (llama, {}),
+    "llama with a sliding window": (llama, SLIDING),
+    "qwen3": (qwen3, {"head_dim": 8}),
+    "gemma2": (gemma2, {"head_dim": 8}),
+    "gemma3": (
+        gemma3_text,
+        {"head_dim": 8, "num_hidden_layers": 4, "sliding_window": WINDOW, "sliding_window_pattern": 3},
+    ),
+    "gpt_oss": (gpt_oss, {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, **SLIDING}),
+    "plamo3": (plamo3, {"head_dim": 8, "window_size": WINDOW, "sliding_window_pattern": 2}),
+    "lfm2": (
+        lfm2,
+        {
+            "norm_eps": 1e-5,
+            "conv_bias": False,
+            "conv_L_cache": 3,
+            "block_dim": 32,
+            "block_ff_dim": 64,
+            "block_multiple_of": 8,
+            "block_ffn_dim_multiplier": 1.0,
+            "block_auto_adjust_ff_dim": True,
+            "num_hidden_layers": 3,
+            "full_attn_idxs": [1],
+        },
+    ),
+    "falcon_h1": (
+        falcon_h1,
+        {
+            "head_dim": 8,
+            "mamba_d_conv": 3,
+            "mamba_d_head": 8,
+            "mamba_d_ssm": 32,
+            "mamba_d_state": 8,
+            "mamba_expand": 1,
+            "mamba_n_groups": 1,
+            "mamba_n_heads": 4,
+        },
+    ),
+    "qwen3_next": (
+        qwen3_next,
+        {
+            "head_dim": 8,
+            "full_attention_interval": 2,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_conv_kernel_dim": 3,
+            "num_experts": 4,
+            "decoder_sparse_step": 1,
+            "shared_expert_intermediate_size": 16,
+            "mlp_only_layers": [],
+            "partial_rotary_factor": 0.5,
+            **EXPERTS,
+        },
+    ),
+    "mamba": (
+        mamba,
+        {"state_size": 8, "conv_kernel": 3, "use_bias": False, "use_conv_bias": True, "time_step_rank": 4},
+    ),
+    "longcat_flash_ngram": (
+        longcat_flash_ngram,
+        {
+            "num_layers": 2,
+            "ffn_hidden_size": 64,
+            "expert_ffn_hidden_size": 16,
+            "moe_topk": 2,
+            "n_routed_experts": 2,
+            "zero_expert_num": 1,
+            "zero_expert_type": "identity",
+            "routed_scaling_factor": 1.0,
+            "kv_lora_rank": 8,
+            "q_lora_rank": 8,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "mla_scale_q_lora": True,
+            "mla_scale_kv_lora": True,
+            "attention_bias": False,
+            "router_bias": False,
+            "ngram_vocab_size_ratio": 2,
+            "emb_neighbor_num": 3,
+            "emb_split_num": 2,
+        },
+    ),
+}
+PROMPTS = [
+    [5, 6, 7, 8, 9, 10, 11],
+    [5, 6, 7, 8, 9, 12],
+    [5, 6, 7, 8, 9, 10, 11, 13, 14, 15, 16],
+    [5, 6, 7, 8, 9, 12],
+    [5, 6, 7, 8, 9, 21, 22, 23, 24, 25, 26],
+]
+
+
+def adapted(name, **changes):
+    """A tiny model with random weights everywhere and random LoRA matrices."""
+    module, settings = ARCHITECTURES[name]
+    settings = {**COMMON, "model_type": module.__name__.rsplit(".", 1)[1], **settings, **changes}
+    mx.random.seed(3)
+    model = module.Model(module.ModelArgs.from_dict(settings))
+    for layer in model.modules():  # mlx-lm leaves some parameters at 0 or 1, where mistakes would not show
+        layer.update({k: v + 0.2 * mx.random.normal(v.shape) for k, v in layer.items() if isinstance(v, mx.array)})
+    attach_lora(model, rank=2)
+    for layer in model.modules():
+        if "lora_b" in layer:
+            layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape)
+    mx.eval(model.parameters())
+    return model
+
+
+def decoding_error(model, max_rows=100):
+    """The largest difference of a decoded log-prob from that of its sequence read at once, alone, without a cache."""
+    prompts = [np.array(p, np.int32) for p in PROMPTS for _ in range(2)]
+    completions = decode(model, prompts, Sampling(max_tokens=9, seed=1), np.array([0, 1, 2]), max_rows)
+    worst = 0.0
+    for prompt, c in zip(prompts, completions, strict=True):
+        logits = model(mx.array([[*prompt.tolist(), *c.tokens.tolist()]]))[0, len(prompt) - 1 : -1]
+        exact = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))[np.arange(len(c.tokens)), c.tokens]
+        worst = max(worst, float(np.abs(exact - c.logprobs).max()))
+    return worst
+
+
+def batch():
+    """Two completions of 1 to 9 tokens after every prompt."""
+    rng = np.random.default_rng(2)
+    episodes = []
+    for i, prompt in enumerate([*PROMPTS, *PROMPTS]):
+        n = 9 if i < len(PROMPTS) else int(rng.integers(1, 9))
+        c = Completion(
+            rng.integers(1, VOCABULARY, n).astype(np.int32),
+            rng.uniform(-5, -4, n).astype(np.float32),
+            rng.uniform(0, 2, n).astype(np.float32),
+        )
+        episodes.append(Episode.from_completion(prompt, c, reward=float(rng.random()), group=i % len(PROMPTS)))
+    return recipe("grpo").credit(episodes)
+
+
+def naive_loss_and_gradients(model, batch):
+    """Every sequence read by itself from its first token on."""
+
+    def loss(model):
+        rows = []
+        for inputs, targets, length in zip(batch.inputs, batch.targets, batch.lengths, strict=True):
+            logits = model(mx.array(inputs[None, :length]))[0]
+            picked = mx.take_along_axis(logits, mx.array(targets[:length, None]), axis=-1)[:, 0]
+            rows.append(mx.pad(picked - mx.logsumexp(logits, axis=-1), (0, len(inputs) - length)))
+        return policy_objective(mx.stack(rows), arrays(batch), mx, Surrogate())
+
+    return nn.value_and_grad(model, loss)(model)
+
+
+@pytest.mark.parametrize("max_rows", [100, 4])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_decoding_with_shared_prompts_gives_the_logprobs_of_each_sequence_alone(name, max_rows):
+    assert decoding_error(adapted(name), max_rows) < 1e-4
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_update_with_shared_prompts_has_the_naive_loss_and_every_gradient(name):
+    model = adapted(name)
+    rows = batch()
+    loss, gradients = naive_loss_and_gradients(model, rows)
+    objective = partial(_objective_with_stats, how=Surrogate())
+    stats, ours = MLXEngine(model, stop=[0]).gradients(rows, objective)
+    assert stats["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
+    exact = dict(tree_flatten(gradients))
+    assert len(exact) >= 2 * len(model.layers)
+    for key, value in tree_flatten(ours):
+        scale = float(mx.abs(exact[key]).max())
+        assert scale > 0, key
+        np.testing.assert_allclose(np.array(value) / scale, np.array(exact[key]) / scale, atol=2e-4, err_msg=key)
+
+
+def window_too_wide(monkeypatch):
+    original = Context.mask
+    monkeypatch.setattr(
+        Context,
+        "mask",
+        lambda self, n, return_array, window, own=None: original(self, n, return_array, window and window + 1, own),
+    )
+
+
+def window_too_narrow(monkeypatch):
+    original = Context.first_seen
+    monkeypatch.setattr(Context, "first_seen", lambda self, own: min(self.size, original(self, own) + 1) if own else 0)
+
+
+def mask_shifted(monkeypatch):
+    original = Ragged.used_until
+
+    def shifted(self, size):
+        return mx.roll(original(self, size), 1, axis=1)
+
+    monkeypatch.setattr(Ragged, "used_until", shifted)
+
+
+def one_token_of_padding_counted(monkeypatch):
+    original = Ragged.padded
+    monkeypatch.setattr(Ragged, "padded", lambda self, n, lengths: original(self, n, mx.minimum(lengths + 1, n)))
+
+
+@pytest.mark.parametrize("plant", [window_too_wide, window_too_narrow, mask_shifted, one_token_of_padding_counted])
+def test_a_mask_that_is_off_by_one_shows_in_the_logprobs(plant, monkeypatch):
+    model = adapted("gemma3")
+    plant(monkeypatch)
+    if plant is window_too_narrow:  # only rows of equal length are cut to the window exactly
+        monkeypatch.setattr("test_architectures.PROMPTS", [p[:6] for p in PROMPTS])
+    assert decoding_error(model) > 1e-3
+
+
+def test_a_model_with_running_states_says_once_that_it_reads_equal_lengths_together(caplog):
+    model = adapted("lfm2")
+    tree._say_batches_are_of_equal_length.cache_clear()
+    prompts = [np.array(p, np.int32) for p in PROMPTS]
+    with caplog.at_level(logging.WARNING):
+        tree.PromptTree.build([prompts[0], prompts[0]]).read(model)
+        assert not caplog.messages
+        tree.PromptTree.build(prompts).read(model)
+        tree.PromptTree.build(prompts).read(model)
+    [message] = caplog.messages
+    assert message.startswith("the prompts of lfm2 are read in batches of equal length, because")
+    assert "ArraysCache" in message
+
+
+def test_padding_is_refused_where_it_would_change_a_running_state():
+    model = adapted("falcon_h1")
+    with pytest.raises(UserError, match=r"ArraysCache.* unequal length"):
+        Context(model).read(model, mx.array([[5, 6], [7, 0]]), mx.array([2, 1]))
+
+
+def test_a_running_state_that_has_not_begun_is_not_joined_with_one_that_has():
+    model = adapted("lfm2")
+    begun, fresh = Context(model), Context(model)
+    begun.read(model, mx.array([[5, 6]]))
+    with pytest.raises(UserError, match="have read too little to fill theirs"):
+        Context.join([begun, fresh])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "falcon_h1"])
+def test_rows_that_join_later_and_rows_that_leave_change_nothing_for_the_others(name):
+    model = adapted(name)
+    rng = np.random.default_rng(4)
+    texts = [rng.integers(3, VOCABULARY, n).tolist() for n in (17, 3, 8)]
+    running = Context(model, spare=4)
+    running.read(model, mx.array([texts[0]]))
+    entered = [Context(model, spare=4), Context(model, spare=4)]
+    for context, text in zip(entered, texts[1:], strict=True):
+        context.read(model, mx.array([text]))
+    joined = Context.join([running, *entered])
+    assert (joined.rows, joined.size) == (3, 17)
+    for rows in ([0, 1, 2], [2, 1], [0], [0, 0]):  # the long one leaves, then another; one row splits
+        joined = joined.fork(np.array(rows))
+        texts = [[*texts[row], int(token)] for row, token in zip(rows, rng.integers(3, VOCABULARY, 3), strict=False)]
+        logits = np.array(joined.read(model, mx.array([text[-1:] for text in texts]))[:, -1])
+        for ours, text in zip(logits, texts, strict=True):
+            np.testing.assert_allclose(ours, np.array(model(mx.array([text]))[0, -1]), atol=1e-4)
+    assert joined.offset == joined.size == len(texts[0])  # nothing is left of the long row's slots
+
+
+def test_some_models_are_refused_although_their_caches_are_of_a_known_kind():
+    model = adapted("llama")
+    reasons = {
+        "afm7": "position of a token",
+        "gpt_bigcode": "one position for all rows",
+        "minimax_m3_vl": "blocks of its cache",
+        "olmo": "tokens see those that follow",
+        "phi3small": "tokens see those that follow",
+    }
+    for name, reason in reasons.items():
+        model.model_type = name
+        with pytest.raises(UserError, match=f"{name} .*{reason}.*choose another model"):
+            Context(model)

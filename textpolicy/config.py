@@ -180,6 +180,17 @@ class EvaluationSettings(Section):
     """Judge on the first so many validation and test problems; 0 for all."""
 
 
+class OnPolicySettings(Section):
+    """Whether the learner sees the distribution that was sampled, measured before an update."""
+
+    every: Annotated[int, Field(ge=0)] = 20
+    """Steps between measurements, the first step included; 0 is never."""
+    completions: PositiveInt = 16
+    """Completions scored in one."""
+    max_gap: Positive = 0.05
+    """Mean difference of the log-probs, in nats, that stops the run, unless a correction is on."""
+
+
 class MachineSettings(Section):
     """What it may use of this machine; changes speed and memory, not results."""
 
@@ -209,6 +220,7 @@ class Config(Section):
     rollout: RolloutSettings = RolloutSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    on_policy: OnPolicySettings = OnPolicySettings()
     machine: MachineSettings = MachineSettings()
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ from .algorithms import Algorithm
 from .engine import Engine, Sampling
 from .environment.text_generation import TextGenerationEnv
 from .metrics import Row, summarize
+from .on_policy import OnPolicyCheck
 from .rollout.collect import collect, with_reference
 from .rollout.dynamic import collect_informative
 from .types import Episode
@@ -47,6 +48,7 @@ def train(
     group_size: int,
     sampling: Sampling,
     updates_per_step: int = 1,
+    check: OnPolicyCheck | None = None,
     on_step: Callable[[int, Row, Sequence[Episode]], None] = lambda step, row, episodes: None,
 ) -> None:
     """Sample, score, credit, update; ``schedule.steps`` times. ``sampling.seed`` fixes every draw."""
@@ -61,6 +63,7 @@ def train(
 
         rollouts = collect_informative(draw, algorithm.resample, algorithm.signal_of)
         sampled = time.perf_counter()
+        gap = check(engine, step, rollouts.sampled) if check else {}
         episodes = with_reference(engine, rollouts.trained) if algorithm.reward_kl else rollouts.trained
         batches = algorithm.mini_batches(episodes, updates_per_step, controller)
         if algorithm.surrogate.correction and len(batches) > 1:
@@ -69,7 +72,7 @@ def train(
         updated = time.perf_counter()
         row = summarize(rollouts, updates, sampled - started, updated - sampled)
         pooling = {"sepa_lambda": controller.strength} if controller else {}
-        on_step(step, {"step": step, "learning_rate": schedule(step), **row, **pooling}, rollouts.sampled)
+        on_step(step, {"step": step, "learning_rate": schedule(step), **row, **gap, **pooling}, rollouts.sampled)
 
 
 def draw_prompts(step: int, count: int, total: int, seed: int, draw: int = 0) -> list[int]:

@@ -19,6 +19,7 @@ from .errors import UserError
 from .evaluation import Rate, evaluate
 from .loop import Schedule, train
 from .metrics import Row
+from .on_policy import OnPolicyCheck
 from .recipe import configure
 from .report import History, closing_table, diagnose, plot_learning
 from .tasks import Problem, Task, load_task
@@ -79,6 +80,9 @@ class Run:
                 prompts_per_step=config.rollout.prompts_per_step,
                 group_size=config.rollout.group_size,
                 updates_per_step=config.optimizer.updates_per_step,
+                check=OnPolicyCheck(
+                    **config.on_policy.model_dump(), corrected=self.recipe.surrogate.correction is not None
+                ),
                 sampling=training_sampling(config),
                 on_step=self.on_step,
             )

@@ -1,0 +1,52 @@
+"""This checkout, through ``textpolicy.loop.train``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from worker import Gate, Task, reward_of
+
+import textpolicy  # noqa: F401  (before mlx: it loads OpenBLAS)
+from textpolicy.algorithms import algorithm
+from textpolicy.engine import Sampling
+from textpolicy.environment.text_generation import TextGenerationEnv
+from textpolicy.loop import Schedule, train
+from textpolicy.metrics import Row
+from textpolicy.mlx.engine import MLXEngine
+from textpolicy.mlx.lora import attach_lora
+from textpolicy.mlx.models import load_model
+from textpolicy.types import Episode
+
+
+def main() -> None:
+    task, gate = Task.from_command_line(), Gate()
+    model, tokenizer = load_model(task.model)
+    attach_lora(model, task.rank, task.alpha)
+    engine = MLXEngine(model, stop=())  # nothing ends a completion
+    gate.watch(lambda: sum(abs(value).sum().item() for value in engine.weights().values()))
+
+    def on_step(step: int, row: Row, episodes: Sequence[Episode]) -> None:
+        gate.phases = {"rollout": row["sample_seconds"], "update": row["update_seconds"]}
+        gate.generated([(~e.mask).sum() for e in episodes], [e.mask.sum() for e in episodes])
+        gate.step()
+
+    gate.step()
+    train(
+        engine,
+        TextGenerationEnv(task.prompts, letters, max_tokens=task.new_tokens, tokenizer=tokenizer, chat=False),
+        algorithm("grpo"),
+        schedule=Schedule(task.learning_rate, 10**9),
+        prompts_per_step=len(task.prompts),
+        group_size=task.group,
+        sampling=Sampling(task.new_tokens),
+        on_step=on_step,
+    )
+
+
+def letters(prompt: str, completion: str, example: dict, **kwargs: Any) -> float:
+    return reward_of(completion)
+
+
+if __name__ == "__main__":
+    main()

@@ -49,8 +49,9 @@ class Lookup(nn.Module):
 
     def __init__(self, table: np.ndarray):
         super().__init__()
+        self.model_type = "lookup"
         self.table = mx.array(table.astype(np.float32))  # (V, V): next given current
-        self.layers: list[nn.Module] = []
+        self.layers = [nn.Identity()]  # one, which never reads anything
 
     def __call__(self, tokens: mx.array, cache: object = None) -> mx.array:
         return self.table[tokens]

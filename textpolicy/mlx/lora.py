@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..errors import UserError
+from .low_rank import in_the_models_type
 
 
 def attach_lora(model: nn.Module, rank: int = 16, alpha: float = 32.0, layers: int = 0, seed: int = 0) -> nn.Module:
@@ -32,6 +33,7 @@ def attach_lora(model: nn.Module, rank: int = 16, alpha: float = 32.0, layers: i
     names = _linear_names(blocks)
     config = {"rank": rank, "scale": alpha / rank, "dropout": 0.0, "keys": names}
     linear_to_lora_layers(model, len(blocks), config)
+    in_the_models_type(model)
     model.adapter_config = {  # read by save_adapter; plain values are not parameters
         "fine_tune_type": "lora",
         "num_layers": len(blocks),

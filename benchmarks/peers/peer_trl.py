@@ -5,15 +5,20 @@ Gradient checkpointing, on by default there, is off: it saves memory that this c
 
 from __future__ import annotations
 
+import builtins
 import tempfile
 from typing import Any
 
+import pyarrow.lib
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from worker import Gate, Task, reward_of
+
+# Newer pyarrow says that this class lives there; datasets pickles it on some Pythons, and fails if it does not.
+builtins.MonthDayNano = pyarrow.lib.MonthDayNano  # type: ignore[attr-defined]
 
 
 def main() -> None:

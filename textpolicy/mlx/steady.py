@@ -195,19 +195,19 @@ class Steps:
         rows = rows.with_room()
         step = self._step(rows, sampling)
         last = mx.array([rows.last], mx.int32)
-        drawn, lengths, seen, own = step(
+        drawn, lengths, seen, changed = step(
             self.trained, self.adapters, tokens, uniform, last, rows.lengths, rows.seen, rows.parents,
             list(rows.common), list(rows.own),
         )  # fmt: skip
-        after = replace(rows, lengths=lengths, seen=seen, own=tuple(own), used=rows.used + 1)
-        return Draw(*drawn), after
+        own = tuple(new or old for new, old in zip(changed, rows.own, strict=True))
+        return Draw(*drawn), replace(rows, lengths=lengths, seen=seen, own=own, used=rows.used + 1)
 
     def _step(self, rows: Rows, sampling: Sampling) -> Callable[..., Any]:
-        shapes = tuple(tuple(a.shape for a in arrays) for arrays in (*rows.common, *rows.own))
-        how = replace(sampling, seed=0, max_tokens=1)
-        key = (how, rows.seen.shape, rows.prompt_slots, shapes)
+        prompts = next((arrays[0].shape[0] for arrays in rows.common if arrays), 0)
+        how = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+        key = (how, rows.seen.shape, rows.prompt_slots, prompts)  # all other shapes follow from these
         if key not in self.known:
-            traced = self._traced(rows.layers, rows.prompt_slots, Sampler(how, compiled=False))
+            traced = self._traced(rows.layers, rows.prompt_slots, Sampler(sampling, compiled=False))
             self.known[key] = mx.compile(traced) if self.compiled else traced
         self.known.move_to_end(key)
         if len(self.known) > _KEPT:
@@ -228,7 +228,7 @@ class Steps:
             with self.view.using(adapters, trained), substituted(self.model, self.substitutes):
                 logits = self.view.model(tokens[:, None], cache=layers)[:, -1]
             drawn = sampler(logits, mx.arange(len(tokens)), uniform)
-            return list(drawn), lengths + 1, seen, [_own(layer) for layer in _flat(layers)]
+            return list(drawn), lengths + 1, seen, [_changed(layer) for layer in _flat(layers)]
 
         return step
 
@@ -281,7 +281,7 @@ class _Slots:
 
     def attend(self, queries: mx.array, scale: float, mask: mx.array) -> mx.array:
         """By the kernel, which writes what arrived in place."""
-        self.written = self.own
+        self.written = []
         seen = mask.reshape(mask.shape[0], -1)
         return cuda.attend(queries, self.fresh, self.own, self.common, self.now.parents, seen, self.now.last, scale)
 
@@ -308,7 +308,8 @@ def _layer(kind: Any, now: _Now, given: Any) -> Any:
     return state
 
 
-def _own(layer: Any) -> Arrays:
+def _changed(layer: Any) -> Arrays:
+    """Its own arrays after the step; [] if they have been written in place."""
     return layer.written if isinstance(layer, _Slots) else list(layer.cache)
 
 

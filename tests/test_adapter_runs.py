@@ -67,7 +67,7 @@ def test_a_run_of_thirteen_numbers_is_trained_kept_and_judged(tmp_path, capsys):
     assert [value.shape for value in trained] == [(1, 13)]
     steps = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "train"]
     assert any(row["updated"] for row in steps)
-    assert steps[0]["learning_rate"] == 0.01
+    assert steps[0]["learning_rate"] == 0.005
     assert main(["eval", f"--adapter={run}", "--problems=2", "--show=0", "--threads=1"]) == 0
     summary = json.loads((run / "summary.json").read_text())
     assert f"largest, test: {summary['test_after']:.1%}" in capsys.readouterr().out

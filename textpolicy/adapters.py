@@ -104,7 +104,7 @@ class TinyLoRA(Adapter):
     """As LoRA-XS with R = sum_i v_i P_i, P fixed and random, v (u,) shared by tied modules (arXiv:2602.04118)."""
 
     kind: ClassVar[str] = "tinylora"
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 5e-3
 
     rank: int = 2
     u: int = 13

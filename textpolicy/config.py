@@ -187,7 +187,7 @@ class OptimizerSettings(Section):
     """AdamW, with a linear warm-up and a linear decay of its learning rate."""
 
     learning_rate: Positive | None = None
-    """Peak learning rate; if not given 0.0003, but for full 0.00002, lora_xs 0.001, tinylora 0.01."""
+    """Peak learning rate; if not given 0.0003, but for full 0.00002, lora_xs 0.001, tinylora 0.005."""
     warmup_steps: Annotated[int, Field(ge=0)] = 3
     """Steps until the peak."""
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05

@@ -110,12 +110,13 @@ def latest() -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as Markdown, sizes in MB of 10^6 bytes."""
-    head = "| kind | parameters trained | trained, MB | model, MB | saved, MB | peak of an update, MB | update, s |"
+    """Rows as Markdown, sizes in kB of 10^3 and MB of 10^6 bytes."""
+    head = "| kind | parameters trained | trained, kB | model, MB | saved, MB | peak of an update, MB | update, s |"
     lines = [head, "|" + "---|" * 7]
     for row in rows:
-        sizes = [f"{row[f'{name}_bytes'] / 1e6:,.2f}" for name in ("trained", "model", "saved", "update_peak")]
-        cells = [f"`{row['kind']}`", f"{row['trainable_parameters']:,}", *sizes, f"{row['update_seconds']:.1f}"]
+        trained = [f"{row['trainable_parameters']:,}", f"{row['trained_bytes'] / 1e3:,.2f}"]
+        sizes = [f"{row[f'{name}_bytes'] / 1e6:,.1f}" for name in ("model", "saved", "update_peak")]
+        cells = [f"`{row['kind']}`", *trained, *sizes, f"{row['update_seconds']:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

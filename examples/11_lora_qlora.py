@@ -46,7 +46,7 @@ def report(name, stats, rewards):
 
 model, tokenizer = tp.load_model(MODEL)
 model, stats = tp.create_lora_setup(model, LORA)
-report("LoRA", stats, train(model, tokenizer, steps=6))
+report("LoRA", stats, train(model, tokenizer, steps=5))
 
 with tempfile.TemporaryDirectory() as folder:
     tp.save_adapters(model, Path(folder) / "adapter")

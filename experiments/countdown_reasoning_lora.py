@@ -54,18 +54,17 @@ def run(args):
     trainer = tp.Trainer(
         model, tp.compute_advantages, tp.policy_loss, optim.Adam(args.lr), advantage_transform_fn=shape
     )
-    judged = {"max_tokens": args.max_tokens, "seed": 2**20}
-    _, before = collect(model, tokenizer, test, 4, **judged)
+    sampling = {"max_tokens": args.max_tokens}
+    _, before = collect(model, tokenizer, test, 4, **sampling, seed=2**20)
+    groups, rows = args.episodes_per_step // args.group_size, []
     for step in range(args.steps):
-        groups = args.episodes_per_step // args.group_size
         chosen = [train[(step * groups + i) % len(train)] for i in range(groups)]
-        how = {"max_tokens": args.max_tokens, "seed": args.seed + step}
-        buffer, seen = collect(model, tokenizer, chosen, args.group_size, **how)
-        with (args.output / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({**seen, **trainer.train(buffer)}) + "\n")
+        buffer, seen = collect(model, tokenizer, chosen, args.group_size, **sampling, seed=args.seed + step)
+        rows.append({**seen, **trainer.train(buffer)})
         print(f"step {step + 1:3}  reward {seen['reward']:5.2f}  correct {seen['correct']:4.0%}", flush=True)
-    _, after = collect(model, tokenizer, test, 4, **judged)
+    _, after = collect(model, tokenizer, test, 4, **sampling, seed=2**20)
     tp.save_adapters(model, args.output / "adapter")
+    (args.output / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     print("learned:", [round(x, 3) for x in trainable(model)["adapter_vectors.v"].reshape(-1).tolist()])
     for name in before:
         print(f"{name} on {len(test)} held-out problems, 4 samples each: {before[name]:.2f} -> {after[name]:.2f}")

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from conftest import VOCABULARY, random_episodes, recipe, tiny_llama
 from mlx.utils import tree_flatten
+from mlx_lm.models import llama, qwen3_moe
 
 from textpolicy.adapters import KINDS, DoRA, Full, LoRA, LoRAXS, QLoRA, TinyLoRA, make_adapter
 from textpolicy.errors import UserError
@@ -274,6 +275,13 @@ def test_a_base_of_another_form_is_refused(tmp_path):
         load_adapter(base, tmp_path / "adapter")
 
 
+def test_a_base_of_other_sizes_is_refused(tmp_path):
+    save_adapter(adapted("lora"), tmp_path / "adapter")
+    wider = replace(tiny_llama(VOCABULARY).args, intermediate_size=96)
+    with pytest.raises(UserError, match=r"weights of the shapes \(\(32, 32\), \(96, 32\)\) and not .*\(64, 32\)\)"):
+        load_adapter(llama.Model(wider), tmp_path / "adapter")
+
+
 @pytest.mark.parametrize(
     ("other", "says"),
     [
@@ -426,6 +434,35 @@ def test_weights_trained_in_full_have_no_reference():
         adapters_off(adapted("full")),
     ):
         pass
+
+
+def mixture():
+    """A tiny mixture of four experts."""
+    mx.random.seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "moe_intermediate_size": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    rest = {"rms_norm_eps": 1e-5, "vocab_size": VOCABULARY, "rope_theta": 1e4, "tie_word_embeddings": False}
+    settings = {"model_type": "qwen3_moe", "norm_topk_prob": True, **sizes, **heads, **experts, **rest}
+    return qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(settings))
+
+
+@pytest.mark.parametrize("adapter", [LoRA(rank=2), TinyLoRA()], ids=["lora", "tinylora"])
+def test_the_experts_of_a_mixture_are_adapted_saved_merged_and_left_by_those_that_cannot(adapter, tmp_path):
+    base = mixture()
+    plain = logprobs(base)
+    model = attach(base, adapter)
+    on_experts = {name for name in trainable(model) if "switch_mlp" in name}
+    assert len(on_experts) == (2 * 3 * 2 if adapter.kind == "lora" else 0)
+    moved = [(name, value + 0.2 * mx.random.normal(value.shape)) for name, value in trainable(model).items()]
+    model.load_weights(moved, strict=False)
+    said = logprobs(model)
+    assert not np.allclose(said, plain, atol=1e-3)
+    with adapters_off(model):
+        assert np.array_equal(logprobs(model), plain)
+    save_adapter(model, tmp_path / "adapter")
+    assert np.array_equal(logprobs(load_adapter(mixture(), tmp_path / "adapter")), said)
+    np.testing.assert_allclose(logprobs(merge_adapters(model)), said, atol=2e-4)
 
 
 # ---- settings, factors and what cannot work

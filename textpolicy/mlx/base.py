@@ -54,7 +54,7 @@ class Base:
         if (self.model_type, self.blocks) != (other.model_type, other.blocks):
             return f"a {self.model_type} of {self.blocks} blocks and not a {other.model_type} of {other.blocks}"
         if self.shapes != other.shapes:
-            return f"a {self.model_type} with weights of shape {self.shapes[0]} and not {other.shapes[0]}"
+            return f"a {self.model_type} with weights of the shapes {self.shapes} and not {other.shapes}"
         distance = _distance(self.weights, other.weights)
         if distance > OTHER:
             return f"a {self.model_type} of this size with other weights"

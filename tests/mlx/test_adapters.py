@@ -201,10 +201,11 @@ def test_a_folder_of_mlx_lm_is_read_and_can_be_saved_again(kind, tmp_path):
     config = {"fine_tune_type": kind, "num_layers": 1, "lora_parameters": how, "batch_size": 4}
     (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(config))
     loaded = load_adapter(tiny_llama(VOCABULARY), tmp_path / "theirs")
-    assert np.array_equal(logprobs(loaded), logprobs(theirs))
+    np.testing.assert_allclose(logprobs(loaded), logprobs(theirs), atol=2e-6)  # ours scales B, theirs the product
     assert set(trainable(loaded)) == set(trainable(theirs))
     save_adapter(loaded, tmp_path / "ours")
-    assert np.array_equal(logprobs(load_adapter(tiny_llama(VOCABULARY), tmp_path / "ours")), logprobs(theirs))
+    again = load_adapter(tiny_llama(VOCABULARY), tmp_path / "ours")
+    np.testing.assert_array_equal(logprobs(again), logprobs(loaded))
 
 
 def test_the_same_base_quantised_takes_the_adapter_with_a_warning(tmp_path, caplog):

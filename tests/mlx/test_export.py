@@ -396,7 +396,7 @@ def test_the_built_in_with_an_adapter_writes_the_same_text_from_its_gguf_file(tm
     back, back_tokenizer = load_model(tmp_path / "out.gguf")
     ours = greedy(model, tokenizer, prompts)
     assert ours == greedy(back, back_tokenizer, prompts)
-    assert ours[:1] != greedy(*smollm, prompts[:1])
+    assert ours != greedy(*smollm, prompts)
     again = TextGenerationEnv(QUESTIONS, lambda prompt, completion, example: 0.0, tokenizer=back_tokenizer)
     assert [again.prompt_ids(i).tolist() for i in range(len(again))] == prompts
 

@@ -55,7 +55,21 @@ def export(asked: ExportArguments) -> str:
     loaded = load(Source(run=asked.run, model=asked.model, adapter=asked.adapter, threads=asked.threads))
     name = loaded.config.model if loaded.config else str(asked.model)
     _write(asked, loaded.engine.model, loaded.tokenizer, name, out)
-    return f"wrote {out} ({_megabytes(out):.1f} MB); load it with: {HOW_TO_LOAD[asked.to].format(path=str(out))}"
+    how = HOW_TO_LOAD[asked.to].format(path=str(out))
+    return f"wrote {out} ({_megabytes(out):.1f} MB); load it with: {how}{_remark(asked, loaded.engine.model)}"
+
+
+def _remark(asked: ExportArguments, model: Any) -> str:
+    """What is not the same over there."""
+    from .mlx.attach import attached
+
+    record = attached(model) if asked.to == "peft" else None
+    if record is None or record.quantised is None:
+        return ""
+    return (
+        f"\nit was trained on a base quantised to {record.quantised[0]} bits; on one in floats it says something a "
+        "little different, and --to hf writes what was trained"
+    )
 
 
 def _check(asked: ExportArguments) -> None:

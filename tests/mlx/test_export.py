@@ -20,26 +20,36 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from test_gguf import TOKENS, plain_llama, stored, write
 from transformers import AutoConfig, AutoTokenizer
 
+from textpolicy.adapters import DoRA, Full, LoRA, LoRAXS, QLoRA, TinyLoRA
 from textpolicy.cli import main
 from textpolicy.config import Config
 from textpolicy.engine import Sampling
 from textpolicy.environment.text_generation import TextGenerationEnv
 from textpolicy.errors import UserError
 from textpolicy.inference import Source, load
+from textpolicy.mlx.attach import detach
 from textpolicy.mlx.engine import MLXEngine
 from textpolicy.mlx.export import export_peft, merge
 from textpolicy.mlx.export.gguf_file import permute
 from textpolicy.mlx.gguf import convert, read_gguf, unpermute
-from textpolicy.mlx.lora import attach_lora, save_adapter
+from textpolicy.mlx.lora import attach, attach_lora, save_adapter, trainable
 from textpolicy.mlx.models import find_model, load_model
-from textpolicy.mlx.tinylora import SVDLinear, TrainedCore, truncated_svd
 
 TOKENS_READ = [5, 100, 7, 7, 200, 33]
 QUESTIONS = [
     r["question"]
     for r in json.loads((Path(__file__).parents[1] / "data" / "smollm2_greedy.json").read_text())["continuations"][:3]
 ]
-KINDS = ("lora", "lora on the last layer", "dora", "full")
+KINDS = {
+    "lora": LoRA(rank=4, alpha=10.0),
+    "lora on the last layer": LoRA(rank=3, layers=1, rank_stabilised=True),
+    "dora on some": DoRA(rank=3, alpha=7.5, modules=("q_proj", "down_proj")),
+    "qlora": QLoRA(rank=4, bits=4, group_size=32),
+    "full": Full(),
+    "lora_xs": LoRAXS(rank=20, sigma="loraxs_code"),
+    "tinylora": TinyLoRA(rank=3, u=5, tie=3, sigma="peft"),
+}
+MERGED_ONLY = ("full",)  # there is no adapter for peft
 
 
 def run_folder(tmp_path, kind="lora", weights=Kind.Q8_0, **gguf):
@@ -54,26 +64,13 @@ def run_folder(tmp_path, kind="lora", weights=Kind.Q8_0, **gguf):
     return run
 
 
-def train(model, kind, size=0.3):
+def train(model, kind, size=0.2):
     """Give ``model`` an adapter of that kind with random numbers."""
+    attach(model, KINDS[kind])
     mx.random.seed(3)
-    if kind == "full":
-        model.unfreeze()
-        model.adapter_config = {"fine_tune_type": "full", "num_layers": 2, "lora_parameters": {}}
-        model.update(tree_map(lambda w: w + 0.05 * mx.random.normal(w.shape), model.parameters()))
-        return
-    if kind == "dora":
-        model.freeze()
-        config = {"rank": 3, "scale": 2.5, "dropout": 0.0, "keys": ["self_attn.q_proj", "mlp.down_proj"]}
-        linear_to_lora_layers(model, 2, config, use_dora=True)
-        model.adapter_config = {"fine_tune_type": "dora", "num_layers": 2, "lora_parameters": config}
-    else:
-        attach_lora(model, rank=4, alpha=10.0, layers=1 if "last" in kind else 0)
-    for module in model.modules():
-        if "lora_b" in module:
-            module.lora_b = size * mx.random.normal(module.lora_b.shape)
-        if "m" in module:
-            module.m = module.m * mx.random.uniform(0.7, 1.4, module.m.shape)
+    size = 0.05 if kind == "full" else size
+    moved = [(name, value + size * mx.random.normal(value.shape)) for name, value in trainable(model).items()]
+    model.load_weights(moved, strict=False)
 
 
 def adapted(run):
@@ -218,11 +215,13 @@ def peft_weights(folder, bare):
     return out
 
 
-@pytest.mark.parametrize("kind", ["lora", "lora on the last layer", "dora"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in MERGED_ONLY])
 def test_the_peft_adapter_says_what_the_adapter_does_to_every_weight(tmp_path, kind):
     run = run_folder(tmp_path, kind)
     export(run, "--to=peft", "--base=some/model")
-    bare = dict(tree_flatten(load_model(tmp_path / "small.gguf")[0].parameters()))
+    bare, _ = adapted(run)
+    detach(bare)
+    bare = dict(tree_flatten(merge(bare).parameters()))
     merged = dict(tree_flatten(merge(adapted(run)[0]).parameters()))
     found = peft_weights(run / "export" / "peft", bare)
     assert set(found) == {name for name in bare if not mx.array_equal(bare[name], merged[name])}
@@ -233,7 +232,7 @@ def test_the_peft_adapter_says_what_the_adapter_does_to_every_weight(tmp_path, k
 def test_modules_are_named_by_their_last_name_where_that_is_enough(tmp_path):
     for kind, targets in {
         "lora": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
-        "dora": ["down_proj", "q_proj"],
+        "dora on some": ["down_proj", "q_proj"],
         "lora on the last layer": [
             *(f"model.layers.1.mlp.{name}_proj" for name in ("down", "gate", "up")),
             *(f"model.layers.1.self_attn.{name}_proj" for name in "koqv"),
@@ -256,22 +255,9 @@ def test_alpha_is_the_one_that_was_trained_with(tmp_path):
     assert {a.dtype for a in arrays.values()} == {mx.bfloat16}
 
 
-def test_adapters_on_a_frozen_svd_leave_as_the_lora_they_are(tmp_path):
-    source = find_model(write(tmp_path / "small.gguf", Kind.F32))
-    model, _ = load_model(tmp_path / "small.gguf")
-    bare = dict(tree_flatten(model.parameters()))
-    for i, (block, rank) in enumerate(zip(model.layers, (2, 5), strict=True)):  # of ranks that differ
-        factors = truncated_svd(block.mlp.up_proj.weight, rank)
-        core = TrainedCore(rank, seed=i)
-        core.r = 0.4 * mx.random.normal((rank, rank))
-        block.mlp.up_proj = SVDLinear(block.mlp.up_proj, factors, core)
-    export_peft(model, source, tmp_path / "out", "some/model")
-    found = peft_weights(tmp_path / "out", bare)
-    assert len(found) == 2
-    merged = dict(tree_flatten(merge(model).parameters()))
-    for name, weight in found.items():
-        assert np.abs(weight - np.array(bare[name])).max() > 0.01
-        np.testing.assert_allclose(weight, np.array(merged[name]), atol=1e-5)
+def test_a_quantised_base_is_remarked_upon(capsys, tmp_path):
+    export(run_folder(tmp_path, "qlora", Kind.F16), "--to=peft", "--base=some/model")
+    assert "it was trained on a base quantised to 4 bits; on one in floats" in capsys.readouterr().out
 
 
 # gguf
@@ -383,7 +369,7 @@ def greedy(model, tokenizer, prompts):
 def test_the_built_in_with_an_adapter_writes_the_same_text_from_its_gguf_file(tmp_path, smollm, monkeypatch, quant):
     monkeypatch.delenv("TEXTPOLICY_CACHE")  # the built-in is there already
     model, tokenizer = load_model("smollm2-135m")
-    train(model, "lora", size=0.01)
+    train(model, "lora", size=0.005)
     save_adapter(model, tmp_path / "adapter")
     source = ["export", "--model=smollm2-135m", f"--adapter={tmp_path / 'adapter'}"]
     assert main([*source, "--to=gguf", f"--quant={quant}", f"--out={tmp_path / 'out.gguf'}"]) == 0

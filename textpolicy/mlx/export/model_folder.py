@@ -12,15 +12,13 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
-from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
-from ..tinylora import SVDLinear
+from ..attach import attached, wrapped
+from ..lora import merge_adapters
 from .files import DTYPES, check_layout, read_config, write_json, written_whole
 
 BITS = {"q4": 4, "q8": 8}  # of MLX's own affine quantization
 GROUP_SIZE = 64  # weights per scale
-ADAPTED = (LoRALinear, LoRASwitchLinear, LoRAEmbedding, DoRALinear, DoRAEmbedding, SVDLinear)
 
 _BESIDE_THE_WEIGHTS = {".json", ".jsonl", ".jinja", ".model", ".py", ".tiktoken", ".txt"}
 _WEIGHTS = ("config.json", "model.safetensors.index.json")  # written anew
@@ -34,8 +32,8 @@ def merge(model: nn.Module) -> nn.Module:
     from mlx_lm.utils import dequantize_model
 
     model.set_dtype(mx.float32)
-    fused = [(name, m.fuse(dequantize=True)) for name, m in model.named_modules() if isinstance(m, ADAPTED)]
-    model.update_modules(tree_unflatten(fused))
+    if attached(model) is not None or wrapped(model):
+        merge_adapters(model, dequantize=True)
     dequantize_model(model)
     model.set_dtype(mx.float32)  # layers whose scales are no floats dequantise to bfloat16
     return model

@@ -18,10 +18,10 @@ from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
 from ...errors import UserError
+from ..attach import wrapped
 from ..models import MODELS
 from ..tinylora import SVDLinear
 from .files import DTYPES, check_layout, read_config, write_json, written_whole
-from .model_folder import ADAPTED
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,14 +82,13 @@ def export_peft(model: nn.Module, source: Path, out: Path, base: str, *, dtype: 
 
 def _read_layers(model: nn.Module) -> dict[str, LowRank]:
     layers = {}
-    for name, module in model.named_modules():
-        if type(module) in _READERS:
-            layers[name] = _READERS[type(module)](module)
-        elif isinstance(module, ADAPTED):
+    for name, module in wrapped(model):
+        if type(module) not in _READERS:
             raise UserError(
                 f"the layer {name!r} has a {type(module).__name__}, for which peft has no layout; "
                 "merge it with --to mlx or --to hf"
             )
+        layers[name] = _READERS[type(module)](module)
     if not layers:
         raise UserError("the model has no adapter for --to peft to write; merge it with --to mlx, hf or gguf")
     return layers

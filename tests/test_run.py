@@ -19,7 +19,7 @@ SMALL = [
     "--rollout.group-size=8",
     "--evaluation.every=1",
     "--evaluation.problems=6",
-    "--lora.rank=2",
+    "--adapter.rank=2",
 ]
 
 
@@ -43,7 +43,7 @@ def test_a_run_writes_its_settings_metrics_curve_and_adapter(trained):
         "summary.json",
         "adapter",
     }
-    assert json.loads((trained / "config.json").read_text())["lora"]["rank"] == 2
+    assert json.loads((trained / "config.json").read_text())["adapter"]["rank"] == 2
     assert (trained / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((trained / "versions.json").read_text())["mlx"]
 

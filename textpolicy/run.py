@@ -140,13 +140,14 @@ def build_engine(config: Config) -> tuple[Any, Any]:
     """The engine with a fresh adapter, and the tokenizer."""
     from .mlx.blas import set_blas_threads  # the first import of mlx, and what it costs, is here
     from .mlx.engine import MLXEngine
-    from .mlx.lora import attach_lora
+    from .mlx.lora import attach
     from .mlx.models import load_model
 
     if config.machine.threads:
         set_blas_threads(config.machine.threads)
-    model, tokenizer = load_model(config.model)
-    attach_lora(model, config.lora.rank, config.lora.alpha, config.lora.layers, config.seed)
+    adapter = config.adapter.chosen()
+    model, tokenizer = load_model(config.model, dequantize=adapter.dequantize)
+    attach(model, adapter, config.seed)
     engine = MLXEngine(
         model,
         stop=tokenizer.eos_token_ids,
@@ -171,7 +172,8 @@ def environment(task: Task, problems: Sequence[Problem], tokenizer: Any, config:
 
 def schedule(config: Config) -> Schedule:
     o = config.optimizer
-    return Schedule(o.learning_rate, config.steps, o.warmup_steps, o.final_fraction)
+    peak = o.learning_rate or config.adapter.chosen().learning_rate
+    return Schedule(peak, config.steps, o.warmup_steps, o.final_fraction)
 
 
 def training_sampling(config: Config) -> Sampling:

@@ -133,6 +133,7 @@ def test_mlx_lm_loads_the_folder_and_says_the_same(tmp_path, kind, layout):
     np.testing.assert_allclose(logits(model), logits(adapted(run)[0]), atol=1e-4)
     assert {a.dtype for _, a in tree_flatten(model.parameters())} == {mx.float32}
     assert tokenizer.eos_token_ids == {0}
+    assert [p.name for p in (run / "export").iterdir()] == [layout]  # nothing temporary is left
 
 
 def test_without_dtype_every_weight_is_stored_as_the_base_stores_it(tmp_path):
@@ -183,6 +184,18 @@ def test_the_folder_of_a_gguf_base_has_the_config_and_tokenizer_that_transformer
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer("hello hello<|end|>").input_ids == [TOKENS.index("hello"), TOKENS.index("Ġhello"), 0]
     assert tokenizer.apply_chat_template([{"role": "user", "content": "he"}], tokenize=False) == "<|start|>he<|end|>"
+
+
+def test_whether_the_head_is_the_embedding_is_said_even_if_the_base_leaves_it_to_mlx_lm(tmp_path):
+    base = edited_base(tmp_path, tie_word_embeddings=None)
+    assert main(["export", f"--model={base}", "--to=hf", f"--out={tmp_path / 'out'}"]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+def test_a_mistral_is_a_llama_to_gguf(tmp_path):
+    base, out = edited_base(tmp_path, model_type="mistral"), tmp_path / "out.gguf"
+    assert main(["export", f"--model={base}", "--to=gguf", f"--out={out}"]) == 0
+    assert read_gguf(out).config["model_type"] == "llama"
 
 
 def test_what_stands_beside_the_weights_of_a_folder_comes_along(tmp_path):
@@ -305,6 +318,15 @@ def q8_0(weight):
     d = np.abs(blocks).max(axis=1, keepdims=True) / 127
     q = np.round(np.divide(blocks, d, out=np.zeros_like(blocks), where=d > 0))
     return (half(d) * q).reshape(weight.shape)
+
+
+def test_the_numbers_of_the_config_survive_the_trip(tmp_path):
+    numbers = {"rope__freq_base": 50000.0, "attention__layer_norm_rms_epsilon": 1e-6, "context_length": 77}
+    run = run_folder(tmp_path, **{f"llama__{name}": value for name, value in numbers.items()})
+    export(run, "--to=gguf")
+    original, back = (read_gguf(path).config for path in (tmp_path / "small.gguf", run / "export" / "run-f16.gguf"))
+    assert original == back
+    assert (back["rope_theta"], back["rms_norm_eps"], back["max_position_embeddings"]) == (50000.0, 1e-6, 77)
 
 
 @pytest.mark.parametrize("name", ["smollm", "gpt-2", "llama-bpe", "qwen2"])

@@ -95,10 +95,12 @@ def _plain_config(config: dict[str, Any], model: nn.Module, dtype: str | None) -
     """The base's config without its quantization, and with what transformers asks of one made from a GGUF file."""
     dropped = ("quantization", "quantization_config", "torch_dtype", "dtype", "_name_or_path")
     plain = {key: value for key, value in config.items() if key not in dropped}
+    weights = dict(tree_flatten(model.parameters()))
+    plain = {"tie_word_embeddings": "lm_head.weight" not in weights} | plain  # mlx-lm and transformers assume different
     if plain["model_type"] == "llama":
         plain = {"hidden_act": "silu"} | plain
     if dtype is None:
-        found = [array.dtype for array in dict(tree_flatten(model.parameters())).values()]
+        found = [array.dtype for array in weights.values()]
         common = max(found, key=found.count)
         dtype = next(name for name, d in DTYPES.items() if d == common)
     return plain | {"torch_dtype": dtype}  # the name that every version of transformers reads

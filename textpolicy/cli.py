@@ -136,6 +136,14 @@ def measure(arguments: list[str]) -> int:
     return 0
 
 
+def leave(arguments: list[str]) -> int:
+    """Take a trained run elsewhere: textpolicy export RUN --to mlx|hf|peft|gguf [--out PATH]."""
+    from .export import ExportArguments, export
+
+    print(export(parse(ExportArguments, arguments, "export")))
+    return 0
+
+
 def validate(arguments: list[str]) -> int:
     """Check this installation: textpolicy validate [--json]."""
     from .validate import main as check
@@ -269,6 +277,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "generate": ask,
     "eval": measure,
+    "export": leave,
     "validate": validate,
     "algorithms": algorithms,
     "tasks": tasks,

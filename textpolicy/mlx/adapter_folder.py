@@ -19,6 +19,7 @@ from ..adapters import Adapter, DoRA, Full, LoRA, make_adapter, settings_of
 from ..errors import UserError
 from .attach import Attached, attach, attached, detach, lora_parameters, remember, trainable, wrapped
 from .base import Base
+from .low_rank import in_the_models_type
 from .tinylora import Factors, SVDLinear
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
@@ -210,6 +211,7 @@ def _attach_of_mlx_lm(model: nn.Module, saved: Saved) -> None:
             how, kind = config["lora_parameters"], DoRA if config.get("fine_tune_type") == "dora" else LoRA
             model.freeze()
             linear_to_lora_layers(model, blocks, how, use_dora=kind is DoRA)
+            in_the_models_type(model)
             alpha = how["scale"] * how["rank"]
             keys = _adapted_keys(model)
             adapter = kind(layers=blocks, modules=keys, rank=how["rank"], alpha=alpha, dropout=how["dropout"])

@@ -19,6 +19,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from ...errors import UserError
 from ..attach import wrapped
+from ..low_rank import LowRankLinear
 from ..models import MODELS
 from ..tinylora import SVDLinear
 from .files import DTYPES, check_layout, read_config, write_json, written_whole
@@ -106,7 +107,7 @@ def _of_svd(layer: SVDLinear) -> LowRank:
     return LowRank(layer.right, layer.left @ layer.core(), 1.0)
 
 
-_READERS: dict[type, Any] = {LoRALinear: _of_lora, DoRALinear: _of_dora, SVDLinear: _of_svd}
+_READERS: dict[type, Any] = {LoRALinear: _of_lora, LowRankLinear: _of_lora, DoRALinear: _of_dora, SVDLinear: _of_svd}
 
 
 def _named(name: str, layer: LowRank, scale: float, rank: int) -> dict[str, mx.array]:

@@ -39,6 +39,12 @@ def test_the_json_of_a_config_reads_back_equal():
         ("[rollout]\nmax_tokens = 0", "rollout.max_tokens is 0; input should be greater than or equal to 1"),
         ("[rollout]\ntemperature = 0", "rollout.temperature is 0; input should be greater than 0"),
         ("[optimizer]\nlearning_rate = nan", "optimizer.learning_rate is nan"),
+        (
+            "[machine]\ncheckpoint_every = -1",
+            "machine.checkpoint_every is -1; input should be greater than or equal to 0",
+        ),
+        ('[machine]\ncompile = "yes"', "machine.compile is yes; input should be 'auto', 'on' or 'off'"),
+        ("[machine]\nmemory_limit_gb = 0", "machine.memory_limit_gb is 0; input should be greater than 0"),
         ('steps = "many"', "steps is many; input should be a valid integer"),
         ('[algorithm]\nname = "grop"', "there is no algorithm 'grop'; did you mean 'grpo'?"),
         ("steps = 2", "optimizer.warmup_steps is 3 and steps is 2; set the warm-up to at most the steps"),

@@ -226,9 +226,15 @@ class MachineSettings(Section):
     threads: Annotated[int, Field(ge=0)] = 0
     """BLAS threads on a Linux CPU; 0 leaves it to OpenBLAS. On a busy machine 1 is faster."""
     micro_batch_tokens: PositiveInt = 8192
-    """Padded tokens, prompts included, in one forward and backward pass; less takes less memory."""
+    """Padded tokens, prompts included, in one forward and backward pass; lowered where memory is short."""
     decode_rows: PositiveInt = 128
-    """Completions decoded side by side."""
+    """Completions decoded side by side; lowered where memory is short."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    """Compute the activations of every so many-th block again instead of keeping them; 1 saves most, 0 is off."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the update's passes for shapes that come again; auto does so on a GPU only."""
+    memory_limit_gb: Positive | None = None
+    """What MLX may take, in GB of 10^9 bytes; 80% of the machine's memory, or 90% of a GPU's, if not given."""
 
 
 class Config(Section):

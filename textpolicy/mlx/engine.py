@@ -67,7 +67,7 @@ class MLXEngine:
         self.optimizer = optimizer or optim.AdamW(0.0, weight_decay=weight_decay, bias_correction=True)
         self.max_grad_norm = max_grad_norm
         self.micro_batch_tokens, self.decode_rows = micro_batch_tokens, decode_rows
-        self._compiled = compiled
+        self.checkpoint_every, self.compiled = checkpoint_every, compiled
         self._gradients = Gradients(model, checkpoint_every=checkpoint_every, compiled=compiled)
         self._optimizer_step = OptimizerStep(model, self.optimizer, compiled=compiled)
 
@@ -85,7 +85,7 @@ class MLXEngine:
     @cached_property
     def _steps(self) -> Steps | None:
         """Compiled decoding steps, where these have been seen to pay."""
-        return Steps(self.model, compiled=self._compiled, share=True) if cuda.is_default() else None
+        return Steps(self.model, compiled=self.compiled, share=True) if cuda.is_default() else None
 
     def gradients(self, batch: Batch, objective: Objective) -> tuple[dict[str, float], Any]:
         """Summed loss statistics and gradients of ``objective`` over micro-batches of ``batch``."""
@@ -198,4 +198,7 @@ def _per_token(stats: Mapping[str, float]) -> dict[str, float]:
 
 
 def _memory() -> dict[str, float]:
-    return {"peak_memory_bytes": float(mx.get_peak_memory())}
+    """The most that arrays took since the update before, rollouts and evaluations included."""
+    peak = mx.get_peak_memory()
+    mx.reset_peak_memory()
+    return {"peak_memory_bytes": float(peak)}

@@ -123,9 +123,6 @@ def main() -> None:
     asked = parser.parse_args()
     for name in asked.workloads:
         rows = compare(name, shared_model(WORKLOADS[name].model, asked.envs, asked.tokenizer), asked)
-        asked.results.parent.mkdir(exist_ok=True)
-        with asked.results.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
         print(table(name, rows, asked.by), flush=True)
 
 
@@ -133,14 +130,22 @@ def main() -> None:
 
 
 def compare(workload: str, model: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
-    """Visit every peer in turn, several times, and return one row for each; one is in memory at a time."""
+    """Visit every peer in turn, several times, and return one row for each, written as soon as it is complete."""
     runs = [Run(name, task_of(WORKLOADS[workload], model, asked.threads, PEERS[name].variant)) for name in asked.peers]
     for visit in range(asked.visits):
         for run in runs:
             if not run.failure:
                 run.visit(asked.envs / "logs" / f"{run.name}-{workload}.log", asked)
                 print(f"{workload}, visit {visit + 1}, {run.name}: {run.told()}", flush=True)
+            if visit == asked.visits - 1:
+                append(asked.results, run.row(workload))
     return [run.row(workload) for run in runs]
+
+
+def append(results: Path, row: dict[str, Any]) -> None:
+    results.parent.mkdir(exist_ok=True)
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def wait_for_quiet(cores: float, patience: int, period: int = 3) -> None:

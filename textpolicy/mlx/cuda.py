@@ -263,7 +263,7 @@ _DRAW = """
   }
 """
 
-_HEAD_SIZES = (64, 128, 256)
+_HEAD_SIZES = (64, 128)  # the wider, the more registers; with at most 256 threads a block can always start
 _TOGETHER = (4, 3, 2, 1)  # query heads of one block of threads; they share their keys
 
 
@@ -273,7 +273,7 @@ def is_default() -> bool:
 
 
 def can_attend(queries: mx.array, values: mx.array) -> bool:
-    """Whether ``attend`` knows these shapes: one query per row, heads of 64, 128 or 256 numbers."""
+    """Whether ``attend`` knows these shapes: one query per row, heads of 64 or 128 numbers."""
     size = queries.shape[-1]
     return is_default() and queries.shape[2] == 1 and size in _HEAD_SIZES and values.shape[-1] == size
 
@@ -299,7 +299,7 @@ def attend(
     rows, heads, _, size = queries.shape
     per_kv = heads // own[0].shape[1]
     together = next(g for g in _TOGETHER if per_kv % g == 0 and g * size <= 256)
-    threads = 128 if rows * heads // together >= 512 else 512
+    threads = 128 if rows * heads // together >= 512 else 256
     sizes = {"D": size, "G": together, "PER_KV": per_kv, "HEADS": heads, "THREADS": threads}
     [out] = _attend_kernel()(
         inputs=[queries, *fresh, *own, *prefix, parents, seen, last, mx.array([scale], mx.float32)],

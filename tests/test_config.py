@@ -48,6 +48,10 @@ def test_the_json_of_a_config_reads_back_equal():
         ('steps = "many"', "steps is many; input should be a valid integer"),
         ('[algorithm]\nname = "grop"', "there is no algorithm 'grop'; did you mean 'grpo'?"),
         ("steps = 2", "optimizer.warmup_steps is 3 and steps is 2; set the warm-up to at most the steps"),
+        ('[adapter]\nkind = "tinylor"', "adapter.kind is tinylor; input should be 'lora', 'dora', 'qlora'"),
+        ('[adapter]\nkind = "full"\nrank = 4', "an adapter of the kind full has no use for rank; leave it out"),
+        ("[adapter]\nu = 4", "an adapter of the kind lora has no use for u; leave it out"),
+        ('[adapter]\nkind = "full"\n[algorithm.kl]\ncoefficient = 0.1', "adapter.kind full, which leaves no reference"),
         ("steps = ", "is not TOML"),
     ],
 )

@@ -3,6 +3,7 @@
 import gc
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -21,7 +22,7 @@ SMALL = [
     "--rollout.group-size=8",
     "--evaluation.every=1",
     "--evaluation.problems=6",
-    "--lora.rank=2",
+    "--adapter.rank=2",
 ]
 
 
@@ -45,7 +46,7 @@ def test_a_run_writes_its_settings_metrics_curve_and_adapter(trained):
         "summary.json",
         "adapter",
     }
-    assert json.loads((trained / "config.json").read_text())["lora"]["rank"] == 2
+    assert json.loads((trained / "config.json").read_text())["adapter"]["rank"] == 2
     assert (trained / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((trained / "versions.json").read_text())["mlx"]
 
@@ -87,6 +88,21 @@ def test_its_adapter_can_be_given_to_the_model_by_hand(trained, capsys):
     by_hand = capsys.readouterr().out
     assert main(["generate", f"--run={trained}", *asked]) == 0
     assert capsys.readouterr().out == by_hand
+
+
+def test_the_adapter_of_a_run_is_used_with_its_model_and_its_way_of_asking(trained, capsys):
+    asked = ["--max-tokens=8", "Largest of 14, 62, 7, 35, 58?"]
+    said = []
+    for source in (f"--run={trained}", f"--adapter={trained}", f"--adapter={trained / 'adapter'}"):
+        assert main(["generate", source, *asked]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2]
+
+
+def test_an_adapter_without_a_run_needs_its_model_named(trained, tmp_path, capsys):
+    shutil.copytree(trained / "adapter", tmp_path / "alone")
+    assert main(["generate", f"--adapter={tmp_path / 'alone'}", "hello"]) == 2
+    assert "belongs to no run, which would say its base; name that with --model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

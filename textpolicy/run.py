@@ -149,13 +149,14 @@ def build_engine(config: Config) -> tuple[Any, Any]:
     """The engine with a fresh adapter, and the tokenizer."""
     from .mlx.blas import set_blas_threads  # the first import of mlx, and what it costs, is here
     from .mlx.engine import MLXEngine
-    from .mlx.lora import attach_lora
+    from .mlx.lora import attach
     from .mlx.models import load_model
 
     if config.machine.threads:
         set_blas_threads(config.machine.threads)
-    model, tokenizer = load_model(config.model)
-    attach_lora(model, config.lora.rank, config.lora.alpha, config.lora.layers, config.seed)
+    adapter = config.adapter.chosen()
+    model, tokenizer = load_model(config.model, dequantize=adapter.dequantize)
+    attach(model, adapter, config.seed)
     engine = MLXEngine(
         model,
         stop=tokenizer.eos_token_ids,
@@ -177,7 +178,7 @@ def fit_memory(engine: MLXEngine, splits: dict[str, TextGenerationEnv], config: 
     rollout, limit = config.rollout, config.machine.memory_limit_gb
     training = Workload(rollout.prompts_per_step, rollout.group_size, longest["train"], rollout.max_tokens)
     judged = [Workload(len(splits[name]), 1, longest[name], rollout.max_tokens) for name in ("validation", "test")]
-    return preflight(engine, training, judged, None if limit is None else limit * 1e9)
+    return preflight(engine, training, judged, None if limit is None else limit * 1e9, copies=1)  # the best so far
 
 
 def environment(task: Task, problems: Sequence[Problem], tokenizer: Any, config: Config) -> TextGenerationEnv:
@@ -193,7 +194,8 @@ def environment(task: Task, problems: Sequence[Problem], tokenizer: Any, config:
 
 def schedule(config: Config) -> Schedule:
     o = config.optimizer
-    return Schedule(o.learning_rate, config.steps, o.warmup_steps, o.final_fraction)
+    peak = o.learning_rate or config.adapter.chosen().learning_rate
+    return Schedule(peak, config.steps, o.warmup_steps, o.final_fraction)
 
 
 def training_sampling(config: Config) -> Sampling:

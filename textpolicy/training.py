@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -62,6 +63,7 @@ class Trainer:
         metrics_interval: int = 10,
         buffer: Buffer | None = None,
         data_selector_fn: Selector | None = None,
+        auto_save_lora: bool | str | Path | None = None,
         advantage_transform_fn: Transform | None = None,
         advantage_reward_key: str = "rewards",
         profile: bool = False,
@@ -81,11 +83,14 @@ class Trainer:
         "binary_rewards". ``advantage_transform_fn(advantages, batch)`` turns the advantages (N,) of the
         tokens into others (N,). Its ``batch`` holds the selected data (``algorithms.selection`` lists it) and the
         step; ``prepare_batch(batch)`` before it and ``postprocess_batch(batch)`` after the update are called
-        on a transform that has them. ``on_policy`` empties the buffer after a step. Raises UserError.
+        on a transform that has them. ``auto_save_lora`` is where the adapter is written after every step, a
+        folder or a .safetensors file; True is the path of ``create_lora_setup``, and without it nothing is
+        written. ``on_policy`` empties the buffer after a step. Raises UserError.
         """
         from .mlx.engine import MLXEngine
         from .mlx.flat import FlatPasses
         from .mlx.lora import trainable
+        from .mlx.reload import auto_save_path
 
         _check_passes(compile_training, gradient_checkpointing, micro_batch_size)
         if not trainable(model):
@@ -97,6 +102,7 @@ class Trainer:
         self.model, self.advantage_fn, self.metrics_interval = model, advantage_fn, metrics_interval
         self.advantage_transform_fn, self.advantage_reward_key = advantage_transform_fn, advantage_reward_key
         self.buffer, self.data_selector_fn, self.on_policy = buffer, data_selector_fn, on_policy
+        self._adapter_path = auto_save_path(model, auto_save_lora)
         self._loss = _with_lengths(loss_fn)
         self._metrics = None if metrics_fn is None else _with_lengths(metrics_fn)
         self._engine = MLXEngine(
@@ -136,6 +142,8 @@ class Trainer:
         if self.on_policy and buffer is not None:
             buffer.clear()
         self._steps += 1
+        if self._adapter_path is not None:
+            self._engine.save(self._adapter_path)
         return {**result, "step": self._steps - 1, **(self._clock.shares() if self.profile else {})}
 
     def _step(self, episodes: Sequence[Episode], data: Mapping[str, Any]) -> dict[str, float]:

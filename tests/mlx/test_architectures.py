@@ -33,6 +33,7 @@ from textpolicy.mlx.decode import decode
 from textpolicy.mlx.engine import MLXEngine, _objective_with_stats
 from textpolicy.mlx.lora import attach_lora
 from textpolicy.mlx.scoring import Layout, arrays, score
+from textpolicy.mlx.steady import Steps
 from textpolicy.types import Completion, Episode
 
 VOCABULARY = 60
@@ -165,10 +166,10 @@ def adapted(name, **changes):
     return model
 
 
-def decoding_error(model, max_rows=100):
+def decoding_error(model, max_rows=100, steps=None):
     """The largest difference of a decoded log-prob from that of its sequence read at once, alone, without a cache."""
     prompts = [np.array(p, np.int32) for p in PROMPTS for _ in range(2)]
-    completions = decode(model, prompts, Sampling(max_tokens=9, seed=1), np.array([0, 1, 2]), max_rows)
+    completions = decode(model, prompts, Sampling(max_tokens=9, seed=1), np.array([0, 1, 2]), max_rows, steps=steps)
     worst = 0.0
     for prompt, c in zip(prompts, completions, strict=True):
         logits = model(mx.array([[*prompt.tolist(), *c.tokens.tolist()]]))[0, len(prompt) - 1 : -1]
@@ -210,6 +211,14 @@ def naive_loss_and_gradients(model, batch):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_decoding_with_shared_prompts_gives_the_logprobs_of_each_sequence_alone(name, max_rows):
     assert decoding_error(adapted(name), max_rows) < 1e-4
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("max_rows", [100, 4])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_so_do_compiled_steps_of_one_shape(name, max_rows, share):
+    model = adapted(name)
+    assert decoding_error(model, max_rows, Steps(model, compiled=True, share=share)) < 1e-4
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +26,12 @@ from ..losses import (
     policy_objective,
 )
 from ..types import Batch, Completion
+from . import cuda
 from .compiled import Gradients, Objective, OptimizerStep
 from .decode import decode
 from .lora import adapters_off, save_adapter, trainable
 from .scoring import logprobs_of, micro_batches
+from .steady import Steps
 
 
 class MLXEngine:
@@ -73,8 +76,13 @@ class MLXEngine:
         if not prompts:
             return []
         rows = [np.asarray(p, np.int32) for p in prompts for _ in range(n)]
-        flat = decode(self.model, rows, sampling, self.stop, self.decode_rows)
+        flat = decode(self.model, rows, sampling, self.stop, self.decode_rows, steps=self._steps)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+    @cached_property
+    def _steps(self) -> Steps | None:
+        """Compiled decoding steps, where these have been seen to pay."""
+        return Steps(self.model, compiled=self.compiled, share=True) if cuda.is_default() else None
 
     def gradients(self, batch: Batch, objective: Objective) -> tuple[dict[str, float], Any]:
         """Summed loss statistics and gradients of ``objective`` over micro-batches of ``batch``."""

@@ -17,6 +17,7 @@ import mlx.nn as nn
 
 from .lora import trainable
 from .parts import Path, StandIn, child, parameters, with_child
+from .tinylora import SharedVectors
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +69,13 @@ class Split:
         return model(mx.zeros((1, len(hidden)), mx.int32))[0]
 
     def trained(self) -> dict[str, mx.array]:
-        """The trained parameters that the head may use, by name: those outside the model's blocks."""
+        """The trained parameters that the head may use, by name: those outside the model's blocks.
+
+        A TinyLoRA's vectors lie outside, and only blocks read them.
+        """
         blocks = {id(block) for block in self.model.layers}
-        inside = tuple(f"{name}." for name, module in self.model.named_modules() if id(module) in blocks)
+        modules = self.model.named_modules()
+        inside = tuple(f"{name}." for name, m in modules if id(m) in blocks or isinstance(m, SharedVectors))
         everything = trainable(self.model) if self.path else {}
         return {name: value for name, value in everything.items() if not name.startswith(inside)}
 

@@ -19,11 +19,12 @@ def collect(
     group_size: int,
     sampling: Sampling,
     first_group: int = 0,
+    pieces: bool = True,
 ) -> list[Episode]:
     """``group_size`` scored episodes for each of the environment's ``prompts`` (indices), in order.
 
     A prompt's place in ``prompts``, counted from ``first_group``, is its episodes' group, so a prompt
-    drawn twice has two groups.
+    drawn twice has two groups. ``pieces`` asks for the text of every token, too.
     """
     completions = engine.sample([env.prompt_ids(i).tolist() for i in prompts], group_size, sampling)
     episodes = []
@@ -39,7 +40,7 @@ def collect(
                     group=group,
                     prompt=env.prompt_text(i),
                     text=env.text(completion.tokens),
-                    pieces=env.pieces(completion.tokens),
+                    pieces=env.pieces(completion.tokens) if pieces else (),
                 )
             )
     return episodes

@@ -72,7 +72,7 @@ def model_of(kind):
     arguments = llama.ModelArgs(
         model_type="llama",
         hidden_size=128,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         intermediate_size=384,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -29,9 +29,11 @@ from ..types import Batch, Completion
 from . import cuda
 from .compiled import Gradients, Objective, OptimizerStep
 from .decode import decode
+from .exponentials import substitutes
 from .lora import adapters_off, save_adapter, trainable
 from .scoring import logprobs_of, micro_batches
 from .steady import Steps
+from .substitutes import substituted
 
 
 class MLXEngine:
@@ -76,7 +78,8 @@ class MLXEngine:
         if not prompts:
             return []
         rows = [np.asarray(p, np.int32) for p in prompts for _ in range(n)]
-        flat = decode(self.model, rows, sampling, self.stop, self.decode_rows, steps=self._steps)
+        with substituted(self.model, substitutes()):
+            flat = decode(self.model, rows, sampling, self.stop, self.decode_rows, steps=self._steps)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
 
     @cached_property
@@ -89,7 +92,8 @@ class MLXEngine:
         totals: dict[str, float] = {}
         grads = None
         for _, layout in micro_batches(batch, self.micro_batch_tokens):
-            stats, grad = self._gradients(layout, objective)
+            with substituted(self.model, substitutes()):
+                stats, grad = self._gradients(layout, objective)
             grads = grad if grads is None else tree_map(mx.add, grads, grad)
             mx.eval(stats, grads)
             for name, value in stats.items():
@@ -102,7 +106,7 @@ class MLXEngine:
 
         Under the model as it is, or under the frozen ``reference``: the same weights with adapters off.
         """
-        with adapters_off(self.model) if reference else nullcontext():
+        with adapters_off(self.model) if reference else nullcontext(), substituted(self.model, substitutes()):
             return logprobs_of(self.model, batch, self.micro_batch_tokens)
 
     def update(self, batch: Batch, surrogate: Surrogate, learning_rate: float) -> Mapping[str, float]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..engine import Sampling
 from . import cuda
+from .exponentials import exp_without_gradient
 
 _BLOCK = 256  # tokens per partial sum: float32 sums stay short, so the tail is not lost to rounding
 
@@ -82,7 +83,7 @@ def draw(
     if keep is not None:
         logits = keep(logits)
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    mass = mx.exp(shifted)
+    mass = exp_without_gradient(shifted)
     log_total = mx.log(mass.sum(axis=-1))
     spread = (mass * mx.maximum(shifted, -1e30)).sum(axis=-1) / mass.sum(axis=-1)  # 0 * -inf is not a number
     tokens = mx.argmax(shifted, axis=-1)[state] if temperature == 0 else _inverse_cdf(mass, state, uniform)

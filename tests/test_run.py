@@ -140,6 +140,7 @@ def test_a_model_that_does_not_fit_is_refused_in_one_sentence_before_anything_is
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_short_of_memory_says_so_once_and_stays_within_it(tmp_path, capsys, elsewhere):
     folder, limit = tmp_path / "run", elsewhere + 1.0
     fewer = ["--rollout.prompts-per-step=2", "--rollout.group-size=4", "--evaluation.problems=2"]

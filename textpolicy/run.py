@@ -178,7 +178,7 @@ def fit_memory(engine: MLXEngine, splits: dict[str, TextGenerationEnv], config: 
     rollout, limit = config.rollout, config.machine.memory_limit_gb
     training = Workload(rollout.prompts_per_step, rollout.group_size, longest["train"], rollout.max_tokens)
     judged = [Workload(len(splits[name]), 1, longest[name], rollout.max_tokens) for name in ("validation", "test")]
-    return preflight(engine, training, judged, None if limit is None else limit * 1e9)
+    return preflight(engine, training, judged, None if limit is None else limit * 1e9, copies=1)  # the best so far
 
 
 def environment(task: Task, problems: Sequence[Problem], tokenizer: Any, config: Config) -> TextGenerationEnv:

@@ -158,12 +158,12 @@ class Costs:
 
     def decode(self, work: Workload, rows: int) -> float:
         """The peak of decoding ``rows`` completions side by side."""
-        prompts, p = work.spanned(rows), work.prompt_tokens
+        prompts, p, n = work.spanned(rows), work.prompt_tokens, size_up(rows) if self.compiled else rows
         reading = self.reading(prompts * p, prompts * p * p)
-        context = rows * (_slots(work) * self.cache + self.state)
+        context = n * (_slots(work) * self.cache + self.state)
         entering = max(reading, context)  # rows that fork, leave or join: what they read is there twice for a while
         peak = entering + context if rows < work.rows else max(reading, 2 * context)
-        return _MARGIN * (self.fixed + rows * self.logits + peak)
+        return _MARGIN * (self.fixed + n * self.logits + peak)
 
 
 def _slots(work: Workload) -> int:
@@ -226,16 +226,20 @@ def fit(
 
 
 def preflight(
-    engine: MLXEngine, training: Workload, evaluation: Sequence[Workload] = (), limit: float | None = None
+    engine: MLXEngine,
+    training: Workload,
+    evaluation: Sequence[Workload] = (),
+    limit: float | None = None,
+    copies: int = 0,
 ) -> Plan:
     """Set MLX's limits, measure the engine's model and give the engine sizes that fit into ``limit`` bytes.
 
-    ``limit`` is ``usable_memory()`` if not given; what other arrays take of it is left to them. Raises UserError
-    where no size fits.
+    ``limit`` is ``usable_memory()`` if not given; what other arrays take of it is left to them, and room for so many
+    ``copies`` of what is trained. Raises UserError where no size fits.
     """
     budget = limit_memory(limit)
     costs = Costs.measure(engine.model, checkpoint_every=engine.checkpoint_every, compiled=engine.compiled)
-    budget -= max(0.0, mx.get_active_memory() - costs.weights)
+    budget -= max(0.0, mx.get_active_memory() - costs.weights) + copies * costs.trained
     plan = fit(costs, training, budget, engine.micro_batch_tokens, engine.decode_rows, evaluation)
     engine.micro_batch_tokens, engine.decode_rows = plan.micro_batch_tokens, plan.decode_rows
     return plan
@@ -302,7 +306,7 @@ def _peak(results: list[Any]) -> float:
 
 
 def _body_gradients(model: nn.Module, n: int, checkpoint_every: int) -> list[list[mx.array]]:
-    """Of each block's weights, first block first, for one row of n tokens through all but the head."""
+    """Of what blocks share, then of each block's weights, first block first, for a row of n tokens; not the head's."""
     split = Split.of(model)
     number = {id(block): i for i, block in enumerate(model.layers)}
     blocks = {f"{name}.": number[id(module)] for name, module in model.named_modules() if id(module) in number}
@@ -311,8 +315,10 @@ def _body_gradients(model: nn.Module, n: int, checkpoint_every: int) -> list[lis
         return replace(split, model=recomputing(model, checkpoint_every)).body(mx.zeros((1, n), mx.int32)).sum()
 
     gradients: list[Any] = tree_flatten(nn.value_and_grad(model, loss)(model)[1])  # type: ignore[assignment]
+    others = (*blocks, *split.trained())
+    shared = [value for name, value in gradients if not name.startswith(others)]
     first_to_last = sorted(blocks, key=lambda name: blocks[name])
-    return [[value for name, value in gradients if name.startswith(block)] for block in first_to_last]
+    return [shared, *([value for name, value in gradients if name.startswith(block)] for block in first_to_last)]
 
 
 def _head_gradients(model: nn.Module, hidden: mx.array, n: int) -> list[Any]:

@@ -30,7 +30,7 @@ from textpolicy.losses import Surrogate, policy_objective
 from textpolicy.mlx import tree
 from textpolicy.mlx.context import Context, Ragged
 from textpolicy.mlx.decode import decode
-from textpolicy.mlx.engine import MLXEngine, _objective_with_stats
+from textpolicy.mlx.engine import MLXEngine, PolicyObjective, _objective_with_stats
 from textpolicy.mlx.lora import attach_lora
 from textpolicy.mlx.scoring import Layout, arrays, score
 from textpolicy.mlx.steady import Steps
@@ -273,6 +273,19 @@ def activations_waiting(model, every):
     waiting = mx.get_active_memory() - before
     del gradients
     return waiting
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [PROMPTS[2]], [[5 + i % 50 for i in range(64)]]])
+def test_compiled_passes_have_the_gradients_of_eager_ones(prompts, monkeypatch):
+    monkeypatch.setattr("test_architectures.PROMPTS", prompts)
+    model, rows, objective = adapted("qwen3"), batch(), PolicyObjective(Surrogate())
+    eager = dict(tree_flatten(MLXEngine(model, stop=[0]).gradients(rows, objective)[1]))
+    engine = MLXEngine(model, stop=[0], compile=True)
+    for _ in range(3):  # a shape is compiled when it comes for the second time
+        compiled = dict(tree_flatten(engine.gradients(rows, objective)[1]))
+    assert any(step is not None for step in engine._gradients.known.values())
+    for key, value in eager.items():
+        np.testing.assert_allclose(np.array(compiled[key]), np.array(value), atol=2e-5, err_msg=key)
 
 
 def window_too_wide(monkeypatch):

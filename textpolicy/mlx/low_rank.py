@@ -30,8 +30,9 @@ class LowRankLinear(LoRALinear):
         return twin
 
     def __call__(self, x: mx.array) -> mx.array:
+        # Scaling B instead would make mx.compile fail where prompts of unequal length are padded (mlx 0.32.4).
         low = self.dropout(x) @ self.lora_a.astype(x.dtype)
-        return self.linear(x) + low @ (self.scale * self.lora_b).astype(x.dtype)
+        return self.linear(x) + (self.scale * low) @ self.lora_b.astype(x.dtype)
 
 
 def in_the_models_type(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from .registry import (
     reward,
     verifier,
 )
+from .sandbox import Limits, Ran, code_output_reward, run_python
 from .scoring import Scorer
 from .verifiers import (
     coherence_verifier,
@@ -32,6 +33,8 @@ from .verifiers import (
 __all__ = [
     "REWARD_REGISTRY",
     "VERIFIER_REGISTRY",
+    "Limits",
+    "Ran",
     "Request",
     "RewardConfig",
     "RewardFunction",
@@ -42,6 +45,7 @@ __all__ = [
     "apply_verifiers_to_reward",
     "call_reward",
     "clear_registries",
+    "code_output_reward",
     "coherence_verifier",
     "contains_keywords",
     "create_configured_reward_function",
@@ -59,6 +63,7 @@ __all__ = [
     "no_empty_response",
     "perplexity_reward",
     "reward",
+    "run_python",
     "toxicity_verifier",
     "verifier",
 ]

@@ -25,7 +25,7 @@ from typing import IO, NoReturn
 
 from ..errors import MissingDependencyError, RewardError, UserError
 
-MAX_EXCESS = 1000  # characters by which an answer may be longer than its reference
+MAX_EXCESS = 300  # characters by which an answer may be longer than its reference
 MAX_DEPTH = 12  # brackets inside each other in an answer that is compared by value
 MAX_MEMORY = 4 << 30  # bytes of address space that a grading process may take, where the system can hold it to that
 MAX_PROCESSES = 4  # that grade at once; one starts when all others are busy

@@ -369,6 +369,7 @@ def test_a_late_call_is_a_failure_when_its_limit_is_over(fn):
 @pytest.fixture
 def made():
     """Makes scorers with worker processes, which end with the test."""
+    pytest.importorskip("cloudpickle")
     scorers = []
 
     def make(rewards, **settings):

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from textpolicy.engine import Sampling
 from textpolicy.environment.text_generation import TextGenerationEnv
 from textpolicy.errors import RewardError, UserError
 from textpolicy.metrics import summarize
@@ -29,6 +30,7 @@ from textpolicy.rewards import (
     reward,
     verifier,
 )
+from textpolicy.rollout.collect import collect
 from textpolicy.rollout.dynamic import Rollouts
 from textpolicy.types import Completion, Episode
 
@@ -149,6 +151,35 @@ def test_a_composite_is_the_reward_function_of_an_environment():
     assert env.step("abc")["reward"] == 6
     assert env.score(1, [97, 98], truncated=False).scores == {"letters": 2, "slow_letters": 2}
     assert [s.reward for s in env.scores([(0, [97], False), (1, [97, 98], True)])] == [2, 4]
+
+
+def test_a_step_scores_all_its_completions_at_once():
+    sizes = []
+
+    def counted(prompts, completions, examples):
+        sizes.append(len(completions))
+        return [float(c) for c in completions]
+
+    class Digits:
+        def encode(self, text):
+            return [int(c) for c in text]
+
+        def decode(self, ids):
+            return "".join(map(str, ids))
+
+    class Engine:
+        def sample(self, prompts, n, sampling):
+            return [[completion(10 * prompt[0] + k) for k in range(n)] for prompt in prompts]
+
+    def completion(number):
+        tokens = np.array(Digits().encode(str(number)), np.int32)
+        return Completion(tokens, np.zeros(len(tokens), np.float32))
+
+    env = TextGenerationEnv(["3", "7"], Scorer([counted, letters]), tokenizer=Digits())
+    episodes = collect(Engine(), env, [1, 0], 3, Sampling(max_tokens=4))
+    assert [e.scores["counted"] for e in episodes] == [70, 71, 72, 30, 31, 32]
+    assert [e.reward for e in episodes] == [72, 73, 74, 32, 33, 34]
+    assert sizes == [6]
 
 
 def test_a_sum_of_one_sum_keeps_its_scores():

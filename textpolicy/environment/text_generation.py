@@ -11,7 +11,8 @@ from typing import Any, Self
 import numpy as np
 
 from ..errors import UserError
-from ..rewards.registry import Fitted, RewardFunction, Scored, call_reward
+from ..rewards.contract import Request, RewardFunction, Scored
+from ..rewards.scoring import Scorer
 from .base import Environment
 from .pieces import Pieces, text_decode
 
@@ -55,7 +56,7 @@ class TextGenerationEnv(Environment):
         self.examples = [{} for _ in prompts] if examples is None else list(examples)
         self.reward_fn, self.tokenizer = reward_fn, tokenizer
         self.max_tokens, self.group_size, self.seed = max_tokens, group_size, seed
-        self._reward = Fitted.of(reward_fn)
+        self._scorer = Scorer.of(reward_fn)
         self._codec = _Codec.of(tokenizer)
         self._pieces = Pieces(self._codec.decode)
         self._texts = [_question(i, prompt) for i, prompt in enumerate(self.prompts)]
@@ -95,7 +96,7 @@ class TextGenerationEnv(Environment):
             raise ValueError("step() needs a prompt to answer; call reset() before each step()")
         i = self._prompt_index(self._episode)
         response, truncated = self._read(action)
-        scored = self._score_text(i, response, truncated)
+        [scored] = self._scored([(i, response, truncated)])
         info: dict[str, Any] = {
             "response": response,
             "reward": scored.reward,
@@ -144,7 +145,11 @@ class TextGenerationEnv(Environment):
 
     def score(self, i: int, tokens: Any, truncated: bool) -> Scored:
         """The reward of ``tokens`` as a completion of prompt ``i``. Raises RewardError."""
-        return self._score_text(i, self.text(tokens), truncated)
+        return self.scores([(i, tokens, truncated)])[0]
+
+    def scores(self, completed: Sequence[tuple[int, Any, bool]]) -> list[Scored]:
+        """The rewards of many (prompt, tokens, truncated), in order. Raises RewardError."""
+        return self._scored([(i, self.text(tokens), truncated) for i, tokens, truncated in completed])
 
     # ---- private
 
@@ -161,9 +166,9 @@ class TextGenerationEnv(Environment):
         stopped = bool(tokens) and tokens[-1] in self._codec.stop
         return self._codec.text(tokens), len(tokens) >= self.max_tokens and not stopped
 
-    def _score_text(self, i: int, text: str, truncated: bool) -> Scored:
-        extra = {"tokenizer": self.tokenizer, "truncated": truncated}
-        return call_reward(self._reward, self._texts[i], text, self.examples[i], **extra)
+    def _scored(self, completed: Sequence[tuple[int, str, bool]]) -> list[Scored]:
+        requests = [Request(self._texts[i], text, self.examples[i], truncated) for i, text, truncated in completed]
+        return self._scorer.score(requests, tokenizer=self.tokenizer)
 
     def _tokenise(self, i: int, chat: bool | None) -> np.ndarray:
         prompt = self.prompts[i]

@@ -27,16 +27,19 @@ def collect(
     drawn twice has two groups. ``pieces`` asks for the text of every token, too.
     """
     completions = engine.sample([env.prompt_ids(i).tolist() for i in prompts], group_size, sampling)
+    sampled = [(i, c) for i, members in zip(prompts, completions, strict=True) for c in members]
+    scores = iter(env.scores([(i, c.tokens, c.truncated) for i, c in sampled]))
     episodes = []
     for group, (i, members) in enumerate(zip(prompts, completions, strict=True), first_group):
         for completion in members:
-            scored = env.score(i, completion.tokens, completion.truncated)
+            scored = next(scores)
             episodes.append(
                 Episode.from_completion(
                     env.prompt_ids(i).tolist(),
                     completion,
                     reward=scored.reward,
                     is_correct=scored.is_correct,
+                    scores=scored.scores,
                     group=group,
                     prompt=env.prompt_text(i),
                     text=env.text(completion.tokens),

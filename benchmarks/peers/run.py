@@ -267,7 +267,8 @@ def surroundings(task: Task) -> dict[str, str]:
     if task.on_gpu:
         return {**os.environ, **QUIET}
     counts = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(task.threads))
-    return {**os.environ, **counts, **QUIET}
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # or a peer might find another
+    return {**own, **counts, **QUIET}
 
 
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}

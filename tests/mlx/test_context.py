@@ -1,5 +1,7 @@
 """Forked and joined contexts: padding, positions, windows, room to grow, and what is refused."""
 
+import gc
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -197,3 +199,21 @@ def test_a_rotary_embedding_with_one_position_for_all_rows_is_refused():
     arguments = llama.ModelArgs("llama", 32, 1, 64, 4, 1e-5, 50, max_position_embeddings=64, rope_scaling=scaling)
     with pytest.raises(UserError, match=r"DynamicNTKScalingRoPE.* one position for all rows"):
         Context(llama.Model(arguments))
+
+
+def test_a_context_that_nobody_holds_gives_its_memory_back_at_once(tiny_engine):
+    model = tiny_engine.model
+    model(mx.zeros((1, 1), mx.int32))
+    gc.collect()
+    gc.disable()
+    try:
+        before = mx.get_active_memory()
+        context = Context(model, spare=64)
+        mx.eval(context.read(model, mx.zeros((8, 16), mx.int32)))
+        context = context.fork(np.zeros(32, np.int32))
+        mx.eval(context.read(model, mx.zeros((32, 1), mx.int32)))
+        assert mx.get_active_memory() > before
+        del context
+        assert mx.get_active_memory() == before
+    finally:
+        gc.enable()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import ref
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -213,9 +214,29 @@ class Attention:
     recurrent = False
 
     def __init__(self, context: Context, window: int | None = None):
-        self.context, self.window = context, window
+        self._context, self.window = ref(context), window  # a cycle would keep keys until Python looks for garbage
+        self._held: Context | None = None
         self.keys: mx.array | None = None  # (B, heads, S or more, D)
         self.values: mx.array | None = None
+
+    @property
+    def context(self) -> Context:
+        """What it is a layer of; whoever reads with the layer holds that."""
+        context = self._context()
+        assert context is not None
+        return context
+
+    def empty(self) -> Attention:
+        """One like it that has read nothing."""
+        twin = copy(self)
+        twin.keys = twin.values = None
+        return twin
+
+    def in_context(self, context: Context) -> Attention:
+        """A copy that is a layer of ``context`` and holds it."""
+        twin = copy(self)
+        twin._held, twin._context = context, ref(context)
+        return twin
 
     @property
     def offset(self) -> mx.array | int:

@@ -127,11 +127,10 @@ def _still(layer: Layer) -> Layer:
     """A copy that later reads leave as it is."""
     if isinstance(layer, Group):
         return Group(*map(_still, layer.caches))
+    if isinstance(layer, Attention):
+        return layer.in_context(copy(layer.context))
     twin = copy(layer)
-    if isinstance(twin, State):
-        twin.cache = list(twin.cache)
-    else:
-        twin.context = copy(twin.context)
+    twin.cache = list(twin.cache)
     return twin
 
 

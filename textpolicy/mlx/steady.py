@@ -82,8 +82,9 @@ class Rows:
         else:
             held = [[a[rows] for a in arrays] for arrays in held]
         seen = mx.pad(spelled.used, [(0, 0), (0, slots - spelled.used.shape[1])])[rows]
+        kinds = tuple(_kind(layer) for layer in context.layers)
         begun = cls(
-            layers=tuple(context.layers), lengths=spelled.lengths[rows], seen=seen, parents=rows, common=tuple(common),
+            layers=kinds, lengths=spelled.lengths[rows], seen=seen, parents=rows, common=tuple(common),
             own=tuple(held), prompt_slots=slots, used=0, born=np.zeros(len(parents), int),
         )  # fmt: skip
         return begun.with_room()
@@ -316,6 +317,13 @@ def _changed(layer: Any) -> Arrays:
 def _flat(layers: Sequence[Any]) -> list[Any]:
     """Those of groups, too."""
     return [m for layer in layers for m in (_flat(layer.caches) if isinstance(layer, Group) else [layer])]
+
+
+def _kind(layer: Any) -> Any:
+    """A layer of this kind that holds nothing."""
+    if isinstance(layer, Group):
+        return Group(*map(_kind, layer.caches))
+    return State(len(layer.cache)) if isinstance(layer, State) else layer.empty()
 
 
 def _held(layer: Any, slots: int) -> Arrays:

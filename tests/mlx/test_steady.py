@@ -5,6 +5,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from test_adapters import ADAPTERS
+from test_adapters import adapted as adapter_of_kind
 from test_architectures import adapted, decoding_error
 from test_decode import PROMPTS, STOP
 from test_decode import assert_same as assert_close
@@ -92,6 +94,11 @@ def test_weights_trained_in_full_are_read_anew_too(tiny_engine):
         if isinstance(layer, nn.Linear):
             layer.weight = layer.weight + 0.1 * mx.random.normal(layer.weight.shape)
     assert_same(decode(model, LONG, sampling, STOP, 100, steps=steps), decode(model, LONG, sampling, STOP, 100))
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_every_kind_of_adapter_says_the_same(kind):
+    assert_same(*both(adapter_of_kind(kind), Sampling(max_tokens=12, seed=3), 5, share=True))
 
 
 def test_a_quantised_base_runs_together_as_well():

@@ -55,7 +55,7 @@ def parameters(module: nn.Module, values: Mapping[str, mx.array]) -> Iterator[No
 
 
 def exchanged(module: Any, make: Callable[[tuple[str | int, ...], nn.Module], Any], where: tuple = ()) -> Any:
-    """``module`` with ``make(where, part)`` in place of each part for which that is not None.
+    """``module`` with ``make(where, part)`` in place of each part for which that is not None; others are looked into.
 
     Parts on the way to these are shallow copies; all others are the module's own.
     """

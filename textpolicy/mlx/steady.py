@@ -351,11 +351,3 @@ def _dtype(model: nn.Module) -> mx.Dtype:
     """What the model computes in: the type of its norms and biases, as a quantised weight does not say."""
     tokens = mx.zeros((1, 1), mx.int32)
     return model(tokens).dtype
-
-
-def can_serve(context: Context) -> bool:
-    """Whether all that ``context`` has read can go on in steps."""
-    flat = _flat(context.layers)
-    return context.size > 0 and all(
-        layer.keys is not None if isinstance(layer, Attention) else None not in layer.cache for layer in flat
-    )

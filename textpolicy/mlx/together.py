@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
 
 from . import cuda
+from .attach import WRAPPERS
 from .low_rank import LowRankLinear
 from .parts import StandIn, exchanged
 
@@ -123,7 +124,7 @@ class View:
 
         def stand_in(where: Where, module: nn.Module) -> Any:
             if where not in places:
-                return None
+                return module if isinstance(module, WRAPPERS) else None
             t, i = places[where]
             return StandIn(module, t.part(i))
 
@@ -172,7 +173,7 @@ def _groups(model: nn.Module) -> list[list[tuple[Where, nn.Module]]]:
 
     def watched(where: Where, module: nn.Module) -> Any:
         if not _is_known(module):
-            return None
+            return module if isinstance(module, WRAPPERS) else None  # what an adapter holds is its own business
 
         def call(x: mx.array) -> mx.array:
             calls.append((where, module, x))

@@ -42,11 +42,12 @@ class RolloutRunner:
 
     def collect(self) -> Buffer:
         """A fresh buffer with ``max_steps`` steps; an episode that they cut short stays open in it."""
-        if isinstance(self.policy, BatchedPolicy) and isinstance(self.env, TextGenerationEnv):
+        at_once = isinstance(self.env, TextGenerationEnv) and self.env.single_turn
+        if at_once and isinstance(self.policy, BatchedPolicy):
             return self.collect_batched(self.policy.sample_batch, self.max_steps)
         buffer = Buffer(max(10, self.max_steps))
         while len(buffer) < self.max_steps:
-            for transition in self._play(self.strategy.select_action, self.max_steps - len(buffer)):
+            for transition in _consistent([*self._play(self.strategy.select_action, self.max_steps - len(buffer))]):
                 self.strategy.store_transition(buffer, **transition)
         return buffer
 
@@ -59,7 +60,7 @@ class RolloutRunner:
         """
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; set it to 1 or more")
-        if not isinstance(self.env, TextGenerationEnv):
+        if not isinstance(self.env, TextGenerationEnv) or not self.env.single_turn:
             raise UserError(f"a {type(self.env).__name__} cannot be batched; use collect(), or a TextGenerationEnv")
         outputs = batched_policy_fn(self.env.upcoming(batch_size), deterministic=False)
         if len(outputs) != batch_size:
@@ -111,6 +112,12 @@ class RolloutRunner:
             "done": bool(result["terminated"]),
             "timeout": bool(result["truncated"]) or cut_off,
         }
+
+
+def _consistent(transitions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """An episode that says at its end whether it succeeded had not succeeded in the steps before."""
+    known = "is_correct" in transitions[-1]
+    return [{"is_correct": False, **t} for t in transitions] if known else transitions
 
 
 def _action_and_extras(output: Any) -> tuple[Any, Mapping[str, Any]]:

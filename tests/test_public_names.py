@@ -25,6 +25,7 @@ NAMES = [
     "build_gtpo_transform", "build_gtpo_hicra_transform", "identify_planning_tokens",
     "compute_length_penalty", "apply_length_shaping", "compute_length_shaping_stats",
     "apply_hicra_amplification", "boost_entropy_with_planning",
+    "TextGenerationEnvironment", "RolloutCoordinator",
 ]  # fmt: skip
 PATHS = {
     "textpolicy.algorithms": ["grpo"],
@@ -40,15 +41,21 @@ PATHS = {
         "compute_sequence_importance_weights", "compute_metrics_sequence",
     ],
     "textpolicy.buffer": ["Buffer", "Episode"],
-    "textpolicy.environment": ["Environment", "TextGenerationEnv"],
-    "textpolicy.environment.text_generation": ["TextGenerationEnv"],
+    "textpolicy.environment": [
+        "Environment", "TextGenerationEnv", "TextGenerationEnvironment", "MultiTurnEnv", "ToolEnv",
+        "register_task_suite", "list_task_suites", "get_task_suite", "TextGenerationTask",
+        "VectorizedEnvironment", "make_vectorized_env", "GymAdapter", "GymnasiumTextEnv",
+    ],
+    "textpolicy.environment.text_generation": [
+        "TextGenerationEnv", "TextGenerationEnvironment", "TextGenerationTask",
+    ],
     "textpolicy.generation": ["load_model", "create_policy", "encode", "decode", "generate_tokens", "decode_token_ids"],
     "textpolicy.generation.mlx_generation": [
         "load_model", "create_policy", "encode", "decode", "generate_tokens", "decode_token_ids",
     ],
     "textpolicy.rewards": ["reward", "verifier", "get_reward_function", "list_registered_functions", "RewardConfig"],
     "textpolicy.rewards.registry": ["reward", "verifier"],
-    "textpolicy.rollout": ["RolloutRunner", "create_strategy"],
+    "textpolicy.rollout": ["RolloutRunner", "RolloutCoordinator", "create_strategy"],
     "textpolicy.rollout.runner": ["RolloutRunner"],
     "textpolicy.rollout.strategy": ["create_strategy"],
     "textpolicy.tinker.advantages": [

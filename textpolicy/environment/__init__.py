@@ -2,18 +2,35 @@
 
 from .base import Environment
 from .conversation import Partner, Reply
+from .gym import GymAdapter, GymnasiumTextEnv, VectorizedEnvironment, make_vectorized_env
 from .multi_turn import MultiTurnEnv, ToolEnv
+from .suites import (
+    TextGenerationEnvironment,
+    TextGenerationTask,
+    get_task_suite,
+    list_task_suites,
+    register_task_suite,
+)
 from .text_generation import TextGenerationEnv
 from .tools import Tool, ToolCall, parse_calls
 
 __all__ = [
     "Environment",
+    "GymAdapter",
+    "GymnasiumTextEnv",
     "MultiTurnEnv",
     "Partner",
     "Reply",
     "TextGenerationEnv",
+    "TextGenerationEnvironment",
+    "TextGenerationTask",
     "Tool",
     "ToolCall",
     "ToolEnv",
+    "VectorizedEnvironment",
+    "get_task_suite",
+    "list_task_suites",
+    "make_vectorized_env",
     "parse_calls",
+    "register_task_suite",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -14,6 +14,12 @@ from .base import Environment
 from .chat import ChatCodec, Prompt, Schema, as_messages, question, token_ids
 from .conversation import Conversation, Limits, Partner, Silent
 from .pieces import Pieces
+
+if TYPE_CHECKING:
+    from .suites import TextGenerationEnvironment as TextGenerationEnvironment
+    from .suites import TextGenerationTask as TextGenerationTask
+
+_IN_SUITES = ("TextGenerationEnvironment", "TextGenerationTask")  # documented here; suites.py builds on this file
 
 
 class TextGenerationEnv(Environment):
@@ -227,3 +233,11 @@ def _refuse_unusable(
         raise UserError(f"group_size is {group_size}; set it to 1 or more")
     if max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}; set it to 1 or more")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _IN_SUITES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+    from . import suites
+
+    return vars(suites)[name]

@@ -4,6 +4,8 @@ from .base import Environment
 from .conversation import Partner, Reply
 from .gym import GymAdapter, GymnasiumTextEnv, VectorizedEnvironment, make_vectorized_env
 from .multi_turn import MultiTurnEnv, ToolEnv
+from .reasoning_gym import reasoning_gym_env
+from .rows import env_from_rows, read_rows
 from .suites import (
     TextGenerationEnvironment,
     TextGenerationTask,
@@ -28,9 +30,12 @@ __all__ = [
     "ToolCall",
     "ToolEnv",
     "VectorizedEnvironment",
+    "env_from_rows",
     "get_task_suite",
     "list_task_suites",
     "make_vectorized_env",
     "parse_calls",
+    "read_rows",
+    "reasoning_gym_env",
     "register_task_suite",
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from scipy.stats import binomtest
 
 from .engine import Engine, Sampling
+from .environment.base import DrivenEnv
 from .environment.text_generation import TextGenerationEnv
 from .errors import UserError
 from .rollout.collect import collect
@@ -53,6 +54,6 @@ class Evaluation:
         return Rate(int(sum(known)), len(known))
 
 
-def evaluate(engine: Engine, env: TextGenerationEnv, sampling: Sampling) -> Evaluation:
+def evaluate(engine: Engine, env: TextGenerationEnv | DrivenEnv, sampling: Sampling) -> Evaluation:
     """Answer every prompt of ``env`` once, greedily if ``sampling.temperature`` is 0."""
     return Evaluation(collect(engine, env, range(len(env)), 1, sampling))

@@ -13,6 +13,7 @@ import numpy as np
 
 from .algorithms import Algorithm
 from .engine import Engine, Sampling
+from .environment.base import DrivenEnv
 from .environment.text_generation import TextGenerationEnv
 from .metrics import Row, summarize
 from .on_policy import OnPolicyCheck
@@ -40,7 +41,7 @@ class Schedule:
 
 def train(
     engine: Engine,
-    env: TextGenerationEnv,
+    env: TextGenerationEnv | DrivenEnv,
     algorithm: Algorithm,
     *,
     schedule: Schedule,

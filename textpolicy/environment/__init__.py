@@ -1,6 +1,6 @@
 """Environments: prompts, what answers the policy, and the scoring of what it says."""
 
-from .base import Environment
+from .base import DrivenEnv, Environment
 from .conversation import Partner, Reply
 from .gym import GymAdapter, GymnasiumTextEnv, VectorizedEnvironment, make_vectorized_env
 from .multi_turn import MultiTurnEnv, ToolEnv
@@ -15,8 +15,10 @@ from .suites import (
 )
 from .text_generation import TextGenerationEnv
 from .tools import Tool, ToolCall, parse_calls
+from .verifiers import VerifiersEnv, verifiers_env
 
 __all__ = [
+    "DrivenEnv",
     "Environment",
     "GymAdapter",
     "GymnasiumTextEnv",
@@ -30,6 +32,7 @@ __all__ = [
     "ToolCall",
     "ToolEnv",
     "VectorizedEnvironment",
+    "VerifiersEnv",
     "env_from_rows",
     "get_task_suite",
     "list_task_suites",
@@ -38,4 +41,5 @@ __all__ = [
     "read_rows",
     "reasoning_gym_env",
     "register_task_suite",
+    "verifiers_env",
 ]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ..errors import UserError
 from ..rewards.registry import RewardFunction
-from .chat import ChatCodec, Prompt, as_messages
+from .chat import ChatCodec, Prompt, Schema, as_messages
 from .conversation import Conversation, Limits, Partner, Reply
 from .text_generation import TextGenerationEnv
 from .tools import ParseCalls, Tool, ToolPartner, describe_tools, parse_calls
@@ -124,10 +124,16 @@ class ToolEnv(MultiTurnEnv):
             raise UserError("ToolEnv has no tokenizer; pass the one that load_model returned")
         self.schemas = [tool.schema for tool in named.values()]
         codec = ChatCodec.of(tokenizer)
-        if not codec.shows_tools(self.schemas):
-            prompts = [_with_system(prompt, describe_tools(self.schemas), codec) for prompt in prompts]
+        prompts = [with_tools(prompt, self.schemas, codec) for prompt in prompts]
         partner = ToolPartner(named, parse, "tool" if codec.takes_role("tool") else "user", tool_seconds)
         super().__init__(prompts, lambda example: partner, reward_fn, max_tokens, tokenizer=tokenizer, **settings)
+
+
+def with_tools(prompt: Prompt, schemas: Sequence[Schema], codec: ChatCodec) -> Prompt:
+    """``prompt``, with the tools described in it if the template does not write them itself."""
+    if not schemas or codec.shows_tools(schemas):
+        return prompt
+    return _with_system(prompt, describe_tools(schemas), codec)
 
 
 def _with_system(prompt: Prompt, text: str, codec: ChatCodec) -> Prompt:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ..engine import Engine, Sampling
+from ..environment.base import DrivenEnv
 from ..environment.conversation import Conversation
 from ..environment.text_generation import TextGenerationEnv
 from ..rewards.registry import Scored
@@ -17,7 +18,7 @@ from ..types import Batch, Completion, Episode
 
 def collect(
     engine: Engine,
-    env: TextGenerationEnv,
+    env: TextGenerationEnv | DrivenEnv,
     prompts: Sequence[int],
     group_size: int,
     sampling: Sampling,
@@ -29,6 +30,8 @@ def collect(
     drawn twice has two groups. Episodes of several turns take their turns together: all that are not
     over go to the engine in one call, with all their tokens so far.
     """
+    if isinstance(env, DrivenEnv):
+        return env.play(engine, prompts, group_size, sampling, first_group)
     rollouts = [_Rollout(env.begin(i)) for i in prompts for _ in range(group_size)]
     first = engine.sample([env.prompt_ids(i).tolist() for i in prompts], group_size, sampling)
     waiting = _add(env, rollouts, [completion for members in first for completion in members])

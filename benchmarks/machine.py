@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 
 def describe() -> dict:
-    """Machine, versions, commit and load, for a row."""
+    """Machine, versions, commit and load, for a row. BENCHMARK_COMMIT says the commit where there is no repository."""
     return {
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {_processor()}",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {_processor()}{_gpu()}",
         "load_average": os.getloadavg()[0],
-        "versions": {name: version(name) for name in ("textpolicy", "mlx", "mlx-lm", "numpy")},
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+        "versions": {name: _version(name) for name in ("textpolicy", "mlx", "mlx-lm", "numpy")},
+        "settings": {name: value for name, value in os.environ.items() if name.startswith("MLX_")},
+        "commit": os.environ.get("BENCHMARK_COMMIT") or _commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -26,6 +28,25 @@ def _processor() -> str:
             names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
         return names[0] if names else "unknown processor"
     return platform.processor()
+
+
+def _gpu() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    names = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split("\n")
+    return f", {names[0]}" if names[0] else ""
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else "")
 
 
 def _git(*arguments: str) -> str:

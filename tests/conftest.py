@@ -60,8 +60,8 @@ def make_tiny_engine(vocabulary: int):
     return MLXEngine(model, stop=[0], micro_batch_tokens=10_000)
 
 
-def tiny_llama(vocabulary: int, seed: int = 0):
-    """A two-layer Llama with random weights."""
+def tiny_llama(vocabulary: int, seed: int = 0, layers: int = 2):
+    """A small Llama with random weights."""
     import mlx.core as mx
     from mlx_lm.models import llama
 
@@ -69,7 +69,7 @@ def tiny_llama(vocabulary: int, seed: int = 0):
     arguments = llama.ModelArgs(
         model_type="llama",
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         intermediate_size=64,
         num_attention_heads=4,
         num_key_value_heads=2,

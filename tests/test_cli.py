@@ -21,7 +21,7 @@ def refused(capsys, *argv):
 def test_help_lists_every_command(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(word in text for word in ("train", "generate", "eval", "validate", "algorithms", "tasks"))
+    assert all(word in text for word in ("train", "generate", "eval", "export", "validate", "algorithms", "tasks"))
 
 
 def test_the_version_is_printed(capsys):

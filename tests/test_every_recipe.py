@@ -15,7 +15,7 @@ from textpolicy.tasks import load_task
 
 STEPS = 3
 PROMPTS, GROUP, TOKENS = 2, 5, 3  # in a step; small, because 17 recipes train
-SETTINGS = {"lora": {"rank": 2, "layers": 4}, "rollout": {"max_tokens": TOKENS}, "machine": {"threads": 1}}
+SETTINGS = {"adapter": {"rank": 2, "layers": 4}, "rollout": {"max_tokens": TOKENS}, "machine": {"threads": 1}}
 
 
 def of_its_own(prompt, completion, example):

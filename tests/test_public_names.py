@@ -25,6 +25,8 @@ NAMES = [
     "build_gtpo_transform", "build_gtpo_hicra_transform", "identify_planning_tokens",
     "compute_length_penalty", "apply_length_shaping", "compute_length_shaping_stats",
     "apply_hicra_amplification", "boost_entropy_with_planning",
+    "apply_lora", "freeze_base", "extract_params", "merge_weights", "create_lora_setup", "create_qlora_setup",
+    "save_adapters", "reload_model", "create_reloadable_policy", "create_auto_reload_setup",
     "TextGenerationEnvironment", "RolloutCoordinator",
 ]  # fmt: skip
 PATHS = {
@@ -50,6 +52,12 @@ PATHS = {
         "TextGenerationEnv", "TextGenerationEnvironment", "TextGenerationTask",
     ],
     "textpolicy.generation": ["load_model", "create_policy", "encode", "decode", "generate_tokens", "decode_token_ids"],
+    "textpolicy.generation.lora": [
+        "apply_lora", "freeze_base", "extract_params", "merge_weights", "create_lora_setup", "create_qlora_setup",
+    ],
+    "textpolicy.generation.reload": [
+        "save_adapters", "reload_model", "create_reloadable_policy", "create_auto_reload_setup",
+    ],
     "textpolicy.generation.mlx_generation": [
         "load_model", "create_policy", "encode", "decode", "generate_tokens", "decode_token_ids",
     ],

@@ -1,6 +1,9 @@
 """A whole run on the built-in model, small: what it writes, and what it says when it cannot learn."""
 
+import gc
 import json
+import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -19,7 +22,7 @@ SMALL = [
     "--rollout.group-size=8",
     "--evaluation.every=1",
     "--evaluation.problems=6",
-    "--lora.rank=2",
+    "--adapter.rank=2",
 ]
 
 
@@ -43,7 +46,7 @@ def test_a_run_writes_its_settings_metrics_curve_and_adapter(trained):
         "summary.json",
         "adapter",
     }
-    assert json.loads((trained / "config.json").read_text())["lora"]["rank"] == 2
+    assert json.loads((trained / "config.json").read_text())["adapter"]["rank"] == 2
     assert (trained / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((trained / "versions.json").read_text())["mlx"]
 
@@ -87,6 +90,21 @@ def test_its_adapter_can_be_given_to_the_model_by_hand(trained, capsys):
     assert capsys.readouterr().out == by_hand
 
 
+def test_the_adapter_of_a_run_is_used_with_its_model_and_its_way_of_asking(trained, capsys):
+    asked = ["--max-tokens=8", "Largest of 14, 62, 7, 35, 58?"]
+    said = []
+    for source in (f"--run={trained}", f"--adapter={trained}", f"--adapter={trained / 'adapter'}"):
+        assert main(["generate", source, *asked]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2]
+
+
+def test_an_adapter_without_a_run_needs_its_model_named(trained, tmp_path, capsys):
+    shutil.copytree(trained / "adapter", tmp_path / "alone")
+    assert main(["generate", f"--adapter={tmp_path / 'alone'}", "hello"]) == 2
+    assert "belongs to no run, which would say its base; name that with --model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "asked", [["train", "--machine.threads=3"], ["generate", "--model=smollm2-135m", "--threads=3", "hello"]]
 )
@@ -97,6 +115,39 @@ def test_the_number_of_threads_reaches_the_blas(asked, monkeypatch, capsys):
     monkeypatch.setattr("textpolicy.mlx.blas.set_blas_threads", refuse)
     assert main(asked) == 2
     assert "asked for 3 threads" in capsys.readouterr().err
+
+
+@pytest.fixture
+def elsewhere():
+    """GB of MLX arrays that other tests hold; what this one limits is put back."""
+    import mlx.core as mx
+
+    before = mx.set_memory_limit(2**40)
+    gc.collect()
+    yield mx.get_active_memory() / 1e9
+    mx.set_memory_limit(before)
+
+
+def test_a_model_that_does_not_fit_is_refused_in_one_sentence_before_anything_is_written(tmp_path, capsys, elsewhere):
+    limit = f"--machine.memory-limit-gb={elsewhere + 0.4}"
+    assert main(["train", f"--output={tmp_path / 'run'}", limit, *SMALL]) == 2
+    said = capsys.readouterr().err
+    assert re.match(
+        r"textpolicy: an update needs about 0\.\d+ GB for one completion of 8 tokens after a prompt of", said
+    )
+    assert "0.40 GB may be used; lower rollout.max_tokens, " in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_short_of_memory_says_so_once_and_stays_within_it(tmp_path, capsys, elsewhere):
+    folder, limit = tmp_path / "run", elsewhere + 1.0
+    fewer = ["--rollout.prompts-per-step=2", "--rollout.group-size=4", "--evaluation.problems=2"]
+    assert main(["train", f"--output={folder}", f"--machine.memory-limit-gb={limit}", *SMALL, *fewer]) == 0
+    said = capsys.readouterr().out
+    assert said.count("made smaller to fit into memory, without effect on results: an update needs about") == 1
+    assert "1.00 GB may be used" in said
+    assert max(row["peak_memory_bytes"] for row in rows(folder) if row["kind"] == "train") < 1e9 * limit
 
 
 def test_runs_without_a_name_get_the_first_free_one(tmp_path, monkeypatch):

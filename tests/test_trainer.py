@@ -29,6 +29,7 @@ from textpolicy.environment import TextGenerationEnv
 from textpolicy.errors import UserError
 from textpolicy.mlx.lora import attach_lora
 from textpolicy.mlx.policy import create_policy
+from textpolicy.mlx.scoring import Layout
 from textpolicy.rollout import RolloutRunner, create_strategy
 from textpolicy.training import Trainer, build_gtpo_hicra_transform, build_gtpo_transform
 
@@ -104,6 +105,103 @@ class Spy:
         self.calls.append([np.array(mx.stop_gradient(a)) for a in arrays])
         self.kinds = {type(a) for a in arrays}
         return self.fn(*arrays)
+
+
+# memory and speed
+
+
+def stepped(**changes):
+    """Results and weights of two steps of a tiny model, under a loss that is no sum."""
+    model = tiny_llama(16)
+    ours = trainer(model, loss_fn=mean_of_ratios_squared, **changes)
+    results = [ours.train(filled(model, drift=0.1)) for _ in range(2)]
+    return results, weights(model)
+
+
+def mean_of_ratios_squared(old, new, advantages):
+    return (mx.exp(new - old) * advantages).mean() ** 2 + ((new - old) ** 2).mean()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_batch_size": 1},
+        {"micro_batch_size": 2},
+        {"micro_batch_size": 100},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": 2, "micro_batch_size": 2},
+        {"compile_training": True},
+        {"compile_training": True, "micro_batch_size": 2},
+        {"compile_training": False, "profile": True},
+    ],
+)
+def test_settings_of_memory_and_speed_change_no_step_of_any_loss(changes):
+    plain, plain_weights = stepped()
+    results, ours = stepped(**changes)
+    for a, b in zip(results, plain, strict=True):
+        assert b["grad_norm"] > 0
+        assert {name: a[name] for name in b} == pytest.approx(b, rel=1e-4)
+    for name, value in ours.items():
+        assert np.allclose(value, plain_weights[name], atol=1e-5), name
+
+
+def test_micro_batches_hold_so_many_episodes_at_a_time(model, monkeypatch):
+    sizes = []
+    build = Layout.build
+    monkeypatch.setattr(Layout, "build", lambda batch: sizes.append(len(batch)) or build(batch))
+    trainer(model, micro_batch_size=2).train(filled(model))
+    assert sizes == [2, 2, 1] * 2  # for the log-probs that the loss sees, then for the gradients
+
+
+def test_metrics_are_the_same_in_micro_batches(model):
+    say = Spy(compute_metrics)
+    trainer(model, metrics_fn=partial(say), micro_batch_size=2, optimizer=optim.SGD(0.0)).train(filled(model))
+    old, new, _ = say.calls[0]
+    assert np.allclose(old, new, atol=1e-5)
+
+
+def test_checkpointed_blocks_keep_no_activations():
+    """Peak memory of a step falls, as it would not if they were kept all the same."""
+    peaks = {}
+    for every in (False, True):
+        model = tiny_llama(16, layers=12)
+        buffer = filled(model, [([5] * 10, [7] * 200, 1.0, 0), ([5] * 10, [6] * 200, 0.0, 0)])
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        trainer(model, gradient_checkpointing=every).train(buffer)
+        peaks[every] = mx.get_peak_memory() - before
+    assert peaks[True] < 0.6 * peaks[False]
+
+
+def test_a_profile_says_where_the_time_of_a_step_went(model):
+    plain = trainer(model).train(filled(model))
+    result = trainer(model, profile=True, metrics_fn=compute_metrics).train(filled(model))
+    assert not any(name.startswith("timing/") for name in plain)
+    parts = ("select", "advantages", "gradients", "optimizer", "metrics")
+    seconds = [result[f"timing/{part}_s"] for part in parts]
+    assert all(s > 0 for s in seconds)
+    assert sum(seconds) <= result["timing/total_s"]
+    assert sum(result[f"timing/{part}_pct"] for part in parts) == pytest.approx(
+        100 * sum(seconds) / result["timing/total_s"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"compile_training": "yes"}, "compile_training is 'yes'; set it to True, False or 'auto'"),
+        ({"gradient_checkpointing": -1}, "gradient_checkpointing is -1; set it to True"),
+        ({"gradient_checkpointing": 0}, "gradient_checkpointing is 0; set it to True"),
+        ({"gradient_checkpointing": 1.5}, "gradient_checkpointing is 1.5; set it to True"),
+        ({"micro_batch_size": 0}, "micro_batch_size is 0; set it to a number of episodes, 1 or more"),
+        ({"micro_batch_size": 2.0}, "micro_batch_size is 2.0; set it to a number"),
+        ({"micro_batch_size": True}, "micro_batch_size is True; set it to a number"),
+    ],
+)
+def test_a_setting_of_memory_and_speed_that_cannot_work_is_refused(model, changes, sentence):
+    with pytest.raises(UserError) as told:
+        trainer(model, **changes)
+    assert sentence in str(told.value)
 
 
 # what the functions see

@@ -41,6 +41,16 @@ if TYPE_CHECKING:  # for type checkers and editors; the table below says the sam
     from .mlx.policy import decode as decode
     from .mlx.policy import encode as encode
     from .mlx.policy import generate_tokens as generate_tokens
+    from .mlx.reload import create_auto_reload_setup as create_auto_reload_setup
+    from .mlx.reload import create_reloadable_policy as create_reloadable_policy
+    from .mlx.reload import reload_model as reload_model
+    from .mlx.reload import save_adapters as save_adapters
+    from .mlx.setup import apply_lora as apply_lora
+    from .mlx.setup import create_lora_setup as create_lora_setup
+    from .mlx.setup import create_qlora_setup as create_qlora_setup
+    from .mlx.setup import extract_params as extract_params
+    from .mlx.setup import freeze_base as freeze_base
+    from .mlx.setup import merge_weights as merge_weights
     from .rewards import accuracy_reward as accuracy_reward
     from .rewards import keyword_reward as keyword_reward
     from .rewards import length_reward as length_reward
@@ -69,6 +79,7 @@ _HOME = {  # public name -> the module it lives in
     "apply_entropy_weighting": "algorithms.grpo",
     "apply_hicra_amplification": "algorithms.hicra",
     "apply_length_shaping": "algorithms.length",
+    "apply_lora": "mlx.setup",
     "boost_entropy_with_planning": "algorithms.hicra",
     "build_gtpo_hicra_transform": "training",
     "build_gtpo_transform": "training",
@@ -82,24 +93,33 @@ _HOME = {  # public name -> the module it lives in
     "compute_metrics": "algorithms.grpo",
     "compute_prompt_group_stats": "algorithms.selection",
     "compute_token_entropy": "algorithms.grpo",
+    "create_auto_reload_setup": "mlx.reload",
     "create_gspo_policy_loss": "algorithms.gspo",
+    "create_lora_setup": "mlx.setup",
     "create_policy": "mlx.policy",
+    "create_qlora_setup": "mlx.setup",
+    "create_reloadable_policy": "mlx.reload",
     "create_strategy": "rollout",
     "decode": "mlx.policy",
     "encode": "mlx.policy",
+    "extract_params": "mlx.setup",
     "filter_informative_prompts": "algorithms.selection",
+    "freeze_base": "mlx.setup",
     "generate_tokens": "mlx.policy",
     "gtpo_loss": "algorithms.grpo",
     "identify_planning_tokens": "environment.pieces",
     "keyword_reward": "rewards",
     "length_reward": "rewards",
     "load_model": "mlx.models",
+    "merge_weights": "mlx.setup",
     "normalize_gtpo_advantages": "algorithms.grpo",
     "perplexity_reward": "rewards",
     "policy_loss": "algorithms.grpo",
     "policy_loss_sequence": "algorithms.gspo",
     "policy_loss_token": "algorithms.gspo",
+    "reload_model": "mlx.reload",
     "reward": "rewards",
+    "save_adapters": "mlx.reload",
     "select_all_data": "algorithms.selection",
     "select_informative_data": "algorithms.selection",
     "select_recent_data": "algorithms.selection",

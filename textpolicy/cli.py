@@ -121,7 +121,7 @@ def train(arguments: list[str]) -> int:
 
 
 def ask(arguments: list[str]) -> int:
-    """Ask a model, or a trained run: textpolicy generate [--run RUN | --model NAME] PROMPT."""
+    """Ask a model, or a trained run: textpolicy generate [--run RUN | --adapter RUN | --model NAME] PROMPT."""
     from .inference import GenerateArguments, generate
 
     print(generate(parse(GenerateArguments, arguments, "generate")))
@@ -129,10 +129,18 @@ def ask(arguments: list[str]) -> int:
 
 
 def measure(arguments: list[str]) -> int:
-    """Measure accuracy: textpolicy eval [--run RUN | --model NAME --task TASK]."""
+    """Measure accuracy: textpolicy eval [--run RUN | --adapter RUN | --model NAME --task TASK]."""
     from .inference import EvalArguments, evaluate
 
     print(evaluate(parse(EvalArguments, arguments, "eval")))
+    return 0
+
+
+def leave(arguments: list[str]) -> int:
+    """Take a trained run elsewhere: textpolicy export RUN --to mlx|hf|peft|gguf [--out PATH]."""
+    from .export import ExportArguments, export
+
+    print(export(parse(ExportArguments, arguments, "export")))
     return 0
 
 
@@ -269,6 +277,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "generate": ask,
     "eval": measure,
+    "export": leave,
     "validate": validate,
     "algorithms": algorithms,
     "tasks": tasks,

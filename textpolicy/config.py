@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .adapters import Adapter, Sigma, make_adapter
 from .algorithms import algorithm
 from .errors import UserError
 from .losses import Estimator, RatioLevel
@@ -25,15 +26,43 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class LoRASettings(Section):
-    """The adapter that is trained; the model's own weights stay as they are."""
+class AdapterSettings(Section):
+    """What is trained; the model's own weights stay as they are, but for full. The kind's own if not given."""
 
-    rank: PositiveInt = 16
-    """Width of every adapter."""
-    alpha: Positive = 32.0
-    """The adapter's output is scaled by alpha / rank."""
-    layers: Annotated[int, Field(ge=0)] = 0
+    kind: Literal["lora", "dora", "qlora", "full", "lora_xs", "tinylora"] = "lora"
+    """docs/10_lora_qlora.md describes them."""
+    layers: Annotated[int, Field(ge=0)] | None = None
     """Adapt the last so many blocks; 0 adapts all."""
+    modules: tuple[str, ...] | None = None
+    """Adapt only these linear modules, such as q_proj,v_proj; all if not given."""
+    rank: PositiveInt | None = None
+    """Width: 16, or 2 for tinylora."""
+    alpha: Positive | None = None
+    """A LoRA's output is scaled by alpha / rank; 32."""
+    rank_stabilised: bool | None = None
+    """Scale by alpha / sqrt(rank) instead."""
+    bits: Literal[2, 3, 4, 5, 6, 8] | None = None
+    """qlora: of the base, if it is not quantised already; 4."""
+    group_size: Literal[32, 64, 128] | None = None
+    """qlora: weights that share a scale; 64."""
+    u: PositiveInt | None = None
+    """tinylora: length of the trained vector; 13."""
+    tie: Annotated[int, Field(ge=0)] | None = None
+    """tinylora: modules that share one vector; 0, the default, is all."""
+    tying: Literal["tiled", "structured"] | None = None
+    """tinylora: share among neighbours, or among modules of one kind."""
+    sigma: Sigma | None = None
+    """tinylora, lora_xs: the singular values stand before R (paper), as roots on both sides (peft), or behind it."""
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        self.chosen()
+        return self
+
+    def chosen(self) -> Adapter:
+        """The adapter; raises UserError for a setting that its kind has no use for."""
+        given = self.model_dump(exclude={"kind"}, exclude_none=True)
+        return make_adapter(self.kind, given)
 
 
 class KLSettings(Section):
@@ -157,8 +186,8 @@ class RolloutSettings(Section):
 class OptimizerSettings(Section):
     """AdamW, with a linear warm-up and a linear decay of its learning rate."""
 
-    learning_rate: Positive = 3e-4
-    """Peak learning rate."""
+    learning_rate: Positive | None = None
+    """Peak learning rate; if not given 0.0003, but for full 0.00002, lora_xs 0.001, tinylora 0.005."""
     warmup_steps: Annotated[int, Field(ge=0)] = 3
     """Steps until the peak."""
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -197,9 +226,15 @@ class MachineSettings(Section):
     threads: Annotated[int, Field(ge=0)] = 0
     """BLAS threads on a Linux CPU; 0 leaves it to OpenBLAS. On a busy machine 1 is faster."""
     micro_batch_tokens: PositiveInt = 8192
-    """Padded tokens, prompts included, in one forward and backward pass; less takes less memory."""
+    """Padded tokens, prompts included, in one forward and backward pass; lowered where memory is short."""
     decode_rows: PositiveInt = 128
-    """Completions decoded side by side."""
+    """Completions decoded side by side; lowered where memory is short."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    """Compute the activations of every so many-th block again instead of keeping them; 1 saves most, 0 is off."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the update's passes for shapes that come again; auto does so on a GPU only."""
+    memory_limit_gb: Positive | None = None
+    """What MLX may take, in GB of 10^9 bytes; 80% of the machine's memory, or 90% of a GPU's, if not given."""
 
 
 class Config(Section):
@@ -216,7 +251,7 @@ class Config(Section):
     output: Path | None = None
     """Folder of the run; must not exist. If not given, a new one under runs/."""
     algorithm: AlgorithmSettings = AlgorithmSettings()
-    lora: LoRASettings = LoRASettings()
+    adapter: AdapterSettings = AdapterSettings()
     rollout: RolloutSettings = RolloutSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -229,6 +264,15 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.updates_per_step is {self.optimizer.updates_per_step} and rollout.prompts_per_step "
                 f"{self.rollout.prompts_per_step}; set the updates to at most the prompts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reference_exists(self) -> Self:
+        if self.adapter.kind == "full" and self.algorithm.kl.coefficient:
+            raise ValueError(
+                f"algorithm.kl.coefficient is {self.algorithm.kl.coefficient} and adapter.kind full, which leaves no "
+                "reference; set the coefficient to 0, or choose another kind"
             )
         return self
 

@@ -56,4 +56,4 @@ class Evaluation:
 
 def evaluate(engine: Engine, env: TextGenerationEnv | DrivenEnv, sampling: Sampling) -> Evaluation:
     """Answer every prompt of ``env`` once, greedily if ``sampling.temperature`` is 0."""
-    return Evaluation(collect(engine, env, range(len(env)), 1, sampling))
+    return Evaluation(collect(engine, env, range(len(env)), 1, sampling, pieces=False))

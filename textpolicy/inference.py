@@ -27,7 +27,7 @@ class Source(Section):
     model: str | None = None
     """Built-in name, folder, .gguf file or hub id; instead of a run."""
     adapter: Path | None = None
-    """Adapter folder for the model."""
+    """A run whose adapter to use, or an adapter folder; without --model on the run's own model."""
     threads: Annotated[int, Field(ge=0)] = 0
     """BLAS threads on a Linux CPU; 0 leaves it to OpenBLAS."""
 
@@ -127,13 +127,15 @@ def evaluate(asked: EvalArguments) -> str:
 
 
 def load(source: Source) -> Loaded:
-    """The engine of a run or of a model; exactly one of the two must be given."""
-    if (source.run is None) == (source.model is None):
-        raise UserError("give either --run RUN or --model NAME, not both or neither")
+    """The engine of a run, of a model, or of the adapter of a run; UserError if that is not clear."""
     if source.run is not None and source.adapter is not None:
         raise UserError(f"--adapter {source.adapter} stands beside --run, which has its own; give one of them")
-    config = None if source.run is None else _run_config(source.run)
-    adapter = source.adapter if source.run is None else source.run / "adapter"
+    if source.run is not None and source.model is not None:
+        raise UserError("give either --run RUN or --model NAME, not both")
+    run, adapter = _run_and_adapter(source)
+    if run is None and source.model is None:
+        raise UserError("nobody to ask; give either --run RUN or --model NAME, or the --adapter of a run")
+    config = None if run is None else _run_config(run)
     from .mlx.blas import set_blas_threads
     from .mlx.engine import MLXEngine
     from .mlx.models import load_model
@@ -142,6 +144,22 @@ def load(source: Source) -> Loaded:
         set_blas_threads(source.threads)
     model, tokenizer = load_model(config.model if config else str(source.model), adapter)
     return Loaded(MLXEngine(model, stop=tokenizer.eos_token_ids), tokenizer, config)
+
+
+def _run_and_adapter(source: Source) -> tuple[Path | None, Path | None]:
+    """The run whose settings count, and the adapter to load. An adapter's run is the folder itself or the one above."""
+    if source.run is not None:
+        return source.run, source.run / "adapter"
+    given = source.adapter
+    if given is None:
+        return None, None
+    inside = given / "adapter"
+    run, adapter = (given, inside) if inside.is_dir() else (given.absolute().parent, given)
+    if source.model is not None:
+        return None, adapter
+    if not (run / "config.json").is_file():
+        raise UserError(f"{given} belongs to no run, which would say its base; name that with --model")
+    return run, adapter
 
 
 def _run_config(folder: Path) -> Config:

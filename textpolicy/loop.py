@@ -60,7 +60,8 @@ def train(
         def draw(n: int, step: int = step) -> list[Episode]:
             prompts = draw_prompts(step, prompts_per_step, len(env), sampling.seed, n)
             drawn = replace(sampling, seed=_step_seed(sampling.seed, step, n))
-            return collect(engine, env, prompts, group_size, drawn, first_group=n * prompts_per_step)
+            first, spelled = n * prompts_per_step, algorithm.grams is not None
+            return collect(engine, env, prompts, group_size, drawn, first_group=first, pieces=spelled)
 
         rollouts = collect_informative(draw, algorithm.resample, algorithm.signal_of)
         sampled = time.perf_counter()

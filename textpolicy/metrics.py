@@ -42,11 +42,12 @@ def summarize(
 
 
 def merge(updates: Sequence[Mapping[str, float]]) -> Row:
-    """The updates of one step as one: maxima of maxima and of memory, means of the rest over those that moved."""
+    """The updates of one step as one: maxima of maxima, means of the rest over those that moved; memory over all."""
     moved = [u for u in updates if u["updated"]] or updates[:1]
     names = [name for name in moved[0] if name != "updated"]
-    row = {name: (max if name.endswith(("_max", "_bytes")) else _mean)([u[name] for u in moved]) for name in names}
-    return {**row, "updated": sum(u["updated"] for u in updates)}
+    row = {name: (max if name.endswith("_max") else _mean)([u[name] for u in moved]) for name in names}
+    memory = {name: max(u[name] for u in updates) for name in names if name.endswith("_bytes")}
+    return {**row, **memory, "updated": sum(u["updated"] for u in updates)}
 
 
 def frac_reward_zero_std(episodes: Sequence[Episode]) -> float:

@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .algorithms import Algorithm
 from .config import Config
@@ -24,6 +24,12 @@ from .recipe import configure
 from .report import History, closing_table, diagnose, plot_learning
 from .tasks import Problem, Task, load_task
 from .types import Episode
+
+if TYPE_CHECKING:
+    from .mlx.engine import MLXEngine
+    from .mlx.memory import Plan
+
+_COMPILE: dict[str, bool | Literal["auto"]] = {"auto": "auto", "on": True, "off": False}
 
 
 def run(config: Config) -> Path:
@@ -43,11 +49,12 @@ def run(config: Config) -> Path:
         "validation": environment(task, task.validation[:limit], tokenizer, config),
         "test": environment(task, task.test[:limit], tokenizer, config),
     }
+    plan = fit_memory(engine, splits, config)
     started = time.perf_counter()
     before = evaluate(engine, splits["test"], greedy(config)).accuracy
     folder = claim_folder(config)
     write_setup(folder, config)
-    return Run(config, folder, engine, splits, recipe).train(before, started)
+    return Run(config, folder, engine, splits, recipe).train(before, started, plan)
 
 
 class Run:
@@ -62,12 +69,14 @@ class Run:
         self.best: tuple[Rate, int, Any] | None = None
         self.metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
 
-    def train(self, before: Rate, started: float) -> Path:
-        """``before`` is the accuracy on the test problems, ``started`` when the clock began to run."""
+    def train(self, before: Rate, started: float, plan: Plan) -> Path:
+        """``before`` is the accuracy on the test problems, ``started`` when the clock began, ``plan`` what fits."""
         config, history = self.config, self.history
         history.before = before
         with self.view, self.metrics:
             self.view.say(f"{config.algorithm.name} on {config.task} with {config.model}; the run is in {self.folder}")
+            if plan.shrunk:
+                self.view.say(f"made smaller to fit into memory, without effect on results: {plan}")
             self.record_rate("test", 0, before)
             self.view.say(f"before training: {before} of {before.total} test problems right, greedy (95% interval)")
             self.validate(0)
@@ -140,13 +149,14 @@ def build_engine(config: Config) -> tuple[Any, Any]:
     """The engine with a fresh adapter, and the tokenizer."""
     from .mlx.blas import set_blas_threads  # the first import of mlx, and what it costs, is here
     from .mlx.engine import MLXEngine
-    from .mlx.lora import attach_lora
+    from .mlx.lora import attach
     from .mlx.models import load_model
 
     if config.machine.threads:
         set_blas_threads(config.machine.threads)
-    model, tokenizer = load_model(config.model)
-    attach_lora(model, config.lora.rank, config.lora.alpha, config.lora.layers, config.seed)
+    adapter = config.adapter.chosen()
+    model, tokenizer = load_model(config.model, dequantize=adapter.dequantize)
+    attach(model, adapter, config.seed)
     engine = MLXEngine(
         model,
         stop=tokenizer.eos_token_ids,
@@ -154,8 +164,21 @@ def build_engine(config: Config) -> tuple[Any, Any]:
         max_grad_norm=config.optimizer.max_grad_norm,
         micro_batch_tokens=config.machine.micro_batch_tokens,
         decode_rows=config.machine.decode_rows,
+        checkpoint_every=config.machine.checkpoint_every,
+        compile=_COMPILE[config.machine.compile],
     )
     return engine, tokenizer
+
+
+def fit_memory(engine: MLXEngine, splits: dict[str, TextGenerationEnv], config: Config) -> Plan:
+    """Give ``engine`` sizes whose predicted peak fits into memory; raises UserError where none does."""
+    from .mlx.memory import Workload, preflight
+
+    longest = {name: max(len(env.prompt_ids(i)) for i in range(len(env))) for name, env in splits.items()}
+    rollout, limit = config.rollout, config.machine.memory_limit_gb
+    training = Workload(rollout.prompts_per_step, rollout.group_size, longest["train"], rollout.max_tokens)
+    judged = [Workload(len(splits[name]), 1, longest[name], rollout.max_tokens) for name in ("validation", "test")]
+    return preflight(engine, training, judged, None if limit is None else limit * 1e9)
 
 
 def environment(task: Task, problems: Sequence[Problem], tokenizer: Any, config: Config) -> TextGenerationEnv:
@@ -171,7 +194,8 @@ def environment(task: Task, problems: Sequence[Problem], tokenizer: Any, config:
 
 def schedule(config: Config) -> Schedule:
     o = config.optimizer
-    return Schedule(o.learning_rate, config.steps, o.warmup_steps, o.final_fraction)
+    peak = o.learning_rate or config.adapter.chosen().learning_rate
+    return Schedule(peak, config.steps, o.warmup_steps, o.final_fraction)
 
 
 def training_sampling(config: Config) -> Sampling:

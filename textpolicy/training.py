@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -53,28 +56,43 @@ class Trainer:
         optimizer: Any,
         *,
         max_grad_norm: float = 0.5,
+        compile_training: bool | Literal["auto"] = "auto",
+        gradient_checkpointing: bool | int = False,
+        micro_batch_size: int | None = None,
         metrics_fn: Callable[..., Mapping[str, float]] | None = None,
         metrics_interval: int = 10,
         buffer: Buffer | None = None,
         data_selector_fn: Selector | None = None,
+        auto_save_lora: bool | str | Path | None = None,
         advantage_transform_fn: Transform | None = None,
         advantage_reward_key: str = "rewards",
+        profile: bool = False,
         on_policy: bool = True,
     ) -> None:
         """Link ``buffer``, if there is one.
 
         Longer gradients are scaled down to ``max_grad_norm``; ``float("inf")`` leaves them alone.
+        Three settings change memory and speed only. ``micro_batch_size`` episodes at a time are read and
+        differentiated, for one more forward pass; without it all are, in one. ``gradient_checkpointing`` computes
+        the activations of every block (True), or of every so many-th, again instead of keeping them.
+        ``compile_training`` compiles the optimiser's step, and micro-batches of shapes that come again; "auto"
+        does so on a GPU only. ``profile`` adds the seconds and the share of each part of a step to its result.
         ``metrics_fn`` is called in every ``metrics_interval``-th step, the first included.
         ``data_selector_fn(buffer)`` chooses what of a buffer is trained on; without it everything is.
         ``advantage_reward_key`` names the selected rewards that ``advantage_fn`` sees: "rewards", or
         "binary_rewards". ``advantage_transform_fn(advantages, batch)`` turns the advantages (N,) of the
         tokens into others (N,). Its ``batch`` holds the selected data (``algorithms.selection`` lists it) and the
         step; ``prepare_batch(batch)`` before it and ``postprocess_batch(batch)`` after the update are called
-        on a transform that has them. ``on_policy`` empties the buffer after a step. Raises UserError.
+        on a transform that has them. ``auto_save_lora`` is where the adapter is written after every step, a
+        folder or a .safetensors file; True is the path of ``create_lora_setup``, and without it nothing is
+        written. ``on_policy`` empties the buffer after a step. Raises UserError.
         """
         from .mlx.engine import MLXEngine
+        from .mlx.flat import FlatPasses
         from .mlx.lora import trainable
+        from .mlx.reload import auto_save_path
 
+        _check_passes(compile_training, gradient_checkpointing, micro_batch_size)
         if not trainable(model):
             raise UserError("the model has no trainable parameters; attach a LoRA adapter, or call model.unfreeze()")
         if not max_grad_norm > 0:
@@ -84,10 +102,14 @@ class Trainer:
         self.model, self.advantage_fn, self.metrics_interval = model, advantage_fn, metrics_interval
         self.advantage_transform_fn, self.advantage_reward_key = advantage_transform_fn, advantage_reward_key
         self.buffer, self.data_selector_fn, self.on_policy = buffer, data_selector_fn, on_policy
+        self._adapter_path = auto_save_path(model, auto_save_lora)
         self._loss = _with_lengths(loss_fn)
         self._metrics = None if metrics_fn is None else _with_lengths(metrics_fn)
-        self._engine = MLXEngine(model, stop=(), optimizer=optimizer, max_grad_norm=max_grad_norm)
-        self._steps = 0
+        self._engine = MLXEngine(
+            model, stop=(), optimizer=optimizer, max_grad_norm=max_grad_norm, compile=compile_training
+        )
+        self._passes = FlatPasses.of(model, micro_batch_size, int(gradient_checkpointing), self._engine.compiled)
+        self._steps, self.profile, self._clock = 0, profile, _Clock()
 
     @property
     def step_count(self) -> int:
@@ -106,36 +128,47 @@ class Trainer:
         """One step on the episodes of ``rollout_data``, or of the linked buffer.
 
         A dict is one that a selector returns, such as ``select_recent_data``. Returns loss, step (from 0),
-        grad_norm (before scaling down) and, in its turn, what ``metrics_fn`` says of the updated
-        model. When every advantage is 0, or nothing was selected, nothing moves, and grad_norm is 0.
+        grad_norm (before scaling down), in its turn what ``metrics_fn`` says of the updated model, and with
+        ``profile`` timing/PART_s, timing/PART_pct and timing/total_s (PART: select, advantages, gradients,
+        optimizer, metrics). When every advantage is 0, or nothing was selected, nothing moves, and grad_norm is 0.
         Raises UserError when there is no buffer, or episodes that cannot be trained on; then nothing
         has moved and the buffer is as it was.
         """
-        buffer, data = self._read(rollout_data)
-        episodes = as_episodes(data)
+        self._clock = _Clock()
+        with self._clock("select"):
+            buffer, data = self._read(rollout_data)
+            episodes = as_episodes(data)
         result = self._step(episodes, data) if episodes else {"loss": 0.0, "grad_norm": 0.0}
         if self.on_policy and buffer is not None:
             buffer.clear()
         self._steps += 1
-        return {**result, "step": self._steps - 1}
+        if self._adapter_path is not None:
+            self._engine.save(self._adapter_path)
+        return {**result, "step": self._steps - 1, **(self._clock.shares() if self.profile else {})}
 
     def _step(self, episodes: Sequence[Episode], data: Mapping[str, Any]) -> dict[str, float]:
         from .mlx.flat import FlatTokens, mlx_arrays
 
-        batch = mlx_arrays({**data, "step": self._steps})
-        advantages = self._advantages(episodes, data, batch)
-        tokens = FlatTokens.of(Batch.pack(episodes, _over_sampled_tokens(episodes, advantages)))
+        clock = self._clock
+        with clock("advantages"):
+            batch = mlx_arrays({**data, "step": self._steps})
+            advantages = self._advantages(episodes, data, batch)
+            tokens = FlatTokens.of(Batch.pack(episodes, _over_sampled_tokens(episodes, advantages)))
         if advantages.any():
-            loss, grads = tokens.gradients(self.model, self._loss)
-            grad_norm = self._engine.apply(grads)
+            with clock("gradients"):
+                loss, grads = self._passes.gradients(tokens, self._loss)
+            with clock("optimizer"):
+                grad_norm = self._engine.apply(grads)
         else:
-            loss, grad_norm = float(tokens.apply(self.model, self._loss).item()), 0.0
+            with clock("gradients"):
+                loss, grad_norm = float(self._passes.apply(tokens, self._loss).item()), 0.0
             _say_why(episodes)
         if isinstance(self.advantage_transform_fn, PostprocessesBatch):
             self.advantage_transform_fn.postprocess_batch(batch)
         result = {**batch.get("transform_metrics", {}), "loss": loss, "grad_norm": grad_norm}
         if self._metrics is not None and self._steps % self.metrics_interval == 0:
-            result = {**tokens.apply(self.model, self._metrics), **result}
+            with clock("metrics"):
+                result = {**self._passes.apply(tokens, self._metrics), **result}
         return result
 
     def _advantages(self, episodes: Sequence[Episode], data: Mapping[str, Any], batch: dict[str, Any]) -> np.ndarray:
@@ -172,6 +205,42 @@ class Trainer:
             f"train() got a {type(source).__name__}; pass the Buffer that RolloutRunner.collect returns, "
             "or the dict that select_recent_data makes of it"
         )
+
+
+class _Clock:
+    """Seconds that the parts of one step took."""
+
+    def __init__(self) -> None:
+        self.begun = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begun
+
+    def shares(self) -> dict[str, float]:
+        """Seconds and percentages of the time since it was made."""
+        total = time.perf_counter() - self.begun
+        seconds = {f"timing/{part}_s": s for part, s in self.seconds.items()}
+        shares = {f"timing/{part}_pct": 100 * s / total for part, s in self.seconds.items()}
+        return {**seconds, **shares, "timing/total_s": total}
+
+
+def _check_passes(compile_training: Any, gradient_checkpointing: Any, micro_batch_size: Any) -> None:
+    """Raises UserError for values that are none of those that ``Trainer`` documents."""
+    if compile_training not in (True, False, "auto"):
+        raise UserError(f"compile_training is {compile_training!r}; set it to True, False or 'auto'")
+    if type(gradient_checkpointing) is not bool and (
+        type(gradient_checkpointing) is not int or gradient_checkpointing < 1
+    ):
+        raise UserError(
+            f"gradient_checkpointing is {gradient_checkpointing!r}; set it to True (every block), False, or k for "
+            "every k-th block"
+        )
+    if micro_batch_size is not None and (type(micro_batch_size) is not int or micro_batch_size < 1):
+        raise UserError(f"micro_batch_size is {micro_batch_size!r}; set it to a number of episodes, 1 or more")
 
 
 # ---- transforms for ``advantage_transform_fn``

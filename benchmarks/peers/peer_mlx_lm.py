@@ -16,6 +16,7 @@ import mlx.nn as nn  # noqa: E402
 import mlx.optimizers as optim  # noqa: E402
 import mlx_lm  # noqa: E402
 import numpy as np  # noqa: E402
+from mlx.utils import tree_map  # noqa: E402
 from mlx_lm.generate import BatchGenerator  # noqa: E402
 from mlx_lm.sample_utils import make_sampler  # noqa: E402
 from mlx_model import attach_lora, weights_sum  # noqa: E402
@@ -28,7 +29,7 @@ def main() -> None:
     optimizer = optim.AdamW(task.learning_rate, weight_decay=0.0)
     compute = nn.value_and_grad(model, loss)
     prompts = [list(ids) for ids in task.prompt_ids for _ in range(task.group)]
-    gate.watch(weights_sum(model))
+    gate.watch(weights_sum(model), mx.get_peak_memory if task.on_gpu else None)
     while True:
         gate.step()
         with gate.timed("rollout"):
@@ -36,8 +37,13 @@ def main() -> None:
         gate.generated(map(len, prompts), map(len, completions))
         advantages = centred([reward_of(tokenizer.decode(c)) for c in completions], task.group)
         rows = mx.array([p + c for p, c in zip(prompts, completions, strict=True)])
-        _, gradients = compute(model, rows, advantages, len(prompts[0]))
-        optimizer.update(model, gradients)
+        summed = None
+        for begin in range(0, len(rows), task.at_once):
+            part = slice(begin, begin + task.at_once)
+            _, gradients = compute(model, rows[part], advantages[part], len(prompts[0]))
+            summed = gradients if summed is None else tree_map(mx.add, summed, gradients)
+            mx.eval(summed)
+        optimizer.update(model, summed)
         mx.eval(model.parameters(), optimizer.state)
 
 

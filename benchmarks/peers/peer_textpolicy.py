@@ -20,11 +20,17 @@ from textpolicy.types import Episode
 
 
 def main() -> None:
+    import mlx.core as mx
+
     task, gate = Task.from_command_line(), Gate()
     model, tokenizer = load_model(task.model)
     attach_lora(model, task.rank, task.alpha)
-    engine = MLXEngine(model, stop=())  # nothing ends a completion
-    gate.watch(lambda: sum(abs(value).sum().item() for value in engine.weights().values()))
+    wide = {"decode_rows": task.rows, "micro_batch_tokens": 16384} if task.on_gpu else {}
+    engine = MLXEngine(model, stop=(), **wide)  # nothing ends a completion
+    gate.watch(
+        lambda: sum(abs(value).sum().item() for value in engine.weights().values()),
+        mx.get_peak_memory if task.on_gpu else None,
+    )
 
     def on_step(step: int, row: Row, episodes: Sequence[Episode]) -> None:
         gate.phases = {"rollout": row["sample_seconds"], "update": row["update_seconds"]}

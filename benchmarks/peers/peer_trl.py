@@ -1,13 +1,15 @@
-"""TRL's GRPOTrainer on torch's CPU with transformers' generate, in float32 or bfloat16.
+"""TRL's GRPOTrainer with transformers' generate, in float32 or bfloat16.
 
 Gradient checkpointing, on by default there, is off: it saves memory that this comparison does not need.
 """
 
 from __future__ import annotations
 
+import builtins
 import tempfile
 from typing import Any
 
+import pyarrow.lib
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -15,10 +17,14 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from worker import Gate, Task, reward_of
 
+# Newer pyarrow says that this class lives there; datasets pickles it on some Pythons, and fails if it does not.
+builtins.MonthDayNano = pyarrow.lib.MonthDayNano  # type: ignore[attr-defined]
+
 
 def main() -> None:
     task, gate = Task.from_command_line(), Gate()
-    torch.set_num_threads(task.threads)
+    if not task.on_gpu:
+        torch.set_num_threads(task.threads)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=task.model,
@@ -29,7 +35,10 @@ def main() -> None:
                 r=task.rank, lora_alpha=task.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
             ),
         )
-        gate.watch(lambda: sum(p.detach().abs().sum().item() for p in trainer.model.parameters() if p.requires_grad))
+        gate.watch(
+            lambda: sum(p.detach().abs().sum().item() for p in trainer.model.parameters() if p.requires_grad),
+            torch.cuda.max_memory_allocated if task.on_gpu else None,
+        )
         time_generation(trainer, gate)
         trainer.add_callback(AtTheGate(gate))
         trainer.train()
@@ -39,12 +48,12 @@ def settings(task: Task, folder: str) -> GRPOConfig:
     bfloat16 = task.variant == "bfloat16"
     return GRPOConfig(
         output_dir=folder,
-        use_cpu=True,
+        use_cpu=not task.on_gpu,
         bf16=bfloat16,
         model_init_kwargs={"dtype": task.variant},
         gradient_checkpointing=False,
-        per_device_train_batch_size=task.rows,
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=task.at_once,
+        gradient_accumulation_steps=task.rows // task.at_once,
         num_generations=task.group,
         max_completion_length=task.new_tokens,
         generation_kwargs={"min_new_tokens": task.new_tokens},

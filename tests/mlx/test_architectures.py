@@ -1,5 +1,6 @@
 """Sharing prompts changes nothing, for every kind of cache that mlx-lm's models keep."""
 
+import gc
 import logging
 from functools import partial
 
@@ -31,7 +32,8 @@ from textpolicy.mlx.context import Context, Ragged
 from textpolicy.mlx.decode import decode
 from textpolicy.mlx.engine import MLXEngine, _objective_with_stats
 from textpolicy.mlx.lora import attach_lora
-from textpolicy.mlx.scoring import arrays
+from textpolicy.mlx.scoring import Layout, arrays, score
+from textpolicy.mlx.steady import Steps
 from textpolicy.types import Completion, Episode
 
 VOCABULARY = 60
@@ -164,10 +166,10 @@ def adapted(name, **changes):
     return model
 
 
-def decoding_error(model, max_rows=100):
+def decoding_error(model, max_rows=100, steps=None):
     """The largest difference of a decoded log-prob from that of its sequence read at once, alone, without a cache."""
     prompts = [np.array(p, np.int32) for p in PROMPTS for _ in range(2)]
-    completions = decode(model, prompts, Sampling(max_tokens=9, seed=1), np.array([0, 1, 2]), max_rows)
+    completions = decode(model, prompts, Sampling(max_tokens=9, seed=1), np.array([0, 1, 2]), max_rows, steps=steps)
     worst = 0.0
     for prompt, c in zip(prompts, completions, strict=True):
         logits = model(mx.array([[*prompt.tolist(), *c.tokens.tolist()]]))[0, len(prompt) - 1 : -1]
@@ -211,6 +213,14 @@ def test_decoding_with_shared_prompts_gives_the_logprobs_of_each_sequence_alone(
     assert decoding_error(adapted(name), max_rows) < 1e-4
 
 
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("max_rows", [100, 4])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_so_do_compiled_steps_of_one_shape(name, max_rows, share):
+    model = adapted(name)
+    assert decoding_error(model, max_rows, Steps(model, compiled=True, share=share)) < 1e-4
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_update_with_shared_prompts_has_the_naive_loss_and_every_gradient(name):
     model = adapted(name)
@@ -225,6 +235,44 @@ def test_the_update_with_shared_prompts_has_the_naive_loss_and_every_gradient(na
         scale = float(mx.abs(exact[key]).max())
         assert scale > 0, key
         np.testing.assert_allclose(np.array(value) / scale, np.array(exact[key]) / scale, atol=2e-4, err_msg=key)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_activations_that_are_computed_again_leave_every_gradient_as_it_was(name, every):
+    model, rows = adapted(name), batch()
+    objective = partial(_objective_with_stats, how=Surrogate())
+    loss, kept = MLXEngine(model, stop=[0]).gradients(rows, objective)
+    again, ours = MLXEngine(model, stop=[0], checkpoint_every=every).gradients(rows, objective)
+    assert again["loss"] == pytest.approx(loss["loss"], rel=1e-5, abs=1e-6)
+    exact = dict(tree_flatten(kept))
+    for key, value in tree_flatten(ours):
+        scale = float(mx.abs(exact[key]).max())
+        assert scale > 0, key
+        np.testing.assert_allclose(np.array(value) / scale, np.array(exact[key]) / scale, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "falcon_h1"])
+def test_checkpointing_keeps_fewer_activations(name):
+    """What waits for the backward pass; with every block checkpointed its input and keys are nearly all."""
+    waiting = {every: activations_waiting(adapted(name, num_hidden_layers=8), every) for every in (0, 1)}
+    assert waiting[1] < 0.7 * waiting[0]
+
+
+def activations_waiting(model, every):
+    """Bytes that are there once the log-probs of a batch are computed and their gradients are not."""
+    layout = Layout.build(batch())
+
+    def loss(model):
+        return score(model, layout, checkpoint_every=every).sum()
+
+    gc.collect()
+    before = mx.get_active_memory()
+    value, gradients = nn.value_and_grad(model, loss)(model)
+    mx.eval(value)
+    waiting = mx.get_active_memory() - before
+    del gradients
+    return waiting
 
 
 def window_too_wide(monkeypatch):

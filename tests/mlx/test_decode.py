@@ -17,11 +17,11 @@ def said(model, sampling, max_rows, ahead, prompts=PROMPTS):
     return decode(model, prompts, sampling, STOP, max_rows, ahead)
 
 
-def assert_same(ours, expected):
+def assert_same(ours, expected, atol=2e-5):
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
-        np.testing.assert_allclose(a.entropy, b.entropy, atol=2e-5)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=atol)
+        np.testing.assert_allclose(a.entropy, b.entropy, atol=atol)
         assert a.truncated == b.truncated
 
 

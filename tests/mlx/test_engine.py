@@ -195,7 +195,7 @@ def test_a_saved_adapter_loads_in_mlx_lm_and_replaces_an_older_one_whole(tiny_en
     from mlx_lm.tuner.utils import load_adapters
 
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "stale").write_text("from an older run")
+    (tmp_path / "adapter" / "adapters.safetensors").write_text("from an older run")
     tiny_engine.save(tmp_path / "adapter")
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["adapter_config.json", "adapters.safetensors"]
     mx.random.seed(0)

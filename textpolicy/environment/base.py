@@ -49,6 +49,12 @@ class DrivenEnv(ABC):
 
     @abstractmethod
     def play(
-        self, engine: Engine, prompts: Sequence[int], group_size: int, sampling: Sampling, first_group: int = 0
+        self,
+        engine: Engine,
+        prompts: Sequence[int],
+        group_size: int,
+        sampling: Sampling,
+        first_group: int = 0,
+        pieces: bool = True,
     ) -> list[Episode]:
         """``group_size`` scored episodes for each of the ``prompts``, as ``rollout.collect.collect`` gives them."""

@@ -36,8 +36,9 @@ class Pieces:
     def __call__(self, ids: Sequence[int] | np.ndarray) -> tuple[str, ...]:
         """The texts of the tokens of one completion, (T,) ids."""
         tokens = np.asarray(ids, np.int64).tolist()
-        for token in set(tokens) - self._alone.keys():
-            self._alone[token] = self._text(token)
+        for token in set(tokens):  # not less all that is known: that would look at every known one
+            if token not in self._alone:
+                self._alone[token] = self._text(token)
         texts = [self._alone[token] for token in tokens]
         return tuple(self._completed(tokens, texts) if BROKEN in texts else texts)
 

@@ -104,7 +104,13 @@ class VerifiersEnv(DrivenEnv):
         return self.tasks[i].data.prompt_text
 
     def play(
-        self, engine: Engine, prompts: Sequence[int], group_size: int, sampling: Sampling, first_group: int = 0
+        self,
+        engine: Engine,
+        prompts: Sequence[int],
+        group_size: int,
+        sampling: Sampling,
+        first_group: int = 0,
+        pieces: bool = True,
     ) -> list[Episode]:
         """As ``rollout.collect.collect``. Raises UserError when no episode could be played."""
         plan = [(self.tasks[i], i, first_group + n) for n, i in enumerate(prompts) for _ in range(group_size)]
@@ -118,7 +124,7 @@ class VerifiersEnv(DrivenEnv):
             raise UserError(f"verifiers could not play ({game.failure}); mend its environment") from game.failure
         _refuse_all_failed(game.traces)
         return [
-            self._episode(sessions[trace.id], trace, i, group)
+            self._episode(sessions[trace.id], trace, i, group, pieces)
             for trace, (_, i, group) in zip(game.traces, plan, strict=True)
             if trace.id in sessions and sessions[trace.id].turns
         ]
@@ -127,7 +133,8 @@ class VerifiersEnv(DrivenEnv):
         """A conversation that has not begun."""
         return Session(self._codec, self.parse)
 
-    def _episode(self, session: Session, trace: Any, i: int, group: int) -> Episode:
+    def _episode(self, session: Session, trace: Any, i: int, group: int, pieces: bool) -> Episode:
+        read = session.turns if pieces else ()
         reward = float(trace.reward) if trace.ok else math.nan
         if not trace.ok:
             logger.warning("an episode of verifiers failed and cannot be scored: %s", _first_error(trace))
@@ -138,7 +145,7 @@ class VerifiersEnv(DrivenEnv):
             prompt=self.prompt_text(i),
             text=trace.transcript,
             truncated=bool(trace.is_truncated) or session.turns[-1].truncated,
-            pieces=tuple(piece for turn in session.turns for piece in self._pieces(turn.tokens)),
+            pieces=tuple(piece for turn in read for piece in self._pieces(turn.tokens)),
         )
 
 

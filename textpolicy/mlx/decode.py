@@ -19,6 +19,8 @@ from ..engine import Sampling
 from ..types import Completion
 from .context import Context
 from .sampling import Draw, Sampler, penalize, uniforms
+from .shapes import size_up
+from .steady import Rows, Steps
 from .tree import PromptTree
 
 _SPARE = 64  # positions allocated ahead, at most
@@ -33,15 +35,20 @@ def decode(
     stop: np.ndarray,
     max_rows: int,
     ahead: bool | None = None,
+    steps: Steps | None = None,
 ) -> list[Completion]:
     """One completion per prompt (token ids), at most ``max_rows`` at a time; neighbours with equal prompts share it.
 
     Row i draws from the stream (sampling.seed, i), so neither ``max_rows`` nor the company
     it keeps changes what it says, beyond the rounding of the matrix products. ``ahead`` computes the
     next step while Python looks at the last one: None is yes on a GPU, and no on a CPU, which gains nothing.
+    ``steps`` of this model are used where they can be; without them the model runs as it is.
     """
     on_gpu = mx.default_device() == mx.Device(mx.gpu)
-    return _Decoder(model, prompts, sampling, stop, max_rows, on_gpu if ahead is None else ahead).run()
+    decoder = _Decoder(model, prompts, sampling, stop, max_rows, on_gpu if ahead is None else ahead)
+    if steps is not None and not decoder.seen.matters and all(len(prompt) > 1 for prompt in prompts):
+        return decoder.run_steadily(steps)
+    return decoder.run()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,6 +97,36 @@ class _Front:
         )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Steady:
+    """Completions being written, each in a row of its own; some rows may belong to completions that have ended."""
+
+    held: Rows
+    rows: np.ndarray  # (R,) int, which completion
+    reads: mx.array  # (R,) int32, what each row reads next
+
+    @classmethod
+    def begin(cls, steps: Steps, prompts: Sequence[np.ndarray], rows: np.ndarray) -> _Steady:
+        """Read the prompts of ``rows``, each distinct one once."""
+        tree = PromptTree.build(prompts)
+        return cls(Rows.begin(steps.read(tree), tree.parents, steps.share), rows, mx.array(tree.last))
+
+    def only(self, kept: np.ndarray) -> _Steady:
+        if len(kept) == len(self.rows):
+            return self
+        return _Steady(self.held.only(kept), self.rows[kept], self.reads[mx.array(kept)])
+
+    def joined(self, other: _Steady) -> _Steady:
+        reads = mx.concatenate([self.reads, other.reads])
+        return _Steady(self.held.joined(other.held), np.concatenate([self.rows, other.rows]), reads)
+
+
+def _packed(running: np.ndarray) -> np.ndarray:
+    """The rows to keep: those running, and others up to one of few sizes, so that compiled steps are used again."""
+    live, ended = np.flatnonzero(running), np.flatnonzero(~running)
+    return np.sort(np.concatenate([live, ended[: size_up(len(live)) - len(live)]]))
+
+
 class _Decoder:
     """One call of ``decode``."""
 
@@ -116,15 +153,63 @@ class _Decoder:
             front = self.filled(self.write_ahead(front) if self.ahead and front.spread else self.write(front))
         return self.record.completions(self.sampling)
 
-    def filled(self, front: _Front | None) -> _Front | None:
-        """``front`` with waiting completions in its free places, if these are many enough to bother."""
-        free = self.max_rows - (0 if front is None else len(front.rows))
-        rows = np.arange(self.begun, min(self.begun + free, len(self.prompts)))
-        if not len(rows) or (front is not None and free < _ENTER * self.max_rows):
+    def run_steadily(self, steps: Steps) -> list[Completion]:
+        """As ``run``, with every completion in a row of its own from the start."""
+        steps.refresh()
+        front: _Steady | None = None
+        while (front := self.steadily_filled(front, steps)) is not None:
+            front = self.write_steadily(front, steps)
+        return self.record.completions(self.sampling)
+
+    def steadily_filled(self, front: _Steady | None, steps: Steps) -> _Steady | None:
+        rows = self.entering(0 if front is None else int(self.record.running(front.rows).sum()))
+        if not len(rows):
             return front
+        new = _Steady.begin(steps, [self.prompts[row] for row in rows.tolist()], rows)
+        if front is None:
+            return new
+        running = np.flatnonzero(self.record.running(front.rows))
+        return front.only(running).joined(new)
+
+    def write_steadily(self, front: _Steady, steps: Steps) -> _Steady | None:
+        """Tokens for every row until enough have ended; ``ahead`` looks at each a step later."""
+        unseen = None
+        running = self.record.running(front.rows)
+        while not self.worth_packing(running):
+            uniform = self.random[front.rows, self.record.launch(front.rows)]
+            drawn, held = steps(front.held, front.reads, mx.array(uniform), self.sampling)
+            front = replace(
+                front, held=held, reads=drawn.tokens
+            )  # before it runs: what nobody holds is written in place
+            mx.async_eval(drawn, held.own) if self.ahead else mx.eval(drawn, held.own)
+            if unseen is not None:
+                self.record.add(front.rows, unseen)
+            unseen = drawn
+            if not self.ahead:
+                self.record.add(front.rows, unseen)
+                unseen = None
+            running = self.record.running(front.rows)
+        if unseen is not None:
+            self.record.add(front.rows, unseen)
+            running = self.record.running(front.rows)
+        return front.only(_packed(running)) if running.any() else None
+
+    def entering(self, running: int) -> np.ndarray:
+        """Waiting completions that begin now, if so many run that it is worth it."""
+        free = self.max_rows - running
+        rows = np.arange(self.begun, min(self.begun + free, len(self.prompts)))
+        if running and free < _ENTER * self.max_rows:
+            return rows[:0]
         self.begun += len(rows)
         for row in rows:
             self.random[row] = uniforms(self.sampling.seed, int(row), self.sampling.max_tokens)
+        return rows
+
+    def filled(self, front: _Front | None) -> _Front | None:
+        """``front`` with waiting completions in its free places, if these are many enough to bother."""
+        rows = self.entering(0 if front is None else len(front.rows))
+        if not len(rows):
+            return front
         spare = min(_SPARE, self.sampling.max_tokens)
         new = _Front.begin(self.model, [self.prompts[row] for row in rows.tolist()], rows, spare)
         return new if front is None else front.joined(new)

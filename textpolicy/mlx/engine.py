@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +26,14 @@ from ..losses import (
     policy_objective,
 )
 from ..types import Batch, Completion
+from . import cuda
 from .compiled import Gradients, Objective, OptimizerStep
 from .decode import decode
+from .exponentials import substitutes
 from .lora import adapters_off, save_adapter, trainable
 from .scoring import logprobs_of, micro_batches
+from .steady import Steps
+from .substitutes import substituted
 
 
 class MLXEngine:
@@ -62,6 +67,7 @@ class MLXEngine:
         self.optimizer = optimizer or optim.AdamW(0.0, weight_decay=weight_decay, bias_correction=True)
         self.max_grad_norm = max_grad_norm
         self.micro_batch_tokens, self.decode_rows = micro_batch_tokens, decode_rows
+        self.checkpoint_every, self.compiled = checkpoint_every, compiled
         self._gradients = Gradients(model, checkpoint_every=checkpoint_every, compiled=compiled)
         self._optimizer_step = OptimizerStep(model, self.optimizer, compiled=compiled)
 
@@ -72,15 +78,22 @@ class MLXEngine:
         if not prompts:
             return []
         rows = [np.asarray(p, np.int32) for p in prompts for _ in range(n)]
-        flat = decode(self.model, rows, sampling, self.stop, self.decode_rows)
+        with substituted(self.model, substitutes()):
+            flat = decode(self.model, rows, sampling, self.stop, self.decode_rows, steps=self._steps)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+    @cached_property
+    def _steps(self) -> Steps | None:
+        """Compiled decoding steps, where these have been seen to pay."""
+        return Steps(self.model, compiled=self.compiled, share=True) if cuda.is_default() else None
 
     def gradients(self, batch: Batch, objective: Objective) -> tuple[dict[str, float], Any]:
         """Summed loss statistics and gradients of ``objective`` over micro-batches of ``batch``."""
         totals: dict[str, float] = {}
         grads = None
         for _, layout in micro_batches(batch, self.micro_batch_tokens):
-            stats, grad = self._gradients(layout, objective)
+            with substituted(self.model, substitutes()):
+                stats, grad = self._gradients(layout, objective)
             grads = grad if grads is None else tree_map(mx.add, grads, grad)
             mx.eval(stats, grads)
             for name, value in stats.items():
@@ -93,7 +106,7 @@ class MLXEngine:
 
         Under the model as it is, or under the frozen ``reference``: the same weights with adapters off.
         """
-        with adapters_off(self.model) if reference else nullcontext():
+        with adapters_off(self.model) if reference else nullcontext(), substituted(self.model, substitutes()):
             return logprobs_of(self.model, batch, self.micro_batch_tokens)
 
     def update(self, batch: Batch, surrogate: Surrogate, learning_rate: float) -> Mapping[str, float]:
@@ -185,4 +198,7 @@ def _per_token(stats: Mapping[str, float]) -> dict[str, float]:
 
 
 def _memory() -> dict[str, float]:
-    return {"peak_memory_bytes": float(mx.get_peak_memory())}
+    """The most that arrays took since the update before, rollouts and evaluations included."""
+    peak = mx.get_peak_memory()
+    mx.reset_peak_memory()
+    return {"peak_memory_bytes": float(peak)}

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_map
 
 from ..errors import UserError
 from ..types import Batch
-from .scoring import Layout, score
+from .compiled import Gradients
+from .scoring import Layout, logprobs_of, micro_batches, score
 
 # (N,) log-probs of the sampler, (N,) of the policy being trained, (N,) advantages, (B,) tokens of each
 # sequence -> a scalar, or metrics
@@ -21,10 +24,9 @@ FlatFunction = Callable[[mx.array, mx.array, mx.array, mx.array], Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FlatTokens:
-    """The N sampled tokens of a batch in its own order, all in one graph: a user's loss need not be a sum."""
+    """The N sampled tokens of B sequences in their own order: a user's loss sees all of them and need not be a sum."""
 
-    layout: Layout
-    place: mx.array  # (N,) int32, of each token in the flattened (B, T) log-probs
+    batch: Batch  # (B, T), every row of which has a sampled token
     old: mx.array  # (N,) float32, of the distribution that sampled the token
     advantages: mx.array  # (N,) float32
     lengths: mx.array  # (B,) int32, sampled tokens of each sequence, 1 or more
@@ -35,25 +37,76 @@ class FlatTokens:
         rows = np.flatnonzero(batch.weights.any(axis=1))
         if not len(rows):
             raise UserError("every completion in the buffer is empty; collect some that hold tokens")
-        layout = Layout.build(batch.take(rows))
-        sampled = layout.rows.weights != 0
+        batch = batch.take(rows)
+        sampled = batch.weights != 0
         return cls(
-            layout=layout,
-            place=mx.array(np.flatnonzero(sampled).astype(np.int32)),
-            old=mx.array(layout.rows.logprobs[sampled]),
-            advantages=mx.array(layout.rows.advantages[sampled]),
+            batch=batch,
+            old=mx.array(batch.logprobs[sampled]),
+            advantages=mx.array(batch.advantages[sampled]),
             lengths=mx.array(sampled.sum(axis=1).astype(np.int32)),
         )
 
-    def apply(self, model: nn.Module, fn: FlatFunction) -> Any:
-        """``fn`` of the tokens, with the log-probs that ``model`` gives them now."""
-        return fn(self.old, score(model, self.layout).reshape(-1)[self.place], self.advantages, self.lengths)
+    def apply(self, fn: FlatFunction, logprobs: mx.array) -> Any:
+        """``fn`` of the tokens, with (N,) ``logprobs`` for the policy being trained."""
+        return fn(self.old, logprobs, self.advantages, self.lengths)
 
-    def gradients(self, model: nn.Module, loss_fn: FlatFunction) -> tuple[float, Any]:
-        """The loss, and its gradients by the trainable parameters of ``model``."""
-        loss, grads = nn.value_and_grad(model, lambda m: self.apply(m, loss_fn))(model)
+    def weighted(self, slopes: np.ndarray) -> Batch:
+        """The batch with (N,) ``slopes`` in place of advantages."""
+        advantages = np.zeros(self.batch.weights.shape, np.float32)
+        advantages[self.batch.weights != 0] = slopes
+        return replace(self.batch, advantages=advantages)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FlatPasses:
+    """How ``model`` reads flat tokens: all sequences in one graph, or ``size`` of them at a time."""
+
+    model: nn.Module
+    gradients_of: Gradients
+    size: int | None  # sequences of a micro-batch; None is all at once
+    checkpoint_every: int
+
+    @classmethod
+    def of(cls, model: nn.Module, size: int | None, checkpoint_every: int, compiled: bool) -> Self:
+        """``compiled`` micro-batches are compiled for shapes that come again."""
+        gradients = Gradients(model, checkpoint_every=checkpoint_every, compiled=compiled)
+        return cls(model, gradients, size, checkpoint_every)
+
+    def apply(self, tokens: FlatTokens, fn: FlatFunction) -> Any:
+        """``fn`` of the tokens, with the log-probs that the model gives them now."""
+        now = logprobs_of(self.model, tokens.batch, sys.maxsize, self.size)
+        return tokens.apply(fn, mx.array(now[tokens.batch.weights != 0]))
+
+    def gradients(self, tokens: FlatTokens, loss_fn: FlatFunction) -> tuple[float, Any]:
+        """The loss L, and its gradients by the trained parameters, whatever the size of micro-batches."""
+        loss, grads = self._at_once(tokens, loss_fn) if self.size is None else self._in_parts(tokens, loss_fn)
         mx.eval(loss, grads)
         return float(loss.item()), grads
+
+    def _at_once(self, tokens: FlatTokens, loss_fn: FlatFunction) -> tuple[Any, Any]:
+        layout = Layout.build(tokens.batch)
+        place = mx.array(np.flatnonzero(layout.rows.weights != 0).astype(np.int32))  # of each token in (B, T)
+
+        def loss(model: nn.Module) -> mx.array:
+            logprobs = score(model, layout, checkpoint_every=self.checkpoint_every).reshape(-1)[place]
+            return tokens.apply(loss_fn, logprobs)
+
+        return nn.value_and_grad(self.model, loss)(self.model)
+
+    def _in_parts(self, tokens: FlatTokens, loss_fn: FlatFunction) -> tuple[Any, Any]:
+        """dL = sum_n s_n d log p_n with s_n = dL / d log p_n, so the s are taken first and any split has this sum."""
+        loss, slopes = self.apply(tokens, mx.value_and_grad(loss_fn, argnums=1))
+        grads = None
+        for _, layout in micro_batches(tokens.weighted(np.array(slopes)), sys.maxsize, self.size):
+            _, grad = self.gradients_of(layout, weighted_sum)
+            grads = grad if grads is None else tree_map(mx.add, grads, grad)
+            mx.eval(grads)
+        return loss, grads
+
+
+def weighted_sum(logprobs: mx.array, rows: Any) -> tuple[mx.array, dict[str, mx.array]]:
+    """An objective: log-probs times the rows' advantages."""
+    return (logprobs * rows.advantages).sum(), {}
 
 
 def advantages_per_group(

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from .exponentials import exp_without_gradient
 from .lora import trainable
 from .parts import Path, StandIn, child, parameters, with_child
+from .tinylora import SharedVectors
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +70,13 @@ class Split:
         return model(mx.zeros((1, len(hidden)), mx.int32))[0]
 
     def trained(self) -> dict[str, mx.array]:
-        """The trained parameters that the head may use, by name: those outside the model's blocks."""
+        """The trained parameters that the head may use, by name: those outside the model's blocks.
+
+        A TinyLoRA's vectors lie outside, and only blocks read them.
+        """
         blocks = {id(block) for block in self.model.layers}
-        inside = tuple(f"{name}." for name, module in self.model.named_modules() if id(module) in blocks)
+        modules = self.model.named_modules()
+        inside = tuple(f"{name}." for name, m in modules if id(m) in blocks or isinstance(m, SharedVectors))
         everything = trainable(self.model) if self.path else {}
         return {name: value for name, value in everything.items() if not name.startswith(inside)}
 
@@ -133,7 +139,7 @@ def _with_slopes(
 
     def forward(hidden: mx.array) -> tuple[mx.array, list[mx.array]]:
         z = head(hidden).astype(mx.float32) / temperatures[:, None]
-        shifted, mass, total = _softmax_parts(mx.stop_gradient(z))
+        shifted, mass, total = _softmax_parts(mx.stop_gradient(z), exp_without_gradient)
         picked = mx.take_along_axis(shifted, targets[:, None], axis=-1)[:, 0]
         slope = (mx.arange(z.shape[-1]) == targets[:, None]) - mass / total[:, None]
         out = [picked - mx.log(total)] + ([_entropy(shifted, mass, total)] if entropy else [])
@@ -171,10 +177,10 @@ def _recomputed(
     return Scored(out[0], out[1] if entropy else None)
 
 
-def _softmax_parts(z: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+def _softmax_parts(z: mx.array, exp: Callable[[mx.array], mx.array] = mx.exp) -> tuple[mx.array, mx.array, mx.array]:
     """z - max z (N, V), the exponentials of that (N, V) and their sums (N,)."""
     shifted = z - z.max(axis=-1, keepdims=True)
-    mass = mx.exp(shifted)
+    mass = exp(shifted)
     return shifted, mass, mass.sum(axis=-1)
 
 

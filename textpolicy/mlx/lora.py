@@ -1,94 +1,74 @@
-"""LoRA adapters: attach them to every linear layer, write and read them in mlx-lm's layout."""
+"""Adapters on a model: put on, switched off for a while, merged into the weights or taken away."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx.utils import tree_unflatten
 
+from ..adapters import LoRA
 from ..errors import UserError
+from .adapter_folder import load_adapter as load_adapter
+from .adapter_folder import save_adapter as save_adapter
+from .attach import attach as attach
+from .attach import attached, detach, inner, wrapped
+from .attach import trainable as trainable
 
 
 def attach_lora(model: nn.Module, rank: int = 16, alpha: float = 32.0, layers: int = 0, seed: int = 0) -> nn.Module:
     """Freeze ``model`` and give every linear layer of its last ``layers`` blocks (0: all) a LoRA.
 
     y = W x + (alpha / rank) (x A) B with A ~ U(+-1/sqrt(in)) drawn from ``seed`` and B = 0, so the
-    model starts unchanged. All linear layers and alpha 32 follow "LoRA without regret" (2025).
+    model starts unchanged. All linear layers and alpha 32 follow "LoRA without regret" (2025). ``attach`` takes
+    every other kind of adapter.
     """
-    if rank < 1:
-        raise UserError(f"the LoRA rank is {rank}; set it to 1 or more")
-    model.freeze()
-    blocks = model.layers[-layers:] if layers else model.layers
-    mx.random.seed(seed)
-    names = _linear_names(blocks)
-    config = {"rank": rank, "scale": alpha / rank, "dropout": 0.0, "keys": names}
-    linear_to_lora_layers(model, len(blocks), config)
-    model.adapter_config = {  # read by save_adapter; plain values are not parameters
-        "fine_tune_type": "lora",
-        "num_layers": len(blocks),
-        "lora_parameters": {**config, "keys": sorted(names)},
-    }
-    mx.eval(model.parameters())
-    return model
-
-
-def _linear_names(blocks: list[nn.Module]) -> set[str]:
-    return {
-        name
-        for block in blocks
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear | nn.QuantizedLinear)
-    }
-
-
-def save_adapter(model: nn.Module, path: Path) -> None:
-    """Write ``adapters.safetensors`` and ``adapter_config.json`` to the folder ``path`` by one rename.
-
-    The folder loads with ``load_model(name, adapter_path=path)`` and with mlx-lm.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        mx.save_safetensors(str(folder / "adapters.safetensors"), trainable(model))
-        (folder / "adapter_config.json").write_text(json.dumps(model.adapter_config, indent=2) + "\n")
-        folder.chmod(0o755)
-        _replace_folder(folder, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _replace_folder(new: Path, path: Path) -> None:
-    """Rename ``new`` to ``path``; an older folder there is moved aside first and then removed."""
-    old = Path(f"{new}.old")
-    if path.exists():
-        os.replace(path, old)
-    os.replace(new, path)
-    shutil.rmtree(old, ignore_errors=True)
+    return attach(model, LoRA(rank=rank, alpha=alpha, layers=layers), seed)
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Within it ``model`` is the frozen model underneath its adapters. Raises UserError if it has none."""
-    adapted = [(name, module) for name, module in model.named_modules() if "lora_a" in module and "linear" in module]
+    adapted = wrapped(model)
     if not adapted:
         raise UserError("the KL reference is the model with its adapters off and it has none; attach a LoRA adapter")
-    model.update_modules(tree_unflatten([(name, module.linear) for name, module in adapted]))
+    model.update_modules(tree_unflatten([(name, inner(module)) for name, module in adapted]))
     try:
         yield
     finally:
         model.update_modules(tree_unflatten(adapted))
 
 
-def trainable(model: nn.Module) -> dict[str, mx.array]:
-    """The trained parameters by their dotted names."""
-    return dict(tree_flatten(model.trainable_parameters()))
+def merge_adapters(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
+    """Add what the adapters do to the weights, W + dW, in place; ``model`` has plain layers then, all frozen.
+
+    A quantised layer is dequantised, added to and quantised as it was, which rounds dW to its few bits;
+    with ``dequantize`` every quantised layer of the model becomes one of floats instead, and the log-probs
+    stay those of the adapted model. Weights that were trained in full are in place already. Raises
+    UserError for a model without an adapter.
+    """
+    from mlx_lm.utils import dequantize_model
+
+    adapted = wrapped(model)
+    if not adapted and attached(model) is None:
+        raise UserError("the model has no adapter to merge; load one with it, or attach and train one")
+    for name, module in adapted:
+        fused = _fused(module, dequantize)
+        mx.eval(fused.parameters())  # a layer at a time, so that little memory is used twice
+        model.update_modules(tree_unflatten([(name, fused)]))
+    detach(model)
+    if dequantize:
+        dequantize_model(model)
+    model.freeze()
+    model.eval()
+    return model
+
+
+def _fused(module: nn.Module, dequantize: bool) -> nn.Module:
+    """One plain layer in the precision of the one inside."""
+    fused, kept = module.fuse(dequantize=dequantize), inner(module)
+    floats = kept.scales.dtype if "scales" in kept else kept.weight.dtype
+    fused.set_dtype(floats, lambda dtype: mx.issubdtype(dtype, mx.floating))
+    return fused

@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -19,9 +18,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from filelock import FileLock
-from platformdirs import user_cache_dir
 
 from ..errors import MissingDependencyError, UserError
+from .adapter_folder import load_adapter, read_adapter
+from .cache import cache_folder
 from .gguf import convert
 
 CONVERTER_VERSION = 1  # raise it when convert() writes something else, so that cached folders are made anew
@@ -60,22 +60,24 @@ def load_model(
     """The model called ``name``, in evaluation mode, and its tokenizer as ``mlx_lm.load`` returns it.
 
     ``name`` is a built-in (see ``MODELS``), a folder, a GGUF file or a hub id such as ``Qwen/Qwen3-0.6B``.
-    ``adapter_path`` is a folder in mlx-lm's layout; ``tokenizer_config`` goes to ``AutoTokenizer``.
+    ``adapter_path`` is a folder in mlx-lm's layout, or a file of ``save_adapters``; ``tokenizer_config`` goes
+    to ``AutoTokenizer``.
     On a CPU all weights become float32 and quantised layers are dequantised, because everything else is
     slow there; so do those of a built-in anywhere, because it is small and float32 is exact. Other models
     stay as stored on an accelerator. ``dequantize`` True or False overrules that.
     ``verbose`` logs the steps through ``logging`` at the level INFO.
     """
     log: Callable[..., None] = logger.info if verbose else logger.debug
-    adapter = None if adapter_path is None else _check_adapter(Path(adapter_path))
+    if adapter_path is not None and read_adapter(adapter_path).is_full:  # a wrong path is said at once, too
+        dequantize = True  # what was trained in full is floats
     folder = find_model(name)
     log("loading %s from %s", name, folder)
     model, tokenizer = _load_folder(folder, tokenizer_config)
     in_float32 = mx.default_device() == mx.cpu or (str(name) in MODELS and dequantize is not False)
     _settle_weights(model, in_float32, in_float32 if dequantize is None else dequantize)
-    if adapter is not None:
-        log("adding the adapter in %s", adapter)
-        model = _add_adapter(model, adapter)
+    if adapter_path is not None:
+        log("adding the adapter in %s", adapter_path)
+        load_adapter(model, adapter_path)
     model.eval()
     mx.eval(model.parameters())
     return model, tokenizer
@@ -101,11 +103,6 @@ def find_model(name: str | Path) -> Path:
         f"there is no model {str(name)!r}; {hint}give a built-in ({', '.join(MODELS)}), a folder, "
         "a .gguf file, or a hub id such as 'Qwen/Qwen3-0.6B'"
     )
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: ``TEXTPOLICY_CACHE``, or the user's cache folder."""
-    return Path(os.environ.get("TEXTPOLICY_CACHE") or user_cache_dir("textpolicy")).expanduser()
 
 
 def _built_in(name: str) -> Path:
@@ -182,15 +179,6 @@ def _check_folder(path: Path) -> Path:
     return path
 
 
-def _check_adapter(path: Path) -> Path:
-    for file in ("adapter_config.json", "adapters.safetensors"):
-        if not (path / file).is_file():
-            raise UserError(
-                f"the adapter folder {path} has no {file}; give a folder written by save_adapters or mlx-lm"
-            )
-    return path
-
-
 # What is in it
 
 
@@ -216,20 +204,6 @@ def _settle_weights(model: nn.Module, in_float32: bool, dequantize: bool) -> Non
         dequantize_model(model)
         if in_float32:
             model.set_dtype(mx.float32)  # layers whose scales are no floats dequantise to bfloat16
-
-
-def _add_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    from mlx_lm.utils import load_adapters
-
-    try:
-        model = load_adapters(model, str(folder))
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"the adapter in {folder} does not fit this model ({_first_line(error)}); use its own base"
-        ) from error
-    if mx.default_device() == mx.cpu:
-        model.set_dtype(mx.float32)
-    return model
 
 
 def _first_line(error: Exception) -> str:

@@ -52,3 +52,24 @@ def parameters(module: nn.Module, values: Mapping[str, mx.array]) -> Iterator[No
         yield
     finally:
         module.update(tree_unflatten(before))
+
+
+def exchanged(module: Any, make: Callable[[tuple[str | int, ...], nn.Module], Any], where: tuple = ()) -> Any:
+    """``module`` with ``make(where, part)`` in place of each part for which that is not None.
+
+    Parts on the way to these are shallow copies; all others are the module's own.
+    """
+    changed: dict[Any, Any] = {}
+    for name, value in module.items() if isinstance(module, dict) else enumerate(module):
+        here = (*where, name)
+        other = make(here, value) if isinstance(value, nn.Module) else None
+        if other is None and isinstance(value, nn.Module | list | dict):
+            other = exchanged(value, make, here)
+        if other is not None and other is not value:
+            changed[name] = other
+    if not changed:
+        return module
+    twin = copy(module)
+    for name, value in changed.items():
+        twin[name] = value
+    return twin

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 from .context import Attention, Group, State
 from .lora import trainable
 from .parts import Path, StandIn, parameters, with_child
+from .tinylora import ProjectedCore
 
 Layer = Attention | State | Group  # what a block reads and extends; see context.py
 
@@ -52,7 +53,8 @@ def _recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """
     arguments = (args, kwargs)
     layers: list[Layer] = [leaf for leaf in _leaves(arguments) if isinstance(leaf, Layer)]
-    still, before, trained = [_still(layer) for layer in layers], held(layers), trainable(block)
+    whole = _with_vectors(block)
+    still, before, trained = [_still(layer) for layer in layers], held(layers), trainable(whole)
     form: list[Any] = []  # what the block returns, with a mark for each array
 
     def run(*arrays: mx.array) -> list[mx.array]:
@@ -62,7 +64,7 @@ def _recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _fill(mine, {place: next(given) for place in before})
         copies = iter(mine)
         args, kwargs = _map(lambda leaf: isinstance(leaf, Layer), lambda _: next(copies), (args, kwargs))
-        with parameters(block, values):
+        with parameters(whole, values):
             out = (block(*args, **kwargs), held(mine))
         form[:] = [_map(_has_gradient, lambda leaf: _Array, out)]
         return _arrays(out)
@@ -71,6 +73,15 @@ def _recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     out, read = _map(lambda leaf: leaf is _Array, lambda _: next(outputs), form[0])
     _fill(layers, read)
     return out
+
+
+def _with_vectors(block: nn.Module) -> nn.Module:
+    """``block`` and the vectors of a TinyLoRA that its layers read but do not own, as one module."""
+    whole = nn.Module()
+    whole.block = block
+    vectors = {id(m.vectors): m.vectors for m in block.modules() if isinstance(m, ProjectedCore)}
+    whole.vectors = list(vectors.values())
+    return whole
 
 
 def _checkpoint(run: Callable[..., list[mx.array]], parameters: int) -> Callable[..., Any]:

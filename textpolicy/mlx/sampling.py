@@ -12,6 +12,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..engine import Sampling
+from . import cuda
+from .exponentials import exp_without_gradient
 
 _BLOCK = 256  # tokens per partial sum: float32 sums stay short, so the tail is not lost to rounding
 
@@ -25,15 +27,22 @@ class Draw(NamedTuple):
 
 
 class Sampler:
-    """Draws as a ``Sampling`` asks; compiled where the backend fuses kernels, once for each shape of its input."""
+    """Draws as a ``Sampling`` asks: by a kernel of ours on CUDA, else with MLX's operations.
 
-    def __init__(self, sampling: Sampling):
-        self._draw: Callable[..., Any] = partial(draw, temperature=sampling.temperature, keep=Keep.of(sampling))
-        if mx.default_device() == mx.Device(mx.gpu):
+    ``compiled`` fuses these, once for each shape of the input; None is yes on a GPU.
+    """
+
+    def __init__(self, sampling: Sampling, compiled: bool | None = None):
+        keep = Keep.of(sampling)
+        self._draw: Callable[..., Any] = partial(draw, temperature=sampling.temperature, keep=keep)
+        if mx.default_device() == mx.Device(mx.gpu) if compiled is None else compiled:
             self._draw = mx.compile(self._draw)
+        self._temperature = sampling.temperature if cuda.is_default() and keep is None else 0.0  # 0: not by the kernel
 
     def __call__(self, logits: mx.array, state: mx.array, uniform: mx.array) -> Draw:
         """One token for each of R rows; row r draws from row ``state[r]`` of the (C, V) ``logits``."""
+        if self._temperature > 0 and logits.shape[-1] % 8 == 0:
+            return Draw(*cuda.draw(logits, state, uniform, self._temperature))
         return Draw(*self._draw(logits, state, uniform))
 
 
@@ -74,7 +83,7 @@ def draw(
     if keep is not None:
         logits = keep(logits)
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    mass = mx.exp(shifted)
+    mass = exp_without_gradient(shifted)
     log_total = mx.log(mass.sum(axis=-1))
     spread = (mass * mx.maximum(shifted, -1e30)).sum(axis=-1) / mass.sum(axis=-1)  # 0 * -inf is not a number
     tokens = mx.argmax(shifted, axis=-1)[state] if temperature == 0 else _inverse_cdf(mass, state, uniform)

@@ -98,28 +98,30 @@ def _hidden(context: Context, reader: Split, part: Pass) -> mx.array:
     return states.reshape(-1, states.shape[-1])[mx.array(part.picked)]
 
 
-def micro_batches(batch: Batch, max_tokens: int) -> Iterator[tuple[np.ndarray, Layout]]:
+def micro_batches(batch: Batch, max_tokens: int, max_rows: int | None = None) -> Iterator[tuple[np.ndarray, Layout]]:
     """Rows of one prompt side by side, at most ``max_tokens`` padded tokens (prompts too), or one row, at a time.
 
-    Which rows of the batch they are, (R,) int, and their layout. Any split has the same gradient.
+    Which rows of the batch they are, (R,) int, and their layout; ``max_rows`` of them at most, if given. Any
+    split has the same gradient.
     """
     order = _by_prompt(batch)
     lengths = batch.lengths[order]
     start = 0
     while start < len(order):
         stop, width = start + 1, int(lengths[start])
-        while stop < len(order) and max(width, lengths[stop]) * (stop + 1 - start) <= max_tokens:
+        last = len(order) if max_rows is None else min(len(order), start + max_rows)
+        while stop < last and max(width, lengths[stop]) * (stop + 1 - start) <= max_tokens:
             width = max(width, int(lengths[stop]))
             stop += 1
         yield order[start:stop], Layout.build(batch.take(order[start:stop], width))
         start = stop
 
 
-def logprobs_of(model: nn.Module, batch: Batch, max_tokens: int) -> np.ndarray:
+def logprobs_of(model: nn.Module, batch: Batch, max_tokens: int, max_rows: int | None = None) -> np.ndarray:
     """(B, T) float32 log-probs of the batch's sampled targets under ``model``, without gradients; 0 elsewhere."""
     out = np.zeros(batch.weights.shape, np.float32)
     live = np.flatnonzero(batch.weights.any(axis=1))
-    for rows, layout in micro_batches(batch.take(live), max_tokens):
+    for rows, layout in micro_batches(batch.take(live), max_tokens, max_rows):
         scored = np.array(score(model, layout, gradient=False))
         for i, line in zip(live[rows], scored, strict=True):
             start, stop = batch.starts[i], batch.lengths[i]

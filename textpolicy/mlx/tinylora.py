@@ -12,9 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..adapters import Sigma as SigmaPlacement
 from ..errors import UserError, unknown_name
 
-SigmaPlacement = Literal["paper", "peft", "loraxs_code"]
 _SIGMA_POWERS = {"paper": (1.0, 0.0), "peft": (0.5, 0.5), "loraxs_code": (0.0, 1.0)}  # left and right of R
 
 
@@ -105,6 +105,11 @@ class ProjectedCore(nn.Module):
         self.vector = partial(vectors, group)  # out of reach of parameters(), which would list v again
         self.projections = projections
         self.freeze()
+
+    @property
+    def vectors(self) -> SharedVectors:
+        """What it reads."""
+        return self.vector.func  # type: ignore[return-value]
 
     def __call__(self) -> mx.array:
         return mixture(self.vector(), self.projections)

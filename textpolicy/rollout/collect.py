@@ -23,15 +23,17 @@ def collect(
     group_size: int,
     sampling: Sampling,
     first_group: int = 0,
+    pieces: bool = True,
 ) -> list[Episode]:
     """``group_size`` scored episodes for each of the environment's ``prompts`` (indices), in order.
 
     A prompt's place in ``prompts``, counted from ``first_group``, is its episodes' group, so a prompt
     drawn twice has two groups. Episodes of several turns take their turns together: all that are not
-    over go to the engine in one call, with all their tokens so far.
+    over go to the engine in one call, with all their tokens so far. ``pieces`` asks for the text of every
+    token, too.
     """
     if isinstance(env, DrivenEnv):
-        return env.play(engine, prompts, group_size, sampling, first_group)
+        return env.play(engine, prompts, group_size, sampling, first_group, pieces)
     rollouts = [_Rollout(env.begin(i)) for i in prompts for _ in range(group_size)]
     first = engine.sample([env.prompt_ids(i).tolist() for i in prompts], group_size, sampling)
     waiting = _add(env, rollouts, [completion for members in first for completion in members])
@@ -42,7 +44,7 @@ def collect(
         waiting = _add(env, waiting, [completion for [completion] in sampled])
     scores = env.scores([r.conversation for r in rollouts])
     pairs = zip(rollouts, scores, strict=True)
-    return [r.episode(env, scored, first_group + n // group_size) for n, (r, scored) in enumerate(pairs)]
+    return [r.episode(env, scored, first_group + n // group_size, pieces) for n, (r, scored) in enumerate(pairs)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,8 @@ class _Rollout:
     conversation: Conversation
     turns: list[Completion] = field(default_factory=list)
 
-    def episode(self, env: TextGenerationEnv, scored: Scored, group: int) -> Episode:
-        done = self.conversation
+    def episode(self, env: TextGenerationEnv, scored: Scored, group: int, pieces: bool) -> Episode:
+        done, read = self.conversation, self.turns if pieces else ()
         return Episode.from_turns(
             done.prompt,
             self.turns,
@@ -64,7 +66,7 @@ class _Rollout:
             prompt=env.prompt_text(done.index),
             text=done.transcript,
             truncated=done.truncated,
-            pieces=tuple(piece for turn in self.turns for piece in env.pieces(turn.tokens)),
+            pieces=tuple(piece for turn in read for piece in env.pieces(turn.tokens)),
         )
 
 

@@ -1,0 +1,286 @@
+"""The peak predicted before the first step against the peak of real updates and decodes, and what follows from it."""
+
+from __future__ import annotations
+
+import gc
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below mlx
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+from conftest import recipe
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
+
+from textpolicy.engine import Sampling
+from textpolicy.errors import UserError
+from textpolicy.losses import Surrogate
+from textpolicy.mlx import memory
+from textpolicy.mlx.context import Context
+from textpolicy.mlx.engine import MLXEngine
+from textpolicy.mlx.lora import attach_lora
+from textpolicy.mlx.memory import Costs, Curve, Workload, fit, limit_memory, preflight, usable_memory
+from textpolicy.mlx.models import load_model
+from textpolicy.types import Completion, Episode
+
+VOCABULARY = 4000
+WORK = Workload(prompts=4, group=4, prompt_tokens=40, completion_tokens=24)
+LONG = Workload(prompts=1, group=2, prompt_tokens=20, completion_tokens=250)
+ABOVE = {"lora": 1.6, "checkpointed": 1.6, "quantised": 1.6, "full": 1.8}  # predicted / measured of an update, at most
+
+
+@pytest.fixture(autouse=True)
+def limits():
+    """What the tests set is put back."""
+    before = mx.set_memory_limit(2**40)
+    yield
+    mx.set_memory_limit(before)
+
+
+@pytest.fixture(autouse=True)
+def dropped_contexts_are_freed(monkeypatch):
+    """A context and its layers know each other, so Python frees them when its collector runs: here, at each fork."""
+    fork = Context.fork
+    gc.collect()
+    gc.freeze()
+
+    def collected(self, parents):
+        gc.collect()
+        return fork(self, parents)
+
+    monkeypatch.setattr(Context, "fork", collected)
+    yield
+    gc.unfreeze()
+
+
+def model_of(kind):
+    """Wide enough that activations matter, in a few blocks."""
+    mx.random.seed(0)
+    arguments = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=128,
+        num_hidden_layers=6,
+        intermediate_size=384,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        vocab_size=VOCABULARY,
+    )
+    model = llama.Model(arguments)
+    if kind == "quantised":
+        nn.quantize(model, group_size=64, bits=4)
+    if kind != "full":
+        attach_lora(model, rank=8)
+    mx.eval(model.parameters())
+    return model
+
+
+def engine_of(kind):
+    return MLXEngine(model_of(kind), stop=[], checkpoint_every=1 if kind == "checkpointed" else 0)
+
+
+def batch(work, vocabulary=VOCABULARY):
+    rng, t = np.random.default_rng(0), work.completion_tokens
+    episodes = []
+    for group in range(work.prompts):
+        prompt = rng.integers(1, vocabulary, work.prompt_tokens).tolist()
+        for k in range(work.group):
+            c = Completion(rng.integers(1, vocabulary, t), np.full(t, -8, np.float32), np.ones(t, np.float32))
+            episodes.append(Episode.from_completion(prompt, c, reward=float(k % 2), group=group))
+    return recipe("grpo").credit(episodes)
+
+
+def others(engine):
+    """Bytes of arrays that are not the engine's; MLX's record of its peak begins anew."""
+    gc.collect()
+    mx.reset_peak_memory()
+    own = [value for _, value in tree_flatten([engine.model.parameters(), engine.optimizer.state])]
+    return mx.get_active_memory() - sum(value.nbytes for value in own)
+
+
+def updates(engine, work, micro_batch_tokens, vocabulary=VOCABULARY, times=2):
+    """Bytes at the peak of so many updates."""
+    engine.micro_batch_tokens, rows = micro_batch_tokens, batch(work, vocabulary)
+    before = others(engine)
+    return max(engine.update(rows, Surrogate(), 1e-5)["peak_memory_bytes"] for _ in range(times)) - before
+
+
+def decodes(engine, work, rows, vocabulary=VOCABULARY):
+    """Bytes at the peak of one rollout."""
+    engine.decode_rows, before = rows, others(engine)
+    prompts = np.random.default_rng(1).integers(1, vocabulary, (work.prompts, work.prompt_tokens)).tolist()
+    engine.sample(prompts, work.group, Sampling(work.completion_tokens, seed=2))
+    return mx.get_peak_memory() - before
+
+
+# against real steps
+
+
+@pytest.mark.parametrize(
+    ("kind", "work"), [(k, w) for k in ABOVE for w in (WORK, LONG) if (k, w) != ("quantised", LONG)]
+)
+def test_the_peak_of_updates_and_rollouts_is_predicted_from_above(kind, work):
+    """Decoding at most twofold: a fork of all rows at their full length is counted, and none of these ends before."""
+    engine = engine_of(kind)
+    costs = Costs.measure(engine.model, checkpoint_every=engine.checkpoint_every)
+    for rows in (work.rows, 3):
+        tokens = rows * work.row
+        assert 1 <= costs.update(work, tokens) / updates(engine, work, tokens) <= ABOVE[kind]
+        assert 1 <= costs.decode(work, rows) / decodes(engine, work, rows) <= 2
+
+
+@pytest.mark.slow
+def test_the_peaks_of_the_built_in_model_are_predicted_within_a_third():
+    model, tokenizer = load_model("smollm2-135m")
+    engine, work = MLXEngine(attach_lora(model), stop=[]), Workload(2, 4, prompt_tokens=60, completion_tokens=24)
+    costs, words = Costs.measure(model), tokenizer.vocab_size
+    for rows in (8, 2):
+        tokens = rows * work.row
+        assert 1 <= costs.update(work, tokens) / updates(engine, work, tokens, words, times=1) <= 4 / 3
+        assert 1 <= costs.decode(work, rows) / decodes(engine, work, rows, words) <= 4 / 3
+
+
+def test_checkpointing_lowers_the_measured_peak_and_the_predicted_one():
+    """Activations that were kept all the same would show: of 12 blocks they are nearly all there is."""
+    measured, predicted = [], []
+    for every in (0, 2, 1):
+        arguments = {"hidden_size": 96, "num_hidden_layers": 12, "intermediate_size": 256, "num_attention_heads": 4}
+        model = llama.Model(llama.ModelArgs("llama", rms_norm_eps=1e-5, vocab_size=200, **arguments))
+        engine = MLXEngine(attach_lora(model, rank=4), stop=[], checkpoint_every=every)
+        predicted.append(Costs.measure(model, checkpoint_every=every).update(LONG, LONG.row))
+        measured.append(updates(engine, LONG, LONG.row, 200, times=1))
+    for none, half, every_one in (measured, predicted):
+        assert half < 0.8 * none
+        assert every_one < 0.5 * none
+
+
+def test_metrics_show_the_peak_since_the_update_before():
+    engine, few = engine_of("lora"), Workload(1, 2, 5, 5)
+    before = others(engine)
+    large = updates(engine, LONG, 8192)
+    small = updates(engine, few, 8192)
+    assert small < large / 2
+    rollout = decodes(engine, Workload(32, 1, 100, 4), 32)
+    assert rollout > small
+    assert engine.update(batch(few), Surrogate(), 1e-5)["peak_memory_bytes"] - before == pytest.approx(rollout, rel=0.1)
+
+
+# what follows from it
+
+
+@pytest.fixture
+def costs():
+    """Round numbers: 1,000 bytes of weights and moments, 10 per token of an update, 4 per cached token."""
+    return Costs(
+        weights=1000,
+        trained=0,
+        recomputed=False,
+        compiled=False,
+        learning=Curve(0, 10, 0),
+        reading=Curve(0, 1, 0),
+        cache=4,
+        state=0,
+        chunk=100,
+        head=(0, 0, 0, 0),
+        head_trained=0,
+        scored=0,
+        logits=0,
+    )
+
+
+ROUND = Workload(prompts=2, group=4, prompt_tokens=10, completion_tokens=10)
+
+
+def test_an_update_of_round_numbers_costs_what_the_fingers_say(costs):
+    """2 prompts and 8 completions of 10 tokens at 10 bytes, and 8 rows of keys: the prompt's 10, and its 10 with 10."""
+    longest = 1000 + 10 * (2 * 10 + 8 * 10) + 8 * (10 + 20) * 4
+    assert costs.update(ROUND, 160) == pytest.approx(1.05 * longest)
+
+
+def test_shorter_completions_of_which_more_fit_are_thought_of(costs):
+    """20 tokens hold one completion of 10 after its prompt, or one of 1: two rows of 11 are too many."""
+    one_long = 1000 + 10 * (10 + 10) + (10 + 20) * 4
+    assert costs.update(ROUND, 20) == pytest.approx(1.05 * one_long)
+    two_of_two = 1000 + 10 * (2 * 10 + 2 * 2) + 2 * (10 + 12) * 4  # of two prompts, at worst
+    assert costs.update(ROUND, 24) == pytest.approx(1.05 * max(one_long, two_of_two))
+
+
+def test_decoding_of_round_numbers_costs_what_the_fingers_say(costs):
+    """All at once: 8 rows of 10 + 11 slots, twice while they fork. Two at a time: others enter meanwhile."""
+    assert costs.decode(ROUND, 8) == pytest.approx(1.05 * (1000 + 2 * 8 * 21 * 4))
+    assert costs.decode(ROUND, 2) == pytest.approx(1.05 * (1000 + 2 * 2 * 21 * 4))
+
+
+def test_what_fits_stays_as_asked_for(costs):
+    plan = fit(costs, ROUND, 1e9, micro_batch_tokens=8192, decode_rows=128)
+    assert (plan.micro_batch_tokens, plan.decode_rows, plan.shrunk) == (8192, 128, ())
+
+
+@pytest.mark.parametrize("budget", [1700, 2000, 2500])
+def test_sizes_shrink_to_the_largest_that_fit(costs, budget):
+    plan = fit(costs, ROUND, budget, micro_batch_tokens=8192, decode_rows=128)
+    assert "micro_batch_tokens" in plan.shrunk
+    assert plan.update_bytes == costs.update(ROUND, plan.micro_batch_tokens) <= budget
+    assert costs.update(ROUND, plan.micro_batch_tokens + ROUND.row) > budget
+    assert plan.decode_bytes <= budget
+
+
+def test_evaluation_on_many_prompts_bounds_the_rows_decoded_side_by_side(costs):
+    judged = Workload(prompts=1000, group=1, prompt_tokens=10, completion_tokens=10)
+    plan = fit(costs, ROUND, 5000, micro_batch_tokens=20, decode_rows=128, evaluation=[judged])
+    assert plan.decode_rows == math.floor((5000 / 1.05 - 1000) / (2 * 21 * 4))
+    assert plan.shrunk == ("decode_rows",)
+
+
+def test_where_not_even_one_completion_fits_it_says_so_with_numbers_and_settings(costs):
+    with pytest.raises(UserError) as told:
+        fit(costs, ROUND, 1200, micro_batch_tokens=8192, decode_rows=128)
+    assert "an update needs about 0.00 GB for one completion of 10 tokens after a prompt of 10" in str(told.value)
+    assert "machine.memory_limit_gb" in str(told.value)
+
+
+def test_a_compiled_pass_costs_what_it_is_padded_to(costs):
+    """5 rows, 65 and 17 tokens become 6, 96 and 24; 4, 64 and 16 stay."""
+    compiled, odd, even = replace(costs, compiled=True), Workload(1, 5, 65, 17), Workload(1, 4, 64, 16)
+    assert compiled.update(odd, 1000) == costs.update(Workload(1, 6, 96, 24), 1000)
+    assert compiled.update(even, 1000) == costs.update(even, 1000)
+
+
+def test_an_engine_gets_smaller_sizes_and_the_same_gradients():
+    engine = engine_of("lora")
+    rows, before, asked = batch(WORK), others(engine), engine.micro_batch_tokens
+    room = 1.1 * Costs.measure(engine.model).update(WORK, 2 * WORK.row)
+    plan = preflight(engine, WORK, limit=before + room)
+    assert engine.micro_batch_tokens == plan.micro_batch_tokens < asked
+    assert engine.decode_rows == plan.decode_rows
+    at_once = MLXEngine(model_of("lora"), stop=[]).update(rows, Surrogate(), 1e-5)
+    others(engine)
+    by_parts = engine.update(rows, Surrogate(), 1e-5)
+    for name in ("loss", "grad_norm"):
+        assert by_parts[name] == pytest.approx(at_once[name], rel=1e-4, abs=1e-6)
+    assert by_parts["peak_memory_bytes"] - before <= room
+
+
+# the machine
+
+
+def test_a_container_sees_its_own_share_of_the_machine(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "_CGROUP", limit)
+    whole = usable_memory()
+    limit.write_text("max\n")
+    assert usable_memory() == whole
+    limit.write_text("1000000\n")
+    assert usable_memory() == pytest.approx(0.8e6)
+
+
+def test_the_limit_that_is_set_is_the_one_returned():
+    assert limit_memory(5e9) == 5e9
+    assert mx.set_memory_limit(2**40) == 5_000_000_000
+    assert limit_memory() == usable_memory()

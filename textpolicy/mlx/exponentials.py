@@ -1,0 +1,85 @@
+"""A faster exponential for CPUs, where MLX computes one number at a time, and what models make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import mlx.core as mx
+
+# exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln 2 / 2; ln 2 in two parts, so that r is exact (Cody, Waite).
+_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+_TERMS = [1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2]  # of exp(r) = 1 + r + r^2 (1/2 + r (1/6 + ...))
+
+
+@mx.compile
+def _parts(x: mx.array) -> tuple[mx.array, mx.array]:
+    """exp(r), and 2^n as the bits of a float."""
+    x = mx.maximum(mx.minimum(x, 88.0), -87.0)
+    n = mx.floor(x * 1.4426950408889634 + 0.5)
+    r = x - n * _LN2_HIGH - n * _LN2_LOW
+    p = r * _TERMS[0] + _TERMS[1]
+    for term in _TERMS[2:]:
+        p = p * r + term
+    return p * r * r + r + 1.0, (n.astype(mx.int32) + 127) << 23
+
+
+@mx.compile
+def _logistic(p: mx.array, power: mx.array) -> mx.array:
+    return 1.0 / (1.0 + p * power)
+
+
+@mx.compile
+def _gated(gate: mx.array, x: mx.array, s: mx.array) -> mx.array:
+    return gate * s * x
+
+
+def _slopes(gate: mx.array, x: mx.array, s: mx.array, slope: mx.array) -> tuple[mx.array, mx.array]:
+    return slope * x * s * (1.0 + gate * (1.0 - s)), slope * gate * s
+
+
+_compiled_slopes: Any = mx.compile(_slopes)
+
+
+def exp(x: mx.array) -> mx.array:
+    """exp(x) of float32 numbers, to 4e-7 of its value; exp(-87) below that. It carries no gradient."""
+    p, power = _parts(x)
+    return p * mx.view(power, mx.float32)
+
+
+def exp_without_gradient(x: mx.array) -> mx.array:
+    """exp(x) as fast as the default device does it."""
+    return exp(x) if _on_cpu() and x.dtype == mx.float32 else mx.exp(x)
+
+
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """gate sigmoid(gate) x, with its gradient; another type than float32 as mlx-lm does it."""
+    if gate.dtype != mx.float32 or x.dtype != mx.float32:
+        from mlx_lm.models.activations import swiglu as theirs
+
+        return theirs(gate, x)
+    out: Any = _swiglu(gate, x)
+    return out[0]
+
+
+@mx.custom_function
+def _swiglu(gate: mx.array, x: mx.array) -> list[mx.array]:
+    p, power = _parts(-gate)
+    s = _logistic(p, mx.view(power, mx.float32))
+    return [_gated(gate, x, s), s]
+
+
+@_swiglu.vjp
+def _swiglu_backward(primals: Any, slopes: Any, outputs: Any) -> tuple[mx.array, mx.array]:
+    gate, x = primals
+    by_gate, by_x = _compiled_slopes(gate, x, outputs[1], slopes[0])
+    return by_gate, by_x
+
+
+def substitutes() -> Mapping[str, Callable[..., Any]]:
+    """What models are to call instead of mlx-lm's functions on the default device, by name."""
+    return {"swiglu": swiglu} if _on_cpu() else {}
+
+
+def _on_cpu() -> bool:
+    return mx.default_device() == mx.Device(mx.cpu)

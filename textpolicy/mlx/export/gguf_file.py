@@ -1,0 +1,145 @@
+"""A merged model of the Llama family as a GGUF file, through the gguf package."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gguf
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from gguf import GGMLQuantizationType, LlamaFileType
+from mlx.utils import tree_flatten
+
+from ...errors import UserError
+from ..tokenizer import TokenizerData
+from .bpe import read_bpe
+from .files import read_config, written_whole
+from .model_folder import merge
+
+QUANTS = {
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+BLOCK = 32  # values per scale of Q8_0
+FAMILY = ("llama", "mistral")
+
+
+def export_gguf(model: nn.Module, tokenizer: Any, base: Path, out: Path, *, quant: str = "f16") -> None:
+    """Write ``model``, whose adapters are merged into it, and ``tokenizer`` to the new GGUF file ``out``.
+
+    ``base`` is the folder both were loaded from (see ``find_model``); ``quant`` is a name in ``QUANTS`` and
+    holds for the matrices, norms being float32. Raises UserError if ``out`` exists, and for a model or
+    tokenizer that a Llama's GGUF file has no words for.
+    """
+    args = model.args
+    _check_family(read_config(base), args)
+    data = read_bpe(base, tokenizer, args.vocab_size)
+    weights = dict(tree_flatten(merge(model).parameters()))
+    names = _names(weights, args.num_hidden_layers)
+    kinds = {name: _kind(weights[name], QUANTS[quant][0]) for name in names}
+    heads = {"q_proj": args.num_attention_heads, "k_proj": args.num_key_value_heads}
+    with written_whole(out) as path, closing(gguf.GGUFWriter(path, "llama")) as writer:
+        _describe(writer, args, out.stem, QUANTS[quant][1])
+        _describe_tokenizer(writer, data)
+        for name, filed in names.items():
+            _announce(writer, filed, weights[name].shape, kinds[name])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name in names:  # one at a time, so that no second model is in memory
+            module = name.split(".")[-2]
+            rows = permute(weights[name], heads[module]) if module in heads else weights[name]
+            writer.write_tensor_data(_encode(name, np.array(rows), kinds[name]))
+
+
+def permute(rows: mx.array, heads: int) -> mx.array:
+    """llama.cpp's order of the q and k rows: (heads, 2, head_dim/2) -> (heads, head_dim/2, 2)."""
+    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _check_family(config: dict[str, Any], args: Any) -> None:
+    kind = config["model_type"]
+    if kind not in FAMILY:
+        raise UserError(f"--to gguf writes {' and '.join(FAMILY)} models and this is a {kind!r}; use --to mlx or hf")
+    rotation = args.rope_scaling or {}
+    if rotation.get("rope_type", rotation.get("type", "default")) != "default" or args.rope_traditional:
+        raise UserError(f"--to gguf writes the plain rotation and this model has {rotation}; use --to mlx or hf")
+    if "sliding_attention" in args.layer_types or config.get("sliding_window"):
+        raise UserError("--to gguf cannot say that attention has a sliding window; use --to mlx or hf")
+    if args.max_position_embeddings is None:
+        raise UserError("the model's config.json has no max_position_embeddings, which GGUF needs; add it")
+
+
+def _names(weights: dict[str, mx.array], layers: int) -> dict[str, str]:
+    """GGUF's name of every weight."""
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+    names = {}
+    for name in weights:
+        filed = table.get_name(name, try_suffixes=(".weight",))
+        if filed is None:
+            raise UserError(f"--to gguf has no place for the weight {name!r}; use --to mlx or hf")
+        names[name] = filed
+    return names
+
+
+def _describe(writer: gguf.GGUFWriter, args: Any, name: str, file_type: LlamaFileType) -> None:
+    head_dim = args.head_dim or args.hidden_size // args.num_attention_heads
+    writer.add_name(name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(args.vocab_size)
+    writer.add_context_length(args.max_position_embeddings)
+    writer.add_embedding_length(args.hidden_size)
+    writer.add_block_count(args.num_hidden_layers)
+    writer.add_feed_forward_length(args.intermediate_size)
+    writer.add_head_count(args.num_attention_heads)
+    writer.add_head_count_kv(args.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(args.rope_theta)
+    writer.add_layer_norm_rms_eps(args.rms_norm_eps)
+
+
+def _describe_tokenizer(writer: gguf.GGUFWriter, data: TokenizerData) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(data.pre_tokenizer)
+    writer.add_token_list(list(data.tokens))
+    writer.add_token_types(list(data.token_types))
+    writer.add_token_merges(list(data.merges))
+    writer.add_eos_token_id(data.eos)
+    writer.add_add_bos_token(data.add_bos)
+    for token, add in (
+        (data.bos, writer.add_bos_token_id),
+        (data.unknown, writer.add_unk_token_id),
+        (data.padding, writer.add_pad_token_id),
+    ):
+        if token is not None:
+            add(token)
+    if data.chat_template is not None:
+        writer.add_chat_template(data.chat_template)
+
+
+def _kind(weight: mx.array, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+    """Norms stay float32, and rows that are no whole number of Q8_0's blocks float16, as llama.cpp has it."""
+    if weight.ndim == 1:
+        return GGMLQuantizationType.F32
+    return GGMLQuantizationType.F16 if weight.shape[-1] % BLOCK else wanted
+
+
+def _announce(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> None:
+    of_bytes = np.dtype(np.uint8) if kind is GGMLQuantizationType.Q8_0 else None
+    dtype = of_bytes or np.dtype(np.float32 if kind is GGMLQuantizationType.F32 else np.float16)
+    stored = gguf.quant_shape_to_byte_shape(shape, kind) if of_bytes else shape
+    writer.add_tensor_info(name, stored, dtype, int(np.prod(stored)) * dtype.itemsize, raw_dtype=kind)
+
+
+def _encode(name: str, weight: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """The bytes of one tensor. Raises UserError for a number that is none, or too large for a half."""
+    if not np.abs(weight).max() <= np.finfo(np.float16).max:
+        raise UserError(f"the weight {name!r} has numbers that float16 cannot hold; use --to mlx or hf")
+    return gguf.quants.quantize(weight, kind)

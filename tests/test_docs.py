@@ -11,7 +11,14 @@ import pytest
 from textpolicy.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-FILES = ["README.md", "docs/QUICKSTART_UV.md", "docs/06_performance.md", "docs/10_lora_qlora.md", "docs/algorithms.md"]
+FILES = [
+    "README.md",
+    "docs/QUICKSTART_UV.md",
+    "docs/02_rewards.md",
+    "docs/06_performance.md",
+    "docs/10_lora_qlora.md",
+    "docs/algorithms.md",
+]
 FENCE = re.compile(r"^```(\w*)$")
 
 

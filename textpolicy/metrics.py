@@ -25,6 +25,7 @@ def summarize(
     lengths = np.array([int(e.mask.sum()) for e in episodes])
     return {
         **_rewards(rewards),
+        **_each_reward(episodes),
         "frac_reward_zero_std": frac_reward_zero_std(episodes),
         **_accuracy(episodes),
         "length_mean": float(lengths.mean()),
@@ -63,6 +64,16 @@ def _rewards(rewards: np.ndarray) -> Row:
     scored = rewards[~np.isnan(rewards)]
     known = {"reward_mean": float(scored.mean()), "reward_std": float(scored.std())} if len(scored) else {}
     return {**known, "unscorable": float(np.isnan(rewards).mean())}
+
+
+def _each_reward(episodes: Sequence[Episode]) -> Row:
+    """Mean and standard deviation of each of several rewards, over the completions that it could score."""
+    row: Row = {}
+    for name in sorted({name for e in episodes for name in e.scores}):
+        scores = np.array([e.scores[name] for e in episodes if not np.isnan(e.scores.get(name, np.nan))])
+        if len(scores):
+            row |= {f"reward_mean/{name}": float(scores.mean()), f"reward_std/{name}": float(scores.std())}
+    return row
 
 
 def _mean(values: Sequence[float]) -> float:

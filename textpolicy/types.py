@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
@@ -47,6 +47,7 @@ class Episode:
     is_correct: bool | None = None  # None when the reward does not say
     pieces: tuple[str, ...] = ()  # the text of each sampled token; () when nobody asked
     reference: np.ndarray | None = None  # (L,) float32, log-probs of the frozen reference, where a recipe needs them
+    scores: Mapping[str, float] = field(default_factory=dict)  # of each of several rewards that applied, unweighted
 
     @classmethod
     def from_completion(cls, prompt: Sequence[int], completion: Completion, /, **scored: Any) -> Self:

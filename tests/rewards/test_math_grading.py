@@ -2,6 +2,8 @@ r"""Boxed answers and their grading, judged by hand; hostile answers end in time
 
 import importlib.util
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -16,9 +18,9 @@ from textpolicy.rewards.math import extract_boxed, grade_math_answer, normalize_
 
 @pytest.fixture(scope="module", autouse=True)
 def one_process():
-    """The grading process of these tests, ended with them."""
+    """The grading processes of these tests, ended with them."""
     yield
-    grading._grader().stop()
+    grading._graders().stop()
 
 
 # ---- what is in the box
@@ -146,6 +148,14 @@ EQUAL = [
     (r"(-\infty,1)\cup(2,\infty)", r"(2,\infty)\cup(-\infty,1)"),
     (r"\begin{pmatrix} 1 \\ 2/4 \end{pmatrix}", r"\begin{pmatrix} 1 \\ \frac12 \end{pmatrix}"),
     (r"\varnothing", r"\emptyset"),
+    ("x^4+x^3+x^2+x", "x(x^3+x^2+x^1+1)"),
+    ("2^{2^{4}}", "65536"),
+    ("2^{-1.25}", r"\frac{1}{2^{1.25}}"),
+    ("5!+2^3", "128"),
+    ("(n-1)! n", "n!"),
+    ("10^{1000}", "10^{999} \\cdot 10"),
+    ("((((((1))))))", "1"),
+    ("1" + "0" * 98, "10^{98}"),
 ]
 UNEQUAL = [
     (None, "5"),
@@ -217,6 +227,21 @@ def test_an_answer_of_any_length_can_be_right():
 
 # ---- in a process of its own
 
+SLOW = "(x+y+1)^{999}"  # math-verify does not end
+
+HOPELESS = [
+    "9^{9^{9}}", "9^{9^{9^{9}}}", "2^{2^{2^{2^{2}}}}", "10^{10^{10}}", "100000000!", "((2^{1000})!)!",
+    "1e999999999", "(" * 400 + "1" + ")" * 400, "-(" * 30 + "1" + ")" * 30, "+" * 300 + "5", r"\infty" * 30, "1" * 900,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("hostile", HOPELESS)
+def test_what_no_person_writes_is_not_even_tried(hostile):
+    assert grade_math_answer("x+1", "1+x")  # so that the process runs
+    assert seconds(lambda: grade_math_answer(hostile, "5", timeout=5)) < 0.1
+    assert not grade_math_answer(hostile, "5")
+    assert grade_math_answer(f" ${hostile}$ ", hostile)
+
 
 def seconds(call):
     start = time.perf_counter()
@@ -224,7 +249,7 @@ def seconds(call):
     return time.perf_counter() - start
 
 
-@pytest.mark.parametrize("hostile", ["9^{9^{9^{9}}}", "100000000!", "(" * 400 + "1" + ")" * 400, r"10^{10^{10}}"])
+@pytest.mark.parametrize("hostile", [SLOW, r"\sum_{i=1}^{9999} \frac{1}{i}", "9^{9^{9^{9}}}", "100000000!"])
 def test_the_time_limit_holds_and_the_next_answer_is_graded(hostile):
     assert grade_math_answer("x+1", "1+x")  # so that the process runs
     assert seconds(lambda: grade_math_answer(hostile, "5", timeout=0.5)) < 5
@@ -254,18 +279,57 @@ def test_answers_are_not_mixed_up_between_threads():
     assert verdicts == dict.fromkeys(range(8), (True, False))
 
 
-def test_a_process_that_was_killed_is_replaced():
+def running():
+    return [g.process for g in grading._graders().all if g.process is not None]
+
+
+def children_of(pid):
+    listed = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return [int(child) for child in listed.stdout.split()]
+
+
+def test_a_process_that_was_killed_is_replaced_within_five_seconds():
     assert grade_math_answer("x+1", "1+x")
-    process = grading._grader().process
-    process.kill()
-    process.wait()
+    killed = running()
+    for process in killed:
+        process.kill()
+        process.wait()
+    assert seconds(lambda: grade_math_answer("x+1", "1+x")) < 5
+    assert grade_math_answer("x+2", "2+x")
+    assert any(process not in killed for process in running())
+
+
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="finds children by pgrep")
+def test_a_child_that_was_killed_idle_or_at_work_is_replaced_and_the_request_repeated():
     assert grade_math_answer("x+1", "1+x")
+    for process in running():
+        for child in children_of(process.pid):
+            os.kill(child, signal.SIGKILL)
+    assert [grade_math_answer(f"x+{i}", "3+x") for i in (3, 2, 3)] == [True, False, True]
+
+    def kill_at_work():
+        time.sleep(0.3)
+        for process in running():
+            for child in children_of(process.pid):
+                os.kill(child, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_at_work)
+    killer.start()
+    assert seconds(lambda: grade_math_answer(SLOW, "5", timeout=1)) < 2  # both attempts share the second
+    killer.join()
+    assert grade_math_answer("x+1", "1+x")
+
+
+def test_a_late_answer_costs_its_limit_and_no_start():
+    assert grade_math_answer("x+1", "1+x")
+    assert 0.2 <= seconds(lambda: grade_math_answer(SLOW, "5", timeout=0.2)) < 0.4
+    assert seconds(lambda: grade_math_answer("x+1", "1+x")) < 0.2
 
 
 def test_an_interrupted_request_leaves_no_answer_to_the_next(monkeypatch):
     assert grade_math_answer("x+1", "1+x")
     with monkeypatch.context() as patch:
-        patch.setattr(grading._grader().process.stdout, "readline", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(grading._Grader, "answered", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             grade_math_answer("x+2", "2+x")
     assert not grade_math_answer("x+1", "2+x")
@@ -273,17 +337,17 @@ def test_an_interrupted_request_leaves_no_answer_to_the_next(monkeypatch):
 
 def test_a_forked_process_starts_a_grader_of_its_own(monkeypatch):
     assert grade_math_answer("x+1", "1+x")
-    mine = grading._grader()
+    mine = grading._graders()
     monkeypatch.setattr(os, "getpid", lambda: -1)
-    assert grading._grader() is not mine
+    assert grading._graders() is not mine
 
 
 def test_a_grader_that_cannot_start_says_so(monkeypatch):
-    grading._grader().stop()
+    grading._graders().stop()
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(RewardError, match="import math_verify"):
         grade_math_answer("x+1", "1+x")
-    grading._grader().stop()
+    grading._graders().stop()
 
 
 def test_without_math_verify_the_install_line_is_given(monkeypatch):
@@ -296,9 +360,9 @@ def test_without_math_verify_the_install_line_is_given(monkeypatch):
 
 def test_nothing_is_left_running_or_imported():
     program = (
-        "import sys; from textpolicy.rewards.math import grade_math_answer, _grader\n"
+        "import sys; from textpolicy.rewards.math import grade_math_answer, _graders\n"
         "assert grade_math_answer('x+1', '1+x') and 'sympy' not in sys.modules\n"
-        "print(_grader().process.pid)"
+        "print(_graders().all[0].process.pid)"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr == ""

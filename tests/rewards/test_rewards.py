@@ -35,7 +35,7 @@ from textpolicy.rewards import (
     toxicity_verifier,
     verifier,
 )
-from textpolicy.rewards.registry import Fitted
+from textpolicy.rewards.contract import Fitted
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from ..errors import UserError
-from ..rewards.registry import accepted_keywords
+from ..rewards.contract import accepted_keywords
 from .pieces import text_decode
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from ..errors import UserError
-from ..rewards.registry import RewardFunction
+from ..rewards.contract import RewardFunction
 from .chat import ChatCodec, Prompt, Schema, as_messages
 from .conversation import Conversation, Limits, Partner, Reply
 from .text_generation import TextGenerationEnv

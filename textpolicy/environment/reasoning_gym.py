@@ -40,7 +40,7 @@ def reasoning_gym_env(
     entries = [problems[i] for i in range(size)]
     return TextGenerationEnv(
         ["\n".join(filter(None, [entry["question"], instructions])) for entry in entries],
-        Scorer(problems, extract or answer_of),
+        EntryReward(problems, extract or answer_of),
         tokenizer=tokenizer,
         examples=entries,
         **settings,
@@ -67,7 +67,7 @@ def make_dataset(
 
 
 @dataclass(frozen=True, eq=False)
-class Scorer:
+class EntryReward:
     """The reward: what the data set's own scorer says of the answer in a completion; correct is a full score.
 
     A scorer that raises at an answer has not accepted it: 0, and the first time of each kind is logged.

@@ -11,7 +11,7 @@ from typing import Any
 
 from .._extras import extra
 from ..errors import UserError, unknown_name
-from ..rewards.registry import RewardFunction
+from ..rewards.contract import RewardFunction
 from .chat import Prompt
 from .text_generation import TextGenerationEnv
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from ..errors import UserError
-from ..rewards.registry import Fitted, RewardFunction, Scored, call_reward
+from ..rewards.contract import Request, RewardFunction, Scored
+from ..rewards.scoring import Scorer
 from .base import Environment
 from .chat import ChatCodec, Prompt, Schema, as_messages, question, token_ids
 from .conversation import Conversation, Limits, Partner, Silent
@@ -60,7 +61,7 @@ class TextGenerationEnv(Environment):
         self.examples = [{} for _ in prompts] if examples is None else list(examples)
         self.reward_fn, self.tokenizer = reward_fn, tokenizer
         self.max_tokens, self.group_size, self.seed = max_tokens, group_size, seed
-        self._reward = Fitted.of(reward_fn)
+        self._scorer = Scorer.of(reward_fn)
         self._codec = ChatCodec.of(tokenizer)
         self._pieces = Pieces(self._codec.decode)
         self._texts = [question(i, prompt) for i, prompt in enumerate(self.prompts)]
@@ -102,7 +103,7 @@ class TextGenerationEnv(Environment):
         conversation.answer(*self._read(action))
         if not conversation.over:
             return _unfinished(conversation, self._told(conversation))
-        [scored] = self.scores([conversation])
+        [scored] = self.judge([conversation])
         info = {**self._told(conversation), "reward": scored.reward}
         if scored.is_correct is not None:
             info["is_correct"] = scored.is_correct
@@ -145,16 +146,20 @@ class TextGenerationEnv(Environment):
 
     def score(self, i: int, tokens: Any, truncated: bool) -> Scored:
         """The reward of ``tokens`` as a completion of prompt ``i``. Raises RewardError."""
-        return self._score_text(i, self.text(tokens), truncated=truncated)
+        return self.scores([(i, tokens, truncated)])[0]
+
+    def scores(self, completed: Sequence[tuple[int, Any, bool]]) -> list[Scored]:
+        """The rewards of many (prompt, tokens, truncated), in order. Raises RewardError."""
+        return self._scored([self._request(i, self.text(tokens), truncated) for i, tokens, truncated in completed])
 
     def begin(self, i: int) -> Conversation:
         """A new episode of prompt ``i``."""
         asked, limits = as_messages(self.prompts[i]), self._limits()
         return Conversation(i, self._ids[i].tolist(), asked, self._partner(i), self._codec, limits, self.schemas)
 
-    def scores(self, conversations: Sequence[Conversation]) -> list[Scored]:
+    def judge(self, conversations: Sequence[Conversation]) -> list[Scored]:
         """The rewards of finished episodes, in order. Raises RewardError."""
-        return [self._score_text(c.index, c.text, truncated=c.truncated, **self._more(c)) for c in conversations]
+        return self._scored([self._request(c.index, c.text, c.truncated, self._more(c)) for c in conversations])
 
     # ---- what environments of more than one turn have of their own
 
@@ -192,9 +197,11 @@ class TextGenerationEnv(Environment):
             "group": self._group(self._episode),
         }
 
-    def _score_text(self, i: int, text: str, **extra: Any) -> Scored:
-        example = self.examples[i]
-        return call_reward(self._reward, self._texts[i], text, example, tokenizer=self.tokenizer, **extra)
+    def _request(self, i: int, text: str, truncated: bool, extra: Mapping[str, Any] | None = None) -> Request:
+        return Request(self._texts[i], text, self.examples[i], truncated, extra or {})
+
+    def _scored(self, requests: Sequence[Request]) -> list[Scored]:
+        return self._scorer.score(requests, tokenizer=self.tokenizer)
 
     def _tokenise(self, i: int, chat: bool | None) -> np.ndarray:
         prompt = self.prompts[i]

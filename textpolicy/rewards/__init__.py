@@ -1,13 +1,13 @@
 """Rewards: numbers for completions. Importing this registers the built-in ones."""
 
 from .basic import accuracy_reward, keyword_reward, length_reward, perplexity_reward
+from .batch import create_mlx_optimized_batch_processor
+from .contract import Request, RewardFunction, Scored, VerifierFunction
+from .correctness import f1_score_reward, math_accuracy_reward
 from .registry import (
     REWARD_REGISTRY,
     VERIFIER_REGISTRY,
     RewardConfig,
-    RewardFunction,
-    Scored,
-    VerifierFunction,
     apply_verifiers_to_reward,
     call_reward,
     clear_registries,
@@ -18,6 +18,8 @@ from .registry import (
     reward,
     verifier,
 )
+from .sandbox import Limits, Ran, code_output_reward, run_python
+from .scoring import Scorer
 from .verifiers import (
     coherence_verifier,
     contains_keywords,
@@ -31,17 +33,24 @@ from .verifiers import (
 __all__ = [
     "REWARD_REGISTRY",
     "VERIFIER_REGISTRY",
+    "Limits",
+    "Ran",
+    "Request",
     "RewardConfig",
     "RewardFunction",
     "Scored",
+    "Scorer",
     "VerifierFunction",
     "accuracy_reward",
     "apply_verifiers_to_reward",
     "call_reward",
     "clear_registries",
+    "code_output_reward",
     "coherence_verifier",
     "contains_keywords",
     "create_configured_reward_function",
+    "create_mlx_optimized_batch_processor",
+    "f1_score_reward",
     "factual_verifier",
     "get_reward_function",
     "get_verifier_function",
@@ -50,9 +59,11 @@ __all__ = [
     "length_reward",
     "length_verifier",
     "list_registered_functions",
+    "math_accuracy_reward",
     "no_empty_response",
     "perplexity_reward",
     "reward",
+    "run_python",
     "toxicity_verifier",
     "verifier",
 ]

@@ -12,7 +12,7 @@ from ..engine import Engine, Sampling
 from ..environment.base import DrivenEnv
 from ..environment.conversation import Conversation
 from ..environment.text_generation import TextGenerationEnv
-from ..rewards.registry import Scored
+from ..rewards.contract import Scored
 from ..types import Batch, Completion, Episode
 
 
@@ -42,7 +42,7 @@ def collect(
             break
         sampled = engine.sample([r.conversation.tokens for r in waiting], 1, _of_turn(sampling, turn))
         waiting = _add(env, waiting, [completion for [completion] in sampled])
-    scores = env.scores([r.conversation for r in rollouts])
+    scores = env.judge([r.conversation for r in rollouts])
     pairs = zip(rollouts, scores, strict=True)
     return [r.episode(env, scored, first_group + n // group_size, pieces) for n, (r, scored) in enumerate(pairs)]
 
@@ -62,6 +62,7 @@ class _Rollout:
             done.added,
             reward=scored.reward,
             is_correct=scored.is_correct,
+            scores=scored.scores,
             group=group,
             prompt=env.prompt_text(done.index),
             text=done.transcript,

@@ -16,7 +16,7 @@ import numpy as np
 
 from .._extras import extra
 from ..errors import WorkerError
-from ..rewards.registry import accepted_keywords
+from ..rewards.contract import accepted_keywords
 from .runner import RolloutRunner
 from .strategy import create_strategy
 

@@ -1,0 +1,125 @@
+"""What runs inside the sandbox: a script that gives up what it can, and then runs a program. Standard library only.
+
+POSIX resource limits hold everywhere. On Linux, Landlock leaves of the file system Python's own folders, to
+read, and seccomp refuses the system calls below.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import resource
+import struct
+import sys
+from collections.abc import Mapping, Sequence
+
+# ---- system calls by architecture; they reach the network, other processes, the kernel, or what Landlock leaves open
+
+REFUSED = {
+    "x86_64": {
+        "network": (41, 42, 49, 53),  # socket, connect, bind, socketpair
+        "processes": (56, 57, 58, 59, 322, 435),  # clone, fork, vfork, execve, execveat, clone3; threads too
+        "signals": (62, 129, 200, 234, 297, 424, 434, 438),  # kill, tkill, tgkill, ..., pidfd_open, pidfd_getfd
+        "memory of others": (101, 310, 311, 29, 64, 68, 240),  # ptrace, process_vm_*, shmget, semget, msgget, mq_open
+        "limits": (160, 302, 141, 144, 203, 251),  # setrlimit, prlimit64, setpriority, sched_set*, ioprio_set
+        "metadata": (90, 91, 92, 93, 94, 132, 188, 189, 190, 197, 198, 199, 235, 260, 261, 268, 280, 452),  # chmod, ...
+        "kernel": (155, 161, 165, 166, 169, 175, 246, 248, 249, 250, 272, 298, 308, 313, 321, 323, 425, 426, 427),
+    },
+    "aarch64": {
+        "network": (198, 199, 200, 203),
+        "processes": (220, 221, 281, 435),
+        "signals": (129, 130, 131, 138, 240, 424, 434, 438),
+        "memory of others": (117, 270, 271, 180, 186, 190, 194),
+        "limits": (164, 261, 140, 119, 122, 30),
+        "metadata": (5, 6, 7, 14, 15, 16, 52, 53, 54, 55, 88, 452),
+        "kernel": (39, 40, 41, 51, 97, 104, 105, 142, 217, 218, 219, 241, 268, 273, 280, 282, 425, 426, 427),
+    },
+}
+AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+X32 = 0x40000000  # x86_64 numbers from here on are the same calls once more
+CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # Landlock, on every architecture
+READ = 1 << 2 | 1 << 3  # of files and folders
+WRITE_BY_VERSION = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF}  # all rights that Landlock knows, in version 5 0xFFFF
+SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/dev/null", "/dev/zero", "/dev/urandom")
+READY = b"ready"
+
+
+def can_confine() -> bool:
+    """Whether this system has what refuses files, the network and other processes, beyond resource limits."""
+    return sys.platform == "linux" and platform.machine() in REFUSED and _landlock_version() > 0
+
+
+def limit(limits: Mapping[str, int]) -> None:
+    """Set resource limits by their names in ``resource``, soft and hard."""
+    for name, value in limits.items():
+        try:
+            resource.setrlimit(getattr(resource, name), (value, value))
+        except ValueError:  # the system holds to less already, or (macOS) has no such limit
+            if name != "RLIMIT_AS":
+                raise
+
+
+def leave_files(readable: Sequence[str], writable: Sequence[str]) -> None:
+    """Give up the file system but for these folders."""
+    everything = WRITE_BY_VERSION.get(_landlock_version(), 0xFFFF)
+    libc = _libc()
+    ruleset = _checked(libc.syscall(CREATE_RULESET, struct.pack("Q", everything), 8, 0))
+    for folders, rights in ((readable, READ), (writable, everything)):
+        for folder in filter(os.path.exists, folders):
+            kept = rights if os.path.isdir(folder) else rights & 1 << 2
+            path = os.open(folder, os.O_PATH)
+            _checked(libc.syscall(ADD_RULE, ruleset, 1, struct.pack("=Qi", kept, path), 0))
+            os.close(path)
+    _checked(libc.prctl(38, 1, 0, 0, 0))  # no new privileges
+    _checked(libc.syscall(RESTRICT_SELF, ruleset, 0))
+    os.close(ruleset)
+
+
+def leave_calls() -> None:
+    """Make the refused system calls fail with EPERM; a call of another architecture ends the process."""
+    machine = platform.machine()
+    numbers = [n for group in REFUSED[machine].values() for n in group]
+    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
+    steps = [(load, 0, 0, 4), (equal, 1, 0, AUDIT_ARCH[machine]), (give, 0, 0, 0x80000000), (load, 0, 0, 0)]
+    steps += [(at_least, len(numbers) + 1, 0, X32)]
+    steps += [(equal, len(numbers) - i, 0, n) for i, n in enumerate(numbers)]
+    steps += [(give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x00050001)]  # allow; fail with error 1, EPERM
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = struct.pack("HxxxxxxP", len(steps), ctypes.addressof(code))
+    _checked(_libc().prctl(22, 2, program, 0, 0))
+
+
+def _landlock_version() -> int:
+    return int(_libc().syscall(CREATE_RULESET, None, 0, 1))
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def main() -> None:
+    """Read settings from the first argument, confine this process, say so, and run the program."""
+    settings = json.loads(sys.argv[1])
+    with open(settings["program"], encoding="utf-8", errors="surrogateescape") as file:
+        text = file.read()
+    readable = [sys.prefix, sys.base_prefix, *SYSTEM_FOLDERS, settings["folder"]]
+    limit(settings["limits"])
+    if settings["confined"]:
+        leave_files(readable, [settings["folder"]] if settings["writes"] else [])
+        leave_calls()
+    os.write(settings["ready"], READY)
+    os.close(settings["ready"])
+    sys.argv = ["program.py"]
+    exec(compile(text, "program.py", "exec"), {"__name__": "__main__"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Rewards that compare an answer with the right one: mathematics, words in common, countdown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import UserError
+from .math import extract_boxed, grade_math_answer
+from .registry import reward
+
+REFERENCES = ("answer", "label", "ground_truth")  # entries of an example that may hold the right answer
+
+
+@reward(name="math_accuracy")
+def math_accuracy_reward(
+    prompt: str,
+    completion: str,
+    example: Mapping[str, Any],
+    extract_box: bool = True,
+    format_penalty: float = 0.0,
+    timeout: float = 3.0,
+    **_: Any,
+) -> dict[str, Any]:
+    r"""1 when the answer equals the example's, else 0; less ``format_penalty`` without a closed ``\boxed{}``.
+
+    The answer is the content of the last box, or the whole completion with ``extract_box=False``; the right
+    one is example["answer"], ["label"] or ["ground_truth"]. What is equal: ``grade_math_answer``, whose
+    time limit is ``timeout`` seconds. Raises UserError when the example has no right answer.
+    """
+    given = extract_boxed(completion) if extract_box else completion
+    is_correct = grade_math_answer(given, str(_reference(example)), timeout)
+    return {"reward": float(is_correct) - format_penalty * (given is None), "is_correct": is_correct}
+
+
+@reward(name="f1_score")
+def f1_score_reward(prompt: str, completion: str, example: Mapping[str, Any], **_: Any) -> float:
+    """F1 = 2 c / (n + m): c words in common, with repetition, of n in the completion and m in the example's answer.
+
+    Words are lower-cased ``str.split()``. Two empty texts share nothing: 0. Raises UserError when the
+    example has no right answer (Rajpurkar et al., 2016, arXiv:1606.05250, without its removal of articles).
+    """
+    given, truth = (Counter(str(text).lower().split()) for text in (completion, _reference(example)))
+    return 2 * (given & truth).total() / max(1, given.total() + truth.total())
+
+
+@reward(name="countdown")
+def countdown_reward(
+    prompt: str,
+    completion: str,
+    example: Mapping[str, Any],
+    use_all: bool = False,
+    invalid: float = -0.5,
+    **_: Any,
+) -> dict[str, Any]:
+    """``textpolicy.tasks.countdown.countdown_reward_with_info``, by name."""
+    from ..tasks.countdown import countdown_reward_with_info  # tasks import rewards; here only a call goes back
+
+    return countdown_reward_with_info(prompt, completion, example, use_all, invalid)
+
+
+def _reference(example: Mapping[str, Any]) -> Any:
+    for key in REFERENCES:
+        if example.get(key) is not None:
+            return example[key]
+    raise UserError(f"an example without a right answer, {dict(example)!r}; give it an 'answer'")

@@ -68,6 +68,11 @@ class MultiTurnEnv(TextGenerationEnv):
         if chat is False:
             self._codec = replace(self._codec, encode_chat=None, render_chat=None)
 
+    @property
+    def episode_tokens(self) -> int:
+        """The most tokens of an episode after its prompt; without a limit those of the turns, as an estimate."""
+        return self.max_episode_tokens or self.max_turns * self.max_tokens
+
     def _partner(self, i: int) -> Partner:
         return self.partner_fn(self.examples[i])
 

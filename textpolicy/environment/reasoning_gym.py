@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ def reasoning_gym_env(
     tokenizer: Any,
     seed: int = 0,
     config: Mapping[str, Any] | None = None,
-    level: int | None = None,
+    level: int | Sequence[int] | None = None,
     instructions: str = INSTRUCTIONS,
     extract: Callable[[str], str] | None = None,
     **settings: Any,
@@ -31,16 +31,18 @@ def reasoning_gym_env(
     """An environment with ``size`` problems of a reasoning-gym data set, drawn with ``seed``.
 
     ``dataset`` is a name, or a composite: names with weights, or with {"weight": w, "config": {...}}. ``config`` are
-    the data set's own settings; ``level`` takes them from its curriculum instead, from 0. ``extract(text)`` finds
-    the answer in a completion, by default ``answer_of``; ``instructions`` follow every question. The example of a
-    prompt is the library's entry (question, answer, metadata). Further ``settings`` are those of
+    the data set's own settings; ``level`` takes them from its curriculum instead, from 0. Of several levels there
+    are ``size`` problems each, whose examples have a "level", as a ``LevelCurriculum`` needs it. ``extract(text)``
+    finds the answer in a completion, by default ``answer_of``; ``instructions`` follow every question. The example
+    of a prompt is the library's entry (question, answer, metadata). Further ``settings`` are those of
     ``TextGenerationEnv``. Raises UserError, MissingDependencyError.
     """
-    problems = make_dataset(dataset, size, seed, config, level)
-    entries = [problems[i] for i in range(size)]
+    levels: Sequence[int | None] = level if isinstance(level, Sequence) else [level]
+    made = {n: make_dataset(dataset, size, seed, config, n) for n in levels}
+    entries = [{**problems[i], "level": n} for n, problems in made.items() for i in range(size)]
     return TextGenerationEnv(
         ["\n".join(filter(None, [entry["question"], instructions])) for entry in entries],
-        EntryReward(problems, extract or answer_of),
+        EntryReward(made, extract or answer_of),
         tokenizer=tokenizer,
         examples=entries,
         **settings,
@@ -73,7 +75,7 @@ class EntryReward:
     A scorer that raises at an answer has not accepted it: 0, and the first time of each kind is logged.
     """
 
-    dataset: Any  # a reasoning_gym ProceduralDataset
+    datasets: Mapping[int | None, Any]  # a reasoning_gym ProceduralDataset for each level in the examples
     extract: Callable[[str], str]
     logged: set[str] = field(default_factory=set)
 
@@ -83,7 +85,7 @@ class EntryReward:
 
     def _score(self, answer: str, entry: dict[str, Any]) -> float:
         try:
-            return float(self.dataset.score_answer(answer, entry))
+            return float(self.datasets[entry.get("level")].score_answer(answer, entry))
         except Exception as error:  # noqa: BLE001 - some scorers raise at text they cannot parse
             kind = f"{entry['metadata'].get('source_dataset')}: {type(error).__name__}"
             if kind not in self.logged:

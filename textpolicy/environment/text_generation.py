@@ -124,6 +124,11 @@ class TextGenerationEnv(Environment):
 
     # ---- for batched collection and the training loop
 
+    @property
+    def episode_tokens(self) -> int:
+        """The most tokens of an episode after its prompt."""
+        return self.max_tokens
+
     def prompt_ids(self, i: int) -> np.ndarray:
         """Token ids of prompt ``i``, (P,) int32, read-only."""
         return self._ids[i]

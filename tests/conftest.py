@@ -87,3 +87,14 @@ def smollm():
     from textpolicy.mlx.models import load_model
 
     return load_model("smollm2-135m")
+
+
+@pytest.fixture
+def fresh_smollm_engine():
+    """The built-in model with a fresh adapter behind the engine, and its tokenizer; a test may train it."""
+    from textpolicy.mlx.engine import MLXEngine
+    from textpolicy.mlx.lora import attach_lora
+    from textpolicy.mlx.models import load_model
+
+    model, tokenizer = load_model("smollm2-135m")
+    return MLXEngine(attach_lora(model, rank=4), stop=tokenizer.eos_token_ids), tokenizer

@@ -36,6 +36,18 @@ def test_lists_of_algorithms_and_tasks(capsys):
     assert "addition" in text
 
 
+def test_every_task_is_listed_and_one_can_be_looked_at(capsys):
+    assert main(["tasks"]) == 0
+    listed = capsys.readouterr().out
+    assert all(line.endswith((".", "default.")) for line in listed.splitlines()[:8])
+    assert main(["tasks", "countdown", "--show", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "1000 training, 100 validation, 200 test problems" in shown
+    assert shown.count("user: Make") == shown.count("-- problem") == 3
+    assert main(["tasks", "countdown_tool"]) == 0
+    assert "tools: calculate" in capsys.readouterr().out
+
+
 def test_an_unknown_command_is_refused(capsys):
     assert "'trian'" in refused(capsys, "trian")
 
@@ -57,6 +69,9 @@ def test_an_unknown_command_is_refused(capsys):
         (["eval", "--model", "smollm2-135m"], "no task to measure"),
         (["eval", "--model", "smollm2-135m", "--task", "largest", "--max-tokens", "0"], "max_tokens is 0"),
         (["eval", "--model", "smollm2-135m", "--task", "largest", "--temperature", "-1"], "temperature is -1"),
+        (["tasks", "countdwn"], "did you mean 'countdown'?"),
+        (["eval", "--model", "smollm2-135m", "--task", "largest", "--samples", "2"], "2 samples at temperature 0"),
+        (["eval", "--model", "smollm2-135m", "--task", "largest", "--pass-at", "4"], "pass_at is 4 and samples 1"),
         (["generate", "--model", "smollm2-135m", "--top-p", "0", "hello"], "top_p is 0"),
         (["generate", "--model", "smollm2-135m", "--repetition-penalty", "0", "hello"], "repetition_penalty is 0"),
         (["generate", "--run", "a", "--adapter", "b", "hello"], "--adapter b stands beside --run"),

@@ -27,6 +27,7 @@ NAMES = [
     "apply_hicra_amplification", "boost_entropy_with_planning",
     "apply_lora", "freeze_base", "extract_params", "merge_weights", "create_lora_setup", "create_qlora_setup",
     "save_adapters", "reload_model", "create_reloadable_policy", "create_auto_reload_setup",
+    "TextGenerationEnvironment", "RolloutCoordinator",
 ]  # fmt: skip
 PATHS = {
     "textpolicy.algorithms": ["grpo"],
@@ -42,8 +43,14 @@ PATHS = {
         "compute_sequence_importance_weights", "compute_metrics_sequence",
     ],
     "textpolicy.buffer": ["Buffer", "Episode"],
-    "textpolicy.environment": ["Environment", "TextGenerationEnv"],
-    "textpolicy.environment.text_generation": ["TextGenerationEnv"],
+    "textpolicy.environment": [
+        "Environment", "TextGenerationEnv", "TextGenerationEnvironment", "MultiTurnEnv", "ToolEnv",
+        "register_task_suite", "list_task_suites", "get_task_suite", "TextGenerationTask",
+        "VectorizedEnvironment", "make_vectorized_env", "GymAdapter", "GymnasiumTextEnv",
+    ],
+    "textpolicy.environment.text_generation": [
+        "TextGenerationEnv", "TextGenerationEnvironment", "TextGenerationTask",
+    ],
     "textpolicy.generation": ["load_model", "create_policy", "encode", "decode", "generate_tokens", "decode_token_ids"],
     "textpolicy.generation.lora": [
         "apply_lora", "freeze_base", "extract_params", "merge_weights", "create_lora_setup", "create_qlora_setup",
@@ -56,7 +63,7 @@ PATHS = {
     ],
     "textpolicy.rewards": ["reward", "verifier", "get_reward_function", "list_registered_functions", "RewardConfig"],
     "textpolicy.rewards.registry": ["reward", "verifier"],
-    "textpolicy.rollout": ["RolloutRunner", "create_strategy"],
+    "textpolicy.rollout": ["RolloutRunner", "RolloutCoordinator", "create_strategy"],
     "textpolicy.rollout.runner": ["RolloutRunner"],
     "textpolicy.rollout.strategy": ["create_strategy"],
     "textpolicy.tinker.advantages": [

@@ -12,7 +12,7 @@ from textpolicy.cli import main
 from textpolicy.config import Config
 from textpolicy.errors import UserError
 from textpolicy.report import diagnose
-from textpolicy.run import claim_folder
+from textpolicy.run import claim_folder, sized
 from textpolicy.tasks import TASKS, load_task
 
 SMALL = [
@@ -73,6 +73,40 @@ def test_the_kept_adapter_answers_as_the_run_measured(trained, capsys):
     summary = json.loads((trained / "summary.json").read_text())
     assert f"largest, test: {summary['test_after']:.1%}" in printed
     assert printed.count("->") == 2
+
+
+def test_a_run_can_be_judged_by_many_samples(trained, capsys):
+    asked = ["--problems=5", "--samples=4", "--temperature=1", "--pass-at=2", "--pass-at=4", "--show=0"]
+    assert main(["eval", f"--run={trained}", *asked]) == 0
+    average, two, four = capsys.readouterr().out.splitlines()
+    assert average.startswith("largest, test: avg@4 ")
+    assert average.endswith("] over 5 problems, sampled at temperature 1 (95% interval)")
+    shares = [float(line.split("@")[1].split()[1].rstrip("%")) for line in (average, two, four)]
+    assert shares == sorted(shares)
+
+
+@pytest.mark.slow
+def test_a_run_with_tools_a_curriculum_and_sampled_validation(tmp_path):
+    flags = ["--task=countdown_tool", "--rollout.curriculum=pass_rate", "--rollout.max-turns=2", "--steps=2"]
+    small = ["--rollout.prompts-per-step=2", "--rollout.group-size=2", "--rollout.max-tokens=24", "--adapter.rank=2"]
+    judged = ["--evaluation.problems=2", "--evaluation.samples=2", "--evaluation.every=2"]
+    done = main(["train", f"--output={tmp_path / 'run'}", "--optimizer.warmup-steps=1", *flags, *small, *judged])
+    assert done == 0
+    kinds = rows(tmp_path / "run")
+    steps = [r for r in kinds if r["kind"] == "train"]
+    assert [r["curriculum_seen"] for r in steps] == [2 / 1000, pytest.approx(4 / 1000, abs=1e-3)]
+    sampled = [r for r in kinds if r["kind"] == "eval_sampled"]
+    assert [r["step"] for r in sampled] == [0, 2]
+    assert all(0 <= r["avg@2"] <= r["pass@2"] <= 1 and r["problems"] == 2 for r in sampled)
+
+
+def test_a_task_says_how_long_its_completions_may_be_unless_the_run_does():
+    task = load_task("countdown")
+    assert sized(Config(task="countdown"), task).rollout.max_tokens == task.max_tokens == 64
+    said = Config(task="countdown", rollout={"max_tokens": 9, "group_size": 4})
+    assert sized(said, task) is said
+    assert sized(Config(rollout={"group_size": 4}), load_task("largest")).rollout.max_tokens == 8
+    assert sized(Config(task="countdown", rollout={"group_size": 4}), task).rollout.group_size == 4
 
 
 def test_a_trained_run_can_be_asked(trained, capsys):

@@ -79,7 +79,7 @@ def test_a_broken_environment_contract_fails(monkeypatch, capsys):
 
 def test_an_environment_that_scores_wrongly_fails_too(monkeypatch):
     monkeypatch.setattr(TextGenerationEnv, "text", lambda self, tokens: "")
-    monkeypatch.setattr(TextGenerationEnv, "_read", lambda self, action: ("", False))
+    monkeypatch.setattr(TextGenerationEnv, "_read", lambda self, action: ([], "", False))
     assert "instead of" in validate.CHECKS["environment_contract"]()["error"]
 
 

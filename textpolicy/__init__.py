@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # for type checkers and editors; the table below says the sam
     from .algorithms.sepa import SEPAController as SEPAController
     from .buffer import Buffer as Buffer
     from .environment import TextGenerationEnv as TextGenerationEnv
+    from .environment import TextGenerationEnvironment as TextGenerationEnvironment
     from .environment.pieces import identify_planning_tokens as identify_planning_tokens
     from .mlx.models import load_model as load_model
     from .mlx.policy import create_policy as create_policy
@@ -56,6 +57,7 @@ if TYPE_CHECKING:  # for type checkers and editors; the table below says the sam
     from .rewards import perplexity_reward as perplexity_reward
     from .rewards import reward as reward
     from .rewards import verifier as verifier
+    from .rollout import RolloutCoordinator as RolloutCoordinator
     from .rollout import RolloutRunner as RolloutRunner
     from .rollout import create_strategy as create_strategy
     from .training import Trainer as Trainer
@@ -67,9 +69,11 @@ if TYPE_CHECKING:  # for type checkers and editors; the table below says the sam
 
 _HOME = {  # public name -> the module it lives in
     "Buffer": "buffer",
+    "RolloutCoordinator": "rollout",
     "RolloutRunner": "rollout",
     "SEPAController": "algorithms.sepa",
     "TextGenerationEnv": "environment",
+    "TextGenerationEnvironment": "environment",
     "Trainer": "training",
     "accuracy_reward": "rewards",
     "apply_entropy_weighting": "algorithms.grpo",

@@ -7,9 +7,9 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import CliApp, CliPositionalArg, CliSettingsSource, SettingsError
 
 from .config import AlgorithmSettings, Section, explain, read_values
@@ -261,16 +261,41 @@ def _algorithm_settings(section: type[BaseModel] = AlgorithmSettings, above: str
     return found
 
 
-def tasks(arguments: list[str]) -> int:
-    """List the tasks."""
-    from .tasks import TASKS, load_task
+class TasksArguments(Section):
+    """List the tasks, or show one of them with some of its problems."""
 
-    parse(Section, arguments, "tasks")
-    for name in TASKS:
-        task = load_task(name)
-        sizes = f"{len(task.train)} training, {len(task.validation)} validation, {len(task.test)} test problems"
-        print(f"{name:<10} {task.summary} ({sizes})")
+    name: CliPositionalArg[str | None] = None
+    """The task to show; all of them in a list if not given."""
+    show: Annotated[int, Field(ge=0)] = 0
+    """Print so many of its training problems, as the model gets them."""
+
+
+def tasks(arguments: list[str]) -> int:
+    """List the tasks, or show problems of one: textpolicy tasks [NAME [--show N]]."""
+    from .tasks import REASONING_GYM, TASKS
+
+    asked = parse(TasksArguments, arguments, "tasks")
+    if asked.name is not None:
+        print("\n".join(_task_lines(asked.name, asked.show)))
+        return 0
+    for name, loader in TASKS.items():
+        print(f"{name:<16} {(loader.__doc__ or '').splitlines()[0]}")
+    print(f"{REASONING_GYM + 'NAME':<16} Any data set of reasoning-gym, by its name (textpolicy[reasoning-gym]).")
+    print("\n'textpolicy tasks NAME --show 3' prints problems of one.")
     return 0
+
+
+def _task_lines(name: str, show: int) -> list[str]:
+    from .tasks import load_task
+
+    task = load_task(name)
+    sizes = f"{len(task.train)} training, {len(task.validation)} validation, {len(task.test)} test problems"
+    lines = [f"{name}: {task.summary} ({sizes})"]
+    lines += [f"tools: {', '.join(tool.__name__ for tool in task.tools)}"] if task.tools else []
+    for n, problem in enumerate(task.train[:show], 1):
+        lines += ["", f"-- problem {n}, whose answer is {problem.answer}"]
+        lines += [f"{m['role']}: {m['content']}" for m in task.prompt(problem.question)]
+    return lines
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -181,6 +181,12 @@ class RolloutSettings(Section):
     """Longest completion, in tokens."""
     temperature: Positive = 1.0
     """Of sampling; the update scores under the same one."""
+    max_turns: PositiveInt = 8
+    """In tasks with tools: turns of the model in an episode."""
+    max_episode_tokens: PositiveInt | None = None
+    """In tasks with tools: tokens of all turns and results together; max_turns x max_tokens if not given."""
+    curriculum: Literal["none", "pass_rate"] = "none"
+    """Draw every prompt in its turn, or more often those that are solved now and then."""
 
 
 class OptimizerSettings(Section):
@@ -207,6 +213,8 @@ class EvaluationSettings(Section):
     """Steps between looks at the validation problems, which choose the adapter that is kept."""
     problems: Annotated[int, Field(ge=0)] = 0
     """Judge on the first so many validation and test problems; 0 for all."""
+    samples: Annotated[int, Field(ge=0)] = 0
+    """Also sample so many completions of each validation problem, as in training, for avg@n and pass@n; 0 for none."""
 
 
 class OnPolicySettings(Section):
@@ -243,7 +251,7 @@ class Config(Section):
     model: str = "smollm2-135m"
     """Built-in name, folder, .gguf file or hub id such as Qwen/Qwen3-0.6B."""
     task: str = "largest"
-    """What to learn: largest or addition; `textpolicy tasks` describes them."""
+    """What to learn, e.g. largest, countdown or reasoning_gym:chain_sum; `textpolicy tasks` lists them."""
     steps: PositiveInt = 64
     """Training steps."""
     seed: Annotated[int, Field(ge=0)] = 0

@@ -22,6 +22,10 @@ class RewardError(TextPolicyError, RuntimeError):
     """A reward function raised, or returned something that is not a number."""
 
 
+class WorkerError(TextPolicyError, RuntimeError):
+    """A worker process died, took too long, or could not do what it was asked."""
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a ``name`` that is none of the ``known`` ones, with the nearest of them."""
     known = sorted(known)

@@ -10,12 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from .config import Config, Section, check_config
+from .config import Config, PositiveInt, Section, check_config
 from .engine import Sampling
 from .environment.text_generation import TextGenerationEnv
 from .errors import UserError
+from .evaluation import Evaluation
 from .evaluation import evaluate as judge
-from .run import environment
+from .run import environment, sized
 from .tasks import load_task
 
 
@@ -70,6 +71,10 @@ class EvalArguments(Source):
     """Longest completion, in tokens; a run's own if not given."""
     seed: int = 0
     """Fixes what is drawn."""
+    samples: PositiveInt = 1
+    """Completions of each problem; more than 1 needs a temperature."""
+    pass_at: list[PositiveInt] = Field(default_factory=list)
+    """Also say pass@k, the chance that k completions hold a right one; give the flag once for each k."""
     show: Annotated[int, Field(ge=0)] = 5
     """Print so many completions."""
 
@@ -113,17 +118,29 @@ def evaluate(asked: EvalArguments) -> str:
     name = asked.task or (source.config.task if source.config else None)
     if name is None:
         raise UserError("no task to measure; name one with --task, or give a --run")
-    config = source.config or Config(task=name)
     task = load_task(name)
+    config = source.config or sized(Config(task=name), task)
     problems = getattr(task, asked.split)[: asked.problems or None]
     env = environment(task, problems, source.tokenizer, config)
     longest = config.rollout.max_tokens if asked.max_tokens is None else asked.max_tokens
     sampling = Sampling(longest, asked.temperature, seed=asked.seed)
-    result = judge(source.engine, env, sampling)
+    if too_many := [k for k in asked.pass_at if k > asked.samples]:
+        raise UserError(f"pass_at is {too_many[0]} and samples {asked.samples}; set samples to that at least")
+    result = judge(source.engine, env, sampling, asked.samples)
     shown = [f"  {e.prompt!r} -> {e.text!r}  reward {e.reward:g}" for e in result.episodes[: asked.show]]
-    rate = result.accuracy
     how = "greedy" if asked.temperature == 0 else f"sampled at temperature {asked.temperature:g}"
-    return "\n".join([*shown, f"{name}, {asked.split}: {rate} of {rate.total} problems right, {how} (95% interval)"])
+    return "\n".join([*shown, *_said(result, f"{name}, {asked.split}", how, asked)])
+
+
+def _said(result: Evaluation, what: str, how: str, asked: EvalArguments) -> list[str]:
+    """The figures, a line each."""
+    if asked.samples == 1 and not asked.pass_at:
+        rate = result.accuracy
+        return [f"{what}: {rate} of {rate.total} problems right, {how} (95% interval)"]
+    average = result.average
+    over = f"over {average.problems} problems, {how} (95% interval)"
+    lines = [f"{what}: avg@{asked.samples} {average} {over}"]
+    return [*lines, *(f"{what}: pass@{k} {result.pass_at(k)} {over}" for k in sorted(set(asked.pass_at)))]
 
 
 def load(source: Source) -> Loaded:

@@ -13,11 +13,13 @@ import numpy as np
 
 from .algorithms import Algorithm
 from .engine import Engine, Sampling
+from .environment.base import DrivenEnv
 from .environment.text_generation import TextGenerationEnv
 from .metrics import Row, summarize
 from .on_policy import OnPolicyCheck
 from .rollout.collect import collect, with_reference
 from .rollout.dynamic import collect_informative
+from .tasks.curriculum import Curriculum
 from .types import Episode
 
 
@@ -40,7 +42,7 @@ class Schedule:
 
 def train(
     engine: Engine,
-    env: TextGenerationEnv,
+    env: TextGenerationEnv | DrivenEnv,
     algorithm: Algorithm,
     *,
     schedule: Schedule,
@@ -49,15 +51,24 @@ def train(
     sampling: Sampling,
     updates_per_step: int = 1,
     check: OnPolicyCheck | None = None,
+    curriculum: Curriculum | None = None,
     on_step: Callable[[int, Row, Sequence[Episode]], None] = lambda step, row, episodes: None,
 ) -> None:
-    """Sample, score, credit, update; ``schedule.steps`` times. ``sampling.seed`` fixes every draw."""
+    """Sample, score, credit, update; ``schedule.steps`` times. ``sampling.seed`` fixes every draw.
+
+    Without a ``curriculum`` every prompt is drawn once before any is drawn again.
+    """
     controller = algorithm.controller()
     for step in range(schedule.steps):
         started = time.perf_counter()
+        asked: list[int] = []  # the prompt of each group of this step
 
-        def draw(n: int, step: int = step) -> list[Episode]:
-            prompts = draw_prompts(step, prompts_per_step, len(env), sampling.seed, n)
+        def draw(n: int, step: int = step, asked: list[int] = asked) -> list[Episode]:
+            if curriculum is not None:
+                prompts = curriculum.draw(step, prompts_per_step, n)
+            else:
+                prompts = draw_prompts(step, prompts_per_step, len(env), sampling.seed, n)
+            asked.extend(prompts)
             drawn = replace(sampling, seed=_step_seed(sampling.seed, step, n))
             first, spelled = n * prompts_per_step, algorithm.grams is not None
             return collect(engine, env, prompts, group_size, drawn, first_group=first, pieces=spelled)
@@ -73,7 +84,18 @@ def train(
         updated = time.perf_counter()
         row = summarize(rollouts, updates, sampled - started, updated - sampled)
         pooling = {"sepa_lambda": controller.strength} if controller else {}
-        on_step(step, {"step": step, "learning_rate": schedule(step), **row, **gap, **pooling}, rollouts.sampled)
+        course = _followed(curriculum, asked, rollouts.sampled)
+        on_step(
+            step, {"step": step, "learning_rate": schedule(step), **row, **gap, **pooling, **course}, rollouts.sampled
+        )
+
+
+def _followed(curriculum: Curriculum | None, asked: Sequence[int], episodes: Sequence[Episode]) -> Row:
+    """Tell the curriculum what came of the prompts; its state as metrics."""
+    if curriculum is None:
+        return {}
+    curriculum.observe([(asked[e.group], e.is_correct) for e in episodes if e.is_correct is not None])
+    return curriculum.row
 
 
 def draw_prompts(step: int, count: int, total: int, seed: int, draw: int = 0) -> list[int]:

@@ -14,6 +14,7 @@ from .algorithms import Algorithm
 from .config import Config
 from .console import RunView
 from .engine import Sampling
+from .environment.multi_turn import ToolEnv
 from .environment.text_generation import TextGenerationEnv
 from .errors import UserError
 from .evaluation import Rate, evaluate
@@ -23,6 +24,7 @@ from .on_policy import OnPolicyCheck
 from .recipe import configure
 from .report import History, closing_table, diagnose, plot_learning
 from .tasks import Problem, Task, load_task
+from .tasks.curriculum import Curriculum, PassRateCurriculum
 from .types import Episode
 
 if TYPE_CHECKING:
@@ -41,7 +43,9 @@ def run(config: Config) -> Path:
     """
     if config.output is not None and config.output.exists():
         raise UserError(f"the output folder {config.output} exists; choose another or remove it")
-    task, recipe = load_task(config.task), configure(config)
+    task = load_task(config.task)
+    config = sized(config, task)
+    recipe = configure(config)
     engine, tokenizer = build_engine(config)
     limit = config.evaluation.problems or None
     splits = {
@@ -93,6 +97,7 @@ class Run:
                     **config.on_policy.model_dump(), corrected=self.recipe.surrogate.correction is not None
                 ),
                 sampling=training_sampling(config),
+                curriculum=course(config, self.splits["train"]),
                 on_step=self.on_step,
             )
             seconds = time.perf_counter() - trained
@@ -115,8 +120,19 @@ class Run:
         rate = self.judge("validation", steps)
         self.history.validation.append((steps, rate))
         self.view.say(f"   validation after {steps} steps: {rate}")
+        self.sample_validation(steps)
         if self.best is None or rate.value >= self.best[0].value:
             self.best = (rate, steps, self.engine.weights())
+
+    def sample_validation(self, steps: int) -> None:
+        """avg@n and pass@n of the validation problems, if the run asks for them; they choose nothing."""
+        if not (n := self.config.evaluation.samples):
+            return
+        result = evaluate(self.engine, self.splits["validation"], training_sampling(self.config), n)
+        average, passed = result.average, result.pass_at(n)
+        self.view.say(f"   sampled: avg@{n} {average}, pass@{n} {passed}")
+        figures = {f"avg@{n}": average.value, f"pass@{n}": passed.value, "problems": average.problems}
+        self.record({"kind": "eval_sampled", "step": steps, "split": "validation", "samples": n, **figures})
 
     def judge(self, split: str, steps: int) -> Rate:
         rate = evaluate(self.engine, self.splits[split], greedy(self.config)).accuracy
@@ -176,20 +192,41 @@ def fit_memory(engine: MLXEngine, splits: dict[str, TextGenerationEnv], config: 
 
     longest = {name: max(len(env.prompt_ids(i)) for i in range(len(env))) for name, env in splits.items()}
     rollout, limit = config.rollout, config.machine.memory_limit_gb
-    training = Workload(rollout.prompts_per_step, rollout.group_size, longest["train"], rollout.max_tokens)
-    judged = [Workload(len(splits[name]), 1, longest[name], rollout.max_tokens) for name in ("validation", "test")]
+    said = splits["train"].episode_tokens
+    training = Workload(rollout.prompts_per_step, rollout.group_size, longest["train"], said)
+    judged = [Workload(len(splits[name]), 1, longest[name], said) for name in ("validation", "test")]
     return preflight(engine, training, judged, None if limit is None else limit * 1e9, copies=1)  # the best so far
 
 
 def environment(task: Task, problems: Sequence[Problem], tokenizer: Any, config: Config) -> TextGenerationEnv:
-    """The task's prompts and reward over one split."""
-    return TextGenerationEnv(
-        [task.prompt(p.question) for p in problems],
+    """The task's prompts, reward and tools over one split."""
+    prompts, examples = [task.prompt(p.question) for p in problems], [p.example for p in problems]
+    rollout = config.rollout
+    if not task.tools:
+        return TextGenerationEnv(prompts, task.reward, rollout.max_tokens, tokenizer=tokenizer, examples=examples)
+    return ToolEnv(
+        prompts,
+        task.tools,
         task.reward,
-        max_tokens=config.rollout.max_tokens,
+        rollout.max_tokens,
         tokenizer=tokenizer,
-        examples=[{"question": p.question, "answer": p.answer} for p in problems],
+        examples=examples,
+        max_turns=rollout.max_turns,
+        max_episode_tokens=rollout.max_episode_tokens or rollout.max_turns * rollout.max_tokens,
     )
+
+
+def sized(config: Config, task: Task) -> Config:
+    """``config`` with the completions as long as the task's, if nobody said how long."""
+    if task.max_tokens is None or "max_tokens" in config.rollout.model_fields_set:
+        return config
+    rollout = config.rollout.model_copy(update={"max_tokens": task.max_tokens})
+    return config.model_copy(update={"rollout": rollout})
+
+
+def course(config: Config, env: TextGenerationEnv) -> Curriculum | None:
+    """What draws the prompts, if not every one in its turn."""
+    return PassRateCurriculum(len(env), seed=config.seed) if config.rollout.curriculum == "pass_rate" else None
 
 
 def schedule(config: Config) -> Schedule:
@@ -210,7 +247,7 @@ def claim_folder(config: Config) -> Path:
     """Make the run's folder: the one asked for, or the first free name under runs/."""
     if config.output is not None:
         return _make_folder(config.output)
-    name, n = f"{config.task}-{config.algorithm.name}-seed{config.seed}", 1
+    name, n = f"{config.task.replace(':', '-')}-{config.algorithm.name}-seed{config.seed}", 1
     while True:
         path = Path("runs") / (name if n == 1 else f"{name}-{n}")
         if not path.exists():

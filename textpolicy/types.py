@@ -52,17 +52,27 @@ class Episode:
     @classmethod
     def from_completion(cls, prompt: Sequence[int], completion: Completion, /, **scored: Any) -> Self:
         """Join a prompt (token ids) and the completion sampled after it."""
+        return cls.from_turns(prompt, [completion], [], truncated=completion.truncated, **scored)
 
-        def after_prompt(values: np.ndarray, dtype: type = np.float32) -> np.ndarray:
-            return np.concatenate([np.zeros(len(prompt), dtype), np.asarray(values, dtype)])
+    @classmethod
+    def from_turns(
+        cls, prompt: Sequence[int], turns: Sequence[Completion], replies: Sequence[Sequence[int]], /, **scored: Any
+    ) -> Self:
+        """Join a prompt and turns, each with the reply (token ids) that follows it; the last has none."""
+        pairs = [*zip(turns, [*replies, ()], strict=True)]
+
+        def row(of_prompt: Any, of_turn: Callable[[Completion], Any], of_reply: Callable[[Any], Any]) -> np.ndarray:
+            return np.concatenate([of_prompt, *(part for t, r in pairs for part in (of_turn(t), of_reply(r)))])
+
+        def sampled(of_turn: Callable[[Completion], Any], dtype: type = np.float32) -> np.ndarray:
+            return row(np.zeros(len(prompt)), of_turn, lambda reply: np.zeros(len(reply))).astype(dtype)
 
         return cls(
-            tokens=np.concatenate([np.asarray(prompt, np.int32), completion.tokens]),
-            mask=after_prompt(np.ones(len(completion.tokens)), bool),
-            logprobs=after_prompt(completion.logprobs),
-            entropy=None if completion.entropy is None else after_prompt(completion.entropy),
-            truncated=completion.truncated,
-            temperature=completion.temperature,
+            tokens=row(prompt, lambda turn: turn.tokens, lambda reply: reply).astype(np.int32),
+            mask=sampled(lambda turn: np.ones(len(turn.tokens)), bool),
+            logprobs=sampled(lambda turn: turn.logprobs),
+            entropy=None if any(turn.entropy is None for turn in turns) else sampled(lambda turn: turn.entropy),
+            temperature=turns[-1].temperature,
             **scored,
         )
 
@@ -79,7 +89,7 @@ class Batch:
     targets: np.ndarray  # int32
     logprobs: np.ndarray  # float32, of the distribution that sampled the targets
     advantages: np.ndarray  # float32
-    weights: np.ndarray  # float32, 0 on prompt and padding
+    weights: np.ndarray  # float32, 0 on prompts, replies of environments and padding
     temperatures: np.ndarray  # (B, 1) float32, that ``logprobs`` were sampled and must be scored at
     old: np.ndarray | None = None  # float32, log-probs the learner gave before the first of several updates
     reference: np.ndarray | None = None  # float32, log-probs of the frozen reference

@@ -97,7 +97,7 @@ def _mlx_lm() -> Check:
 
 
 def _gymnasium() -> Check:
-    return _package("gymnasium")  # nothing here needs it yet, so its absence is a fact and no advice
+    return _package("gymnasium")  # only its adapter needs it, so its absence is a fact and no advice
 
 
 def _model() -> Check:

@@ -1,20 +1,29 @@
 """Tasks: nothing judged is trained on, answers are right, and the reward wants the bare number."""
 
 import re
+from fractions import Fraction
+from math import comb, gcd, lcm
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from textpolicy.errors import UserError
+from textpolicy.rewards.registry import call_reward
 from textpolicy.tasks import TASKS, load_task
+from textpolicy.tasks.countdown import evaluate_expression, is_solvable
+from textpolicy.tasks.countdown_game import calculate, solve_countdown
 from textpolicy.tasks.number import number_reward
 
 ANSWER = {"addition": sum, "largest": max}  # worked out here from the question's text
+OFFLINE = sorted({*TASKS} - {"math", "math_hub"})
 
 
 def numbers(problem):
     return tuple(map(int, re.findall(r"\d+", problem.question)))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", ANSWER)
 def test_no_problem_is_in_two_splits_or_solved_in_the_prompt(name):
     task = load_task(name)
     train, validation, test = (
@@ -29,14 +38,14 @@ def test_no_problem_is_in_two_splits_or_solved_in_the_prompt(name):
     assert len(test) == len(task.test) >= 200
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", ANSWER)
 def test_every_answer_is_right(name):
     task = load_task(name)
     for problem in (*task.train, *task.validation, *task.test):
         assert problem.answer == str(ANSWER[name](numbers(problem)))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [*OFFLINE])
 def test_the_same_problems_every_time(name):
     assert load_task(name).test == load_task(name).test
 
@@ -64,3 +73,120 @@ def test_the_reward_wants_the_bare_right_number(completion, reward, correct):
     scored = number_reward("", completion, {"answer": "42"})
     assert scored["is_correct"] is correct
     assert scored["reward"] == pytest.approx(reward)
+
+
+# ---- countdown and its solver
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_the_answer_shown_is_one_that_the_reward_accepts(name):
+    task = load_task(name)
+    for problem in (*task.train[:30], *task.validation[:30], *task.test[:30]):
+        answer = problem.answer if not name.startswith("math") else f"It is \\boxed{{{problem.answer}}}."
+        assert call_reward(task.reward, problem.question, answer, problem.example).is_correct
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_no_question_stands_in_two_splits(name):
+    task = load_task(name)
+    splits = [{p.question for p in split} for split in (task.train, task.validation, task.test)]
+    assert not splits[0] & splits[1]
+    assert not (splits[0] | splits[1]) & splits[2]
+    assert len(splits[2]) == len(task.test) >= 200
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(0, 60), st.booleans())
+def test_the_solver_finds_a_solution_exactly_when_there_is_one(numbers, target, use_all):
+    found = solve_countdown(numbers, target, use_all)
+    assert (found is not None) is is_solvable(numbers, target, use_all)
+    if found is not None:
+        result = evaluate_expression(found, numbers)
+        assert result.value == target
+        assert len(result.numbers_used) == len(numbers) or not use_all
+
+
+def test_the_calculator_is_exact_and_refuses_what_is_no_arithmetic():
+    assert calculate("(2 + 3) * 4 / 7") == "20/7"
+    with pytest.raises(UserError, match="contains"):
+        calculate("__import__('os')")
+
+
+def test_the_tool_task_is_countdown_with_a_calculator():
+    plain, tool = load_task("countdown"), load_task("countdown_tool")
+    assert (plain.test, plain.tools, tool.tools) == (tool.test, (), (calculate,))
+
+
+# ---- mathematics
+
+
+def answer_to(question):
+    """The answer worked out from the question's text."""
+    n = [int(x) for x in re.findall(r"-?\d+", question)]
+    if question.startswith("Solve"):
+        return Fraction(n[2] - n[1], n[0])
+    if "lowest terms" in question:
+        return sum(Fraction(part) for part in re.findall(r"\d+(?:/\d+)?", question))
+    if "%" in question:
+        return Fraction(n[0] * n[1], 100)
+    if "divisor" in question:
+        return gcd(*n)
+    if "multiple" in question:
+        return lcm(*n)
+    if "series" in question or "terms of" in question:
+        count, first, second = n[:3]
+        return sum(first + i * (second - first) for i in range(count))
+    return comb(n[1], n[0])
+
+
+def test_the_answers_of_made_up_problems_are_right():
+    task = load_task("math_generated")
+    for problem in (*task.train, *task.validation, *task.test):
+        written = re.sub(r"\\frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", problem.answer)
+        assert Fraction(written) == answer_to(problem.question), problem
+
+
+def test_made_up_problems_stand_in_for_the_hub_and_say_so(monkeypatch, caplog):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert load_task("math").name == "math_generated"
+    assert "made-up problems stand in for EleutherAI/hendrycks_math" in caplog.text
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is 1"):
+        load_task("math_hub")
+
+
+def test_the_hubs_problems_are_read_shuffled_and_split(monkeypatch):
+    """The real library's call is replaced: rows as the data set has them, and one without a box."""
+
+    class Datasets:
+        @staticmethod
+        def load_dataset(name, subject, split):
+            assert name == "EleutherAI/hendrycks_math"
+            rows = [{"problem": f"{subject} {split} {i}", "solution": f"so \\boxed{{{i}}}"} for i in range(100)]
+            return [*rows, {"problem": "open", "solution": "no box"}]
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("textpolicy.tasks.mathematics.extra", lambda module, install: Datasets)
+    task = load_task("math")
+    assert task.name == "math_hub"
+    assert (len(task.test), len(task.validation), len(task.train)) == (200, 100, 400)
+    assert all(" test " in p.question for p in task.test)
+    assert all(" train " in p.question for p in (*task.train, *task.validation))
+    assert len({p.question.split()[0] for p in task.test}) == 5
+    problem = task.test[0]
+    assert problem.answer == problem.question.split()[-1]
+
+
+def test_an_unknown_task_names_the_known_ones():
+    with pytest.raises(UserError, match=r"did you mean 'countdown'\? choose one of addition, .*reasoning_gym:DATA_SET"):
+        load_task("countdwn")
+
+
+def test_a_data_set_of_reasoning_gym_is_a_task():
+    pytest.importorskip("reasoning_gym", reason="reasoning-gym is an extra: pip install 'textpolicy[reasoning-gym]'")
+    task = load_task("reasoning_gym:chain_sum")
+    assert (len(task.train), len(task.validation), len(task.test)) == (500, 50, 100)
+    questions = {p.question for p in (*task.train, *task.validation, *task.test)}
+    assert len(questions) == 650
+    for problem in task.test[:20]:
+        assert call_reward(task.reward, "", f"<answer>{problem.answer}</answer>", problem.example).is_correct
+    with pytest.raises(UserError, match="did you mean 'chain_sum'"):
+        load_task("reasoning_gym:chain_sums")

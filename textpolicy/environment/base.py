@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Self
+
+from ..engine import Engine, Sampling
+from ..types import Episode
 
 
 class Environment(ABC):
@@ -34,3 +38,23 @@ class Environment(ABC):
 
     def close(self) -> None:  # noqa: B027 (optional)
         """Release what the environment holds; nothing by default."""
+
+
+class DrivenEnv(ABC):
+    """Prompts whose episodes are played by somebody else's program, which asks the engine for every turn."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of prompts."""
+
+    @abstractmethod
+    def play(
+        self,
+        engine: Engine,
+        prompts: Sequence[int],
+        group_size: int,
+        sampling: Sampling,
+        first_group: int = 0,
+        pieces: bool = True,
+    ) -> list[Episode]:
+        """``group_size`` scored episodes for each of the ``prompts``, as ``rollout.collect.collect`` gives them."""

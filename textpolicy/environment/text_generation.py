@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -14,10 +12,15 @@ from ..errors import UserError
 from ..rewards.contract import Request, RewardFunction, Scored
 from ..rewards.scoring import Scorer
 from .base import Environment
-from .pieces import Pieces, text_decode
+from .chat import ChatCodec, Prompt, Schema, as_messages, question, token_ids
+from .conversation import Conversation, Limits, Partner, Silent
+from .pieces import Pieces
 
-Message = Mapping[str, str]  # {"role": "user", "content": "..."}
-Prompt = str | Sequence[Message]
+if TYPE_CHECKING:
+    from .suites import TextGenerationEnvironment as TextGenerationEnvironment
+    from .suites import TextGenerationTask as TextGenerationTask
+
+_IN_SUITES = ("TextGenerationEnvironment", "TextGenerationTask")  # documented here; suites.py builds on this file
 
 
 class TextGenerationEnv(Environment):
@@ -30,6 +33,8 @@ class TextGenerationEnv(Environment):
 
     observation_space = "token ids of a prompt, int32, (P,)"
     action_space = "token ids of a completion, or its text"
+    single_turn: ClassVar[bool] = True  # every episode is one completion, so many can be collected at once
+    schemas: Sequence[Schema] = ()  # of the tools that the chat template is given
 
     def __init__(
         self,
@@ -57,24 +62,24 @@ class TextGenerationEnv(Environment):
         self.reward_fn, self.tokenizer = reward_fn, tokenizer
         self.max_tokens, self.group_size, self.seed = max_tokens, group_size, seed
         self._scorer = Scorer.of(reward_fn)
-        self._codec = _Codec.of(tokenizer)
+        self._codec = ChatCodec.of(tokenizer)
         self._pieces = Pieces(self._codec.decode)
-        self._texts = [_question(i, prompt) for i, prompt in enumerate(self.prompts)]
+        self._texts = [question(i, prompt) for i, prompt in enumerate(self.prompts)]
         self._ids = [self._tokenise(i, chat) for i in range(len(self.prompts))]
         self._episode = 0  # of the pending prompt, or of the next one
-        self._pending = False
+        self._open: Conversation | None = None
 
     def __len__(self) -> int:
         """The number of prompts."""
         return len(self.prompts)
 
     def reset(self) -> tuple[np.ndarray, dict[str, Any]]:
-        """The prompt of the current episode, (P,) int32; only ``step`` moves on to the next episode.
+        """The prompt of the current episode, (P,) int32; only a finished episode moves on to the next.
 
         The info dict holds episode, prompt_index, group, max_tokens and prompt_text.
         """
-        self._pending = True
         i = self._prompt_index(self._episode)
+        self._open = self.begin(i)
         info = {
             "episode": self._episode,
             "prompt_index": i,
@@ -92,36 +97,37 @@ class TextGenerationEnv(Environment):
         episode, group and, if the reward says it, is_correct. Raises ValueError before ``reset``,
         RewardError when the reward function fails.
         """
-        if not self._pending:
+        if self._open is None:
             raise ValueError("step() needs a prompt to answer; call reset() before each step()")
-        i = self._prompt_index(self._episode)
-        response, truncated = self._read(action)
-        [scored] = self._scored([(i, response, truncated)])
-        info: dict[str, Any] = {
-            "response": response,
-            "reward": scored.reward,
-            "prompt": self._texts[i],
-            "episode": self._episode,
-            "group": self._group(self._episode),
-        }
+        conversation = self._open
+        conversation.answer(*self._read(action))
+        if not conversation.over:
+            return _unfinished(conversation, self._told(conversation))
+        [scored] = self.judge([conversation])
+        info = {**self._told(conversation), "reward": scored.reward}
         if scored.is_correct is not None:
             info["is_correct"] = scored.is_correct
-        self._episode, self._pending = self._episode + 1, False
+        self._episode, self._open = self._episode + 1, None
         return {
             "observation": np.zeros(0, np.int32),
             "reward": scored.reward,
             "terminated": True,
-            "truncated": truncated,
+            "truncated": conversation.truncated,
             "info": info,
         }
 
     def clone(self) -> Self:
         """A copy that begins at its first prompt; the tokenizer, reward and prompt ids are shared."""
         clone = copy.copy(self)
-        clone._episode, clone._pending = 0, False
+        clone._episode, clone._open = 0, None
         return clone
 
     # ---- for batched collection and the training loop
+
+    @property
+    def episode_tokens(self) -> int:
+        """The most tokens of an episode after its prompt."""
+        return self.max_tokens
 
     def prompt_ids(self, i: int) -> np.ndarray:
         """Token ids of prompt ``i``, (P,) int32, read-only."""
@@ -137,11 +143,11 @@ class TextGenerationEnv(Environment):
 
     def text(self, tokens: Any) -> str:
         """The text of a completion's token ids, without special tokens and outer whitespace."""
-        return self._codec.text(_token_ids(tokens))
+        return self._codec.text(token_ids(tokens))
 
     def pieces(self, tokens: Any) -> tuple[str, ...]:
         """The text of each token of a completion, "" for special ones."""
-        return self._pieces(_token_ids(tokens))
+        return self._pieces(token_ids(tokens))
 
     def score(self, i: int, tokens: Any, truncated: bool) -> Scored:
         """The reward of ``tokens`` as a completion of prompt ``i``. Raises RewardError."""
@@ -149,7 +155,28 @@ class TextGenerationEnv(Environment):
 
     def scores(self, completed: Sequence[tuple[int, Any, bool]]) -> list[Scored]:
         """The rewards of many (prompt, tokens, truncated), in order. Raises RewardError."""
-        return self._scored([(i, self.text(tokens), truncated) for i, tokens, truncated in completed])
+        return self._scored([self._request(i, self.text(tokens), truncated) for i, tokens, truncated in completed])
+
+    def begin(self, i: int) -> Conversation:
+        """A new episode of prompt ``i``."""
+        asked, limits = as_messages(self.prompts[i]), self._limits()
+        return Conversation(i, self._ids[i].tolist(), asked, self._partner(i), self._codec, limits, self.schemas)
+
+    def judge(self, conversations: Sequence[Conversation]) -> list[Scored]:
+        """The rewards of finished episodes, in order. Raises RewardError."""
+        return self._scored([self._request(c.index, c.text, c.truncated, self._more(c)) for c in conversations])
+
+    # ---- what environments of more than one turn have of their own
+
+    def _partner(self, i: int) -> Partner:
+        return Silent()
+
+    def _limits(self) -> Limits:
+        return Limits(self.max_tokens)
+
+    def _more(self, conversation: Conversation) -> Mapping[str, Any]:
+        """Further keywords for the reward."""
+        return {}
 
     # ---- private
 
@@ -159,103 +186,46 @@ class TextGenerationEnv(Environment):
     def _prompt_index(self, episode: int) -> int:
         return self._group(episode) % len(self.prompts)
 
-    def _read(self, action: Any) -> tuple[str, bool]:
+    def _read(self, action: Any) -> tuple[list[int], str, bool]:
+        """Tokens and text of an action, and whether it was cut off."""
         if isinstance(action, str):
-            return action, False
-        tokens = _token_ids(action)
+            return list(self._codec.encode_more(action)), action, False
+        tokens = token_ids(action)
         stopped = bool(tokens) and tokens[-1] in self._codec.stop
-        return self._codec.text(tokens), len(tokens) >= self.max_tokens and not stopped
+        return tokens, self._codec.text(tokens), len(tokens) >= self.max_tokens and not stopped
 
-    def _scored(self, completed: Sequence[tuple[int, str, bool]]) -> list[Scored]:
-        requests = [Request(self._texts[i], text, self.examples[i], truncated) for i, text, truncated in completed]
+    def _told(self, conversation: Conversation) -> dict[str, Any]:
+        return {
+            "response": conversation.text,
+            "prompt": self._texts[conversation.index],
+            "episode": self._episode,
+            "group": self._group(self._episode),
+        }
+
+    def _request(self, i: int, text: str, truncated: bool, extra: Mapping[str, Any] | None = None) -> Request:
+        return Request(self._texts[i], text, self.examples[i], truncated, extra or {})
+
+    def _scored(self, requests: Sequence[Request]) -> list[Scored]:
         return self._scorer.score(requests, tokenizer=self.tokenizer)
 
     def _tokenise(self, i: int, chat: bool | None) -> np.ndarray:
         prompt = self.prompts[i]
-        ids = np.array(self._codec.encode(prompt, chat), np.int32)
+        ids = np.array(self._codec.encode(prompt, chat, self.schemas), np.int32)
         if not ids.size:
             raise UserError(f"the tokenizer makes no tokens of prompt {i} ({self._texts[i]!r}); change either")
         ids.flags.writeable = False  # handed out without a copy
         return ids
 
 
-@dataclass(frozen=True, slots=True)
-class _Codec:
-    """The four things this file asks of a tokenizer, decided once."""
-
-    encode_text: Callable[[str], Sequence[int]]
-    encode_chat: Callable[[Sequence[Message]], Sequence[int]] | None  # None: no chat template
-    decode: Callable[[list[int]], str]
-    stop: frozenset[int]
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> Self:
-        return cls(
-            encode_text=tokenizer.encode,
-            encode_chat=partial(_render, tokenizer) if _has_template(tokenizer) else None,
-            decode=text_decode(tokenizer),
-            stop=_stop_tokens(tokenizer),
-        )
-
-    def encode(self, prompt: Prompt, chat: bool | None) -> Sequence[int]:
-        """Token ids of a prompt, in the chat template where ``chat`` asks for it."""
-        if isinstance(prompt, str):
-            if chat is False or (chat is None and self.encode_chat is None):
-                return self.encode_text(prompt)
-            prompt = [{"role": "user", "content": prompt}]
-        if chat is False:
-            raise UserError("chat is False and a prompt is a list of messages; leave chat out")
-        if self.encode_chat is None:
-            raise UserError(
-                "this tokenizer has no chat template, which prompts made of messages need; "
-                "use an instruction-tuned model, or plain strings as prompts"
-            )
-        return self.encode_chat(prompt)
-
-    def text(self, tokens: list[int]) -> str:
-        """What the policy wrote: no stop token, special token or outer whitespace."""
-        written = tokens[:-1] if tokens and tokens[-1] in self.stop else tokens
-        return self.decode(written).strip() if written else ""
-
-
-def _has_template(tokenizer: Any) -> bool:
-    """transformers leaves chat_template None without one; mlx-lm also knows templates that are code."""
-    declared = getattr(tokenizer, "has_chat_template", getattr(tokenizer, "chat_template", True))
-    return hasattr(tokenizer, "apply_chat_template") and bool(declared)
-
-
-def _render(tokenizer: Any, messages: Sequence[Message]) -> Sequence[int]:
-    """Token ids; transformers 5 returns them in a mapping, mlx-lm as a list."""
-    rendered = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True)
-    return rendered["input_ids"] if isinstance(rendered, Mapping) else rendered
-
-
-def _stop_tokens(tokenizer: Any) -> frozenset[int]:
-    named = (getattr(tokenizer, "eos_token_id", None), getattr(tokenizer, "eos_token_ids", None))
-    return frozenset(t for ids in named if ids is not None for t in ([ids] if isinstance(ids, int) else ids))
-
-
-def _token_ids(action: Any) -> list[int]:
-    tokens = np.asarray(action).reshape(-1)
-    if tokens.size and tokens.dtype.kind not in "iu":
-        raise UserError(f"an action is {tokens.dtype} data; give text, or the token ids of a completion")
-    return tokens.tolist()
-
-
-def _question(i: int, prompt: Prompt) -> str:
-    """What a reward sees as the prompt: the string, or the last message."""
-    if not isinstance(prompt, str) and not _are_messages(prompt):
-        raise UserError(f"prompt {i} is {prompt!r}; give a string or a list of {{'role', 'content'}} messages")
-    text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-    if not text.strip():
-        raise UserError(f"prompt {i} is blank; give it some text")
-    return text
-
-
-def _are_messages(prompt: Any) -> bool:
-    wanted = {"role", "content"}
-    listed = isinstance(prompt, Sequence) and bool(prompt)
-    return listed and all(isinstance(message, Mapping) and wanted <= {*message} for message in prompt)
+def _unfinished(conversation: Conversation, info: dict[str, Any]) -> dict[str, Any]:
+    """The result of a step after which the policy has another turn; the observation is all that it continues."""
+    return {
+        "observation": np.array(conversation.tokens, np.int32),
+        "reward": 0.0,
+        "terminated": False,
+        "truncated": False,
+        "info": {**info, "reward": 0.0},
+    }
 
 
 def _refuse_unusable(
@@ -275,3 +245,11 @@ def _refuse_unusable(
         raise UserError(f"group_size is {group_size}; set it to 1 or more")
     if max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}; set it to 1 or more")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _IN_SUITES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+    from . import suites
+
+    return vars(suites)[name]

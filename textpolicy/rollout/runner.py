@@ -12,6 +12,7 @@ from ..environment.base import Environment
 from ..environment.text_generation import TextGenerationEnv
 from ..errors import UserError
 from .base import BatchedPolicy, Policy, RolloutStrategy, checked_step
+from .clock import Clock
 
 SampleBatch = Callable[..., Sequence[tuple[Any, dict[str, Any]]]]  # as BatchedPolicy.sample_batch
 
@@ -20,7 +21,8 @@ class RolloutRunner:
     """Collects ``max_steps`` steps at a time, in one policy call where policy and environment can.
 
     A policy is called as ``policy(obs, deterministic=False)`` and returns (action, extras).
-    ``agent``, an object with ``policy`` and ``rollout_strategy``, may stand for the two.
+    ``agent``, an object with ``policy`` and ``rollout_strategy``, may stand for the two. With ``profile``
+    the seconds of each phase are kept, for ``get_timing``.
     Raises UserError when a policy or strategy is missing, or max_steps is below 1.
     """
 
@@ -31,6 +33,7 @@ class RolloutRunner:
         strategy: RolloutStrategy | None = None,
         max_steps: int = 1000,
         agent: Any = None,
+        profile: bool = False,
     ) -> None:
         if agent is not None:
             policy, strategy = policy or agent.policy, strategy or agent.rollout_strategy
@@ -39,15 +42,35 @@ class RolloutRunner:
         if max_steps < 1:
             raise UserError(f"max_steps is {max_steps}; set it to 1 or more")
         self.env, self.policy, self.strategy, self.max_steps = env, policy, strategy, max_steps
+        self.clock = Clock(profile)
 
-    def collect(self) -> Buffer:
-        """A fresh buffer with ``max_steps`` steps; an episode that they cut short stays open in it."""
-        if isinstance(self.policy, BatchedPolicy) and isinstance(self.env, TextGenerationEnv):
-            return self.collect_batched(self.policy.sample_batch, self.max_steps)
+    def get_timing(self) -> dict[str, float]:
+        """Seconds so far in total, env_reset, generation, env_step and buffer_store; {} without ``profile``."""
+        return self.clock.seconds()
+
+    def reset_timing(self) -> None:
+        """Begin to count anew."""
+        self.clock.reset()
+
+    def collect(self, max_episodes: int | None = None) -> Buffer:
+        """A fresh buffer with ``max_steps`` steps; an episode that they cut short stays open in it.
+
+        It ends earlier once ``max_episodes`` are complete. Raises UserError.
+        """
+        most = self.max_steps if max_episodes is None else max_episodes
+        if most < 1:
+            raise UserError(f"max_episodes is {max_episodes}; set it to 1 or more")
+        at_once = isinstance(self.env, TextGenerationEnv) and self.env.single_turn
+        if at_once and isinstance(self.policy, BatchedPolicy):
+            return self.collect_batched(self.policy.sample_batch, min(self.max_steps, most))
+        with self.clock.of("total"):
+            return self._collect_one_by_one(most)
+
+    def _collect_one_by_one(self, max_episodes: int) -> Buffer:
         buffer = Buffer(max(10, self.max_steps))
-        while len(buffer) < self.max_steps:
-            for transition in self._play(self.strategy.select_action, self.max_steps - len(buffer)):
-                self.strategy.store_transition(buffer, **transition)
+        while len(buffer) < self.max_steps and buffer.episode_count < max_episodes:
+            for transition in _consistent([*self._play(self.strategy.select_action, self.max_steps - len(buffer))]):
+                self._store(buffer, transition)
         return buffer
 
     def collect_batched(self, batched_policy_fn: SampleBatch, batch_size: int) -> Buffer:
@@ -59,15 +82,19 @@ class RolloutRunner:
         """
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; set it to 1 or more")
-        if not isinstance(self.env, TextGenerationEnv):
+        if not isinstance(self.env, TextGenerationEnv) or not self.env.single_turn:
             raise UserError(f"a {type(self.env).__name__} cannot be batched; use collect(), or a TextGenerationEnv")
-        outputs = batched_policy_fn(self.env.upcoming(batch_size), deterministic=False)
+        with self.clock.of("total"):
+            return self._collect_at_once(self.env, batched_policy_fn, batch_size)
+
+    def _collect_at_once(self, env: TextGenerationEnv, sample: SampleBatch, batch_size: int) -> Buffer:
+        with self.clock.of("generation"):
+            outputs = sample(env.upcoming(batch_size), deterministic=False)
         if len(outputs) != batch_size:
             raise ValueError(f"the policy answered {len(outputs)} of {batch_size} prompts; return one output each")
         buffer = Buffer(max(10, batch_size))
         for output in outputs:
-            obs, _ = self.env.reset()
-            self.strategy.store_transition(buffer, **self._step(obs, output))
+            self._store(buffer, self._step(self._reset(), output))
         return buffer
 
     def collect_episode(self, deterministic: bool = False) -> list[dict[str, Any]]:
@@ -86,19 +113,30 @@ class RolloutRunner:
 
     def _play(self, select: Callable[..., tuple[Any, dict[str, Any]]], max_steps: int) -> Iterator[dict[str, Any]]:
         """One episode, or its first ``max_steps`` steps."""
-        obs = _observation(self.env.reset())
+        obs = self._reset()
         for _ in range(max_steps):
-            transition = self._step(obs, select(self.policy, obs))
+            with self.clock.of("generation"):
+                output = select(self.policy, obs)
+            transition = self._step(obs, output)
             yield transition
             if transition["done"] or transition["timeout"]:
                 return
             obs = transition["next_obs"]
 
+    def _reset(self) -> Any:
+        with self.clock.of("env_reset"):
+            return _observation(self.env.reset())
+
+    def _store(self, buffer: Buffer, transition: dict[str, Any]) -> None:
+        with self.clock.of("buffer_store"):
+            self.strategy.store_transition(buffer, **transition)
+
     def _step(self, obs: Any, output: Any) -> dict[str, Any]:
         """The transition from ``obs`` by the policy's ``output``."""
         action, extras = _action_and_extras(output)
         act = action if isinstance(action, str) else np.asarray(action).tolist()
-        result = checked_step(self.env, act)
+        with self.clock.of("env_step"):
+            result = checked_step(self.env, act)
         told = {key: result["info"][key] for key in ("is_correct", "group") if key in result["info"]}
         cut_off = bool(extras.get("truncated", False))  # by the policy's own max_tokens
         return {
@@ -111,6 +149,12 @@ class RolloutRunner:
             "done": bool(result["terminated"]),
             "timeout": bool(result["truncated"]) or cut_off,
         }
+
+
+def _consistent(transitions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """An episode that says at its end whether it succeeded had not succeeded in the steps before."""
+    known = "is_correct" in transitions[-1]
+    return [{"is_correct": False, **t} for t in transitions] if known else transitions
 
 
 def _action_and_extras(output: Any) -> tuple[Any, Mapping[str, Any]]:

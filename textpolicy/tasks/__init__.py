@@ -1,4 +1,4 @@
-"""Tasks that ship with textpolicy."""
+"""Tasks: problems with known answers, split for training and judging."""
 
 from __future__ import annotations
 
@@ -8,13 +8,31 @@ from ..errors import unknown_name
 from .addition import addition_task
 from .base import Problem as Problem
 from .base import Task as Task
+from .countdown_game import countdown_task, countdown_tool_task
 from .largest import largest_task
+from .mathematics import generated_math_task, hub_math_task, math_task
 
-TASKS: dict[str, Callable[[], Task]] = {"largest": largest_task, "addition": addition_task}
+TASKS: dict[str, Callable[[], Task]] = {
+    "largest": largest_task,
+    "addition": addition_task,
+    "countdown": countdown_task,
+    "countdown_tool": countdown_tool_task,
+    "math": math_task,
+    "math_generated": generated_math_task,
+    "math_hub": hub_math_task,
+}
+REASONING_GYM = "reasoning_gym:"  # and the name of a data set
 
 
 def load_task(name: str) -> Task:
-    """The task called ``name``; an unknown name is a ``UserError`` that lists the known ones."""
+    """The task called ``name``; an unknown name is a ``UserError`` that lists the known ones.
+
+    "reasoning_gym:chain_sum" is the data set chain_sum of reasoning-gym, and so for the others.
+    """
+    if name.startswith(REASONING_GYM):
+        from .from_reasoning_gym import reasoning_gym_task
+
+        return reasoning_gym_task(name.removeprefix(REASONING_GYM))
     if name not in TASKS:
-        raise unknown_name("task", name, TASKS)
+        raise unknown_name("task", name, [*TASKS, f"{REASONING_GYM}DATA_SET"])
     return TASKS[name]()

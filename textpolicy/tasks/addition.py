@@ -16,7 +16,10 @@ _SPLIT_SEED = 2026  # the split is part of the task: every run and seed is judge
 
 
 def addition_task() -> Task:
-    """Sums of two numbers from 1 to LARGEST, split by unordered pair: 3 + 5 and 5 + 3 stay together."""
+    """Add two numbers from 1 to 40, and answer with the number alone.
+
+    Split by unordered pair: 3 + 5 and 5 + 3 stay together.
+    """
     pairs = [(a, b) for a in range(1, LARGEST + 1) for b in range(a, LARGEST + 1) if (a, b) not in WORKED]
     random = np.random.default_rng(_SPLIT_SEED)
     pairs = [pairs[i] if random.random() < 0.5 else pairs[i][::-1] for i in random.permutation(len(pairs))]

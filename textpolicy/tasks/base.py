@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Message = Mapping[str, str]  # {"role": "user", "content": "What is 2 + 2?"}
@@ -15,6 +15,12 @@ class Problem:
 
     question: str
     answer: str
+    columns: Mapping[str, Any] = field(default_factory=dict)  # what else the reward reads
+
+    @property
+    def example(self) -> dict[str, Any]:
+        """What the reward gets with the prompt."""
+        return {"question": self.question, "answer": self.answer, **self.columns}
 
 
 @dataclass(frozen=True)
@@ -28,3 +34,5 @@ class Task:
     test: tuple[Problem, ...]  # judges the run; nothing is chosen by it
     prompt: Callable[[str], list[Message]]  # question -> chat messages
     reward: Callable[..., Any]  # (prompt, completion, example, **kwargs) -> number, dict or pair
+    tools: tuple[Callable[..., Any], ...] = ()  # that may be called before the answer
+    max_tokens: int | None = None  # of a completion, where a run does not say; None leaves it to the run's default

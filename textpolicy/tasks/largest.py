@@ -16,9 +16,10 @@ _SPLIT_SEED = 2026  # the split is part of the task: every run and seed is judge
 
 
 def largest_task() -> Task:
-    """Lists of five distinct numbers from 1 to 99; no set of five stands twice, in whatever order.
+    """Name the largest of five numbers from 1 to 99, and nothing else; the default.
 
-    Naming one of the five at random is right one time in five.
+    The five differ, and no set of five stands twice, in whatever order. Naming one of them at random is
+    right one time in five.
     """
     lists = _distinct_lists(TEST + VALIDATION + TRAIN)
     test, validation, train = lists[:TEST], lists[TEST : TEST + VALIDATION], lists[TEST + VALIDATION :]

@@ -1,0 +1,51 @@
+"""Tokenizers with a few merges and the chat templates of three model families, and an engine that reads a script."""
+
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from textpolicy.types import Completion
+
+TEMPLATES = Path(__file__).parents[1] / "data" / "templates"
+SPECIAL = {
+    "chatml": ["<|im_start|>", "<|im_end|>"],
+    "llama3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "gemma": ["<bos>", "<start_of_turn>", "<end_of_turn>"],
+}
+MERGED = ["he", "ll", "hell", "hello", "th", "the", "us", "er", "user", "an", "ans", "wer", "answer", "im", "12", "124"]
+
+
+def chat_tokenizer(family):
+    """Bytes, a few merged words, the family's special tokens; the last of these ends a turn."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [split for word in MERGED if (split := _split(word, {*letters, *MERGED}))]
+    words = [*SPECIAL[family], *letters, *(a + b for a, b in merges)]
+    core = Tokenizer(models.BPE({w: i for i, w in enumerate(dict.fromkeys(words))}, merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    template = (TEMPLATES / f"{family}.jinja").read_text()
+    special = SPECIAL[family]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=special[-1], additional_special_tokens=special[:-1], chat_template=template
+    )
+
+
+def _split(word, known):
+    return next(((word[:n], word[n:]) for n in range(len(word) - 1, 0, -1) if {word[:n], word[n:]} <= known), None)
+
+
+class ScriptedEngine:
+    """Says the given turns, (tokens, stopped) each, in every episode alike; remembers every prompt it was given."""
+
+    def __init__(self, *turns):
+        self.turns, self.seen, self.calls = turns, [], 0
+
+    def sample(self, prompts, n, sampling):
+        tokens, stopped = self.turns[self.calls]
+        self.calls += 1
+        self.seen += [list(p) for p in prompts for _ in range(n)]
+        logprobs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
+        said = Completion(np.array(tokens, np.int32), logprobs, -logprobs, truncated=not stopped)
+        return [[said] * n for _ in prompts]

@@ -1,0 +1,106 @@
+"""Rows of files and data sets: every column reaches the reward, and what cannot be read says where."""
+
+import json
+
+import pytest
+
+from textpolicy.environment import env_from_rows, read_rows
+from textpolicy.errors import UserError
+
+
+class Letters:
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+def right(prompt, completion, example, **kwargs):
+    return float(completion == example["answer"])
+
+
+ROWS = [{"question": "2+2?", "answer": "4", "level": 1}, {"question": "3 + 3 ?\nü", "answer": "6", "level": 2}]
+
+
+def jsonl(path):
+    path.write_text("\n".join([json.dumps(ROWS[0]), "", json.dumps(ROWS[1], ensure_ascii=False)]), encoding="utf-8")
+
+
+def csv_file(path):
+    path.write_text('question,answer,level\n2+2?,4,1\n"3 + 3 ?\nü",6,2\n', encoding="utf-8")
+
+
+def parquet(path):
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet is an extra: pip install 'textpolicy[data]'")
+    files = pytest.importorskip("pyarrow.parquet", reason="as above")
+    files.write_table(pyarrow.Table.from_pylist(ROWS), path)
+
+
+WRITERS = {".jsonl": jsonl, ".csv": csv_file, ".parquet": parquet}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_file_gives_its_rows_and_they_give_an_environment(kind, tmp_path):
+    path = tmp_path / f"rows{kind}"
+    WRITERS[kind](path)
+    rows = read_rows(path)
+    assert rows == ([{**r, "level": str(r["level"])} for r in ROWS] if kind == ".csv" else ROWS)
+    assert read_rows(str(path), limit=1) == rows[:1]
+    env = env_from_rows(rows, right, tokenizer=Letters(), prompt="question")
+    assert [env.prompt_text(i) for i in range(2)] == [r["question"] for r in ROWS]
+    assert [env.score(i, [ord("6")], False).reward for i in range(2)] == [0.0, 1.0]
+
+
+def test_rows_of_a_hugging_face_data_set_reach_the_reward():
+    datasets = pytest.importorskip("datasets", reason="data sets are an extra: pip install 'textpolicy[data]'")
+    data = datasets.Dataset.from_list(ROWS)
+    env = env_from_rows(data, right, tokenizer=Letters(), prompt=lambda row: f"Level {row['level']}: {row['question']}")
+    assert env.prompt_text(0) == "Level 1: 2+2?"
+    assert env.score(0, [ord("4")], False).reward == 1.0
+    streamed = env_from_rows(
+        data.to_iterable_dataset(), right, tokenizer=Letters(), prompt="question", limit=1, group_size=3
+    )
+    assert (len(streamed), streamed.group_size) == (1, 3)
+
+
+def test_a_column_may_hold_messages():
+    messages = [{"role": "user", "content": "hi"}]
+    with pytest.raises(UserError, match="no chat template"):  # so it was taken for messages
+        env_from_rows([{"prompt": messages}], right, tokenizer=Letters())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.jsonl", '{"a": 1}\n{"a": ', r"line 2 of .*a.jsonl is not JSON"),
+        ("a.jsonl", "[1, 2]\n", "line 1 of .*a.jsonl is no JSON object"),
+        ("a.csv", "a,b\n1,2\n3\n", "line 3 of .*a.csv has not as many cells as the header"),
+        ("a.csv", "a,b\n1,2,3\n", "line 2 of .*a.csv has not as many cells as the header"),
+        ("a.txt", "a", r"no kind of file called '.txt'; .*choose one of .csv, .jsonl, .parquet"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_where_and_why(tmp_path, name, content, sentence):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        read_rows(path)
+
+
+def test_other_files_that_cannot_be_read_are_one_sentence_too(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read .*missing\.csv"):
+        read_rows(tmp_path / "missing.csv")
+    (tmp_path / "latin.jsonl").write_bytes('{"a": "ü"}'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.jsonl is not UTF-8"):
+        read_rows(tmp_path / "latin.jsonl")
+    pytest.importorskip("pyarrow", reason="Parquet is an extra: pip install 'textpolicy[data]'")
+    (tmp_path / "no.parquet").write_text("no")
+    with pytest.raises(UserError, match=r"no\.parquet is no Parquet file"):
+        read_rows(tmp_path / "no.parquet")
+
+
+def test_a_missing_column_is_named_with_the_near_one():
+    with pytest.raises(UserError, match="no column 'qestion'; did you mean 'question'"):
+        env_from_rows(ROWS, right, tokenizer=Letters(), prompt="qestion")
+    with pytest.raises(UserError, match="there are no rows"):
+        env_from_rows([], right, tokenizer=Letters())

@@ -1,0 +1,293 @@
+"""Tools: their schemas, the calls in what a policy writes, and an episode that uses them."""
+
+import json
+import time
+from typing import Annotated, Literal
+
+import pytest
+from chat_tokenizers import SPECIAL, ScriptedEngine, chat_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
+
+from textpolicy.engine import Sampling
+from textpolicy.environment import Tool, ToolCall, ToolEnv, parse_calls
+from textpolicy.errors import UserError
+from textpolicy.rollout.collect import collect
+
+FAMILIES = sorted(SPECIAL)
+
+
+def add(a: int, b: Annotated[int, Field(description="the second")] = 1) -> int:
+    """Add two
+    numbers.
+
+    This paragraph is for people.
+    """
+    return a + b
+
+
+def shout(text: str, how: Literal["loud", "louder"] = "loud") -> str:
+    """Say it louder."""
+    return text.upper()
+
+
+def answered(prompt, completion, example, **kwargs):
+    return float(completion == "answer"), completion == "answer"
+
+
+def call(name, **arguments):
+    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+
+def play(tokenizer, *texts, tools=(add, shout), **settings):
+    """An episode in which the policy writes ``texts``, and the engine that wrote them."""
+    turns = [([*tokenizer.encode(t, add_special_tokens=False), tokenizer.eos_token_id], True) for t in texts]
+    engine = ScriptedEngine(*turns)
+    env = ToolEnv(["the user"], list(tools), answered, 500, tokenizer=tokenizer, **settings)
+    return collect(engine, env, [0], 1, Sampling(500))[0], engine
+
+
+def results(episode):
+    """What the tools answered, as the policy read it."""
+    return [line for line in episode.text.splitlines() if line.startswith(("[tool]", "[user]"))]
+
+
+# ---- schemas
+
+
+def test_a_schema_holds_name_first_paragraph_types_defaults_and_descriptions():
+    assert Tool.of(add).schema == {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "description": "Add two numbers.",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "a": {"type": "integer"},
+                    "b": {"type": "integer", "default": 1, "description": "the second"},
+                },
+                "required": ["a"],
+                "additionalProperties": False,
+            },
+        },
+    }
+
+
+def test_a_parameter_may_be_called_title():
+    def book(title: str) -> str:
+        """Find a book."""
+        return title
+
+    assert Tool.of(book).schema["function"]["parameters"]["properties"] == {"title": {"type": "string"}}
+
+
+def untyped(a):
+    """Add."""
+
+
+def undescribed(a: int):
+    return a
+
+
+def gathers(*numbers: int):
+    """Add."""
+
+
+def takes_a_function(fn: type(lambda: 0)):
+    """Call it."""
+
+
+@pytest.mark.parametrize(
+    ("fn", "sentence"),
+    [
+        (untyped, "parameter 'a' of tool 'untyped'"),
+        (undescribed, "tool 'undescribed' has no docstring"),
+        (gathers, "parameter 'numbers' of tool 'gathers'"),
+        (takes_a_function, "'takes_a_function' has a parameter that JSON cannot carry"),
+    ],
+)
+def test_a_function_that_a_model_could_not_call_is_refused(fn, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Tool.of(fn)
+
+
+# ---- running one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "result"),
+    [
+        ({"a": 2, "b": 40}, "42"),
+        ({"a": 2}, "3"),
+        ({"a": "2"}, "3"),
+        ({"b": 2}, "Error: add was called with wrong arguments: a: Missing required argument"),
+        ({"a": "two"}, "Error: add was called with wrong arguments: a: Input should be a valid integer"),
+        ({"a": 1, "c": 2}, "Error: add was called with wrong arguments: c: Unexpected keyword argument"),
+    ],
+)
+def test_arguments_are_checked_before_a_tool_runs(arguments, result):
+    assert Tool.of(add).run(arguments, 5.0).startswith(result)
+
+
+def test_what_a_tool_raises_comes_back_as_text():
+    def divide(a: int, b: int) -> float:
+        """Divide."""
+        return a / b
+
+    assert Tool.of(divide).run({"a": 1, "b": 0}, 5.0) == "Error: divide raised ZeroDivisionError: division by zero"
+
+
+def test_a_tool_that_takes_too_long_is_given_up():
+    def wait(seconds: float) -> str:
+        """Wait."""
+        time.sleep(seconds)
+        return "done"
+
+    started = time.perf_counter()
+    assert Tool.of(wait).run({"seconds": 3}, 0.1) == "Error: wait took longer than 0.1 s and was given up"
+    assert time.perf_counter() - started < 1
+    assert Tool.of(wait).run({"seconds": 0}, 5.0) == "done"
+
+
+def test_a_long_result_is_cut_and_says_so():
+    def many(n: int) -> list[int]:
+        """Count."""
+        return list(range(n))
+
+    text = Tool.of(many).run({"n": 1000}, 5.0)
+    assert text.startswith("[0, 1, 2")
+    assert text.endswith("... (4890 characters in all)")
+    assert len(text) < 2100
+
+
+# ---- finding calls
+
+
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        ("the answer is 42", []),
+        ("", []),
+        ('a<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>', [ToolCall("add", {"a": 1})]),
+        (
+            call("add", a=1) + "\n" + call("shout", text="x"),
+            [ToolCall("add", {"a": 1}), ToolCall("shout", {"text": "x"})],
+        ),
+        ('<tool_call>{"name": "add", "arguments": {"a": 1}}', [ToolCall("add", {"a": 1})]),
+        ('{"name": "add", "parameters": {"a": 1}}', [ToolCall("add", {"a": 1})]),
+        ('<|python_tag|>{"name": "add"}', [ToolCall("add")]),
+        ('{"total": 3}', []),
+    ],
+)
+def test_calls_are_found_in_tags_or_as_the_whole_turn(text, calls):
+    assert parse_calls(text) == calls
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>add(1)</tool_call>",
+        "<tool_call>[1]</tool_call>",
+        '<tool_call>{"name": "add", "arguments": 3}',
+        "<tool_call>",
+    ],
+)
+def test_what_stands_in_a_tag_and_is_no_call_says_what_is_wrong(text):
+    [bad] = parse_calls(text)
+    assert "call" in bad.mistake
+
+
+@given(st.text() | st.text().map(lambda text: f"<tool_call>{text}</tool_call>"))
+def test_no_text_makes_the_parser_raise(text):
+    parse_calls(text)
+    parse_calls("<tool_call>" + "[" * 5000 + text)
+
+
+# ---- episodes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tool_answers_and_the_turn_without_a_call_is_the_answer(family):
+    tokenizer = chat_tokenizer(family)
+    episode, engine = play(tokenizer, call("add", a=40, b=2), "answer")
+    role = {"chatml": "tool", "llama3": "tool", "gemma": "user"}[family]
+    assert results(episode) == [f"[{role}] 42"]
+    assert (episode.reward, episode.is_correct, episode.truncated) == (1.0, True, False)
+    read = tokenizer.decode(engine.seen[1][len(engine.seen[0]) :])
+    assert "42" in read.split("</tool_call>")[-1]
+    assert not episode.mask[len(engine.seen[1]) - 1]
+    assert episode.mask[len(engine.seen[1]) :].all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_policy_reads_the_schema_once_wherever_the_template_puts_it(family):
+    tokenizer = chat_tokenizer(family)
+    env = ToolEnv(["the user"], [add, shout], answered, tokenizer=tokenizer)
+    text = tokenizer.decode(env.prompt_ids(0))
+    assert text.count('"Add two numbers."') == 1
+    assert text.count('"the second"') == 1
+    written_by_us = "<tool_call>" in text
+    assert written_by_us is (family == "gemma")  # the template that knows no tools
+
+
+def test_a_system_message_and_the_tools_share_one_message():
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace("if tools", "if false")
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "the user"}]
+    env = ToolEnv([prompt, "the user"], [add], answered, tokenizer=tokenizer)
+    with_system, without = (tokenizer.decode(env.prompt_ids(i)) for i in (0, 1))
+    assert with_system.count("system") == without.count("system") == 1
+    assert "Be brief." in with_system
+    assert "<tool_call>" in with_system
+    assert "<tool_call>" in without
+    assert env.prompt_text(0) == env.prompt_text(1) == "the user"
+
+
+def test_mistakes_are_answered_and_the_policy_may_try_again():
+    tokenizer = chat_tokenizer("chatml")
+    episode, _ = play(
+        tokenizer,
+        "<tool_call>add 1 and 2</tool_call>",
+        call("subtract", a=1),
+        call("add", b=1),
+        call("add", a=1) + call("shout", text="hi"),
+        "answer",
+    )
+    bad, unknown, wrong, right, loud = results(episode)
+    assert "the call is no JSON" in bad
+    assert "there is no tool 'subtract'; the tools are add, shout" in unknown
+    assert "a: Missing required argument" in wrong
+    assert (right, loud) == ("[tool] 2", "[tool] HI")
+    assert episode.reward == 1.0
+
+
+def test_calls_without_end_are_truncated():
+    episode, engine = play(chat_tokenizer("chatml"), *[call("add", a=1)] * 3, max_turns=3)
+    assert episode.truncated
+    assert engine.calls == 3
+    assert results(episode) == ["[tool] 2"] * 2  # the last answer would never have been read
+
+
+def test_other_ways_of_calling_can_be_read():
+    def parse(text):
+        return [ToolCall("add", {"a": int(text[1:])})] if text.startswith("+") else []
+
+    episode, _ = play(chat_tokenizer("chatml"), "+12", "answer", parse=parse)
+    assert results(episode) == ["[tool] 13"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"tools": []}, r"the tools are \[\]"),
+        ({"tools": [add, add]}, r"the tools are \['add', 'add'\]"),
+        ({"tool_seconds": 0}, "tool_seconds is 0"),
+        ({"tokenizer": None}, "no tokenizer"),
+    ],
+)
+def test_an_environment_that_cannot_work_is_refused(settings, sentence):
+    arguments = {"tools": [add], "tokenizer": chat_tokenizer("chatml"), **settings}
+    with pytest.raises(UserError, match=sentence):
+        ToolEnv(["the user"], arguments.pop("tools"), answered, **arguments)

@@ -1,0 +1,116 @@
+"""One episode in progress, token by token: what the policy said, what the environment answered, and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Protocol
+
+from .chat import ChatCodec, Message, Schema
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What an environment answers to a turn of the policy."""
+
+    messages: tuple[Message, ...] = ()  # for the policy to read before its next turn; none ends the episode
+    reward: float = 0.0  # of this turn
+    is_correct: bool | None = None  # whether the episode succeeded, where the environment can say so
+    truncated: bool = False  # a limit of the environment's own ended it
+
+
+class Partner(Protocol):
+    """The other side of one episode: tools, a game, a user."""
+
+    def reply(self, text: str) -> Reply:
+        """The answer to what the policy wrote in its turn, without special tokens and outer whitespace."""
+
+
+class Silent:
+    """The other side of a single-turn episode: it says nothing, and the episode ends."""
+
+    def reply(self, text: str) -> Reply:
+        return Reply()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long an episode may get; one that meets a limit is truncated."""
+
+    turn_tokens: int  # of one turn of the policy
+    turns: int = 1  # of the policy
+    tokens: int | None = None  # of all turns and replies together; None is no limit
+
+
+@dataclass(eq=False, slots=True)
+class Conversation:
+    """An episode of prompt ``index``. Tokens are only ever appended, so what the policy saw is what is scored."""
+
+    index: int
+    prompt: Sequence[int]
+    asked: Sequence[Message]  # the prompt
+    partner: Partner
+    codec: ChatCodec
+    limits: Limits
+    tools: Sequence[Schema] = ()
+    said: list[Message] = field(default_factory=list)  # after the prompt, by policy and environment
+    turns: list[list[int]] = field(default_factory=list)  # tokens of the policy
+    added: list[list[int]] = field(default_factory=list)  # tokens of the environment, after each turn but the last
+    replies: list[Reply] = field(default_factory=list)
+    over: bool = False
+    truncated: bool = False
+
+    @property
+    def tokens(self) -> list[int]:
+        """All tokens so far: what the policy continues."""
+        return [*self.prompt, *self._since_prompt()]
+
+    @property
+    def text(self) -> str:
+        """What the policy wrote in its last turn."""
+        return [m["content"] for m in self.said if m["role"] == "assistant"][-1]
+
+    @property
+    def transcript(self) -> str:
+        """Everything after the prompt, for people to read; the text itself where there is one turn."""
+        if len(self.turns) == 1:
+            return self.text
+        return "\n".join(f"[{m['role']}] {m['content']}" for m in self.said)
+
+    def answer(self, tokens: Sequence[int], text: str, truncated: bool) -> None:
+        """Add a turn of the policy and what follows it.
+
+        ``truncated`` says that the turn was cut off; then nobody answers it, and the episode is over.
+        """
+        before = [*self.asked, *self.said]
+        self.turns.append(list(tokens))
+        self.said.append({"role": "assistant", "content": text})
+        if truncated:
+            self._end(truncated=True)
+            return
+        reply = self.partner.reply(text)
+        self.replies.append(reply)
+        if not reply.messages:
+            self._end(reply.truncated)
+        elif len(self.turns) >= self.limits.turns:
+            self._end(truncated=True)
+        else:
+            self._go_on(before, reply)
+
+    def _go_on(self, before: Sequence[Message], reply: Reply) -> None:
+        last = self.turns[-1][-1] if self.turns[-1] else None
+        added = self.codec.continuation(before, reply.messages, last, self.tools)
+        needed = len(self._since_prompt()) + len(added) + self.limits.turn_tokens
+        if self.limits.tokens is not None and needed > self.limits.tokens:
+            self._end(truncated=True)
+            return
+        self.said += reply.messages
+        self.added.append(added)
+
+    def _since_prompt(self) -> list[int]:
+        pairs = zip_longest(self.turns, self.added, fillvalue=())
+        return [token for turn, added in pairs for token in (*turn, *added)]
+
+    def _end(self, truncated: bool) -> None:
+        self.over, self.truncated = True, truncated

@@ -1,0 +1,151 @@
+"""Environments of more than one turn: any partner that answers the policy, and tools."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from ..errors import UserError
+from ..rewards.contract import RewardFunction
+from .chat import ChatCodec, Prompt, Schema, as_messages
+from .conversation import Conversation, Limits, Partner, Reply
+from .text_generation import TextGenerationEnv
+from .tools import ParseCalls, Tool, ToolPartner, describe_tools, parse_calls
+
+PartnerFactory = Callable[[Mapping[str, Any]], Partner]  # the example of a prompt -> the other side of one episode
+
+
+class MultiTurnEnv(TextGenerationEnv):
+    """Prompts, and a partner that answers every turn of the policy until it has nothing more to say.
+
+    An episode is one row of tokens: prompt, turn, reply, turn, ... Turns are kept exactly as they were
+    sampled; replies are tokenised once, in the chat template, and are no part of loss or credit. It ends
+    when the partner stops, or truncated: a turn that was cut off, ``max_turns`` turns, or no room for another turn in
+    ``max_episode_tokens``.
+    """
+
+    single_turn: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        partner_fn: PartnerFactory,
+        reward_fn: RewardFunction | None = None,
+        max_tokens: int = 256,
+        *,
+        tokenizer: Any = None,
+        examples: Sequence[Mapping[str, Any]] | None = None,
+        group_size: int = 1,
+        chat: bool | None = None,
+        max_turns: int = 8,
+        max_episode_tokens: int | None = None,
+    ) -> None:
+        """As ``TextGenerationEnv``.
+
+        ``partner_fn(example)`` makes the partner of one episode. ``max_tokens`` bounds a turn,
+        ``max_episode_tokens`` all turns and replies of an episode. ``reward_fn`` is called once, at the end,
+        with the last turn as ``completion``, and may also take ``messages``, the conversation from the prompt
+        on, and ``replies``, a ``Reply`` for each answered turn. Without it the reward is the sum of the
+        replies'. Raises UserError.
+        """
+        if max_turns < 1:
+            raise UserError(f"max_turns is {max_turns}; set it to 1 or more")
+        if max_episode_tokens is not None and max_episode_tokens < max_tokens:
+            raise UserError(
+                f"max_episode_tokens is {max_episode_tokens} and a turn alone may have {max_tokens}; raise it to that"
+            )
+        self.partner_fn, self.max_turns, self.max_episode_tokens = partner_fn, max_turns, max_episode_tokens
+        super().__init__(
+            prompts,
+            reward_fn or sum_of_turns,
+            max_tokens,
+            tokenizer=tokenizer,
+            examples=examples,
+            group_size=group_size,
+            chat=chat,
+        )
+        if chat is False:
+            self._codec = replace(self._codec, encode_chat=None, render_chat=None)
+
+    @property
+    def episode_tokens(self) -> int:
+        """The most tokens of an episode after its prompt; without a limit those of the turns, as an estimate."""
+        return self.max_episode_tokens or self.max_turns * self.max_tokens
+
+    def _partner(self, i: int) -> Partner:
+        return self.partner_fn(self.examples[i])
+
+    def _limits(self) -> Limits:
+        return Limits(self.max_tokens, self.max_turns, self.max_episode_tokens)
+
+    def _more(self, conversation: Conversation) -> Mapping[str, Any]:
+        messages = [*conversation.asked, *conversation.said]
+        return {"messages": messages, "replies": tuple(conversation.replies)}
+
+
+def sum_of_turns(
+    prompt: str, completion: str, example: Mapping[str, Any], replies: Sequence[Reply] = (), **_: Any
+) -> dict[str, Any]:
+    """The rewards that the replies carry, summed; correct is what the last one that says so says."""
+    told = [reply.is_correct for reply in replies if reply.is_correct is not None]
+    return {"reward": sum(reply.reward for reply in replies), "is_correct": told[-1] if told else None}
+
+
+class ToolEnv(MultiTurnEnv):
+    """Prompts, and Python functions that the policy may call before it answers; a turn without a call is the answer.
+
+    The functions run in this process, whatever they do. What they return, what they raise and calls that
+    make no sense come back to the policy as messages.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        tools: Sequence[Callable[..., Any]],
+        reward_fn: RewardFunction,
+        max_tokens: int = 256,
+        *,
+        tokenizer: Any = None,
+        tool_seconds: float = 5.0,
+        parse: ParseCalls = parse_calls,
+        **settings: Any,
+    ) -> None:
+        """As ``MultiTurnEnv``, whose further ``settings`` it takes.
+
+        ``tools`` are typed functions with docstrings; the chat template gets their schemas, and if it does not
+        write them, a system message does. ``parse`` finds the calls in a turn; the default reads what
+        Hermes, Qwen and Llama 3 write. Results are messages of the role "tool" where the template has one, else "user".
+        ``tool_seconds`` bounds one call. Raises UserError.
+        """
+        named = {tool.name: tool for tool in map(Tool.of, tools)}
+        if len(named) != len(tools) or not tools:
+            raise UserError(
+                f"the tools are {[t.__name__ for t in tools]}; give at least one, each with a name of its own"
+            )
+        if not tool_seconds > 0:
+            raise UserError(f"tool_seconds is {tool_seconds}; set it above 0")
+        if tokenizer is None:
+            raise UserError("ToolEnv has no tokenizer; pass the one that load_model returned")
+        self.schemas = [tool.schema for tool in named.values()]
+        codec = ChatCodec.of(tokenizer)
+        prompts = [with_tools(prompt, self.schemas, codec) for prompt in prompts]
+        partner = ToolPartner(named, parse, "tool" if codec.takes_role("tool") else "user", tool_seconds)
+        super().__init__(prompts, lambda example: partner, reward_fn, max_tokens, tokenizer=tokenizer, **settings)
+
+
+def with_tools(prompt: Prompt, schemas: Sequence[Schema], codec: ChatCodec) -> Prompt:
+    """``prompt``, with the tools described in it if the template does not write them itself."""
+    if not schemas or codec.shows_tools(schemas):
+        return prompt
+    return _with_system(prompt, describe_tools(schemas), codec)
+
+
+def _with_system(prompt: Prompt, text: str, codec: ChatCodec) -> Prompt:
+    """``prompt`` with ``text`` in its system message, or in front of the first message where the template has none."""
+    if codec.encode_chat is None and isinstance(prompt, str):
+        return f"{text}\n\n{prompt}"
+    first, *rest = as_messages(prompt)
+    if first["role"] == "system" or not codec.takes_role("system"):
+        return [{**first, "content": f"{text}\n\n{first['content']}"}, *rest]
+    return [{"role": "system", "content": text}, first, *rest]

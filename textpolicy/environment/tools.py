@@ -1,0 +1,184 @@
+"""Tools: typed Python functions that a policy may call, their schemas, and the calls found in what it writes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import queue
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
+from pydantic_core import ArgsKwargs
+
+from ..errors import UserError
+from .chat import Message, Schema
+from .conversation import Reply
+
+LONGEST_RESULT = 2000  # characters of a result that the policy is shown
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call as the policy wrote it."""
+
+    name: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    mistake: str = ""  # why it is no call, for the policy to read; "" if it is one
+
+
+ParseCalls = Callable[[str], Sequence[ToolCall]]  # what a turn says -> the calls in it, [] for none
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function, with the schema that the chat template shows."""
+
+    schema: Schema
+    adapter: TypeAdapter[Any]
+
+    @classmethod
+    def of(cls, fn: Callable[..., Any]) -> Self:
+        """The tool that ``fn`` is: its name, the first paragraph of its docstring, its typed parameters.
+
+        ``Annotated[int, Field(description="...")]`` describes a parameter. Raises UserError for a function
+        without a docstring, a parameter without a type, or a type that JSON cannot carry.
+        """
+        for parameter in inspect.signature(fn).parameters.values():
+            if parameter.annotation is parameter.empty or parameter.kind in (
+                parameter.VAR_POSITIONAL,
+                parameter.POSITIONAL_ONLY,
+            ):
+                raise UserError(
+                    f"the parameter {parameter.name!r} of tool {fn.__name__!r} is not a typed keyword; give it a type"
+                )
+        if not (described := inspect.getdoc(fn)):
+            raise UserError(f"the tool {fn.__name__!r} has no docstring; write one, for the model to read")
+        try:
+            adapter: TypeAdapter[Any] = TypeAdapter(fn)  # type: ignore[arg-type]  # pydantic takes functions too
+            parameters = _without_titles(adapter.json_schema())
+        except PydanticUserError as error:
+            why = str(error).split(". ")[0].rstrip(".")
+            raise UserError(
+                f"the tool {fn.__name__!r} has a parameter that JSON cannot carry ({why}); change it"
+            ) from error
+        about = {
+            "name": fn.__name__,
+            "description": " ".join(described.split("\n\n")[0].split()),
+            "parameters": parameters,
+        }
+        return cls({"type": "function", "function": about}, adapter)
+
+    @property
+    def name(self) -> str:
+        return self.schema["function"]["name"]
+
+    def run(self, arguments: Mapping[str, Any], seconds: float) -> str:
+        """What the tool returns, as text; what went wrong, as text, if it raises or takes longer than ``seconds``.
+
+        The tool runs in this process. One that takes too long is left behind in its thread: it cannot be ended.
+        """
+        answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=lambda: answers.put(self._answer(arguments)), daemon=True).start()
+        try:
+            return _cut(answers.get(timeout=seconds))
+        except queue.Empty:
+            return f"Error: {self.name} took longer than {seconds:g} s and was given up"
+
+    def _answer(self, arguments: Mapping[str, Any]) -> str:
+        try:
+            result = self.adapter.validate_python(ArgsKwargs((), dict(arguments)))
+        except ValidationError as error:
+            return f"Error: {self.name} was called with wrong arguments: {_mistakes(error)}"
+        except Exception as error:  # noqa: BLE001 - whatever a tool raises is for the policy to read
+            return f"Error: {self.name} raised {type(error).__name__}: {error}"
+        return result if isinstance(result, str) else json.dumps(result, default=str, ensure_ascii=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolPartner:
+    """Answers the calls in a turn; a turn without a call ends the episode."""
+
+    tools: Mapping[str, Tool]
+    parse: ParseCalls
+    role: str  # of the messages that carry results
+    seconds: float  # for one call
+
+    def reply(self, text: str) -> Reply:
+        """A message with the result of each call, in order."""
+        return Reply(tuple(self._result(call) for call in self.parse(text)))
+
+    def _result(self, call: ToolCall) -> Message:
+        named = {"name": call.name} if call.name and self.role == "tool" else {}
+        return {"role": self.role, **named, "content": self._answer(call)}
+
+    def _answer(self, call: ToolCall) -> str:
+        if call.mistake:
+            return f"Error: {call.mistake}"
+        if call.name not in self.tools:
+            return f"Error: there is no tool {call.name!r}; the tools are {', '.join(self.tools)}"
+        return self.tools[call.name].run(call.arguments, self.seconds)
+
+
+# ---- calls in a text
+
+_TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+
+
+def parse_calls(text: str) -> list[ToolCall]:
+    """The calls in a turn: JSON in <tool_call> tags (Hermes, Qwen), or a turn that is one JSON object (Llama 3).
+
+    The object has a "name" and "arguments" (or "parameters"). What stands in a tag and is no call
+    comes back with its ``mistake``, so that the policy is told.
+    """
+    if tagged := _TAGGED.findall(text):
+        return [_call(content) for content in tagged]
+    bare = text.strip().removeprefix("<|python_tag|>")
+    return [_call(bare)] if bare.startswith("{") and bare.endswith("}") and '"name"' in bare else []
+
+
+def _call(content: str) -> ToolCall:
+    try:
+        read = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        return ToolCall(mistake=f'the call is no JSON ({error}); write an object with "name" and "arguments"')
+    match read:
+        case {"name": str(name), "arguments": dict(arguments)} | {"name": str(name), "parameters": dict(arguments)}:
+            return ToolCall(name, arguments)
+        case {"name": str(name)} if not {"arguments", "parameters"} & {*read}:
+            return ToolCall(name)
+        case _:
+            return ToolCall(mistake='the call is not an object with "name" and "arguments"; write it as one')
+
+
+def describe_tools(tools: Sequence[Schema]) -> str:
+    """The tools as instructions, for a chat template that does not write them itself."""
+    listed = "\n".join(json.dumps(t["function"], ensure_ascii=False) for t in tools)
+    return (
+        f"You can call these functions:\n{listed}\n"
+        'To call one, write <tool_call>{"name": "...", "arguments": {...}}</tool_call> and stop; '
+        "its result comes back in the next message."
+    )
+
+
+# ---- details
+
+
+def _mistakes(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_RESULT else f"{text[:LONGEST_RESULT]} ... ({len(text)} characters in all)"
+
+
+def _without_titles(schema: Any) -> Any:
+    """A JSON schema without the titles that pydantic makes of names, which would only cost tokens."""
+    if isinstance(schema, list):
+        return [_without_titles(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {k: _without_titles(v) for k, v in schema.items() if not (k == "title" and isinstance(v, str))}

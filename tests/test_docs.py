@@ -15,6 +15,8 @@ FILES = [
     "README.md",
     "docs/QUICKSTART_UV.md",
     "docs/02_rewards.md",
+    "docs/04_environments.md",
+    "docs/05_rollout_training.md",
     "docs/06_performance.md",
     "docs/10_lora_qlora.md",
     "docs/algorithms.md",

@@ -1,5 +1,7 @@
 """reasoning-gym, the real library: data sets by name, composites, levels, its scorers, and two steps of training."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -98,6 +100,20 @@ def test_a_scorer_that_raises_gives_nothing_and_says_so_once(caplog):
     env = make("prime_factorization")
     assert [score(env, 0, text).reward for text in ("x", "y", "((")] == [0.0] * 3
     assert caplog.text.count("prime_factorization: ValueError") == 1
+
+
+def test_a_time_limit_holds_against_an_answer_without_end():
+    env = make("countdown", 2, seed=1, time_limit=3.0)
+    started = time.perf_counter()
+    good, endless = env.scores(
+        [
+            (0, [ord(c) for c in env.examples[0]["metadata"]["expression"]], False),
+            (1, [ord(c) for c in "9**9**9**9"], False),
+        ]
+    )
+    assert good.is_correct
+    assert np.isnan(endless.reward)
+    assert time.perf_counter() - started < 20
 
 
 @pytest.mark.parametrize(

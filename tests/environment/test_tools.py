@@ -245,6 +245,17 @@ def test_a_system_message_and_the_tools_share_one_message():
     assert env.prompt_text(0) == env.prompt_text(1) == "the user"
 
 
+def test_a_way_of_calling_of_ones_own_is_described_in_ones_own_words_or_not_at_all():
+    tokenizer = chat_tokenizer("gemma")
+    words = {"describe": lambda schemas: f"Write +n for {schemas[0]['function']['name']}."}
+    texts = [
+        tokenizer.decode(ToolEnv(["the user"], [add], answered, tokenizer=tokenizer, **given).prompt_ids(0))
+        for given in (words, {"describe": lambda schemas: ""})
+    ]
+    assert "Write +n for add.\n\nthe user" in texts[0]
+    assert texts[1] == "<bos><start_of_turn>user\nthe user<end_of_turn>\n<start_of_turn>model\n"
+
+
 def test_mistakes_are_answered_and_the_policy_may_try_again():
     tokenizer = chat_tokenizer("chatml")
     episode, _ = play(

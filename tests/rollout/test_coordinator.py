@@ -228,7 +228,7 @@ def test_a_dead_worker_is_replaced_and_the_others_live_on(make):
     coordinator.collect()
     first = pids(coordinator)
     os.kill(first[0], signal.SIGKILL)
-    coordinator.workers._workers[0].process.join(5)
+    coordinator.workers._workers[0].process.wait(5)
     buffer = coordinator.collect()  # it died while idle: nobody was waiting for it
     assert [e.act[0] for e in buffer.episodes] == [0, 1]
     assert pids(coordinator)[0] != first[0]
@@ -283,7 +283,7 @@ def test_what_is_raised_in_a_worker_is_told_with_its_traceback(make, policy_fn, 
         return
     with pytest.raises(WorkerError, match=f"(?s)worker 0 failed.*Traceback.*{said}"):
         coordinator.collect()
-    assert coordinator.workers._workers[0].process.is_alive()
+    assert coordinator.workers._workers[0].alive
 
 
 def test_what_cannot_be_sent_to_a_process_is_refused():
@@ -297,7 +297,7 @@ def test_closing_leaves_no_process(make):
     coordinator.collect()
     processes = [worker.process for worker in coordinator.workers._workers]
     coordinator.close()
-    assert not any(p.is_alive() for p in processes)
+    assert all(p.poll() == 0 for p in processes)  # they ended by themselves
 
 
 def test_workers_end_with_a_parent_that_was_killed(tmp_path):
@@ -309,12 +309,11 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path):
         "class Letters:\n"
         "    encode = staticmethod(lambda text: [ord(c) for c in text])\n"
         "    decode = staticmethod(lambda ids: ''.join(map(chr, ids)))\n"
-        "if __name__ == '__main__':\n"
-        "    env = lambda: TextGenerationEnv(['a'], lambda prompt, completion, example: 1.0, tokenizer=Letters())\n"
-        "    policy = lambda: lambda obs, deterministic: ([97], {'logprob': [0.0]})\n"
-        "    c = RolloutCoordinator(env, policy, 'grpo', 1, 2)\n"
-        "    print(c.collect().episode_count, c.workers._workers[0].process.pid, flush=True)\n"
-        "    time.sleep(60)\n"
+        "env = lambda: TextGenerationEnv(['a'], lambda prompt, completion, example: 1.0, tokenizer=Letters())\n"
+        "policy = lambda: lambda obs, deterministic: ([97], {'logprob': [0.0]})\n"
+        "c = RolloutCoordinator(env, policy, 'grpo', 1, 2)\n"  # no guard: a worker does not import this script
+        "print(c.collect().episode_count, c.workers._workers[0].process.pid, flush=True)\n"
+        "time.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     try:

@@ -13,6 +13,7 @@ from .conversation import Conversation, Limits, Partner, Reply
 from .text_generation import TextGenerationEnv
 from .tools import ParseCalls, Tool, ToolPartner, describe_tools, parse_calls
 
+Describe = Callable[[Sequence[Schema]], str]  # instructions for the policy, "" for none
 PartnerFactory = Callable[[Mapping[str, Any]], Partner]  # the example of a prompt -> the other side of one episode
 
 
@@ -109,14 +110,15 @@ class ToolEnv(MultiTurnEnv):
         tokenizer: Any = None,
         tool_seconds: float = 5.0,
         parse: ParseCalls = parse_calls,
+        describe: Describe = describe_tools,
         **settings: Any,
     ) -> None:
         """As ``MultiTurnEnv``, whose further ``settings`` it takes.
 
-        ``tools`` are typed functions with docstrings; the chat template gets their schemas, and if it does not
-        write them, a system message does. ``parse`` finds the calls in a turn; the default reads what
-        Hermes, Qwen and Llama 3 write. Results are messages of the role "tool" where the template has one, else "user".
-        ``tool_seconds`` bounds one call. Raises UserError.
+        ``tools`` are typed functions with docstrings. The chat template gets their schemas; if it does not write
+        them, ``describe(schemas)`` stands in a system message, and "" in none. ``parse`` finds the calls in a
+        turn; the default reads what Hermes, Qwen and Llama 3 write. Results are messages of the role "tool"
+        where the template has one, else "user". ``tool_seconds`` bounds one call. Raises UserError.
         """
         named = {tool.name: tool for tool in map(Tool.of, tools)}
         if len(named) != len(tools) or not tools:
@@ -129,16 +131,18 @@ class ToolEnv(MultiTurnEnv):
             raise UserError("ToolEnv has no tokenizer; pass the one that load_model returned")
         self.schemas = [tool.schema for tool in named.values()]
         codec = ChatCodec.of(tokenizer)
-        prompts = [with_tools(prompt, self.schemas, codec) for prompt in prompts]
+        prompts = [with_tools(prompt, self.schemas, codec, describe) for prompt in prompts]
         partner = ToolPartner(named, parse, "tool" if codec.takes_role("tool") else "user", tool_seconds)
         super().__init__(prompts, lambda example: partner, reward_fn, max_tokens, tokenizer=tokenizer, **settings)
 
 
-def with_tools(prompt: Prompt, schemas: Sequence[Schema], codec: ChatCodec) -> Prompt:
+def with_tools(
+    prompt: Prompt, schemas: Sequence[Schema], codec: ChatCodec, describe: Describe = describe_tools
+) -> Prompt:
     """``prompt``, with the tools described in it if the template does not write them itself."""
-    if not schemas or codec.shows_tools(schemas):
+    if not schemas or codec.shows_tools(schemas) or not (text := describe(schemas)):
         return prompt
-    return _with_system(prompt, describe_tools(schemas), codec)
+    return _with_system(prompt, text, codec)
 
 
 def _with_system(prompt: Prompt, text: str, codec: ChatCodec) -> Prompt:

@@ -9,6 +9,7 @@ from typing import Any
 
 from .._extras import extra
 from ..errors import UserError, unknown_name
+from ..rewards.scoring import Scorer
 from .text_generation import TextGenerationEnv
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ def reasoning_gym_env(
     level: int | Sequence[int] | None = None,
     instructions: str = INSTRUCTIONS,
     extract: Callable[[str], str] | None = None,
+    time_limit: float | None = None,
     **settings: Any,
 ) -> TextGenerationEnv:
     """An environment with ``size`` problems of a reasoning-gym data set, drawn with ``seed``.
@@ -34,19 +36,27 @@ def reasoning_gym_env(
     the data set's own settings; ``level`` takes them from its curriculum instead, from 0. Of several levels there
     are ``size`` problems each, whose examples have a "level", as a ``LevelCurriculum`` needs it. ``extract(text)``
     finds the answer in a completion, by default ``answer_of``; ``instructions`` follow every question. The example
-    of a prompt is the library's entry (question, answer, metadata). Further ``settings`` are those of
+    of a prompt is the library's entry (question, answer, metadata). With a ``time_limit`` in seconds the scorer runs
+    in a process of its own, and an answer that takes it longer is unscorable. Further ``settings`` are those of
     ``TextGenerationEnv``. Raises UserError, MissingDependencyError.
     """
     levels: Sequence[int | None] = level if isinstance(level, Sequence) else [level]
     made = {n: make_dataset(dataset, size, seed, config, n) for n in levels}
     entries = [{**problems[i], "level": n} for n, problems in made.items() for i in range(size)]
+    reward = EntryReward(made, extract or answer_of)
     return TextGenerationEnv(
         ["\n".join(filter(None, [entry["question"], instructions])) for entry in entries],
-        EntryReward(made, extract or answer_of),
+        reward
+        if time_limit is None
+        else Scorer(reward, time_limit=time_limit, on_failure="unscorable", processes=True),
         tokenizer=tokenizer,
         examples=entries,
         **settings,
     )
+
+
+def _in_time(reward: EntryReward, seconds: float) -> Scorer:
+    return Scorer(reward, time_limit=seconds, on_failure="unscorable", processes=True)
 
 
 def make_dataset(

@@ -38,7 +38,7 @@ class RolloutCoordinator:
     ) -> None:
         """``env_fn()`` and ``policy_fn()`` make what acts; ``algorithm`` names the strategy.
 
-        With ``num_workers`` 0 they are called here. Otherwise each worker is a spawned process that calls them in
+        With ``num_workers`` 0 they are called here. Otherwise each worker is a new process that calls them in
         itself, so a model loaded there does not follow training here; if they name a ``worker``
         argument they get its number, from which a policy takes a seed of its own. ``batch_size`` above 1 samples
         so many completions in one call, with the policy of ``model``, ``tokenizer`` and

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import os
 import signal
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from .strategy import create_strategy
 
 Fields = Mapping[str, Any]  # of a buffer's Episode, as its ``to_dict`` gives them
 PATIENCE = 2.0  # seconds a worker has to end by itself
+POLL = 0.2  # seconds between looks whether one has died
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Work:
 
 
 class Workers:
-    """``count`` spawned processes, each with what ``env_fn`` and ``policy_fn`` make in it.
+    """``count`` processes, each with what ``env_fn`` and ``policy_fn`` make in it.
 
     One that dies ends the ``collect`` in progress with a WorkerError, at once, and is replaced when the
     next begins; the others live on.
@@ -69,21 +72,20 @@ class Workers:
 
     def _started(self, i: int) -> _Worker:
         worker = self._workers[i]
-        if worker is None or not worker.process.is_alive():
+        if worker is None or not worker.alive:
             worker = self._workers[i] = _Worker(i, self._payload)
         return worker
 
     def _await(self, waiting: Sequence[_Worker], answers: dict[int, list[Fields]], deadline: float | None) -> None:
-        """Take the answers that are there, once there are any."""
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ready = wait([source for w in waiting for source in (w.connection, w.process.sentinel)], left)
-        if not ready:
-            self._give_up(waiting)
+        """Take the answers that are there, for a moment; look who has died, or is too late."""
+        ready = wait([w.connection for w in waiting], POLL)
         for worker in waiting:
             if worker.connection in ready:
                 answers |= self._heard(worker)
-            elif worker.process.sentinel in ready:
+            elif not worker.alive:  # without closing the pipe, if a process of its own has it
                 raise self._dead(worker)
+        if deadline is not None and time.monotonic() > deadline:
+            self._give_up([w for w in waiting if w.index not in answers])
 
     def _heard(self, worker: _Worker) -> dict[int, list[Fields]]:
         try:
@@ -95,8 +97,7 @@ class Workers:
         return {worker.index: episodes} if asked == self._asked else {}
 
     def _dead(self, worker: _Worker) -> WorkerError:
-        worker.process.join(PATIENCE)
-        code = worker.process.exitcode
+        code = worker.ended_within(PATIENCE)
         self._workers[worker.index] = None
         return WorkerError(
             f"rollout worker {worker.index} (process {worker.process.pid}) died: {_reason(code)}; "
@@ -104,8 +105,11 @@ class Workers:
         )
 
     def _give_up(self, waiting: Sequence[_Worker]) -> None:
+        if not waiting:
+            return
         for worker in waiting:
             worker.process.kill()
+            worker.end()
             self._workers[worker.index] = None
         named = ", ".join(str(w.index) for w in waiting)
         raise WorkerError(
@@ -114,47 +118,68 @@ class Workers:
 
 
 class _Worker:
-    """A process and our end of its pipe."""
+    """A process and our end of its pipe.
+
+    A fresh interpreter, which imports no script of the user: what it runs comes through the pipe.
+    """
 
     def __init__(self, index: int, payload: bytes) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would copy MLX's threads in mid-work
         self.index = index
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, payload, index), daemon=True)
-        self.process.start()
+        self.connection, theirs = Pipe()
+        command = f"from textpolicy.rollout.workers import serve; serve({theirs.fileno()}, {index})"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", command], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
+        )
         theirs.close()
+        self._send(payload)
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
 
     def ask(self, number: int) -> None:
-        with suppress(ConnectionError):  # it died; whoever waits for its answer finds out
-            self.connection.send(number)
+        self._send(number)
 
     def end(self) -> None:
         self.connection.close()  # which it takes as the word to end
-        self.process.join(PATIENCE)
+        self.ended_within(PATIENCE)
         self.process.kill()
-        self.process.join()
+        self.process.wait()
+
+    def ended_within(self, seconds: float) -> int | None:
+        """The exit code, or None if it is still there."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+        return self.process.poll()
+
+    def _send(self, message: Any) -> None:
+        with suppress(ConnectionError):  # it died; whoever waits for its answer finds out
+            self.connection.send(message)
 
 
-def _serve(connection: Connection, payload: bytes, index: int) -> None:
-    """A worker's life: collect when asked, until the pipe is closed."""
+def serve(descriptor: int, index: int) -> None:
+    """A worker's life: collect when asked, until the pipe at file ``descriptor`` is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    connection: Connection[Any, Any] = Connection(descriptor)
     runner, error = None, ""
-    try:
-        runner = _runner(payload, index)
-    except Exception:  # noqa: BLE001 - whatever a user's function raises is told to the parent
-        error = traceback.format_exc()
-    while True:
+    with suppress(EOFError):
         try:
-            number = connection.recv()
-        except EOFError:
-            return
-        episodes: list[Fields] = []
-        try:
-            episodes = [_plain(e.to_dict()) for e in runner[0].collect(runner[1]).episodes] if runner else []
-        except Exception:  # noqa: BLE001 - as above
+            runner = _runner(connection.recv(), index)
+        except Exception:  # noqa: BLE001 - whatever a user's function raises is told to the parent
             error = traceback.format_exc()
-        connection.send((number, episodes, error))
-        error = error if runner is None else ""
+        while True:
+            number = connection.recv()
+            connection.send((number, *(_collected(runner) if runner else ([], error))))
+
+
+def _collected(runner: tuple[RolloutRunner, int]) -> tuple[list[Fields], str]:
+    """Episodes, or the traceback of what was raised."""
+    rollouts, max_episodes = runner
+    try:
+        return [_plain(e.to_dict()) for e in rollouts.collect(max_episodes).episodes], ""
+    except Exception:  # noqa: BLE001 - as above
+        return [], traceback.format_exc()
 
 
 def _runner(payload: bytes, index: int) -> tuple[RolloutRunner, int]:
@@ -195,4 +220,4 @@ def _reason(code: int | None) -> str:
     if code < 0:
         by = signal.Signals(-code).name
         return f"{by} ended it{' (perhaps for want of memory)' if -code == signal.SIGKILL else ''}"
-    return f"it ended with code {code} (a script that starts workers needs if __name__ == '__main__')"
+    return f"it ended with code {code}"

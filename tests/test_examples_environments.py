@@ -1,0 +1,67 @@
+"""The examples on rewards, training and tools run end to end, with a small budget, and print what happened."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script, folder, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", str(ROOT / "examples" / script), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_an_example_fits_on_a_screen_or_two(path):
+    assert len(path.read_text().splitlines()) < 80
+
+
+def test_example_03_sums_two_rewards_over_a_batch(tmp_path):
+    said = run("03_batch_processing.py", tmp_path)
+    short, clear, stilted = (float(x) for x in re.findall(r"^(\d\.\d{3}) ", said, re.MULTILINE))
+    assert clear > short > stilted
+    assert "10 more: the best is number " in said
+
+
+def test_example_04_lets_a_verifier_veto(tmp_path):
+    said = run("04_multiple_rewards.py", tmp_path)
+    scores = {label: float(value) for label, value in re.findall(r"^ *([a-z ]+): +(-?\d\.\d\d) ", said, re.MULTILINE)}
+    assert scores["good"] == 1.5
+    assert scores["repetitive"] == min(scores.values())
+    assert "on_topic -0.50" in said
+
+
+def test_example_05_makes_what_was_better_likelier(tmp_path):
+    said = run("05_textpolicy_essence.py", tmp_path)
+    assert said.count("reward ") == 8
+    assert said.strip().endswith("what was better than its group became likelier: yes")
+
+
+@pytest.mark.slow
+def test_example_06_learns_to_be_short(tmp_path):
+    said = run("06_minimal_training.py", tmp_path)
+    first, last = map(float, re.search(r"first steps (\S+), of the last ones (\S+)", said).groups())
+    assert last > first + 0.1
+    assert re.search(r"essays after: \d\.\d\d \([+-]\d\.\d\d\)", said)
+
+
+@pytest.mark.slow
+def test_example_13_calls_its_calculator(tmp_path):
+    said = run("13_tool_environment.py", tmp_path, "--steps=2", "--prompts=3", "--test=6")
+    assert [float(x) for x in re.findall(r"reward (\d\.\d\d)", said)]
+    asked = [int(x) for x in re.findall(r"calculator asked in (\d+)%", said)]
+    assert len(asked) == 2
+    assert max(asked) > 0
+    assert "[assistant] " in said

@@ -191,5 +191,5 @@ def test_several_steps_wait_for_the_training_loop():
     buffer = Buffer()
     buffer.add(**{**TEXT, "done": False, "timeout": False})
     buffer.add(**TEXT)
-    with pytest.raises(UserError, match="multi-turn arrives through the training loop"):
+    with pytest.raises(UserError, match=r"train on several turns with textpolicy\.loop\.train"):
         buffer.episodes[0].as_training()

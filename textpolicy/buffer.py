@@ -100,7 +100,7 @@ class Episode:
         if len(self) != 1:
             raise UserError(
                 f"a buffered episode has {len(self)} steps and can be trained on only with one; "
-                "multi-turn arrives through the training loop"
+                "train on several turns with textpolicy.loop.train"
             )
         if self.group is None:
             raise UserError("an episode has no group; put 'group' into the step's info, or pass it to Buffer.add")

@@ -1,11 +1,17 @@
 """The CUDA kernels agree with MLX's own operations; run where there is an NVIDIA GPU."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models import llama, qwen3
 
+from textpolicy.engine import Sampling
 from textpolicy.mlx import cuda
+from textpolicy.mlx.lora import attach_lora
 from textpolicy.mlx.sampling import draw
+from textpolicy.mlx.steady import Rows, Steps
+from textpolicy.mlx.tree import PromptTree
 
 pytestmark = pytest.mark.skipif(not cuda.is_default(), reason="needs an NVIDIA GPU and MLX's CUDA backend")
 
@@ -14,6 +20,7 @@ SHAPES = [  # rows, prompts, heads, kv heads, head size, prompt slots, own slots
     (256, 16, 16, 8, 128, 256, 256),
     (3, 3, 8, 1, 128, 9, 64),
     (4, 1, 9, 3, 64, 5, 64),
+    (1030, 9, 2, 1, 128, 33, 64),
 ]
 
 
@@ -77,3 +84,85 @@ def test_loras_of_joined_layers_are_added_to_each():
         expected = np.array(y)[:, start : start + width] + low @ np.array(b)[:, start : start + width]
         np.testing.assert_allclose(np.array(out), expected, atol=1e-4)
         start += width
+
+
+def joined(rows, widths, rank, dtype=mx.float32):
+    """What the kernels call y and b, and the layers' outputs with their LoRAs."""
+    y = mx.random.normal((rows, sum(widths) + len(widths) * rank)).astype(dtype)
+    b = (mx.random.normal((rank, sum(widths))) * 0.1).astype(dtype)
+    ends, outputs = np.cumsum(widths), []
+    for i, (end, width) in enumerate(zip(ends.tolist(), widths, strict=True)):
+        low = y[:, sum(widths) + i * rank :][:, :rank].astype(mx.float32)
+        outputs.append(y[:, end - width : end].astype(mx.float32) + low @ b[:, end - width : end].astype(mx.float32))
+    return y, b, outputs
+
+
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize(("queries", "keys", "size"), [(16, 8, 128), (9, 3, 64)])
+def test_heads_are_normed_and_rotated_as_mlx_does(queries, keys, size, normed):
+    rows, rank = 37, 16
+    y, b, outputs = joined(rows, [queries * size, keys * size, keys * size], rank)
+    weights = (mx.random.uniform(shape=(size,)), mx.random.uniform(shape=(size,)))
+    positions = mx.random.randint(0, 3000, (rows,))
+    angles = positions[:, None] * 1e4 ** (mx.arange(0, size, 2) / -size)
+    ours = cuda.heads(y, b, (queries, keys), weights if normed else None, 1e-6, (mx.cos(angles), mx.sin(angles)))
+    for i, (out, count) in enumerate(zip(outputs, (queries, keys, keys), strict=True)):
+        expected = out.reshape(rows, count, 1, size)
+        if i < 2:
+            expected = mx.fast.rms_norm(expected, weights[i], 1e-6) if normed else expected
+            expected = mx.fast.rope(expected, size, traditional=False, base=1e4, scale=1.0, offset=positions)
+        np.testing.assert_allclose(np.array(ours[i]), np.array(expected), atol=5e-3)
+
+
+@pytest.mark.parametrize("width", [576, 1024, 8192])
+def test_a_layer_is_added_to_the_residual_and_normed(width):
+    y, b, [out] = joined(37, [width], 8)
+    residual, weight = mx.random.normal((37, width)), mx.random.uniform(shape=(width,))
+    added, normed = cuda.add_and_norm(y, b, residual, weight, 1e-5)
+    np.testing.assert_allclose(np.array(added), np.array(residual + out), atol=5e-3)
+    np.testing.assert_allclose(np.array(normed), np.array(mx.fast.rms_norm(added, weight, 1e-5)), atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [1536, 3072])
+def test_a_gate_and_what_it_gates_are_multiplied(width):
+    y, b, [gate, up] = joined(37, [width, width], 16)
+    np.testing.assert_allclose(np.array(cuda.swiglu(y, b)), np.array(nn.silu(gate) * up), atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", [llama, qwen3])
+def test_blocks_of_few_kernels_draw_what_the_model_draws(kind):
+    model = small(kind)
+    prompts = [p for p in np.random.default_rng(0).integers(0, 1000, (3, 9)) for _ in range(5)]
+    fused, plain = (Steps(model, compiled=True, share=True) for _ in range(2))
+    assert len(fused.blocks) == 2
+    plain.blocks = ()
+    tree = PromptTree.build(prompts)
+    held = []
+    for steps in (fused, plain):
+        steps.refresh()
+        held.append(Rows.begin(steps.read(tree), tree.parents, True))
+    reads = mx.array(tree.last)
+    for _ in range(4):
+        uniform = mx.random.uniform(shape=(15,))
+        a, held[0] = fused(held[0], reads, uniform, Sampling(8))
+        b, held[1] = plain(held[1], reads, uniform, Sampling(8))
+        mx.eval(a, b, held[0].own, held[1].own)
+        same = np.array(a.tokens) == np.array(b.tokens)
+        assert same.mean() > 0.9  # rounding moves a point between neighbours now and then
+        np.testing.assert_allclose(np.array(a.logprobs)[same], np.array(b.logprobs)[same], atol=5e-3)
+        np.testing.assert_allclose(np.array(a.entropy), np.array(b.entropy), atol=5e-3)
+        reads = b.tokens
+
+
+def small(kind):
+    sizes = {
+        "hidden_size": 192, "num_hidden_layers": 2, "intermediate_size": 512, "num_attention_heads": 3,
+        "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "vocab_size": 1000, "head_dim": 64, "rope_theta": 1e4,
+        "max_position_embeddings": 4096, "tie_word_embeddings": kind is llama, "model_type": "small",
+    }  # fmt: skip
+    model = kind.Model(kind.ModelArgs(**sizes))
+    attach_lora(model, 8, 16.0)
+    for module in model.modules():
+        if "lora_b" in module:
+            module.lora_b = mx.random.normal(module.lora_b.shape) * 0.05
+    return model

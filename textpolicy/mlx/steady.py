@@ -17,7 +17,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ..engine import Sampling
-from . import cuda
+from . import blocks, cuda
+from .blocks import blocks_of
 from .context import Attention, Context, Group, State, _groups_heads
 from .lora import trainable
 from .sampling import Draw, Sampler
@@ -27,6 +28,7 @@ from .together import View
 from .tree import PromptTree
 
 _KEPT = 64  # compiled functions remembered
+_NEAR = 8
 _ROOM = {mx.cpu: 64, mx.gpu: 256}  # slots are allocated in so many at a time
 
 Arrays = list[mx.array]
@@ -176,6 +178,7 @@ class Steps:
     def __init__(self, model: nn.Module, *, compiled: bool, share: bool, substitutes: dict[str, Any] | None = None):
         self.model, self.compiled, self.share = model, compiled, share
         self.view = View.of(model)
+        self.blocks = blocks_of(model, self.view) if share else ()
         self.grouped = _groups_heads(model)
         self.known: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
         self.substitutes = {**(substitutes or {}), "scaled_dot_product_attention": _attention}
@@ -223,11 +226,16 @@ class Steps:
             shared = any(common)
             slot = last + prompt_slots if shared else last
             seen = mx.slice_update(seen, mx.ones((len(tokens), 1), mx.bool_), slot, axes=[1])
-            now = _Now(lengths, seen, last, parents, self.grouped)
+            near = last + mx.zeros((_NEAR,), mx.int32)
+            now = _Now(lengths, seen, last, near, parents, self.grouped)
             given = iter(zip(common, own, strict=True))
             layers = [_layer(kind, now, given) for kind in kinds]
             with self.view.using(adapters, trained), substituted(self.model, self.substitutes):
-                logits = self.view.model(tokens[:, None], cache=layers)[:, -1]
+                if shared and self.blocks:
+                    attend = [layer.attend_alone for layer in layers]
+                    logits = blocks.logits(self.view.model, self.blocks, tokens, lengths, attend)
+                else:
+                    logits = self.view.model(tokens[:, None], cache=layers)[:, -1]
             drawn = sampler(logits, mx.arange(len(tokens)), uniform)
             return list(drawn), lengths + 1, seen, [_changed(layer) for layer in _flat(layers)]
 
@@ -240,7 +248,8 @@ class _Now:
 
     lengths: mx.array
     seen: mx.array  # the arriving token included
-    last: mx.array
+    last: mx.array  # (1,) int32
+    near: mx.array  # (n,) int32, the same in the memory of a GPU, where arrays of a few bytes are not
     parents: mx.array
     grouped: bool
 
@@ -280,11 +289,16 @@ class _Slots:
             self.fetched = [mx.concatenate([c[self.now.parents], o], axis=2) for c, o in whole]
         return self.fetched[0], self.fetched[1]
 
+    def attend_alone(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+        """``update_and_fetch`` and ``attend`` in one, under the layer's own mask."""
+        self.fresh = [a.astype(own.dtype) for a, own in zip((keys, values), self.own, strict=True)]
+        return self.attend(queries, scale, self.make_mask(1))
+
     def attend(self, queries: mx.array, scale: float, mask: mx.array) -> mx.array:
         """By the kernel, which writes what arrived in place."""
         self.written = []
         seen = mask.reshape(mask.shape[0], -1)
-        return cuda.attend(queries, self.fresh, self.own, self.common, self.now.parents, seen, self.now.last, scale)
+        return cuda.attend(queries, self.fresh, self.own, self.common, self.now.parents, seen, self.now.near, scale)
 
 
 def _attention(

@@ -58,15 +58,18 @@ class Together:
 
     def _compute(self, x: mx.array) -> Sequence[mx.array]:
         if self.arrays and self.by_kernel:
-            whole, b = self.arrays
-            y = x @ whole.T
-            return cuda.add_lora(y, b, self.widths)
+            return cuda.add_lora(*self.product(x), self.widths)
         y = self.base(x)
         if self.arrays:
             a, b = self.arrays
             y = mx.addmm(y, x @ a, b)
         ends = list(accumulate(self.widths))
         return [y[..., end - width : end] for end, width in zip(ends, self.widths, strict=True)]
+
+    def product(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Of (N, inputs): what the kernels take as y and b (cuda.py)."""
+        whole, b = self.arrays
+        return x @ whole.T, b
 
     def read_adapters(self, dtype: mx.Dtype) -> list[mx.array]:
         """The LoRAs as they are now, in the type that the model computes in; [] if there are none."""

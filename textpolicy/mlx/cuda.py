@@ -477,8 +477,7 @@ _DRAW = """
 
 HEAD_SIZES = (64, 128)  # LANES divide a warp
 _TOGETHER = (4, 3, 2, 1)  # query heads of one block of threads; they share their keys
-_TILES = (4, 2, 1)  # rows of one block
-_QUERIES = 8  # of one block, at most, so that they stay in registers
+_TILES = (2, 1)  # rows of one block; with four of them too few blocks fit a multiprocessor
 _BLOCKS = 256  # with fewer, some of a GPU's multiprocessors have nothing to do
 
 
@@ -516,7 +515,7 @@ def attend(
     per_kv, threads = heads // own[0].shape[1], 256
     together = next(g for g in _TOGETHER if per_kv % g == 0 and g * size <= 256)
     blocks = rows * heads // together
-    tile = next(t for t in _TILES if t == 1 or (t * together <= _QUERIES and blocks >= t * _BLOCKS))
+    tile = next(t for t in _TILES if t == 1 or blocks >= t * _BLOCKS)
     sizes = {"D": size, "G": together, "PER_KV": per_kv, "HEADS": heads, "THREADS": threads, "TILE": tile}
     [out] = _attend_kernel(scale)(
         inputs=[queries, *fresh, *own, *prefix, parents, seen, last],

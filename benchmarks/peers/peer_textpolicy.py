@@ -20,19 +20,20 @@ from textpolicy.types import Episode
 
 
 def main() -> None:
-    import mlx.core as mx
-
     task, gate = Task.from_command_line(), Gate()
     model, tokenizer = load_model(task.model)
     attach_lora(model, task.rank, task.alpha)
     wide = {"decode_rows": task.rows, "micro_batch_tokens": 16384} if task.on_gpu else {}
+    peak = 0
     engine = MLXEngine(model, stop=(), **wide)  # nothing ends a completion
     gate.watch(
         lambda: sum(abs(value).sum().item() for value in engine.weights().values()),
-        mx.get_peak_memory if task.on_gpu else None,
+        (lambda: peak) if task.on_gpu else None,
     )
 
     def on_step(step: int, row: Row, episodes: Sequence[Episode]) -> None:
+        nonlocal peak
+        peak = max(peak, int(row["peak_memory_bytes"]))  # the engine starts MLX's own count anew in every step
         gate.phases = {"rollout": row["sample_seconds"], "update": row["update_seconds"]}
         gate.generated([(~e.mask).sum() for e in episodes], [e.mask.sum() for e in episodes])
         gate.step()

@@ -98,3 +98,15 @@ def fresh_smollm_engine():
 
     model, tokenizer = load_model("smollm2-135m")
     return MLXEngine(attach_lora(model, rank=4), stop=tokenizer.eos_token_ids), tokenizer
+
+
+@pytest.fixture
+def registries():
+    """A test may register rewards and verifiers as it likes; those from before come back."""
+    from textpolicy.rewards import REWARD_REGISTRY, VERIFIER_REGISTRY, clear_registries
+
+    saved = dict(REWARD_REGISTRY), dict(VERIFIER_REGISTRY)
+    yield
+    clear_registries()
+    REWARD_REGISTRY.update(saved[0])
+    VERIFIER_REGISTRY.update(saved[1])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+
+# One BLAS thread, here and in processes that tests start: two wait for each other where the machine is busy.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -98,3 +102,15 @@ def fresh_smollm_engine():
 
     model, tokenizer = load_model("smollm2-135m")
     return MLXEngine(attach_lora(model, rank=4), stop=tokenizer.eos_token_ids), tokenizer
+
+
+@pytest.fixture
+def registries():
+    """A test may register rewards and verifiers as it likes; those from before come back."""
+    from textpolicy.rewards import REWARD_REGISTRY, VERIFIER_REGISTRY, clear_registries
+
+    saved = dict(REWARD_REGISTRY), dict(VERIFIER_REGISTRY)
+    yield
+    clear_registries()
+    REWARD_REGISTRY.update(saved[0])
+    VERIFIER_REGISTRY.update(saved[1])

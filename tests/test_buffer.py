@@ -187,9 +187,38 @@ def test_an_episode_that_cannot_be_trained_on_says_why(changes, sentence):
         text_episode(**changes).as_training()
 
 
-def test_several_steps_wait_for_the_training_loop():
+def several_turns(*steps):
+    """An episode with a step for each (obs, act, reward); log-probs are -1, -2, ... over all of them."""
+    buffer, said = Buffer(), 0
+    for n, (obs, act, rew) in enumerate(steps, 1):
+        logprob = -np.arange(said + 1.0, said + 1 + len(act))
+        said, last = said + len(act), n == len(steps)
+        buffer.add(
+            np.array(obs, np.int32), act, rew, obs[:0], last, last, logprob, is_correct=last, group=3, temperature=0.5
+        )
+    return buffer.episodes[0]
+
+
+def test_several_turns_become_one_row_in_which_only_the_policys_tokens_are_masked_in():
+    e = several_turns(
+        ([7, 8], [4, 5], 0.25), ([7, 8, 4, 5, 9], [6], 0.0), ([7, 8, 4, 5, 9, 6, 1, 2], [3], 0.5)
+    ).as_training()
+    assert e.tokens.tolist() == [7, 8, 4, 5, 9, 6, 1, 2, 3]
+    assert e.mask.astype(int).tolist() == [0, 0, 1, 1, 0, 1, 0, 0, 1]
+    assert e.logprobs.tolist() == [0, 0, -1, -2, 0, -3, 0, 0, -4]
+    assert (e.reward, e.group, e.temperature, e.truncated, e.is_correct) == (0.75, 3, 0.5, True, True)
+
+
+@pytest.mark.parametrize("obs", [[7, 8, 4, 9], [7, 8], [7, 8, 5, 4, 9], [1, 7, 8, 4, 5]])
+def test_an_observation_that_rewrites_what_was_said_cannot_be_trained_on(obs):
+    with pytest.raises(UserError, match=r"observation of step 1 .* does not begin with the 4 tokens before it"):
+        several_turns(([7, 8], [4, 5], 0.0), (obs, [6], 1.0)).as_training()
+
+
+def test_an_episode_has_one_temperature_and_at_least_one_step():
     buffer = Buffer()
-    buffer.add(**{**TEXT, "done": False, "timeout": False})
-    buffer.add(**TEXT)
-    with pytest.raises(UserError, match=r"train on several turns with textpolicy\.loop\.train"):
-        buffer.episodes[0].as_training()
+    buffer.add(**{**TEXT, "done": False, "timeout": False}, temperature=1.0)
+    with pytest.raises(ValueError, match=r"temperature 0\.5 and those before it with 1\.0"):
+        buffer.add(**TEXT, temperature=0.5)
+    with pytest.raises(UserError, match="has no steps"):
+        Episode(group=1).as_training()

@@ -1,28 +1,15 @@
 """The examples on adapters run end to end, with a small budget, and what they print is what happened."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from running import ROOT, run_script
 
 
 def run(script, folder, *arguments):
-    done = subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", str(ROOT / script), *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_script(script, folder, *arguments).stdout
 
 
 @pytest.mark.slow

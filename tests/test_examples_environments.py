@@ -1,26 +1,13 @@
 """The examples on rewards, training and tools run end to end, with a small budget, and print what happened."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from running import ROOT, run_script
 
 
 def run(script, folder, *arguments):
-    done = subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", str(ROOT / "examples" / script), *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_script(f"examples/{script}", folder, *arguments).stdout
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)

@@ -84,6 +84,35 @@ def test_the_dict_gives_the_episodes_back():
     assert [e.group for e in as_episodes(as_arrays(episodes))] == [1, 0, 1]
 
 
+def of_several_turns():
+    """Prompt 5 9, turn 7, reply 2 3, turn 6 1, beside an episode of one turn."""
+    buffer = made([([8], [2], 0.0, 2, None)])
+    for obs, act, rew, done in (([5, 9], [7], 0.0, False), ([5, 9, 7, 2, 3], [6, 1], 1.0, True)):
+        logprob = -np.array(act, np.float32)
+        buffer.add(np.array(obs, np.int32), act, rew, obs[:0], done, logprob=logprob, entropy=-logprob, group=4)
+    return buffer
+
+
+def test_several_turns_keep_their_replies_and_a_mask_of_what_was_sampled():
+    data = select_all_data(of_several_turns())
+    assert data["obs"].tolist() == [[8, 2, 0, 0, 0, 0, 0], [5, 9, 7, 2, 3, 6, 1]]
+    assert data["mask"].astype(int).tolist() == [[0, 1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 1, 1]]
+    assert data["act"].tolist() == [[2, 0, 0], [7, 6, 1]]
+    assert data["logprob"].tolist() == [-1, -7, -6, -1]
+    assert data["token_entropies"].tolist() == [0.5, 7, 6, 1]
+    assert (data["prompt_lengths"].tolist(), data["episode_lengths"].tolist()) == ([1, 2], [1, 3])
+    back = as_episodes(data)[1]
+    assert back.tokens.tolist() == [5, 9, 7, 2, 3, 6, 1]
+    assert back.mask.astype(int).tolist() == [0, 0, 1, 0, 0, 1, 1]
+    assert back.logprobs.tolist() == [0, 0, -7, 0, 0, -6, -1]
+
+
+def test_a_dict_without_a_mask_is_of_one_turn():
+    data = select_all_data(made())
+    del data["mask"]
+    assert [e.tokens.tolist() for e in as_episodes(data)] == [[5, 9, 7], [8, 2, 6, 1], [5, 9]]
+
+
 def test_a_dict_without_temperature_was_sampled_at_one():
     data = select_all_data(made())
     del data["temperature"]
@@ -97,6 +126,9 @@ def test_a_dict_without_temperature_was_sampled_at_one():
         ({"logprob": [-1.0]}, "give their token counts"),
         ({"prompt_lengths": [2, 2, 2]}, "does not hold every prompt and completion"),
         ({"obs": [[1, 2]]}, "does not hold every prompt and completion"),
+        ({"mask": np.zeros((3, 4), bool)}, "does not mark the episode_lengths tokens"),
+        ({"mask": np.ones((3, 2), bool)}, r"mask has shape \(3, 2\)"),
+        ({"mask": [[1, 0, 0, 0], [0, 1, 1, 1], [0, 0, 0, 0]]}, "does not mark"),
     ],
 )
 def test_arrays_that_do_not_fit_together_are_refused(change, message):

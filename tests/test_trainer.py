@@ -237,6 +237,50 @@ def test_the_loss_sees_flat_tokens_in_the_order_of_the_buffer_with_old_and_new_a
     assert spy.kinds == {mx.array}
 
 
+# rows of tokens, where the policy's turns stand in each, and rewards: two episodes of several turns, one of one
+TURNS = [
+    ([5, 9, 7, 3, 4, 4, 2, 1], [(2, 4), (7, 8)], 1.0),
+    ([5, 9, 2, 8, 6, 6], [(2, 3), (4, 6)], 0.0),
+    ([5, 9, 7, 7], [(2, 4)], 0.5),
+]
+
+
+def filled_with_turns(model):
+    buffer = Buffer()
+    for row, spans, reward in TURNS:
+        own = np.asarray(own_logprobs(model, row[:1], row[1:]))
+        for start, end in spans:
+            last = end == len(row)
+            obs, logprob = np.array(row[:start], np.int32), own[start - 1 : end - 1]
+            buffer.add(obs, row[start:end], reward * last, obs[:0], last, logprob=logprob, group=0)
+    return buffer
+
+
+@pytest.mark.parametrize("size", [None, 1, 2])
+def test_several_turns_are_scored_after_everything_before_them_and_replies_teach_nothing(model, size):
+    """Against one pass over each row, of which only the turns are taken."""
+    spy, buffer, twin = Spy(policy_loss), filled_with_turns(model), tiny_llama(16)
+
+    def by_hand(m):
+        total, count = 0.0, 0
+        for (row, spans, _), advantage in zip(TURNS, [0.5, -0.5, 0.0], strict=True):
+            own = own_logprobs(m, row[:1], row[1:])
+            for start, end in spans:
+                new = own[start - 1 : end - 1]
+                total = total - (mx.exp(new - mx.stop_gradient(new)) * advantage).sum()
+                count += end - start
+        return total / count
+
+    loss, grads = nn.value_and_grad(twin, by_hand)(twin)
+    twin.update(tree_map(lambda p, g: p - 0.1 * g, twin.parameters(), grads))
+    result = trainer(model, loss_fn=spy, micro_batch_size=size, max_grad_norm=float("inf")).train(buffer)
+    assert result["loss"] == pytest.approx(float(loss), abs=1e-5)
+    assert np.allclose(spy.calls[0][0], spy.calls[0][1], atol=1e-5)
+    assert spy.calls[0][2].tolist() == [0.5, 0.5, 0.5, -0.5, -0.5, -0.5, 0.0, 0.0]
+    for name, value in weights(model).items():
+        assert np.allclose(value, weights(twin)[name], atol=1e-6), name
+
+
 def test_an_episode_without_tokens_is_left_out_of_the_loss_but_not_of_its_group(model):
     spy = Spy(policy_loss)
     episodes = [([5], [7], 1.0, 0), ([5], [6, 2], 0.0, 0)]

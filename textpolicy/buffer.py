@@ -20,9 +20,9 @@ OPTIONAL = ("logprob", "value", "entropy", "is_correct")
 class Episode:
     """The steps of one episode, one list entry per step.
 
-    A text episode has one step: ``obs[0]`` is the prompt (P,) int32, ``act[0]`` the list of the
-    completion's token ids, ``logprob[0]`` (R,) float32. An optional list is None, or has an entry
-    for every step.
+    A text episode has a step for every turn of the policy: ``obs[0]`` is the prompt (P,) int32, ``act[0]`` the
+    list of the turn's token ids, ``logprob[0]`` (R,) float32, and a later ``obs`` is everything before its turn.
+    An optional list is None, or has an entry for every step.
     """
 
     obs: list[Any] = field(default_factory=list)
@@ -92,43 +92,57 @@ class Episode:
         return {name: _stack(entries) for name, entries in self._lists().items()}
 
     def as_training(self) -> TrainingEpisode:
-        """This one-step text episode as the record that algorithms and engines read.
+        """This text episode as the record that algorithms and engines read; its reward is the sum over the steps.
 
-        Raises UserError when there is not exactly one step, or it lacks token ids, log-probs of
-        the same length, or a group.
+        Raises UserError when a step lacks token ids, or log-probs of the same length, when the observation of a
+        later one does not begin with every token before it, or when there is no step or no group.
         """
-        if len(self) != 1:
-            raise UserError(
-                f"a buffered episode has {len(self)} steps and can be trained on only with one; "
-                "train on several turns with textpolicy.loop.train"
-            )
+        if not len(self):
+            raise UserError("a buffered episode has no steps; add at least one")
         if self.group is None:
             raise UserError("an episode has no group; put 'group' into the step's info, or pass it to Buffer.add")
-        completion = Completion(
-            tokens=_token_ids("act", self.act[0]),
-            logprobs=self._per_token(self.logprob, "logprob"),
-            entropy=None if self.entropy is None else self._per_token(self.entropy, "entropy"),
-            truncated=bool(self.timeout[0]),
+        turns = [self._turn(n) for n in range(len(self))]
+        return TrainingEpisode.from_turns(
+            _token_ids("obs", self.obs[0]).tolist(),
+            turns,
+            [self._added(n, turn) for n, turn in enumerate(turns[:-1])],
+            truncated=bool(self.timeout[-1]),
+            reward=float(sum(self.rew)),
+            group=self.group,
+            is_correct=None if self.is_correct is None else self.is_correct[-1],
+        )
+
+    def _turn(self, n: int) -> Completion:
+        """What the policy said in step ``n``."""
+        return Completion(
+            tokens=_token_ids("act", self.act[n]),
+            logprobs=self._per_token(self.logprob, n, "logprob"),
+            entropy=None if self.entropy is None else self._per_token(self.entropy, n, "entropy"),
             temperature=self.temperature,
         )
-        return TrainingEpisode.from_completion(
-            _token_ids("obs", self.obs[0]).tolist(),
-            completion,
-            reward=float(self.rew[0]),
-            group=self.group,
-            is_correct=None if self.is_correct is None else self.is_correct[0],
-        )
+
+    def _added(self, n: int, turn: Completion) -> list[int]:
+        """The tokens between turn ``n`` and the next: what the next observation has beyond those before it."""
+        seen, now = (_token_ids("obs", self.obs[step]) for step in (n, n + 1))
+        before = np.concatenate([seen, turn.tokens])
+        if not np.array_equal(now[: len(before)], before):
+            raise UserError(
+                f"the observation of step {n + 1} of an episode does not begin with the {len(before)} tokens before "
+                "it, so it is no one text to train on; let the environment only add to what was said"
+            )
+        return now[len(before) :].tolist()
 
     def _lists(self) -> dict[str, list[Any]]:
         named = {name: getattr(self, name) for name in (*REQUIRED, *OPTIONAL)}
         return {name: entries for name, entries in named.items() if entries is not None}
 
-    def _per_token(self, entries: list[Any] | None, name: str) -> np.ndarray:
+    def _per_token(self, entries: list[Any] | None, n: int, name: str) -> np.ndarray:
+        """(R,) float32: those of step ``n``."""
         if entries is None:
             raise UserError(f"an episode has no {name}; let the policy return it, one float per token")
-        values = np.asarray(entries[0], np.float32).reshape(-1)
-        if len(values) != len(self.act[0]):
-            raise UserError(f"{name} has {len(values)} entries for {len(self.act[0])} tokens; give one per token")
+        values = np.asarray(entries[n], np.float32).reshape(-1)
+        if len(values) != len(self.act[n]):
+            raise UserError(f"{name} has {len(values)} entries for {len(self.act[n])} tokens; give one per token")
         return values
 
 
@@ -175,8 +189,14 @@ class Buffer:
     ) -> None:
         """Add a step to the open episode, which ``done`` or ``timeout`` completes.
 
-        ``group`` and ``temperature`` belong to the whole episode: its last step says them.
+        ``group`` and ``temperature`` belong to the whole episode: its last step says them. Raises ValueError for
+        another temperature than that of the steps before.
         """
+        if len(self.current_episode) and self.current_episode.temperature != temperature:
+            raise ValueError(
+                f"a step was sampled with temperature {temperature} and those before it with "
+                f"{self.current_episode.temperature}; sample an episode at one temperature"
+            )
         self.current_episode.append(obs, act, rew, next_obs, done, timeout, logprob, value, entropy, is_correct)
         self.current_episode.group, self.current_episode.temperature = group, temperature
         if done or timeout:

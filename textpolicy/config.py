@@ -13,6 +13,7 @@ from .adapters import Adapter, Sigma, make_adapter
 from .algorithms import algorithm
 from .errors import UserError
 from .losses import Estimator, RatioLevel
+from .rewards.scoring import OnFailure
 from .types import Aggregation
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -189,6 +190,19 @@ class RolloutSettings(Section):
     """Draw every prompt in its turn, or more often those that are solved now and then."""
 
 
+class RewardSettings(Section):
+    """How the task's reward is called: as ``textpolicy.rewards.Scorer`` does with the same settings."""
+
+    time_limit: Positive | None = None
+    """Seconds that one call may take; without it a call may take for ever."""
+    concurrency: PositiveInt = 1
+    """Calls at a time, in threads or worker processes; async rewards overlap."""
+    processes: bool = False
+    """Call it in worker processes, which are killed when late and replaced when they die (textpolicy[workers])."""
+    on_failure: OnFailure = "raise"
+    """A call that is late, raises or gives no number stops the run, or makes its completion unscorable."""
+
+
 class OptimizerSettings(Section):
     """AdamW, with a linear warm-up and a linear decay of its learning rate."""
 
@@ -261,6 +275,7 @@ class Config(Section):
     algorithm: AlgorithmSettings = AlgorithmSettings()
     adapter: AdapterSettings = AdapterSettings()
     rollout: RolloutSettings = RolloutSettings()
+    rewards: RewardSettings = RewardSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     on_policy: OnPolicySettings = OnPolicySettings()

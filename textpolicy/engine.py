@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -49,6 +49,10 @@ class Sampling:
         """The temperature a learner must score at, or None if no temperature alone describes it (top-p, ...)."""
         untouched = (self.top_p, self.top_k, self.min_p, self.repetition_penalty) == (1, 0, 0, 1)
         return self.temperature if untouched else None
+
+    def elsewhere(self, place: int) -> Sampling:
+        """The same draws at another place, such as a later turn: with a seed of its own, which this one fixes."""
+        return replace(self, seed=int(np.random.SeedSequence([self.seed, place]).generate_state(1)[0]))
 
 
 class Engine(Protocol):

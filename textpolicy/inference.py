@@ -16,7 +16,7 @@ from .environment.text_generation import TextGenerationEnv
 from .errors import UserError
 from .evaluation import Evaluation
 from .evaluation import evaluate as judge
-from .run import environment, sized
+from .run import environment, scored, sized
 from .tasks import load_task
 
 
@@ -121,7 +121,7 @@ def evaluate(asked: EvalArguments) -> str:
     task = load_task(name)
     config = source.config or sized(Config(task=name), task)
     problems = getattr(task, asked.split)[: asked.problems or None]
-    env = environment(task, problems, source.tokenizer, config)
+    env = environment(scored(task, config), problems, source.tokenizer, config)
     longest = config.rollout.max_tokens if asked.max_tokens is None else asked.max_tokens
     sampling = Sampling(longest, asked.temperature, seed=asked.seed)
     if too_many := [k for k in asked.pass_at if k > asked.samples]:

@@ -7,6 +7,7 @@ import json
 import platform
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,7 @@ from .metrics import Row
 from .on_policy import OnPolicyCheck
 from .recipe import configure
 from .report import History, closing_table, diagnose, plot_learning
+from .rewards.scoring import Scorer
 from .tasks import Problem, Task, load_task
 from .tasks.curriculum import Curriculum, PassRateCurriculum
 from .types import Episode
@@ -43,7 +45,7 @@ def run(config: Config) -> Path:
     """
     if config.output is not None and config.output.exists():
         raise UserError(f"the output folder {config.output} exists; choose another or remove it")
-    task = load_task(config.task)
+    task = scored(load_task(config.task), config)
     config = sized(config, task)
     recipe = configure(config)
     engine, tokenizer = build_engine(config)
@@ -214,6 +216,11 @@ def environment(task: Task, problems: Sequence[Problem], tokenizer: Any, config:
         max_turns=rollout.max_turns,
         max_episode_tokens=rollout.max_episode_tokens or rollout.max_turns * rollout.max_tokens,
     )
+
+
+def scored(task: Task, config: Config) -> Task:
+    """``task`` with its reward called as the run says, by one Scorer for all splits."""
+    return replace(task, reward=Scorer(task.reward, **config.rewards.model_dump()))
 
 
 def sized(config: Config, task: Task) -> Config:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 from chat_tokenizers import SPECIAL, ScriptedEngine, chat_tokenizer
+from toy_tokenizers import Letters, Numbers
 
 from textpolicy.engine import Sampling
 from textpolicy.environment import MultiTurnEnv, Reply
@@ -47,6 +48,18 @@ def turns_of(tokenizer, *texts):
 
 def play(env, engine, **sampling):
     return collect(engine, env, [0], 1, Sampling(**{"max_tokens": 40, **sampling}))[0]
+
+
+class Says:
+    """A policy that says the given turns, (tokens, stopped) each; remembers every observation."""
+
+    def __init__(self, turns):
+        self.turns, self.seen = turns, []
+
+    def __call__(self, obs, deterministic=False):
+        tokens, stopped = self.turns[len(self.seen)]
+        self.seen.append(np.asarray(obs).tolist())
+        return tokens, {"logprob": np.zeros(len(tokens), np.float32), "truncated": not stopped}
 
 
 def disagreements(episode, engine):
@@ -146,13 +159,6 @@ def test_the_embedded_model_continues_its_own_template_token_for_token(smollm):
 
 
 def test_a_tokenizer_without_a_template_gets_the_replies_as_they_are():
-    class Letters:
-        def encode(self, text):
-            return [ord(c) for c in text]
-
-        def decode(self, ids):
-            return "".join(map(chr, ids))
-
     engine = ScriptedEngine(([104], True), ([105], True))
     episode = play(make(Letters(), ("ok",)), engine)
     assert "".join(map(chr, episode.tokens)) == "the user" + "h" + "ok" + "i"
@@ -185,13 +191,6 @@ def test_only_what_the_policy_said_has_weight_log_probs_and_pieces():
 
 def test_a_tokens_log_prob_in_a_later_turn_is_that_of_all_before_it(tiny_engine):
     """Teacher forcing over the whole row gives what was sampled turn by turn, replies in between."""
-
-    class Numbers:
-        def encode(self, text):
-            return [int(word) for word in text.split()]
-
-        def decode(self, ids):
-            return " ".join(map(str, ids))
 
     env = MultiTurnEnv(
         ["1 2", "3 4 5"],
@@ -349,6 +348,35 @@ def test_a_runner_plays_several_turns_one_after_another():
     assert [e.group for e in buffer.episodes] == [0, 1]
     with pytest.raises(ValueError, match="MultiTurnEnv cannot be batched"):
         RolloutRunner(make(tokenizer), Policy(), create_strategy("grpo")).collect_batched(Policy().sample_batch, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_runner_buffers_is_the_episode_that_the_training_loop_collects(family):
+    tokenizer = chat_tokenizer(family)
+    said = turns_of(tokenizer, "hello", "answer", "the")
+    policy = Says(said)
+    [buffered] = RolloutRunner(make(tokenizer), policy, create_strategy("grpo"), max_steps=3).collect().episodes
+    there, here = play(make(tokenizer), ScriptedEngine(*said)), buffered.as_training()
+    assert here.tokens.tolist() == there.tokens.tolist()
+    assert here.mask.tolist() == there.mask.tolist()
+    assert (here.reward, here.is_correct, here.truncated) == (there.reward, there.is_correct, there.truncated)
+    assert disagreements(here, policy) == []
+
+
+def test_a_turn_that_the_policys_own_limit_cut_off_ends_the_episode_and_is_scored():
+    tokenizer, hosts = chat_tokenizer("chatml"), []
+
+    def partner(example):
+        hosts.append(Host())
+        return hosts[-1]
+
+    def score(prompt, completion, example, truncated):
+        return 0.25 if truncated else 1.0
+
+    env = MultiTurnEnv(["the"], partner, score, max_tokens=40, tokenizer=tokenizer)
+    policy = Says([(spelled(tokenizer, "he"), False)])
+    [episode] = RolloutRunner(env, policy, create_strategy("grpo"), max_steps=1).collect().episodes
+    assert (episode.rew, episode.timeout, hosts[-1].heard) == ([0.25], [True], [])
 
 
 @pytest.mark.parametrize(

@@ -4,27 +4,18 @@ import time
 
 import numpy as np
 import pytest
+from toy_tokenizers import Letters
+from two_steps import two_steps
 
-from textpolicy.algorithms import algorithm
-from textpolicy.engine import Sampling
 from textpolicy.environment import reasoning_gym_env
 from textpolicy.environment.reasoning_gym import answer_of
 from textpolicy.errors import UserError
-from textpolicy.loop import Schedule, train
 
 library = pytest.importorskip(
     "reasoning_gym", reason="reasoning-gym is an extra: pip install 'textpolicy[reasoning-gym]'"
 )
 
 TRAINED = ("chain_sum", "leg_counting", "basic_arithmetic", "letter_counting", "simple_equations")
-
-
-class Letters:
-    def encode(self, text):
-        return [ord(c) for c in text]
-
-    def decode(self, ids):
-        return "".join(map(chr, ids))
 
 
 def make(dataset="chain_sum", size=4, **settings):
@@ -140,17 +131,6 @@ def test_what_the_library_cannot_make_is_one_sentence(dataset, settings, sentenc
 def test_the_embedded_model_trains_two_steps(name, fresh_smollm_engine):
     engine, tokenizer = fresh_smollm_engine
     env = reasoning_gym_env(name, 6, tokenizer=tokenizer, seed=1)
-    rows = []
-    train(
-        engine,
-        env,
-        algorithm("grpo"),
-        schedule=Schedule(1e-4, steps=2),
-        prompts_per_step=2,
-        group_size=4,
-        sampling=Sampling(max_tokens=24, seed=1),
-        on_step=lambda step, row, episodes: rows.append((row, episodes)),
-    )
-    assert [row["step"] for row, _ in rows] == [0, 1]
-    assert all(0 <= e.reward <= 1 for _, episodes in rows for e in episodes)
-    assert all(row["logprob_gap_max"] < 1e-3 for row, _ in rows if row["updated"])
+    steps = two_steps(engine, env, 24)
+    assert all(0 <= e.reward <= 1 for _, episodes in steps for e in episodes)
+    assert all(row["logprob_gap_max"] < 1e-3 for row, _ in steps if row["updated"])

@@ -3,17 +3,10 @@
 import json
 
 import pytest
+from toy_tokenizers import Letters
 
 from textpolicy.environment import env_from_rows, read_rows
 from textpolicy.errors import UserError
-
-
-class Letters:
-    def encode(self, text):
-        return [ord(c) for c in text]
-
-    def decode(self, ids):
-        return "".join(map(chr, ids))
 
 
 def right(prompt, completion, example, **kwargs):

@@ -6,20 +6,11 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from toy_tokenizers import Letters
 
 from textpolicy.environment import Environment, TextGenerationEnv
 from textpolicy.errors import RewardError, UserError
 from textpolicy.rewards import Scored
-
-
-class LetterTokenizer:
-    """The README's kind of dummy: one id per character, nothing else."""
-
-    def encode(self, text):
-        return [ord(c) for c in text]
-
-    def decode(self, ids):
-        return "".join(chr(i) for i in ids)
 
 
 class Ids(dict):
@@ -54,7 +45,7 @@ def count_letters(prompt, completion, example):
 
 
 def make(prompts=("ab", "cd"), reward_fn=count_letters, tokenizer=None, **settings):
-    return TextGenerationEnv(list(prompts), reward_fn, tokenizer=tokenizer or LetterTokenizer(), **settings)
+    return TextGenerationEnv(list(prompts), reward_fn, tokenizer=tokenizer or Letters(), **settings)
 
 
 def play(env, action):
@@ -88,7 +79,7 @@ def test_what_cannot_work_is_refused_in_one_sentence(settings, sentence):
     arguments = {
         "prompts": ["ab", "cd"],
         "reward_fn": count_letters,
-        "tokenizer": LetterTokenizer(),
+        "tokenizer": Letters(),
         **settings,
     }
     with pytest.raises(UserError, match=sentence) as caught:
@@ -97,7 +88,7 @@ def test_what_cannot_work_is_refused_in_one_sentence(settings, sentence):
 
 
 def test_a_prompt_without_tokens_is_refused():
-    tokenizer = LetterTokenizer()
+    tokenizer = Letters()
     tokenizer.encode = lambda text: []
     with pytest.raises(UserError, match="no tokens of prompt 0"):
         make(tokenizer=tokenizer)
@@ -236,7 +227,7 @@ def test_without_a_stop_token_only_the_length_counts():
 
 @pytest.mark.parametrize("eos", [98, [98], (98,)])
 def test_a_single_stop_token_is_understood_too(eos):
-    tokenizer = LetterTokenizer()
+    tokenizer = Letters()
     tokenizer.eos_token_id = eos
     assert play(make(max_tokens=2, tokenizer=tokenizer), [97, 98])["truncated"] is False
 

@@ -1,6 +1,7 @@
 """Tools: their schemas, the calls in what a policy writes, and an episode that uses them."""
 
 import json
+import sys
 import time
 from typing import Annotated, Literal
 
@@ -131,12 +132,30 @@ def test_arguments_are_checked_before_a_tool_runs(arguments, result):
     assert Tool.of(add).run(arguments, 5.0).startswith(result)
 
 
+def deep():
+    return [deep()]
+
+
 def test_what_a_tool_raises_comes_back_as_text():
     def divide(a: int, b: int) -> float:
         """Divide."""
         return a / b
 
     assert Tool.of(divide).run({"a": 1, "b": 0}, 5.0) == "Error: divide raised ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize(
+    ("works", "kind"),
+    [(lambda: {(1, 2): 3}, "TypeError"), (lambda: sys.exit(3), "SystemExit"), (deep, "RecursionError")],
+)
+def test_a_result_that_json_cannot_write_and_an_exit_are_told_at_once(works, kind):
+    def tool() -> dict:
+        """Do something."""
+        return works()
+
+    started = time.perf_counter()
+    assert Tool.of(tool).run({}, 5.0).startswith(f"Error: tool raised {kind}: ")
+    assert time.perf_counter() - started < 3
 
 
 def test_a_tool_that_takes_too_long_is_given_up():

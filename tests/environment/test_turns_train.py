@@ -5,29 +5,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from textpolicy.algorithms import algorithm
+import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below mlx
+
+# isort: split
+import mlx.core as mx
+import mlx.optimizers as optim
+from toy_tokenizers import Numbers
+from two_steps import two_steps
+
+from textpolicy.algorithms import grpo
 from textpolicy.engine import Sampling
-from textpolicy.environment import GymnasiumTextEnv, ToolEnv
-from textpolicy.loop import Schedule, train
-from textpolicy.on_policy import OnPolicyCheck
-
-
-def trained(engine, env, max_tokens, **settings):
-    """(row, episodes) of two steps; the on-policy check stops a run whose tokens are not those it scores."""
-    steps = []
-    train(
-        engine,
-        env,
-        algorithm("grpo"),
-        schedule=Schedule(1e-4, steps=2),
-        prompts_per_step=2,
-        group_size=4,
-        sampling=Sampling(max_tokens=max_tokens, seed=1),
-        check=OnPolicyCheck(every=1, completions=8, max_gap=1e-3),
-        on_step=lambda step, row, episodes: steps.append((row, episodes)),
-        **settings,
-    )
-    return steps
+from textpolicy.environment import GymnasiumTextEnv, MultiTurnEnv, Reply, ToolEnv
+from textpolicy.errors import UserError
+from textpolicy.mlx.policy import Policy
+from textpolicy.on_policy import OnPolicyCheck, measure
+from textpolicy.rollout import RolloutRunner, create_strategy
+from textpolicy.rollout.collect import collect
+from textpolicy.training import Trainer
 
 
 def spans(episode):
@@ -47,12 +41,9 @@ def first_number(text):
     return [ToolCall("calculate", {"expression": text[:10]})] if "7" not in text else []
 
 
-@pytest.mark.slow
-def test_a_tool_environment_trains_on_policy(fresh_smollm_engine):
-    engine, tokenizer = fresh_smollm_engine
-    prompts = ["What is 3 + 4? Answer briefly.", "What is 2 + 5? Answer briefly."]
-    env = ToolEnv(
-        prompts,
+def with_a_tool(tokenizer):
+    return ToolEnv(
+        ["What is 3 + 4? Answer briefly.", "What is 2 + 5? Answer briefly."],
         [calculate],
         lambda prompt, completion, example, **_: 1 / (1 + len(completion)),
         20,
@@ -60,9 +51,12 @@ def test_a_tool_environment_trains_on_policy(fresh_smollm_engine):
         parse=first_number,
         max_turns=2,
     )
-    steps = trained(engine, env, 20)
-    assert [row["step"] for row, _ in steps] == [0, 1]
-    assert all(row["on_policy_gap_mean"] < 1e-4 for row, _ in steps)
+
+
+@pytest.mark.slow
+def test_a_tool_environment_trains_on_policy(fresh_smollm_engine):
+    engine, tokenizer = fresh_smollm_engine
+    steps = two_steps(engine, with_a_tool(tokenizer), 20)
     assert all(row["updated"] for row, _ in steps)
     several = [e for _, episodes in steps for e in episodes if spans(e) > 1]
     assert several
@@ -82,39 +76,55 @@ def test_a_game_of_gymnasium_trains_on_policy(fresh_smollm_engine):
         max_tokens=20,
         max_turns=3,
     )
-    steps = trained(engine, env, 20)
-    assert all(row["on_policy_gap_mean"] < 1e-4 for row, _ in steps)
+    steps = two_steps(engine, env, 20)
     assert {e.reward for _, episodes in steps for e in episodes} <= {-1.0, 0.0, 1.0}
     assert any(spans(e) > 1 for _, episodes in steps for e in episodes)
 
 
+class Once:
+    """Answers one turn, and is pleased by short ones."""
+
+    def __init__(self):
+        self.left = 1
+
+    def reply(self, text):
+        self.left -= 1
+        answer = ({"role": "user", "content": "9 8 7 6"},) if self.left >= 0 else ()
+        return Reply(answer, reward=1 / (1 + len(text)))
+
+
+def of_two_turns(engine, **settings):
+    """An environment for ``engine``, two thirds of whose vocabulary now end a turn."""
+    engine.stop = np.arange(200, dtype=np.int32)
+    return MultiTurnEnv(["1 2"], lambda example: Once(), max_tokens=6, tokenizer=Numbers(), chat=False, **settings)
+
+
 def test_an_untrained_turn_mask_would_be_seen(tiny_engine):
     """The check that guards the runs above does refuse an episode whose tokens are not those that were sampled."""
-    from textpolicy.environment import MultiTurnEnv, Reply
-    from textpolicy.errors import UserError
-    from textpolicy.on_policy import measure
-    from textpolicy.rollout.collect import collect
-
-    class Numbers:
-        def encode(self, text):
-            return [int(word) for word in text.split()]
-
-        def decode(self, ids):
-            return " ".join(map(str, ids))
-
-    class Once:
-        def __init__(self):
-            self.left = 1
-
-        def reply(self, text):
-            self.left -= 1
-            return Reply(({"role": "user", "content": "9 8 7 6"},)) if self.left >= 0 else Reply()
-
-    tiny_engine.stop = np.arange(200, dtype=np.int32)
-    env = MultiTurnEnv(["1 2"], lambda example: Once(), max_tokens=6, tokenizer=Numbers(), chat=False)
-    episodes = [e for e in collect(tiny_engine, env, [0], 16, Sampling(6, seed=2)) if spans(e) > 1 and not e.truncated]
+    collected = collect(tiny_engine, of_two_turns(tiny_engine), [0], 16, Sampling(6, seed=2))
+    episodes = [e for e in collected if spans(e) > 1 and not e.truncated]
     assert measure(tiny_engine, episodes).maximum < 1e-4
     swapped = [replace(e, tokens=np.where(e.mask, e.tokens, 5).astype(np.int32)) for e in episodes]
     assert measure(tiny_engine, swapped).mean > 0.01
     with pytest.raises(UserError, match="not on-policy"):
         OnPolicyCheck(max_gap=1e-3)(tiny_engine, 0, swapped)
+
+
+def test_a_trainer_scores_buffered_turns_as_they_were_sampled(tiny_engine):
+    """A step sees one log-prob of each token, whether sampled turn by turn or read at once."""
+    seen = []
+
+    def loss(old, new, advantages):
+        seen.append(float(np.abs(np.array(mx.stop_gradient(new - old))).max()))
+        return grpo.policy_loss(old, new, advantages)
+
+    policy = Policy(tiny_engine, Sampling(6, seed=1))
+    env = of_two_turns(tiny_engine, group_size=8)
+    runner = RolloutRunner(env, policy, create_strategy("grpo"), max_steps=16)
+    trainer = Trainer(tiny_engine.model, grpo.compute_advantages, loss, optim.Adam(1e-2))
+    for step in range(2):
+        buffer = runner.collect(max_episodes=8)
+        assert max(len(e) for e in buffer.episodes) == 2
+        assert [e.group for e in buffer.episodes] == [step] * 8
+        assert trainer.train(buffer)["grad_norm"] > 0
+    assert max(seen) < 1e-4

@@ -8,13 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chat_tokenizers import chat_tokenizer
+from two_steps import two_steps
 
-from textpolicy.algorithms import algorithm
 from textpolicy.engine import Sampling
 from textpolicy.environment import ToolCall, verifiers_env
 from textpolicy.errors import UserError
-from textpolicy.loop import Schedule, train
-from textpolicy.on_policy import OnPolicyCheck
 from textpolicy.rollout.collect import collect
 from textpolicy.types import Completion
 
@@ -135,18 +133,4 @@ def test_the_embedded_model_trains_two_steps(taskset, fresh_smollm_engine):
         )
 
     env = verifiers_env(taskset, tokenizer=tokenizer, limit=2, parse=parse)
-    rows = []
-    train(
-        engine,
-        env,
-        algorithm("grpo"),
-        schedule=Schedule(1e-4, steps=2),
-        prompts_per_step=2,
-        group_size=2,
-        sampling=Sampling(max_tokens=24, seed=1),
-        check=OnPolicyCheck(every=1, max_gap=1e-3),
-        on_step=lambda step, row, episodes: rows.append((row, episodes)),
-    )
-    assert [row["step"] for row, _ in rows] == [0, 1]
-    assert all(len(episodes) == 4 for _, episodes in rows)
-    assert all(row["on_policy_gap_mean"] < 1e-4 for row, _ in rows)
+    two_steps(engine, env, 24, group_size=2)

@@ -1,19 +1,16 @@
 """Examples 01 and 02 run as scripts, are short, and print what they promise."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from running import ROOT, run_script
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 NAMES = ["01_hello_reward.py", "02_reward_decorator.py"]
 
 
 def printed(name, tmp_path):
-    script = [sys.executable, "-W", "error", str(EXAMPLES / name)]
-    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = run_script(f"examples/{name}", tmp_path, warnings="error")
     assert done.stderr == ""
     return done.stdout
 

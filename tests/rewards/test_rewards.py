@@ -37,15 +37,7 @@ from textpolicy.rewards import (
 )
 from textpolicy.rewards.contract import Fitted
 
-
-@pytest.fixture(autouse=True)
-def registries():
-    """Every test may register what it likes."""
-    saved = dict(REWARD_REGISTRY), dict(VERIFIER_REGISTRY)
-    yield
-    clear_registries()
-    REWARD_REGISTRY.update(saved[0])
-    VERIFIER_REGISTRY.update(saved[1])
+pytestmark = pytest.mark.usefixtures("registries")
 
 
 def fixed(result):

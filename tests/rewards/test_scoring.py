@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from toy_tokenizers import Letters
 
 from textpolicy.engine import Sampling
 from textpolicy.environment.text_generation import TextGenerationEnv
@@ -17,13 +18,11 @@ from textpolicy.errors import RewardError, UserError
 from textpolicy.metrics import summarize
 from textpolicy.rewards import (
     REWARD_REGISTRY,
-    VERIFIER_REGISTRY,
     Request,
     RewardConfig,
     Scored,
     Scorer,
     call_reward,
-    clear_registries,
     create_configured_reward_function,
     create_mlx_optimized_batch_processor,
     get_reward_function,
@@ -34,15 +33,7 @@ from textpolicy.rollout.collect import collect
 from textpolicy.rollout.dynamic import Rollouts
 from textpolicy.types import Completion, Episode
 
-
-@pytest.fixture(autouse=True)
-def registries():
-    """Every test may register what it likes."""
-    saved = dict(REWARD_REGISTRY), dict(VERIFIER_REGISTRY)
-    yield
-    clear_registries()
-    REWARD_REGISTRY.update(saved[0])
-    VERIFIER_REGISTRY.update(saved[1])
+pytestmark = pytest.mark.usefixtures("registries")
 
 
 def letters(prompt, completion, example):
@@ -139,13 +130,6 @@ def test_a_penalty_that_a_weight_of_0_silences_is_pointed_out(caplog):
 
 
 def test_a_composite_is_the_reward_function_of_an_environment():
-    class Letters:
-        def encode(self, text):
-            return [ord(c) for c in text]
-
-        def decode(self, ids):
-            return "".join(map(chr, ids))
-
     env = TextGenerationEnv(["p", "q"], Scorer([letters, slow_letters]), tokenizer=Letters())
     env.reset()
     assert env.step("abc")["reward"] == 6

@@ -9,20 +9,13 @@ import time
 
 import numpy as np
 import pytest
+from toy_tokenizers import Letters
 
 from textpolicy.environment import Environment, TextGenerationEnv
 from textpolicy.errors import UserError, WorkerError
 from textpolicy.rollout import RolloutCoordinator
 
 pytest.importorskip("cloudpickle", reason="workers need an extra: pip install 'textpolicy[workers]'")
-
-
-class Letters:
-    def encode(self, text):
-        return [ord(c) for c in text]
-
-    def decode(self, ids):
-        return "".join(map(chr, ids))
 
 
 class Steps(Environment):

@@ -8,6 +8,7 @@ import pytest
 from conftest import VOCABULARY, make_tiny_engine, recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_tokenizers import Numbers
 
 from textpolicy.engine import Sampling
 from textpolicy.environment.text_generation import TextGenerationEnv
@@ -190,16 +191,6 @@ def test_the_prompts_of_a_further_draw_are_others_and_the_same_every_time():
 def test_every_order_goes_through_all_prompts_before_any_comes_again(draw):
     drawn = [i for step in range(14) for i in draw_prompts(step, 3, 7, 1, draw)]
     assert all(sorted(drawn[k : k + 7]) == list(range(7)) for k in range(0, 42, 7))
-
-
-class Numbers:
-    """A tokenizer whose text is the ids themselves."""
-
-    def encode(self, text):
-        return [int(word) for word in text.split()]
-
-    def decode(self, ids):
-        return " ".join(str(i) for i in ids)
 
 
 def hard_to_split(prompt, completion, example):

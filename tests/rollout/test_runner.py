@@ -4,19 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from toy_tokenizers import Letters
 
 from textpolicy.buffer import Buffer
 from textpolicy.environment import Environment, TextGenerationEnv
 from textpolicy.errors import UserError
 from textpolicy.rollout import BatchedPolicy, RolloutRunner, create_strategy
-
-
-class LetterTokenizer:
-    def encode(self, text):
-        return [ord(c) for c in text]
-
-    def decode(self, ids):
-        return "".join(map(chr, ids))
 
 
 class Corridor(Environment):
@@ -74,7 +67,7 @@ def matches(prompt, completion, example):
 def four_prompts(group_size=1):
     prompts = ["a", "bb", "ccc", "dddd"]
     examples = [{"prompt": p} for p in prompts]
-    return TextGenerationEnv(prompts, matches, tokenizer=LetterTokenizer(), examples=examples, group_size=group_size)
+    return TextGenerationEnv(prompts, matches, tokenizer=Letters(), examples=examples, group_size=group_size)
 
 
 def runner(env, policy=walk, max_steps=4, algorithm="grpo"):

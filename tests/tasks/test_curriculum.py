@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import make_tiny_engine
+from toy_tokenizers import Letters, Numbers
 
 from textpolicy.algorithms import algorithm
 from textpolicy.engine import Sampling
@@ -13,15 +14,6 @@ from textpolicy.environment import TextGenerationEnv
 from textpolicy.errors import UserError
 from textpolicy.loop import Schedule, train
 from textpolicy.tasks.curriculum import LevelCurriculum, PassRateCurriculum
-
-
-class Numbers:
-    def encode(self, text):
-        return [int(word) for word in text.split()]
-
-    def decode(self, ids):
-        return " ".join(map(str, ids))
-
 
 # ---- by pass rate
 
@@ -157,13 +149,6 @@ def test_a_level_curriculum_goes_on_from_its_state():
 def test_levels_of_reasoning_gym_are_ones_of_a_curriculum():
     pytest.importorskip("reasoning_gym", reason="reasoning-gym is an extra: pip install 'textpolicy[reasoning-gym]'")
     from textpolicy.environment import reasoning_gym_env
-
-    class Letters:
-        def encode(self, text):
-            return [ord(c) for c in text]
-
-        def decode(self, ids):
-            return "".join(map(chr, ids))
 
     env = reasoning_gym_env("chain_sum", 3, tokenizer=Letters(), level=[0, 2])
     assert [example["level"] for example in env.examples] == [0] * 3 + [2] * 3

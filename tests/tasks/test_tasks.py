@@ -1,18 +1,23 @@
 """Tasks: nothing judged is trained on, answers are right, and the reward wants the bare number."""
 
 import re
+import sys
+import time
 from fractions import Fraction
+from functools import partial
 from math import comb, gcd, lcm
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from textpolicy.errors import UserError
+from textpolicy.errors import MissingDependencyError, UserError
 from textpolicy.rewards.registry import call_reward
 from textpolicy.tasks import TASKS, load_task
 from textpolicy.tasks.countdown import evaluate_expression, is_solvable
 from textpolicy.tasks.countdown_game import calculate, solve_countdown
+from textpolicy.tasks.hub import reachable
 from textpolicy.tasks.number import number_reward
 
 ANSWER = {"addition": sum, "largest": max}  # worked out here from the question's text
@@ -145,26 +150,71 @@ def test_the_answers_of_made_up_problems_are_right():
         assert Fraction(written) == answer_to(problem.question), problem
 
 
-def test_made_up_problems_stand_in_for_the_hub_and_say_so(monkeypatch, caplog):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+class Datasets:
+    """In place of the real library: rows as the data set has them, one without a box, and an empty cache."""
+
+    config = SimpleNamespace(HF_HUB_OFFLINE=False)
+    exceptions = SimpleNamespace(DatasetsError=KeyError)
+
+    @classmethod
+    def load_dataset(cls, name, subject, split):
+        if cls.config.HF_HUB_OFFLINE:
+            raise ConnectionError("offline mode is enabled\nand more")
+        assert name == "EleutherAI/hendrycks_math"
+        rows = [{"problem": f"{subject} {split} {i}", "solution": f"so \\boxed{{{i}}}"} for i in range(100)]
+        return [*rows, {"problem": "open", "solution": "no box"}]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The two libraries; a hub whose answer is given as a function."""
+
+    def made(answer):
+        class HfApi:
+            dataset_info = staticmethod(lambda name, timeout: answer())
+
+        libraries = {
+            "datasets": Datasets,
+            "huggingface_hub": SimpleNamespace(constants=SimpleNamespace(HF_HUB_OFFLINE=False), HfApi=HfApi),
+        }
+        monkeypatch.setattr("textpolicy.tasks.hub.extra", lambda module, install: libraries[module])
+        return libraries
+
+    return made
+
+
+def test_without_the_library_made_up_problems_stand_in_and_say_so(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "datasets", None)
     assert load_task("math").name == "math_generated"
-    assert "made-up problems stand in for EleutherAI/hendrycks_math" in caplog.text
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is 1"):
+    assert "made-up problems stand in for EleutherAI/hendrycks_math: datasets is not installed" in caplog.text
+    with pytest.raises(MissingDependencyError, match="datasets is not installed"):
         load_task("math_hub")
 
 
-def test_the_hubs_problems_are_read_shuffled_and_split(monkeypatch):
-    """The real library's call is replaced: rows as the data set has them, and one without a box."""
+@pytest.mark.parametrize("answer", [lambda: time.sleep(5), lambda: {}["no such host"]])
+def test_a_hub_that_does_not_answer_is_given_up_at_once_and_said_in_one_line(hub, monkeypatch, caplog, answer):
+    monkeypatch.setattr("textpolicy.tasks.hub.reachable", partial(reachable, seconds=0.2))
+    hub(answer)
+    started = time.perf_counter()
+    assert load_task("math").name == "math_generated"
+    assert time.perf_counter() - started < 3
+    [line] = caplog.messages
+    assert "stand in for EleutherAI/hendrycks_math" in line
+    assert "the hub does not answer, and it was not read here before" in line
+    with pytest.raises(UserError, match="EleutherAI/hendrycks_math cannot be read"):
+        load_task("math_hub")
+    assert Datasets.config.HF_HUB_OFFLINE is False  # as it was
 
-    class Datasets:
-        @staticmethod
-        def load_dataset(name, subject, split):
-            assert name == "EleutherAI/hendrycks_math"
-            rows = [{"problem": f"{subject} {split} {i}", "solution": f"so \\boxed{{{i}}}"} for i in range(100)]
-            return [*rows, {"problem": "open", "solution": "no box"}]
 
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr("textpolicy.tasks.mathematics.extra", lambda module, install: Datasets)
+def test_a_hub_that_is_switched_off_is_not_asked(hub):
+    asked = []
+    hub(lambda: asked.append(1))["huggingface_hub"].constants.HF_HUB_OFFLINE = True
+    assert load_task("math").name == "math_generated"
+    assert asked == []
+
+
+def test_the_hubs_problems_are_read_shuffled_and_split(hub):
+    hub(lambda: None)
     task = load_task("math")
     assert task.name == "math_hub"
     assert (len(task.test), len(task.validation), len(task.train)) == (200, 100, 400)

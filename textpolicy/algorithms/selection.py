@@ -2,14 +2,15 @@
 
 The dict of B completions with N sampled tokens, G prompts, and lengths of at most L and R tokens:
 
-    obs              (B, L) int32, prompt and completion, 0 after them
-    act              (B, R) int32, completion, 0 after it
+    obs              (B, L) int32, prompt and completion, 0 after them; of several turns all of it, replies between them
+    act              (B, R) int32, completion, turn after turn, 0 after it
+    mask             (B, L) bool, True where obs holds a token of the completion
     logprob          (N,) float32, completion after completion, of the distribution that sampled it
     token_entropies  (N,) float32, nats, exact; there only if every episode carried it
     rewards          (B,) float32, NaN where unscorable
     binary_rewards   (B,) float32, is_correct as 0 or 1; a reward of 1 or more where the reward does not say
     episode_lengths  (B,) int32, tokens of the completion
-    prompt_lengths   (B,) int32
+    prompt_lengths   (B,) int32, tokens before the completion
     prompt_ids       (B,) int32, dense: 0..G-1
     num_prompt_groups  G
     temperature      (B,) float32, behind logprob; NaN where a filter (top-p, penalty) bent it
@@ -24,7 +25,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..losses import Array
-from ..types import Completion, Episode
+from ..types import Episode
 from .rewards import Rewards
 
 NEEDED = ("obs", "logprob", "rewards", "episode_lengths", "prompt_lengths", "prompt_ids")  # to train on
@@ -125,20 +126,19 @@ def compute_prompt_group_stats(episodes: Sequence[BufferedEpisode]) -> dict[str,
 
 
 def as_arrays(episodes: Sequence[Episode]) -> dict[str, Any]:
-    """Episodes of one prompt and one completion each as the dict above; none give arrays without rows."""
+    """Episodes as the dict above; none give arrays without rows."""
     completions = [e.tokens[e.mask] for e in episodes]
     entropies = [e.entropy[e.mask] for e in episodes if e.entropy is not None]
     _, prompt_ids = np.unique([e.group for e in episodes], return_inverse=True)
     arrays = {
         "obs": _padded([e.tokens for e in episodes]),
         "act": _padded(completions),
+        "mask": _padded([e.mask for e in episodes]).astype(bool),
         "logprob": _joined([e.logprobs[e.mask] for e in episodes]),
         "rewards": np.array([e.reward for e in episodes], np.float32),
         "binary_rewards": np.array([_correct(e) for e in episodes], np.float32),
         "episode_lengths": np.array([len(c) for c in completions], np.int32),
-        "prompt_lengths": np.array(
-            [len(e.tokens) - len(c) for e, c in zip(episodes, completions, strict=True)], np.int32
-        ),
+        "prompt_lengths": np.array([_first(e.mask) for e in episodes], np.int32),
         "prompt_ids": prompt_ids.astype(np.int32),
         "num_prompt_groups": int(prompt_ids.max(initial=-1)) + 1,
         "temperature": np.array([np.nan if e.temperature is None else e.temperature for e in episodes], np.float32),
@@ -147,7 +147,9 @@ def as_arrays(episodes: Sequence[Episode]) -> dict[str, Any]:
 
 
 def as_episodes(data: Mapping[str, Any]) -> list[Episode]:
-    """The episodes in a dict of that layout; it may lack what is not NEEDED, and a temperature is then 1.
+    """The episodes in a dict of that layout; it may lack what is not NEEDED.
+
+    Then a temperature is 1, and without a mask completions follow their prompts at once.
 
     Raises UserError for what is missing, or does not fit together.
     """
@@ -163,7 +165,8 @@ def as_episodes(data: Mapping[str, Any]) -> list[Episode]:
     if obs.ndim != 2 or len(obs) != rows or (prompt + count > obs.shape[1]).any():
         raise UserError(f"obs has shape {obs.shape} and does not hold every prompt and completion; give (B, L) tokens")
     parts = np.split(logprob, np.cumsum(count))[:rows]
-    return [_episode(*row) for row in zip(obs, prompt, count, parts, temperature, reward, group, strict=True)]
+    sampled = _sampled(data, obs.shape, prompt, count)
+    return [_episode(*row) for row in zip(obs, prompt, sampled, parts, temperature, reward, group, strict=True)]
 
 
 def row_and_position(lengths: Lengths, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -202,12 +205,47 @@ def _correct(episode: Episode) -> float:
     return float("nan") if np.isnan(episode.reward) else float(episode.reward >= 1)
 
 
+def _sampled(data: Mapping[str, Any], shape: tuple[int, ...], prompt: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """(B, L) bool: where the tokens of the completions stand. Raises UserError for a mask that does not fit."""
+    if "mask" not in data:
+        place = np.arange(shape[1])
+        return (prompt[:, None] <= place) & (place < (prompt + count)[:, None])
+    mask = np.asarray(data["mask"]).astype(bool)
+    fits = mask.shape == shape and np.array_equal(mask.sum(axis=1), count)
+    if not fits or any(_first(row) != p for row, p, n in zip(mask, prompt, count, strict=True) if n):
+        raise UserError(
+            f"mask has shape {mask.shape} and does not mark the episode_lengths tokens that follow each prompt; "
+            "give what select_recent_data returns, or leave it out"
+        )
+    return mask
+
+
 def _episode(
-    tokens: np.ndarray, prompt: int, count: int, logprobs: np.ndarray, temperature: float, reward: float, group: int
+    tokens: np.ndarray,
+    prompt: int,
+    mask: np.ndarray,
+    logprobs: np.ndarray,
+    temperature: float,
+    reward: float,
+    group: int,
 ) -> Episode:
-    known = None if np.isnan(temperature) else float(temperature)
-    completion = Completion(tokens[prompt : prompt + count], logprobs, temperature=known)
-    return Episode.from_completion(tokens[:prompt].tolist(), completion, reward=float(reward), group=int(group))
+    end = int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else prompt
+    spread = np.zeros(end, np.float32)
+    spread[mask[:end]] = logprobs
+    return Episode(
+        tokens=tokens[:end],
+        mask=mask[:end],
+        logprobs=spread,
+        entropy=None,
+        reward=float(reward),
+        group=int(group),
+        temperature=None if np.isnan(temperature) else float(temperature),
+    )
+
+
+def _first(mask: np.ndarray) -> int:
+    """The place of the first sampled token; one past the end without any."""
+    return int(mask.argmax()) if mask.any() else len(mask)
 
 
 def _per_completion(data: Mapping[str, Any], name: str, rows: int) -> np.ndarray:

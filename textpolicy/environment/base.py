@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 from ..engine import Engine, Sampling
@@ -40,6 +41,17 @@ class Environment(ABC):
         """Release what the environment holds; nothing by default."""
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The episodes that a rollout asks for."""
+
+    prompts: Sequence[int]  # indices
+    group_size: int  # episodes of each prompt
+    sampling: Sampling
+    first_group: int = 0  # of the first prompt; the others follow
+    pieces: bool = True  # with the text of every sampled token
+
+
 class DrivenEnv(ABC):
     """Prompts whose episodes are played by somebody else's program, which asks the engine for every turn."""
 
@@ -48,13 +60,5 @@ class DrivenEnv(ABC):
         """The number of prompts."""
 
     @abstractmethod
-    def play(
-        self,
-        engine: Engine,
-        prompts: Sequence[int],
-        group_size: int,
-        sampling: Sampling,
-        first_group: int = 0,
-        pieces: bool = True,
-    ) -> list[Episode]:
-        """``group_size`` scored episodes for each of the ``prompts``, as ``rollout.collect.collect`` gives them."""
+    def play(self, engine: Engine, wanted: Wanted) -> list[Episode]:
+        """The episodes, scored, as ``rollout.collect.collect`` gives them."""

@@ -34,6 +34,11 @@ class Silent:
         return Reply()
 
 
+def joined(turns: Sequence[Sequence[int]], added: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens since the prompt: each turn and what was ``added`` after it, which the last may lack."""
+    return [token for turn, more in zip_longest(turns, added, fillvalue=()) for token in (*turn, *more)]
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """How long an episode may get; one that meets a limit is truncated."""
@@ -64,7 +69,7 @@ class Conversation:
     @property
     def tokens(self) -> list[int]:
         """All tokens so far: what the policy continues."""
-        return [*self.prompt, *self._since_prompt()]
+        return [*self.prompt, *joined(self.turns, self.added)]
 
     @property
     def text(self) -> str:
@@ -101,16 +106,12 @@ class Conversation:
     def _go_on(self, before: Sequence[Message], reply: Reply) -> None:
         last = self.turns[-1][-1] if self.turns[-1] else None
         added = self.codec.continuation(before, reply.messages, last, self.tools)
-        needed = len(self._since_prompt()) + len(added) + self.limits.turn_tokens
+        needed = len(joined(self.turns, self.added)) + len(added) + self.limits.turn_tokens
         if self.limits.tokens is not None and needed > self.limits.tokens:
             self._end(truncated=True)
             return
         self.said += reply.messages
         self.added.append(added)
-
-    def _since_prompt(self) -> list[int]:
-        pairs = zip_longest(self.turns, self.added, fillvalue=())
-        return [token for turn, added in pairs for token in (*turn, *added)]
 
     def _end(self, truncated: bool) -> None:
         self.over, self.truncated = True, truncated

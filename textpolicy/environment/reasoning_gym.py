@@ -46,9 +46,7 @@ def reasoning_gym_env(
     reward = EntryReward(made, extract or answer_of)
     return TextGenerationEnv(
         ["\n".join(filter(None, [entry["question"], instructions])) for entry in entries],
-        reward
-        if time_limit is None
-        else Scorer(reward, time_limit=time_limit, on_failure="unscorable", processes=True),
+        reward if time_limit is None else _in_time(reward, time_limit),
         tokenizer=tokenizer,
         examples=entries,
         **settings,

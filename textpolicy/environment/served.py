@@ -20,6 +20,7 @@ from typing import Any, Self
 from ..errors import UserError
 from ..types import Completion, Episode
 from .chat import ChatCodec, Message, Schema
+from .conversation import joined
 from .multi_turn import with_tools
 from .tools import ParseCalls, ToolCall
 
@@ -57,9 +58,7 @@ class Session:
     @property
     def tokens(self) -> list[int]:
         """All so far."""
-        turns = [turn.tokens.tolist() for turn in self.turns]
-        between = [*self.added, *([[]] * (len(turns) - len(self.added)))]
-        return [*self.prompt, *(t for turn, added in zip(turns, between, strict=True) for t in (*turn, *added))]
+        return [*self.prompt, *joined([turn.tokens.tolist() for turn in self.turns], self.added)]
 
     def say(self, completion: Completion, number: int) -> Mapping[str, Any]:
         """Add a turn; the message for the other side, with its calls taken apart."""
@@ -148,10 +147,11 @@ def _handler(requests: queue.SimpleQueue[Request], root: str) -> type[BaseHTTPRe
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or b"{}")
-            if self.path != f"{root}/chat/completions":
+            sent = self.rfile.read(int(self.headers.get("content-length", 0)))
+            if self.path != f"{root}/chat/completions":  # a stranger, whose body is not looked at
                 self._send(404, {"error": {"message": f"there is no {self.command} {self.path[-40:]}"}})
                 return
+            body = json.loads(sent)
             request = Request(self.headers.get(SESSION_HEADER, ""), body["messages"], body.get("tools") or ())
             requests.put(request)
             status, answer = request.answer.get()

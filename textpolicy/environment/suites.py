@@ -187,14 +187,14 @@ class TextGenerationEnvironment(TextGenerationEnv):
             "target_length_range": task.target_length_range,
         }
 
-    def step(self, action: Any) -> dict[str, Any]:
+    def step(self, action: Any, truncated: bool = False) -> dict[str, Any]:
         """As ``TextGenerationEnv``.
 
         info also holds reward_score, task_category, target_keywords_found, response_length (words) and
         target_length_range.
         """
         task = self.tasks[self._prompt_index(self._episode)]
-        result = super().step(action)
+        result = super().step(action, truncated)
         text = result["info"]["response"]
         result["info"] |= {
             "reward_score": result["reward"],

@@ -89,18 +89,19 @@ class TextGenerationEnv(Environment):
         }
         return self._ids[i], info
 
-    def step(self, action: Any) -> dict[str, Any]:
+    def step(self, action: Any, truncated: bool = False) -> dict[str, Any]:
         """Score a completion, given as text, a list of token ids or any array of them.
 
-        ``truncated`` is True when there are max_tokens tokens or more and the last is no stop
-        token; a text never is. ``observation`` is empty; ``info`` holds response, reward, prompt,
-        episode, group and, if the reward says it, is_correct. Raises ValueError before ``reset``,
-        RewardError when the reward function fails.
+        ``truncated`` says that a limit of the policy's own cut it off. In the result it is also True when there
+        are max_tokens tokens or more and the last is no stop token; a text never is. ``observation`` is
+        empty; ``info`` holds response, reward, prompt, episode, group and, if the reward says it,
+        is_correct. Raises ValueError before ``reset``, RewardError when the reward function fails.
         """
         if self._open is None:
             raise ValueError("step() needs a prompt to answer; call reset() before each step()")
         conversation = self._open
-        conversation.answer(*self._read(action))
+        tokens, text, too_long = self._read(action)
+        conversation.answer(tokens, text, too_long or truncated)
         if not conversation.over:
             return _unfinished(conversation, self._told(conversation))
         [scored] = self.judge([conversation])

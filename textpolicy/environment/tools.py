@@ -91,11 +91,11 @@ class Tool:
     def _answer(self, arguments: Mapping[str, Any]) -> str:
         try:
             result = self.adapter.validate_python(ArgsKwargs((), dict(arguments)))
+            return result if isinstance(result, str) else json.dumps(result, default=str, ensure_ascii=False)
         except ValidationError as error:
             return f"Error: {self.name} was called with wrong arguments: {_mistakes(error)}"
-        except Exception as error:  # noqa: BLE001 - whatever a tool raises is for the policy to read
+        except BaseException as error:  # noqa: BLE001 - whatever a tool raises, exit() too, is for the policy to read
             return f"Error: {self.name} raised {type(error).__name__}: {error}"
-        return result if isinstance(result, str) else json.dumps(result, default=str, ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)

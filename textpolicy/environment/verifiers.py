@@ -7,17 +7,15 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
-
-import numpy as np
 
 from .._extras import extra
 from ..engine import Engine, Sampling
 from ..errors import TextPolicyError, UserError
 from ..types import Episode
-from .base import DrivenEnv
+from .base import DrivenEnv, Wanted
 from .chat import ChatCodec
 from .pieces import Pieces
 from .served import ModelServer, Request, Session
@@ -103,29 +101,22 @@ class VerifiersEnv(DrivenEnv):
         """Task ``i`` as a person reads it."""
         return self.tasks[i].data.prompt_text
 
-    def play(
-        self,
-        engine: Engine,
-        prompts: Sequence[int],
-        group_size: int,
-        sampling: Sampling,
-        first_group: int = 0,
-        pieces: bool = True,
-    ) -> list[Episode]:
+    def play(self, engine: Engine, wanted: Wanted) -> list[Episode]:
         """As ``rollout.collect.collect``. Raises UserError when no episode could be played."""
-        plan = [(self.tasks[i], i, first_group + n) for n, i in enumerate(prompts) for _ in range(group_size)]
+        groups = enumerate(wanted.prompts, wanted.first_group)
+        plan = [(i, group) for group, i in groups for _ in range(wanted.group_size)]
         with ModelServer() as server:
-            game = _Game([task for task, _, _ in plan], self.concurrency)
+            game = _Game([self.tasks[i] for i, _ in plan], self.concurrency)
             thread = threading.Thread(target=game.run, args=(self.env, server.url), daemon=True)
             thread.start()
-            sessions = _Answering(self, engine, sampling, game, server).until_over()
+            sessions = _Answering(self, engine, wanted.sampling, game, server).until_over()
             thread.join()
         if game.failure is not None:
             raise UserError(f"verifiers could not play ({game.failure}); mend its environment") from game.failure
         _refuse_all_failed(game.traces)
         return [
-            self._episode(sessions[trace.id], trace, i, group, pieces)
-            for trace, (_, i, group) in zip(game.traces, plan, strict=True)
+            self._episode(sessions[trace.id], trace, i, group, wanted.pieces)
+            for trace, (i, group) in zip(game.traces, plan, strict=True)
             if trace.id in sessions and sessions[trace.id].turns
         ]
 
@@ -229,7 +220,7 @@ class _Answering:
 
     def _answer(self, requests: Sequence[Request]) -> None:
         taken = [(r, tokens) for r in requests if (tokens := self._take(r)) is not None]
-        drawn = replace(self.sampling, seed=self._seed())
+        drawn = self.sampling.elsewhere(self.rounds)
         self.rounds += 1
         sampled = self.engine.sample([tokens for _, tokens in taken], 1, drawn) if taken else []
         for (request, tokens), [completion] in zip(taken, sampled, strict=True):
@@ -252,9 +243,6 @@ class _Answering:
             request.reply({"role": "assistant", "content": ""}, "length", (len(tokens), 0))
             return None
         return tokens
-
-    def _seed(self) -> int:
-        return int(np.random.SeedSequence([self.sampling.seed, self.rounds]).generate_state(1)[0])
 
 
 def _refuse_all_failed(traces: Sequence[Any]) -> None:

@@ -50,8 +50,7 @@ class Policy:
     def _sampling(self, deterministic: bool) -> Sampling:
         if deterministic:
             return replace(self.sampling, temperature=0.0)
-        seed = np.random.SeedSequence([self.sampling.seed, next(self.draws)]).generate_state(1)[0]
-        return replace(self.sampling, seed=int(seed))
+        return self.sampling.elsewhere(next(self.draws))
 
 
 def create_policy(model: nn.Module, tokenizer: Any, generation_params: Mapping[str, Any] | None = None) -> Policy:

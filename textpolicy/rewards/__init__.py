@@ -4,6 +4,7 @@ from .basic import accuracy_reward, keyword_reward, length_reward, perplexity_re
 from .batch import create_mlx_optimized_batch_processor
 from .contract import Request, RewardFunction, Scored, VerifierFunction
 from .correctness import f1_score_reward, math_accuracy_reward
+from .countdown import countdown_reward_with_info
 from .registry import (
     REWARD_REGISTRY,
     VERIFIER_REGISTRY,
@@ -48,6 +49,7 @@ __all__ = [
     "code_output_reward",
     "coherence_verifier",
     "contains_keywords",
+    "countdown_reward_with_info",
     "create_configured_reward_function",
     "create_mlx_optimized_batch_processor",
     "f1_score_reward",

@@ -1,4 +1,4 @@
-"""Rewards that compare an answer with the right one: mathematics, words in common, countdown."""
+"""Rewards that compare an answer with the right one: mathematics, words in common."""
 
 from __future__ import annotations
 
@@ -43,21 +43,6 @@ def f1_score_reward(prompt: str, completion: str, example: Mapping[str, Any], **
     """
     given, truth = (Counter(str(text).lower().split()) for text in (completion, _reference(example)))
     return 2 * (given & truth).total() / max(1, given.total() + truth.total())
-
-
-@reward(name="countdown")
-def countdown_reward(
-    prompt: str,
-    completion: str,
-    example: Mapping[str, Any],
-    use_all: bool = False,
-    invalid: float = -0.5,
-    **_: Any,
-) -> dict[str, Any]:
-    """``textpolicy.tasks.countdown.countdown_reward_with_info``, by name."""
-    from ..tasks.countdown import countdown_reward_with_info  # tasks import rewards; here only a call goes back
-
-    return countdown_reward_with_info(prompt, completion, example, use_all, invalid)
 
 
 def _reference(example: Mapping[str, Any]) -> Any:

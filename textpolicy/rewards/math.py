@@ -23,6 +23,7 @@ import time
 from fractions import Fraction
 from typing import IO, NoReturn
 
+from .._processes import environment, interpreter
 from ..errors import MissingDependencyError, RewardError, UserError
 
 MAX_EXCESS = 300  # characters by which an answer may be longer than its reference
@@ -277,8 +278,8 @@ class _Grader:
             return
         self.stop()
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"from {__name__} import _serve; _serve()"],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"},
+            [*interpreter(), f"from {__name__} import _serve; _serve()"],
+            env=environment(OPENBLAS_NUM_THREADS="1"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

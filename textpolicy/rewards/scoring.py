@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Self, get_args
 
+from .._processes import cloudpickle
 from ..errors import RewardError, UserError, unknown_name
 from .background import in_thread, in_time, wait_for
 from .calls import Call, Outcome, Part, calls_of
@@ -49,10 +50,12 @@ class Scorer:
 
         A call fails when it raises, is late, or returns no finite number. ``on_failure="raise"`` makes that
         a RewardError; with "unscorable" a warning is logged and the completion's reward is NaN, from which
-        nothing is learnt. Raises UserError for settings that cannot work.
+        nothing is learnt. Raises UserError for settings that cannot work, MissingDependencyError without cloudpickle.
         """
         listed = [rewards] if callable(rewards) or isinstance(rewards, RewardConfig | str) else list(rewards)
         _refuse_unusable(listed, time_limit, concurrency, on_failure)
+        if processes:
+            cloudpickle()  # now rather than at the first call
         self.parts = _named_apart([_part(r) for r in listed])
         self.time_limit, self.concurrency, self.on_failure = time_limit, concurrency, on_failure
         self.processes = processes

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import queue
 import signal
 import subprocess
-import sys
 import time
 import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from ..errors import MissingDependencyError, RewardError, UserError
+from .. import _processes
+from ..errors import RewardError, UserError
 from .contract import name_of
 
 START_LIMIT = 60.0  # seconds until a new worker process has read its functions
@@ -103,13 +101,7 @@ def _stop(workers: Sequence[Worker]) -> None:
 
 def _pickled(functions: Sequence[Callable[..., Any]]) -> bytes:
     try:
-        import cloudpickle  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise MissingDependencyError(
-            "rewards in worker processes need cloudpickle; install it with: pip install cloudpickle"
-        ) from error
-    try:
-        return bytes(cloudpickle.dumps(list(functions)))
+        return bytes(_processes.cloudpickle().dumps(list(functions)))
     except (TypeError, pickle.PicklingError) as error:
         names = ", ".join(map(name_of, functions))
         raise UserError(
@@ -148,14 +140,7 @@ class Worker:
         if self.pipe is not None and self.process is not None and self.process.poll() is None:
             return self.pipe
         self.stop()
-        self.pipe, theirs = Pipe()
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-                stdin=subprocess.DEVNULL,
-            )
+        self.process, self.pipe = _processes.worker(f"{__name__}:serve")
         try:
             self._exchange(self.pipe, self.functions, START_LIMIT)
         except (WorkerDiedError, TooSlowError) as error:

@@ -46,13 +46,13 @@ class RolloutStrategy(Protocol):
         """Add a step to the buffer."""
 
 
-def checked_step(env: Environment, action: Any) -> dict[str, Any]:
-    """``env.step(action)``, held to its contract.
+def checked_step(env: Environment, action: Any, **facts: Any) -> dict[str, Any]:
+    """``env.step(action, **facts)``, held to its contract.
 
     Raises TypeError for anything but a dict, a flag that is no bool, an info that is no dict;
     KeyError, naming them, for missing keys.
     """
-    result = env.step(action)
+    result = env.step(action, **facts)
     if not isinstance(result, dict):
         raise TypeError(f"env.step returned a {type(result).__name__}; return a dict of {', '.join(STEP_KEYS)}")
     if missing := [key for key in STEP_KEYS if key not in result]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ..engine import Engine, Sampling
-from ..environment.base import DrivenEnv
+from ..environment.base import DrivenEnv, Wanted
 from ..environment.conversation import Conversation
 from ..environment.text_generation import TextGenerationEnv
 from ..rewards.contract import Scored
@@ -33,14 +33,14 @@ def collect(
     token, too.
     """
     if isinstance(env, DrivenEnv):
-        return env.play(engine, prompts, group_size, sampling, first_group, pieces)
+        return env.play(engine, Wanted(prompts, group_size, sampling, first_group, pieces))
     rollouts = [_Rollout(env.begin(i)) for i in prompts for _ in range(group_size)]
     first = engine.sample([env.prompt_ids(i).tolist() for i in prompts], group_size, sampling)
     waiting = _add(env, rollouts, [completion for members in first for completion in members])
     for turn in itertools.count(1):
         if not waiting:
             break
-        sampled = engine.sample([r.conversation.tokens for r in waiting], 1, _of_turn(sampling, turn))
+        sampled = engine.sample([r.conversation.tokens for r in waiting], 1, sampling.elsewhere(turn))
         waiting = _add(env, waiting, [completion for [completion] in sampled])
     scores = env.judge([r.conversation for r in rollouts])
     pairs = zip(rollouts, scores, strict=True)
@@ -77,11 +77,6 @@ def _add(env: TextGenerationEnv, rollouts: Sequence[_Rollout], turns: Sequence[C
         rollout.turns.append(turn)
         rollout.conversation.answer(turn.tokens.tolist(), env.text(turn.tokens), turn.truncated)
     return [r for r in rollouts if not r.conversation.over]
-
-
-def _of_turn(sampling: Sampling, turn: int) -> Sampling:
-    """``sampling`` with a seed of its own for each turn after the first."""
-    return replace(sampling, seed=int(np.random.SeedSequence([sampling.seed, turn]).generate_state(1)[0]))
 
 
 def with_reference(engine: Engine, episodes: Sequence[Episode]) -> list[Episode]:

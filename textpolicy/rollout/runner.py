@@ -135,10 +135,10 @@ class RolloutRunner:
         """The transition from ``obs`` by the policy's ``output``."""
         action, extras = _action_and_extras(output)
         act = action if isinstance(action, str) else np.asarray(action).tolist()
-        with self.clock.of("env_step"):
-            result = checked_step(self.env, act)
-        told = {key: result["info"][key] for key in ("is_correct", "group") if key in result["info"]}
         cut_off = bool(extras.get("truncated", False))  # by the policy's own max_tokens
+        with self.clock.of("env_step"):
+            result = checked_step(self.env, act, **self._facts(cut_off))
+        told = {key: result["info"][key] for key in ("is_correct", "group") if key in result["info"]}
         return {
             **told,
             **extras,
@@ -149,6 +149,11 @@ class RolloutRunner:
             "done": bool(result["terminated"]),
             "timeout": bool(result["truncated"]) or cut_off,
         }
+
+    def _facts(self, cut_off: bool) -> dict[str, bool]:
+        """What an environment of several turns is told of an action: nobody answers a turn that was cut off."""
+        several = isinstance(self.env, TextGenerationEnv) and not self.env.single_turn
+        return {"truncated": True} if cut_off and several else {}
 
 
 def _consistent(transitions: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import numpy as np
 
-from .._extras import extra
+from .. import _processes
 from ..errors import WorkerError
 from ..rewards.contract import accepted_keywords
 from .runner import RolloutRunner
@@ -118,20 +116,11 @@ class Workers:
 
 
 class _Worker:
-    """A process and our end of its pipe.
-
-    A fresh interpreter, which imports no script of the user: what it runs comes through the pipe.
-    """
+    """A process and our end of its pipe."""
 
     def __init__(self, index: int, payload: bytes) -> None:
         self.index = index
-        self.connection, theirs = Pipe()
-        command = f"from textpolicy.rollout.workers import serve; serve({theirs.fileno()}, {index})"
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", command], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
-        )
-        theirs.close()
+        self.process, self.connection = _processes.worker(f"{__name__}:serve", index)
         self._send(payload)
 
     @property
@@ -183,7 +172,7 @@ def _collected(runner: tuple[RolloutRunner, int]) -> tuple[list[Fields], str]:
 
 
 def _runner(payload: bytes, index: int) -> tuple[RolloutRunner, int]:
-    work: Work = _cloudpickle().loads(payload)
+    work: Work = _processes.cloudpickle().loads(payload)
     env, policy = _made(work.env_fn, index), _made(work.policy_fn, index)
     return RolloutRunner(env, policy, create_strategy(work.algorithm), work.max_steps), work.max_episodes
 
@@ -201,17 +190,12 @@ def _plain(fields: Fields) -> Fields:
 
 def _pickled(work: Work) -> bytes:
     try:
-        return _cloudpickle().dumps(work)
+        return _processes.cloudpickle().dumps(work)
     except (TypeError, ValueError, RecursionError) as error:
         raise WorkerError(
             f"env_fn or policy_fn cannot be sent to a process ({error}); load models inside the function, "
             "not outside of it"
         ) from error
-
-
-def _cloudpickle() -> Any:
-    """Sends functions defined anywhere to a spawned process, lambdas too, which pickle does not."""
-    return extra("cloudpickle", "textpolicy[workers]")
 
 
 def _reason(code: int | None) -> str:

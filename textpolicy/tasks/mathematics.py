@@ -3,17 +3,16 @@ r"""The task "math": problems answered in \boxed{}, from a hub data set where it
 from __future__ import annotations
 
 import logging
-import os
 import random
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from math import comb, gcd, lcm
 
-from .._extras import extra
 from ..errors import MissingDependencyError, UserError
 from ..rewards.correctness import math_accuracy_reward
 from ..rewards.math import extract_boxed
 from .base import Message, Problem, Task
+from .hub import hub_rows
 from .splits import distinct
 
 logger = logging.getLogger(__name__)
@@ -28,17 +27,14 @@ def math_task() -> Task:
     r"""Mathematical problems answered in \boxed{}: the MATH data set if it can be reached, else made-up ones."""
     try:
         return hub_math_task()
-    except (OSError, UserError, MissingDependencyError) as reason:
-        logger.warning("made-up problems stand in for %s, which cannot be read: %s", HUB, str(reason).splitlines()[0])
+    except (UserError, MissingDependencyError) as reason:
+        logger.warning("made-up problems stand in for %s: %s", HUB, reason)
         return generated_math_task()
 
 
 def hub_math_task() -> Task:
     """The MATH data set, five subjects of it; needs the package datasets and, the first time, the network."""
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise UserError("HF_HUB_OFFLINE is 1, so no data set is looked for; unset it, or choose math_generated")
-    load = extra("datasets", "textpolicy[data]").load_dataset
-    rows = {name: [row for s in SUBJECTS for row in load(HUB, s, split=name)] for name in ("train", "test")}
+    rows = hub_rows(HUB, SUBJECTS, ("train", "test"))
     problems = {name: [_from_row(row) for row in kept if extract_boxed(row["solution"])] for name, kept in rows.items()}
     random.Random(_SPLIT_SEED).shuffle(problems["test"])
     random.Random(_SPLIT_SEED).shuffle(problems["train"])

@@ -1,0 +1,134 @@
+"""One model, one batch, two engines: the same log-probs and the same gradient of every LoRA matrix."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below mlx
+
+# isort: split
+import mlx.core as mx
+from conftest import TINKER_RANK, recipe
+from fixed_episodes import fixed_episodes
+from mlx.utils import tree_flatten
+from safetensors.numpy import load_file
+
+from textpolicy.adapters import LoRA
+from textpolicy.mlx.attach import attach
+from textpolicy.mlx.engine import MLXEngine, PolicyObjective
+from textpolicy.mlx.models import load_model
+from textpolicy.tinker.engine import Adam
+from textpolicy.types import Batch
+
+RECIPES = ("grpo", "dapo", "maxrl", "cispo", "full")
+# With beta1 = 0 and an eps far above every gradient, AdamW's step is rate / eps times the gradient itself.
+PLAIN = Adam(beta1=0.0, beta2=0.0, eps=1e6)
+RATE = 3e6
+OUTSIDE = ("embed_tokens", "lm_head")  # the server adapts them, too; here they go into the weights
+
+
+@dataclass
+class Pair:
+    """An engine on the server, and the local one that takes over its LoRA."""
+
+    remote: object
+    folder: object
+    model_folder: str
+
+    def lora(self):
+        """The server's LoRA by peft's names, without the prefix: name.lora_A.weight (r, in), name.lora_B.weight (out, r)."""
+        path = self.folder / f"{len(list(self.folder.iterdir()))}"
+        self.remote.save(path)
+        return {name.removeprefix("base_model.model."): w for name, w in load_file(path / "adapter_model.safetensors").items()}
+
+    def local(self, lora):
+        """The local engine with ``lora``."""
+        model, _ = load_model(self.model_folder)
+        scale = 32.0 / TINKER_RANK
+        named = dict(tree_flatten(model.parameters()))
+        for name in named:
+            a, b = (lora.get(f"{name.removesuffix('.weight')}.lora_{x}.weight") for x in "AB")
+            if a is not None and any(part in name for part in OUTSIDE):
+                model.load_weights([(name, named[name] + mx.array(scale * (b @ a)))], strict=False)
+        attach(model, LoRA(rank=TINKER_RANK, alpha=32.0))
+        trained = {name: mx.array(w) for name, w in as_mlx(lora).items()}
+        assert {name for name, _ in tree_flatten(model.trainable_parameters())} == set(trained)
+        model.load_weights(list(trained.items()), strict=False)
+        return MLXEngine(model, stop=[257])
+
+
+def as_mlx(lora):
+    """Peft's matrices as mlx-lm has them: lora_a (in, r) and lora_b (r, out), of the blocks."""
+    inside = {name: w for name, w in lora.items() if not any(part in name for part in OUTSIDE)}
+    return {name.replace(".lora_A.weight", ".lora_a").replace(".lora_B.weight", ".lora_b"): w.T for name, w in inside.items()}
+
+
+@pytest.fixture
+def pair(tinker, tinker_server, tmp_path):
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    return Pair(tinker(adam=PLAIN), folder, tinker_server.name)
+
+
+def credited(name, local, answers=()):
+    """A batch of the recipe, sampled by a policy a little away from the learner, so that clipping has work."""
+    rng = np.random.default_rng(7)
+    episodes = fixed_episodes(2, answers=answers)
+    now = local.score(Batch.pack(episodes, [np.zeros(len(e.tokens)) for e in episodes]))
+    moved = []
+    for e, l in zip(episodes, now, strict=True):
+        sampled = np.append(0, l[: len(e.tokens) - 1]) + rng.normal(0, 0.2, len(e.tokens))
+        moved.append(replace(e, logprobs=np.where(e.mask, sampled, 0).astype(np.float32)))
+    how = recipe(name)
+    return how.credit(moved, how.controller()), how.surrogate
+
+
+def cosine(a, b):
+    a, b = (np.concatenate([x[name].ravel() for name in sorted(a)]).astype(np.float64) for x in (a, b))
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def both_gradients(pair, batch_of):
+    """The gradient of the server, from what one step did to its LoRA, and that of the local engine."""
+    before = pair.lora()
+    local = pair.local(before)
+    batch, surrogate = batch_of(local)
+    np.testing.assert_allclose(pair.remote.score(batch), local.score(batch), atol=1e-4)
+    _, grads = local.gradients(batch, PolicyObjective(surrogate))
+    row = pair.remote.update(batch, surrogate, RATE)
+    after = pair.lora()
+    remote = {name: (w - as_mlx(after)[name]) * (PLAIN.eps / RATE) for name, w in as_mlx(before).items()}
+    return remote, {name: np.array(g) for name, g in tree_flatten(grads)}, row
+
+
+@pytest.mark.slow
+def test_log_probs_and_gradients_of_five_recipes_agree(pair):
+    for name in RECIPES:  # each from where the one before ended: A has a gradient only where B is not 0
+        remote, local, row = both_gradients(pair, lambda engine, name=name: credited(name, engine))
+        assert cosine(remote, local) > 0.999, name
+        assert cosine({n: w for n, w in remote.items() if n.endswith("b")}, {n: w for n, w in local.items() if n.endswith("b")}) > 0.999
+        assert row["updated"] == 1
+    last = {n: w for n, w in remote.items() if n.endswith("a")}
+    assert cosine(last, {n: w for n, w in local.items() if n.endswith("a")}) > 0.999
+
+
+@pytest.mark.slow
+def test_a_server_that_averages_gives_the_gradient_of_the_sum_for_unequal_lengths_too(pair):
+    remote, local, _ = both_gradients(pair, lambda engine: credited("grpo", engine, answers=(6, 2, 5, 1)))
+    assert cosine(remote, local) > 0.999
+    norms = [np.sqrt(sum((w.astype(np.float64) ** 2).sum() for w in g.values())) for g in (remote, local)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_a_datum_shifted_by_one_is_found(pair, monkeypatch):
+    right = pair.remote.data
+
+    def unshifted(batch):
+        return [replace(d, target_tokens=d.model_input) for d in right(batch)]
+
+    monkeypatch.setattr(pair.remote, "data", unshifted)
+    remote, local, row = both_gradients(pair, lambda engine: credited("grpo", engine))
+    assert cosine(remote, local) < 0.9
+    assert row["logprob_gap_mean"] > 0.5

@@ -112,7 +112,9 @@ def step(engine: TinkerEngine, prompts: int, group: int, tokens: int, recipe: st
     engine.update(how.credit(episodes, how.controller()), how.surrogate, 1e-5)
 
 
-def measure(service: Any, engine: TinkerEngine, steps: int, shape: tuple[int, int, int], recipe: str) -> dict[str, float]:
+def measure(
+    service: Any, engine: TinkerEngine, steps: int, shape: tuple[int, int, int], recipe: str
+) -> dict[str, float]:
     """Medians over ``steps`` after one that does not count."""
     rows = []
     for _ in range(steps + 1):

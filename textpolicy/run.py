@@ -74,7 +74,7 @@ class Run:
         self.metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
 
     def train(self, before: Rate, started: float, plan: Plan | None) -> Path:
-        """``before`` is the accuracy on the test problems, ``started`` when the clock began, ``plan`` what fits here."""
+        """``before`` is the accuracy on the test problems, ``started`` when the clock began, ``plan`` what fits."""
         config, history = self.config, self.history
         history.before = before
         with self.view, self.metrics:

@@ -7,7 +7,7 @@ from textpolicy.types import Completion, Episode
 PROMPT, ANSWER = 14, 6  # tokens
 
 
-def fixed_episodes(seed=0, groups=2, size=4, answers=():
+def fixed_episodes(seed=0, groups=2, size=4, answers=()):
     """Episodes made up at random, of equal length unless ``answers`` says how long each completion is."""
     rng = np.random.default_rng(seed)
     out = []

@@ -1,4 +1,4 @@
-"""What the engine asks a server for, in which order, and what it makes of the answers; with clients that only listen."""
+"""What the engine asks a server for, in which order, and what it makes of the answers; its clients only listen."""
 
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -126,7 +126,12 @@ def test_log_probs_that_cannot_be_trained_on_are_an_error_of_the_server(logprobs
 
 @pytest.mark.parametrize(
     ("sampling", "temperature"),
-    [(Sampling(), 1.0), (Sampling(temperature=0.7), 0.7), (Sampling(top_p=0.9), None), (Sampling(temperature=0.0), 0.0)],
+    [
+        (Sampling(), 1.0),
+        (Sampling(temperature=0.7), 0.7),
+        (Sampling(top_p=0.9), None),
+        (Sampling(temperature=0.0), 0.0),
+    ],
 )
 def test_a_completion_knows_the_temperature_it_was_sampled_at(sampling, temperature):
     assert listening()[1].sample([[1]], 1, sampling)[0][0].temperature == temperature
@@ -247,5 +252,7 @@ def test_a_server_that_has_gone_ends_the_wait_and_one_that_is_slow_does_not(monk
     with pytest.raises(ServiceError, match=r"sampling came to nothing: .* has not answered for 0.2 s"):
         service.wait(SimpleNamespace(future=Future), "sampling")
     slow, looks = Future(), []
-    monkeypatch.setattr(module, "answers", lambda url: looks.append(url) or (len(looks) > 3 and slow.set_result("done")) or True)
+    monkeypatch.setattr(
+        module, "answers", lambda url: looks.append(url) or (len(looks) > 3 and slow.set_result("done")) or True
+    )
     assert service.wait(SimpleNamespace(future=lambda: slow), "sampling") == "done"

@@ -1,5 +1,6 @@
 """Slow, failing and dying servers and clients: the run goes on, or ends in one sentence and resumes."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ PROMPTS = [e.tokens[~e.mask].tolist() for e in fixed_episodes()[::4]]
 
 def one_step(engine):
     """What a step samples, and the log-probs after its update."""
-    completions = sum(engine.sample(PROMPTS, 4, Sampling(max_tokens=6, seed=1)), [])
+    completions = [c for group in engine.sample(PROMPTS, 4, Sampling(max_tokens=6, seed=1)) for c in group]
     batch = HOW.credit(fixed_episodes(1))
     engine.update(batch, HOW.surrogate, 1e-2)
     return [c.tokens.tolist() for c in completions], engine.score(batch)
@@ -56,7 +57,8 @@ def test_a_server_that_delays_drops_and_fails_now_and_then_changes_nothing(tinke
 def test_a_refused_key_is_one_sentence_that_does_not_show_it(tinker_server, no_tinker_account, monkeypatch):
     monkeypatch.setenv("TINKER_API_KEY", "tml-planted-secret")
     with FaultyProxy(tinker_server.url, lambda path, n: None if "healthz" in path else Fault(status=401)) as proxy:
-        with pytest.raises(ServiceError, match="check TINKER_API_KEY") as refused:
+        connecting = pytest.raises(ServiceError, match="check TINKER_API_KEY")
+        with connecting as refused:
             TinkerEngine.connect(tinker_server.name, base_url=proxy.url)
     assert "planted-secret" not in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -102,8 +104,6 @@ def test_a_client_killed_in_a_step_is_resumed_by_another(tinker, tinker_server, 
 
 
 def environment(path):
-    import os
-
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
@@ -115,10 +115,9 @@ def test_a_server_killed_in_a_step_is_one_sentence_and_a_new_one_resumes(tinker_
         engine.update(batch, HOW.surrogate, 1e-2)
         state, before = engine.save_state("before"), engine.score(batch)
         killer = threading.Timer(0.05, server.signal, [signal.SIGKILL])
+        killer.start()
         with pytest.raises(ServiceError) as lost:
-            killer.start()
-            while True:
-                engine.update(batch, HOW.surrogate, 1e-2)
+            update_for_ever(engine, batch)
         killer.join()
     assert "resume from the last checkpoint" in str(lost.value)
     assert "\n" not in str(lost.value)
@@ -128,16 +127,33 @@ def test_a_server_killed_in_a_step_is_one_sentence_and_a_new_one_resumes(tinker_
         resumed.close()
 
 
+def update_for_ever(engine, batch):
+    while True:
+        engine.update(batch, HOW.surrogate, 1e-2)
+
+
+STARTER = """
+import os, signal, sys
+from pathlib import Path
+from textpolicy.tinker.server import LocalServer, ServerSettings
+
+model, folder = map(Path, sys.argv[1:])
+server = LocalServer(ServerSettings(model=model, folder=folder, rank=4, adapters=24))
+print(server.process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
 def test_a_server_ends_with_the_program_that_started_it(tinker_settings, no_tinker_account, tmp_path):
     settings = tinker_settings("orphan")
     script = tmp_path / "starter.py"
-    script.write_text(
-        "import os, signal, sys\nfrom pathlib import Path\nfrom textpolicy.tinker.server import LocalServer, ServerSettings\n"
-        f"server = LocalServer(ServerSettings(model=Path({str(settings.model)!r}), folder=Path({str(settings.folder)!r}), rank=4, adapters=24))\n"
-        "print(server.process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
-    )
+    script.write_text(STARTER)
     done = subprocess.run(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment([p for p in sys.path if p]), check=False
+        [sys.executable, str(script), str(settings.model), str(settings.folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment([p for p in sys.path if p]),
+        check=False,
     )
     group = int(done.stdout)
     end = time.monotonic() + 10

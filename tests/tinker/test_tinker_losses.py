@@ -10,7 +10,16 @@ from test_datum import episode
 
 from textpolicy.algorithms import ALGORITHMS, algorithm
 from textpolicy.errors import UserError
-from textpolicy.losses import KL, Clip, ClippedWeight, Correction, ImportanceSampling, SoftGate, Surrogate, policy_objective
+from textpolicy.losses import (
+    KL,
+    Clip,
+    ClippedWeight,
+    Correction,
+    ImportanceSampling,
+    SoftGate,
+    Surrogate,
+    policy_objective,
+)
 from textpolicy.tinker.datum import datum_arrays
 from textpolicy.tinker.loss import TinkerLoss, tinker_loss
 from textpolicy.types import Batch
@@ -21,7 +30,10 @@ from textpolicy.types import Batch
     [
         (Surrogate(Clip(0.2, 0.28)), TinkerLoss("ppo", {"clip_low_threshold": 0.8, "clip_high_threshold": 1.28})),
         (Surrogate(Clip(1.5, 0.5)), TinkerLoss("ppo", {"clip_low_threshold": 0.0, "clip_high_threshold": 1.5})),
-        (Surrogate(ClippedWeight(0.5, 5.0)), TinkerLoss("cispo", {"clip_low_threshold": 0.5, "clip_high_threshold": 5})),
+        (
+            Surrogate(ClippedWeight(0.5, 5.0)),
+            TinkerLoss("cispo", {"clip_low_threshold": 0.5, "clip_high_threshold": 5}),
+        ),
         (Surrogate(ImportanceSampling()), TinkerLoss("importance_sampling")),
         (
             Surrogate(Clip(0.25, 0.5), ratio="sequence"),
@@ -103,7 +115,9 @@ def test_the_services_sum_over_data_of_unequal_lengths_is_the_batchs_loss(surrog
     rng = np.random.default_rng(0)
     lengths = [(2, 5), (4, 1), (3, 3), (1, 7)]  # of prompts and completions
     episodes = [episode(rng.integers(1, 9, p), rng.integers(1, 9, c), -rng.random(c) - 1) for p, c in lengths]
-    batch = Batch.pack(episodes, [np.full(len(e.tokens), a) for e, a in zip(episodes, [2, -1, 0.5, -3], strict=True)], aggregation)
+    batch = Batch.pack(
+        episodes, [np.full(len(e.tokens), a) for e, a in zip(episodes, [2, -1, 0.5, -3], strict=True)], aggregation
+    )
     learner = (batch.logprobs + rng.normal(0, 0.4, batch.logprobs.shape)).astype(np.float32)
     data = datum_arrays(replace(batch, advantages=batch.advantages * batch.weights))
     sent = service_loss(tinker_loss(surrogate), data, [learner[d.row] for d in data])

@@ -1,5 +1,7 @@
 """One model, one batch, two engines: the same log-probs and the same gradient of every LoRA matrix."""
 
+import json
+import tarfile
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,18 +35,25 @@ class Pair:
     """An engine on the server, and the local one that takes over its LoRA."""
 
     remote: object
-    folder: object
-    model_folder: str
+    folder: object  # for what is saved
+    checkpoints: object  # where the server keeps its own
+    model: str
 
     def lora(self):
-        """The server's LoRA by peft's names, without the prefix: name.lora_A.weight (r, in), name.lora_B.weight (out, r)."""
-        path = self.folder / f"{len(list(self.folder.iterdir()))}"
-        self.remote.save(path)
-        return {name.removeprefix("base_model.model."): w for name, w in load_file(path / "adapter_model.safetensors").items()}
+        """The server's LoRA by peft's names without their prefix: X.lora_A.weight (r, in), X.lora_B.weight (out, r)."""
+        self.remote.save(self.folder)
+        sampler = json.loads((self.folder / "tinker.json").read_text())["sampler"]
+        run, name = sampler.removeprefix("tinker://").split("/sampler_weights/")
+        with tarfile.open(self.checkpoints / run / "sampler_weights" / f"{name}.tar.gz") as archive:
+            archive.extractall(self.folder, filter="data")
+        return {
+            name.removeprefix("base_model.model."): w
+            for name, w in load_file(next(self.folder.rglob("adapter_model.safetensors"))).items()
+        }
 
     def local(self, lora):
         """The local engine with ``lora``."""
-        model, _ = load_model(self.model_folder)
+        model, _ = load_model(self.model)
         scale = 32.0 / TINKER_RANK
         named = dict(tree_flatten(model.parameters()))
         for name in named:
@@ -61,14 +70,17 @@ class Pair:
 def as_mlx(lora):
     """Peft's matrices as mlx-lm has them: lora_a (in, r) and lora_b (r, out), of the blocks."""
     inside = {name: w for name, w in lora.items() if not any(part in name for part in OUTSIDE)}
-    return {name.replace(".lora_A.weight", ".lora_a").replace(".lora_B.weight", ".lora_b"): w.T for name, w in inside.items()}
+    return {
+        name.replace(".lora_A.weight", ".lora_a").replace(".lora_B.weight", ".lora_b"): w.T
+        for name, w in inside.items()
+    }
 
 
 @pytest.fixture
 def pair(tinker, tinker_server, tmp_path):
     folder = tmp_path / "adapters"
     folder.mkdir()
-    return Pair(tinker(adam=PLAIN), folder, tinker_server.name)
+    return Pair(tinker(adam=PLAIN), folder, tinker_server.log.parent / "checkpoints", tinker_server.name)
 
 
 def credited(name, local, answers=()):
@@ -107,7 +119,13 @@ def test_log_probs_and_gradients_of_five_recipes_agree(pair):
     for name in RECIPES:  # each from where the one before ended: A has a gradient only where B is not 0
         remote, local, row = both_gradients(pair, lambda engine, name=name: credited(name, engine))
         assert cosine(remote, local) > 0.999, name
-        assert cosine({n: w for n, w in remote.items() if n.endswith("b")}, {n: w for n, w in local.items() if n.endswith("b")}) > 0.999
+        assert (
+            cosine(
+                {n: w for n, w in remote.items() if n.endswith("b")},
+                {n: w for n, w in local.items() if n.endswith("b")},
+            )
+            > 0.999
+        )
         assert row["updated"] == 1
     last = {n: w for n, w in remote.items() if n.endswith("a")}
     assert cosine(last, {n: w for n, w in local.items() if n.endswith("a")}) > 0.999

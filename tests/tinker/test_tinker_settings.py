@@ -61,13 +61,15 @@ def test_the_command_refuses_before_it_connects(capsys):
 
 def test_what_it_allows_is_not_refused():
     config = settings(
-        rollout={"temperature": 0.7}, tinker={"untempered": True}, algorithm={"kl": {"coefficient": 0.1, "place": "reward"}}
+        rollout={"temperature": 0.7},
+        tinker={"untempered": True},
+        algorithm={"kl": {"coefficient": 0.1, "place": "reward"}},
     )
     refuse_unhonoured(config, configure(config))
 
 
 def test_its_section_means_nothing_without_it():
-    with pytest.raises(UserError, match="tinker.save_every is set and engine is mlx"):
+    with pytest.raises(UserError, match=r"tinker\.save_every is set and engine is mlx"):
         check_config({"tinker": {"save_every": 3}}, "here")
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 
 from ..engine import Sampling
-from ..errors import ServiceError, UserError, unknown_name
+from ..errors import ServiceError, TextPolicyError, UserError, unknown_name
 from ..losses import Surrogate, importance_ratio, policy_objective
 from ..types import Batch, Completion
 from .datum import DatumArrays, datum_arrays
@@ -109,23 +107,14 @@ class TinkerEngine:
         for ``patience`` seconds counts as gone. Raises UserError, ServiceError and MissingDependencyError.
         """
         service = Service(base_url, patience=patience)
-        service.refuse_unknown_model(model)
-        with service.telling(f"making a LoRA of rank {rank} on {model}"):
-            if resume is None:
-                pending = service.client.create_lora_training_client(base_model=model, rank=rank, seed=seed)
-            else:
-                pending = service.client.create_training_client_from_state_with_optimizer(resume)
-        trainer = service.wait(pending, f"making a LoRA of rank {rank} on {model}" if resume is None else f"resuming {resume}")
-        return cls(
-            service,
-            trainer,
-            model,
-            stop=stop,
-            rank=rank,
-            adam=adam,
-            reduction=reduction,
-            untempered=untempered,
-        )
+        try:
+            trainer = _trainer(service, model, rank, seed, resume)
+            return cls(
+                service, trainer, model, stop=stop, rank=rank, adam=adam, reduction=reduction, untempered=untempered
+            )
+        except TextPolicyError:
+            service.close("errored")
+            raise
 
     # ---- the Engine protocol
 
@@ -179,19 +168,19 @@ class TinkerEngine:
         return {**_told(step.metrics or {}), **_measured(l, rows, surrogate)}
 
     def save(self, path: Path) -> None:
-        """Write the LoRA in peft's layout, and where the server keeps it, to the folder ``path``, whole or not at all."""
+        """Keep the LoRA on the server, and write where to the folder ``path``: tinker.json, whole or not at all.
+
+        "state" is what ``connect`` resumes, "sampler" the weights alone, which other clients can sample from.
+        """
         name = self._name("adapter")
         with self.service.telling("saving the adapter"):
             pending = self._trainer.save_weights_for_sampler(name)
-        kept = {"model": self.model, "rank": self.rank, "state": self.save_state(name)}
-        kept["sampler"] = self.service.wait(pending, "saving the adapter").path
-        with tempfile.TemporaryDirectory(prefix=f"{path.name}.tmp-", dir=path.parent) as workspace:
-            folder = Path(workspace) / "adapter"
-            folder.mkdir()
-            (folder / "tinker.json").write_text(json.dumps(kept, indent=2) + "\n")
-            self.service.download(kept["sampler"], folder)
-            shutil.rmtree(path, ignore_errors=True)
-            folder.rename(path)
+        sampler = str(self.service.wait(pending, "saving the adapter").path)
+        kept = {"model": self.model, "rank": self.rank, "state": self.save_state(name), "sampler": sampler}
+        path.mkdir(parents=True, exist_ok=True)
+        new = path / "tinker.json.tmp"
+        new.write_text(json.dumps(kept, indent=2) + "\n")
+        new.replace(path / "tinker.json")
 
     # ---- what is kept on the server
 
@@ -285,6 +274,16 @@ class TinkerEngine:
         return f"{what}-{self._saved}"
 
 
+def _trainer(service: Service, model: str, rank: int, seed: int, resume: str | None) -> Any:
+    """The SDK's training client, of a fresh LoRA or of a state that was kept."""
+    service.refuse_unknown_model(model)
+    doing = f"making a LoRA of rank {rank} on {model}" if resume is None else f"resuming {resume}"
+    with service.telling(doing):
+        if resume is not None:
+            return service.wait(service.client.create_training_client_from_state_with_optimizer(resume), doing)
+        return service.wait(service.client.create_lora_training_client(model, rank=rank, seed=seed), doing)
+
+
 # ---- to the wire
 
 
@@ -365,7 +364,9 @@ def _end_of_sequence(tokenizer: Any) -> list[int]:
 def _refuse_uneven(batch: Batch, how: Surrogate) -> None:
     """The service's ratio per sequence is GSPO-token's, which is GSPO's only where A is one per completion."""
     live = batch.weights != 0
-    spread = np.where(live, batch.advantages, -np.inf).max(axis=1) - np.where(live, batch.advantages, np.inf).min(axis=1)
+    spread = np.where(live, batch.advantages, -np.inf).max(axis=1) - np.where(live, batch.advantages, np.inf).min(
+        axis=1
+    )
     if how.ratio == "sequence" and spread.max() > 0:
         raise UserError(
             "a ratio per sequence meets advantages that differ from token to token, for which the Tinker service has "
@@ -381,4 +382,6 @@ def _refuse_sampling(prompts: Sequence[Sequence[int]], sampling: Sampling) -> No
         ("repetition_penalty", sampling.repetition_penalty, 1),
     ):
         if value != off:
-            raise UserError(f"{name} is {value} and the Tinker service has none; leave it at {off}, or take --engine mlx")
+            raise UserError(
+                f"{name} is {value} and the Tinker service has none; leave it at {off}, or take --engine mlx"
+            )

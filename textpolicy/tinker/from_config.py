@@ -55,7 +55,9 @@ def refuse_unhonoured(config: Config, recipe: Algorithm) -> None:
     _refuse_adapter(config)
     _refuse_exact_entropy(config, recipe)
     for name in changed(config.machine):
-        raise UserError(f"machine.{name} is of this machine and the engine is tinker; leave it out, or take --engine mlx")
+        raise UserError(
+            f"machine.{name} is of this machine and the engine is tinker; leave it out, or take --engine mlx"
+        )
     if config.rollout.temperature != 1 and not config.tinker.untempered:
         raise UserError(
             f"rollout.temperature is {config.rollout.temperature:g} and the Tinker service scores at 1; set it to 1, "

@@ -84,7 +84,13 @@ def serve() -> None:
     api.app.state.engine_config = EngineConfig.model_validate(
         {name: value for name, value in asked.items() if name in EngineConfig.model_fields}
     )
-    api._build_uv_run_cmd_engine = lambda _, config: [sys.executable, "-P", __file__, "--engine", *config_to_argv(config)]
+    api._build_uv_run_cmd_engine = lambda _, config: [
+        sys.executable,
+        "-P",
+        __file__,
+        "--engine",
+        *config_to_argv(config),
+    ]
     answer_newer_calls(api)
     uvicorn.run(
         api.app, host=asked["host"], port=asked["port"], log_config=get_uvicorn_log_config(), timeout_keep_alive=75
@@ -97,15 +103,16 @@ def answer_newer_calls(api: Any) -> None:
     from skyrl.tinker import types
     from skyrl.tinker.db_models import ModelDB
 
+    in_session = Depends(api.get_session)
     mine = {"/api/v1/asample", "/api/v1/load_weights"}
     api.app.router.routes[:] = [route for route in api.app.router.routes if getattr(route, "path", "") not in mine]
 
-    async def asample(request, http, session=Depends(api.get_session)):  # type: ignore[no-untyped-def]
+    async def asample(request, http, session=in_session):  # type: ignore[no-untyped-def]
         future = await api.asample(request, http, session)
         names = [f"seq_{future.request_id}_{i}" for i in range(request.num_samples)]
         return {**future.model_dump(), "sample_sequence_ids": names}
 
-    async def finish(session_id, session=Depends(api.get_session)):  # type: ignore[no-untyped-def]
+    async def finish(session_id, session=in_session):  # type: ignore[no-untyped-def]
         """Frees the adapter slots of the session at once, and not when it has been silent for minutes."""
         found = await session.exec(api.select(ModelDB).where(ModelDB.session_id == session_id))
         for model in found.all():
@@ -115,7 +122,7 @@ def answer_newer_calls(api: Any) -> None:
                 await api.create_future(session, types.RequestType.UNLOAD_MODEL, model.model_id, unload)
         await session.commit()
 
-    async def load_weights(request, http, session=Depends(api.get_session)):  # type: ignore[no-untyped-def]
+    async def load_weights(request, http, session=in_session):  # type: ignore[no-untyped-def]
         if request.get("session_id") is None:
             return await api.load_weights(api.LoadWeightsRequest.model_validate(request), http, session)
         path = types.TinkerPath.parse(request["path"])

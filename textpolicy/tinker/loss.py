@@ -25,7 +25,7 @@ def tinker_loss(how: Surrogate) -> TinkerLoss:
     """ppo, gspo, cispo or importance_sampling; its thresholds are ratios, 1 - clip_low and 1 + clip_high.
 
     The service's gspo is GSPO-token (arXiv:2507.18071, eq. 13-14), whose gradient is that of a ratio per sequence
-    where the advantage is the same for all tokens of a completion. Raises UserError for what no loss of the service says.
+    where the advantage is the same for all tokens of a completion. Raises UserError for what no loss there says.
     """
     _refuse_additions(how)
     match how.objective:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -45,7 +46,7 @@ class ServerSettings:
 
 
 class LocalServer:
-    """A running server; ``url`` is where, ``name`` what its model is called there. Ends with ``stop`` or the program."""
+    """A server at ``url``, whose model is called ``name`` there. It ends with ``stop``, or with the program."""
 
     def __init__(self, settings: ServerSettings, say: Callable[[str], None] = lambda line: None):
         """Starts it and waits until it answers. Raises UserError, ServiceError."""
@@ -109,10 +110,8 @@ class LocalServer:
         """End the server and its engine."""
         if self.process.poll() is None:
             self.signal(signal.SIGTERM)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                pass
         self.signal(signal.SIGKILL)
         self.process.wait()
         if self.process.stdin:

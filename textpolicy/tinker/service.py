@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tarfile
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from tarfile import TarInfo
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -54,7 +49,8 @@ class Service:
         self._key = _key(self.url)
         if self.url is not None and not answers(self.url):
             raise ServiceError(
-                f"no Tinker server answers at {self.url}; start one with 'textpolicy tinker-server', or mend the address"
+                f"no Tinker server answers at {self.url}; start one with 'textpolicy tinker-server', or mend the "
+                "address"
             )
         with self.telling("connecting to the Tinker server"):
             self.client = sdk().ServiceClient(base_url=self.url, api_key=self._key)
@@ -97,21 +93,7 @@ class Service:
     def capabilities(self) -> Any:
         """What the server says of itself. Raises ServiceError."""
         with self.telling("asking the Tinker server what it offers"):
-            rest = sdk().RestClient(base_url=self.url, api_key=self._key)
-            pending = rest.get_server_capabilities()
-        return self.wait(pending, "asking the Tinker server what it offers")
-
-    def download(self, path: str, folder: Path) -> None:
-        """The files of the sampler's checkpoint at ``path``, in peft's layout, into ``folder``. Raises ServiceError."""
-        with self.telling("downloading the adapter"), tempfile.TemporaryDirectory() as workspace:
-            rest = self.client.create_rest_client()
-            address = self.wait(rest.get_checkpoint_archive_url_from_tinker_path(path), "downloading the adapter").url
-            archive = Path(workspace) / "adapter.tar"
-            with urlopen(address) as reply, archive.open("wb") as file:
-                shutil.copyfileobj(reply, file)
-            with tarfile.open(archive) as tar:
-                for member in filter(TarInfo.isfile, tar.getmembers()):
-                    tar.extract(member.replace(name=Path(member.name).name), folder, filter="data")
+            return self.wait(self._rest().get_server_capabilities(), "asking the Tinker server what it offers")
 
     def close(self, status: str = "success") -> None:
         """End the session, "success", "errored" or "interrupted"; a server that has gone is not an error."""
@@ -119,6 +101,9 @@ class Service:
             self.wait(self.client.close(status), "closing the session")
         except ServiceError:
             return
+
+    def _rest(self) -> Any:
+        return sdk().RestClient(base_url=self.url, api_key=self._key)
 
     def _shown(self, error: Exception) -> str:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]

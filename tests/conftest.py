@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import gc
+import warnings
 from dataclasses import replace
 
 # One BLAS thread, here and in processes that tests start: two wait for each other where the machine is busy.
@@ -114,3 +116,57 @@ def registries():
     clear_registries()
     REWARD_REGISTRY.update(saved[0])
     VERIFIER_REGISTRY.update(saved[1])
+
+
+# ---- a real Tinker server: SkyRL on the CPU with a tiny random model, started once for all tests
+
+TINKER_RANK = 4
+
+
+@pytest.fixture(scope="session")
+def tinker_settings(tmp_path_factory):
+    """``tinker_settings(name)``: what the tests serve, in a folder of that name."""
+    from textpolicy.tinker.server import ServerSettings, tiny_model_folder
+    from textpolicy.tinker.server_env import base_python, environment_folder
+
+    if not environment_folder().exists() and base_python() is None:
+        pytest.skip("the Tinker server needs Python 3.12 or 3.13, and there is none here")
+    root = tmp_path_factory.mktemp("tinker")
+    return lambda name: ServerSettings(model=tiny_model_folder(), folder=root / name, rank=TINKER_RANK, adapters=24)
+
+
+@pytest.fixture(scope="session")
+def tinker_server(tinker_settings):
+    """A server for all tests that leave it alive."""
+    from textpolicy.tinker.server import LocalServer
+
+    with LocalServer(tinker_settings("shared")) as running:
+        yield running
+
+
+@pytest.fixture
+def no_tinker_account(monkeypatch):
+    """No key, address or telemetry from outside; the connections that the SDK leaves open are nobody's fault here."""
+    warnings.filterwarnings("ignore", "unclosed", ResourceWarning)  # pytest takes it back after the test
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    for name in ("TINKER_API_KEY", "TINKER_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def tinker(tinker_server, no_tinker_account):
+    """``tinker(**settings)``: engines on the server, closed when the test is over."""
+    from textpolicy.tinker.engine import TinkerEngine
+
+    engines = []
+
+    def connect(**settings):
+        asked = {"rank": TINKER_RANK, "seed": 3, "base_url": tinker_server.url, "reduction": "mean", **settings}
+        engines.append(TinkerEngine.connect(tinker_server.name, **asked))
+        return engines[-1]
+
+    yield connect
+    for engine in engines:
+        engine.close()

@@ -57,7 +57,7 @@ def _refuse(sentence: str) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<13} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: textpolicy COMMAND [ARGUMENTS]",
@@ -298,6 +298,15 @@ def _task_lines(name: str, show: int) -> list[str]:
     return lines
 
 
+def serve(arguments: list[str]) -> int:
+    """Start a Tinker server on this machine: textpolicy tinker-server [--model NAME] [--port PORT]."""
+    from .serving import ServerArguments
+    from .serving import serve as start
+
+    start(parse(ServerArguments, arguments, "tinker-server"))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "generate": ask,
@@ -306,4 +315,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "validate": validate,
     "algorithms": algorithms,
     "tasks": tasks,
+    "tinker-server": serve,
 }

@@ -27,6 +27,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+def changed(section: Section) -> list[str]:
+    """The settings of ``section`` that are not at their defaults."""
+    return [name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default]
+
+
 class AdapterSettings(Section):
     """What is trained; the model's own weights stay as they are, but for full. The kind's own if not given."""
 
@@ -259,6 +264,23 @@ class MachineSettings(Section):
     """What MLX may take, in GB of 10^9 bytes; 80% of the machine's memory, or 90% of a GPU's, if not given."""
 
 
+class TinkerSettings(Section):
+    """With engine tinker: which server, and how it differs from the hosted service."""
+
+    base_url: str | None = None
+    """Address of the server; TINKER_BASE_URL, or else the hosted service, if not given. The key is TINKER_API_KEY's."""
+    save_every: Annotated[int, Field(ge=0)] = 20
+    """Keep weights and optimiser on the server every so many steps, their path in the metrics; 0 is never."""
+    resume: str | None = None
+    """Begin from weights and optimiser kept there: tinker://.../weights/NAME."""
+    reduction: Literal["sum", "mean"] = "sum"
+    """What the server's losses do over tokens and data: sum on hosted Tinker, mean on SkyRL's JAX engine."""
+    untempered: bool = False
+    """Allow another temperature than 1 in sampling, though ratios are then those of the untempered policies."""
+    patience: Positive = 120.0
+    """Seconds without an answer after which the server counts as gone."""
+
+
 class Config(Section):
     """Everything that determines a training run."""
 
@@ -272,6 +294,8 @@ class Config(Section):
     """Fixes the adapter's start, the order of problems and every sampled token."""
     output: Path | None = None
     """Folder of the run; must not exist. If not given, a new one under runs/."""
+    engine: Literal["mlx", "tinker"] = "mlx"
+    """On this machine, or on a Tinker server, which trains a model by its name there."""
     algorithm: AlgorithmSettings = AlgorithmSettings()
     adapter: AdapterSettings = AdapterSettings()
     rollout: RolloutSettings = RolloutSettings()
@@ -280,6 +304,7 @@ class Config(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     on_policy: OnPolicySettings = OnPolicySettings()
     machine: MachineSettings = MachineSettings()
+    tinker: TinkerSettings = TinkerSettings()
 
     @model_validator(mode="after")
     def _updates_fit(self) -> Self:
@@ -297,6 +322,12 @@ class Config(Section):
                 f"algorithm.kl.coefficient is {self.algorithm.kl.coefficient} and adapter.kind full, which leaves no "
                 "reference; set the coefficient to 0, or choose another kind"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _tinker_is_meant(self) -> Self:
+        if self.engine != "tinker" and (given := changed(self.tinker)):
+            raise ValueError(f"tinker.{given[0]} is set and engine is {self.engine}; set engine to tinker")
         return self
 
     @model_validator(mode="after")

@@ -91,10 +91,12 @@ def _reward(row: Row) -> str:
 def step_line(step: int, row: Row) -> str:
     """One training step in one line."""
     accuracy = f"  correct {row['accuracy']:4.0%}" if "accuracy" in row else ""
-    entropy = f"entropy {row['entropy']:.2f}  " if "entropy" in row else ""  # an engine may not see it
+    # an engine may not see the entropy, and a server may not say the gradient's norm
+    uncertain = "".join(f"{name} {row[name]:.2f}  " for name in ("entropy", "surprisal") if name in row)
+    gradient = f"gradient {row['grad_norm']:.2f}  " if "grad_norm" in row else ""
     seconds = row["sample_seconds"] + row["update_seconds"]
     return (
         f"step {step + 1:3d}  {_reward(row)}{accuracy}  "
         f"agreeing groups {row['frac_reward_zero_std']:3.0%}  length {row['length_mean']:.1f}  "
-        f"{entropy}gradient {row['grad_norm']:.2f}  {seconds:.1f} s"
+        f"{uncertain}{gradient}{seconds:.1f} s"
     )

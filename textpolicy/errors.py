@@ -26,6 +26,10 @@ class WorkerError(TextPolicyError, RuntimeError):
     """A worker process died, took too long, or could not do what it was asked."""
 
 
+class ServiceError(TextPolicyError, RuntimeError):
+    """A training service refused, failed, or no longer answers."""
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a ``name`` that is none of the ``known`` ones, with the nearest of them."""
     known = sorted(known)

@@ -153,6 +153,11 @@ def load(source: Source) -> Loaded:
     if run is None and source.model is None:
         raise UserError("nobody to ask; give either --run RUN or --model NAME, or the --adapter of a run")
     config = None if run is None else _run_config(run)
+    if config is not None and config.engine == "tinker" and adapter is not None:
+        from .tinker.from_config import kept
+
+        engine = kept(config, adapter)
+        return Loaded(engine, engine.tokenizer, config)
     from .mlx.blas import set_blas_threads
     from .mlx.engine import MLXEngine
     from .mlx.models import load_model

@@ -86,5 +86,9 @@ def _accuracy(episodes: Sequence[Episode]) -> Row:
 
 
 def _entropy(episodes: Sequence[Episode]) -> Row:
+    """The mean entropy, or where the engine sees none the mean surprisal, by its own name."""
     seen = [e.entropy[e.mask] for e in episodes if e.entropy is not None]
-    return {"entropy": float(np.concatenate(seen).mean())} if seen else {}
+    if seen:
+        return {"entropy": float(np.concatenate(seen).mean())}
+    surprisal = -np.concatenate([e.logprobs[e.mask] for e in episodes])
+    return {"surprisal": float(surprisal.mean())} if len(surprisal) else {}

@@ -34,7 +34,6 @@ def closing_table(
     tokens = sum(row["sampled_tokens"] for row in history.rows)
     sampling = sum(row["sample_seconds"] for row in history.rows)
     updating = sum(row["update_seconds"] for row in history.rows)
-    memory = max(row["peak_memory_bytes"] for row in history.rows)
     total = history.after.total
     return [
         ("before training", f"{history.before} of {total} held-out problems right, greedy (95% interval)"),
@@ -42,11 +41,17 @@ def closing_table(
         ("training", f"{len(history.rows)} steps in {train_seconds:.0f} s ({seconds:.0f} s with all evaluation)"),
         ("time", f"rollouts {sampling:.0f} s, updates {updating:.0f} s"),
         ("speed", f"{tokens:.0f} tokens sampled, {tokens / (sampling + updating):.0f} tokens/s, rollouts and updates"),
-        ("peak memory", f"{memory / 1e9:.2f} GB in MLX arrays"),
+        *_memory(history.rows),
         ("adapter", str(folder / "adapter")),
         ("learning curve", str(folder / "learning_curve.png")),
         ("talk to it", f'textpolicy generate --run {folder} "{load_task(config.task).test[0].question}"'),
     ]
+
+
+def _memory(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Nothing for an engine whose arrays are elsewhere."""
+    peaks = [row["peak_memory_bytes"] for row in rows if "peak_memory_bytes" in row]
+    return [("peak memory", f"{max(peaks) / 1e9:.2f} GB in MLX arrays")] if peaks else []
 
 
 def diagnose(rows: Sequence[Row]) -> list[str]:

@@ -48,14 +48,14 @@ def run(config: Config) -> Path:
     task = scored(load_task(config.task), config)
     config = sized(config, task)
     recipe = configure(config)
-    engine, tokenizer = build_engine(config)
+    engine, tokenizer = build_engine(config, recipe)
     limit = config.evaluation.problems or None
     splits = {
         "train": environment(task, task.train, tokenizer, config),
         "validation": environment(task, task.validation[:limit], tokenizer, config),
         "test": environment(task, task.test[:limit], tokenizer, config),
     }
-    plan = fit_memory(engine, splits, config)
+    plan = fit_memory(engine, splits, config) if config.engine == "mlx" else None
     started = time.perf_counter()
     before = evaluate(engine, splits["test"], greedy(config)).accuracy
     folder = claim_folder(config)
@@ -75,13 +75,13 @@ class Run:
         self.best: tuple[Rate, int, Any] | None = None
         self.metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
 
-    def train(self, before: Rate, started: float, plan: Plan) -> Path:
+    def train(self, before: Rate, started: float, plan: Plan | None) -> Path:
         """``before`` is the accuracy on the test problems, ``started`` when the clock began, ``plan`` what fits."""
         config, history = self.config, self.history
         history.before = before
         with self.view, self.metrics:
             self.view.say(f"{config.algorithm.name} on {config.task} with {config.model}; the run is in {self.folder}")
-            if plan.shrunk:
+            if plan is not None and plan.shrunk:
                 self.view.say(f"made smaller to fit into memory, without effect on results: {plan}")
             self.record_rate("test", 0, before)
             self.view.say(f"before training: {before} of {before.total} test problems right, greedy (95% interval)")
@@ -113,9 +113,16 @@ class Run:
         self.record({"kind": "train", **row})
         self.view.step(step, row)
         done = step + 1
+        self.keep_state(done)
         if done % self.config.evaluation.every == 0 or done == self.config.steps:
             self.view.examples(episodes[:: self.config.rollout.group_size])
             self.validate(done)
+
+    def keep_state(self, steps: int) -> None:
+        """Now and then, on a server, weights and optimiser; the metrics say where."""
+        every = self.config.tinker.save_every if self.config.engine == "tinker" else 0
+        if every and steps % every == 0:
+            self.record({"kind": "checkpoint", "step": steps, "path": self.engine.save_state(f"step-{steps}")})
 
     def validate(self, steps: int) -> None:
         """Look at the validation problems, and remember the adapter if it has never done better."""
@@ -163,8 +170,12 @@ class Run:
         self.metrics.flush()
 
 
-def build_engine(config: Config) -> tuple[Any, Any]:
-    """The engine with a fresh adapter, and the tokenizer."""
+def build_engine(config: Config, recipe: Algorithm | None = None) -> tuple[Any, Any]:
+    """The engine with a fresh adapter, and the tokenizer. ``recipe`` is what it must be able to learn from."""
+    if config.engine == "tinker":
+        from .tinker.from_config import build
+
+        return build(config, recipe or configure(config))
     from .mlx.blas import set_blas_threads  # the first import of mlx, and what it costs, is here
     from .mlx.engine import MLXEngine
     from .mlx.lora import attach
@@ -273,7 +284,8 @@ def _make_folder(path: Path) -> Path:
 def write_setup(folder: Path, config: Config) -> None:
     """The resolved settings, and the versions that ran them."""
     (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
-    packages = ("textpolicy", "mlx", "mlx-lm", "numpy", "transformers")
+    engine = {"mlx": ("mlx", "mlx-lm"), "tinker": ("tinker",)}[config.engine]
+    packages = ("textpolicy", *engine, "numpy", "transformers")
     versions = {name: importlib.metadata.version(name) for name in packages}
     versions |= {"python": platform.python_version(), "platform": platform.platform()}
     (folder / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
@@ -292,5 +304,5 @@ def summary(history: History, train_seconds: float) -> dict[str, Any]:
         "steps": len(history.rows),
         "train_seconds": train_seconds,
         "sampled_tokens": sum(row["sampled_tokens"] for row in history.rows),
-        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in history.rows),
+        "peak_memory_bytes": max((row.get("peak_memory_bytes", 0.0) for row in history.rows), default=0.0),
     }

@@ -1,0 +1,258 @@
+"""What the engine asks a server for, in which order, and what it makes of the answers; its clients only listen."""
+
+from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import recipe
+from fixed_episodes import fixed_episodes
+
+from textpolicy.engine import Sampling
+from textpolicy.errors import ServiceError, UserError
+from textpolicy.losses import ImportanceSampling, Surrogate
+from textpolicy.tinker.engine import Adam, TinkerEngine
+from textpolicy.types import Batch
+
+pytest.importorskip("tinker", reason="the Tinker SDK is not installed: pip install 'textpolicy[tinker]'")
+
+EOS = 257
+
+
+@dataclass
+class Listening:
+    """Service, training client and sampling client in one: writes down what it is asked and waited for."""
+
+    log: list = field(default_factory=list)
+    sent: list = field(default_factory=list)
+    answer: tuple = ([65, EOS], [-1.0, -2.0], "stop")
+    optimizer_says: dict = field(default_factory=lambda: {"skyrl.ai/grad_norm": 0.5})
+
+    @property
+    def client(self):
+        return self
+
+    def telling(self, doing):
+        return nullcontext()
+
+    def wait(self, pending, doing):
+        name, result = pending
+        self.log.append(f"wait {name}")
+        return result
+
+    def get_tokenizer(self):
+        return SimpleNamespace(eos_token_id=EOS)
+
+    def save_weights_and_get_sampling_client(self):
+        self.log.append("sampler")
+        return "sampler", self
+
+    def sample(self, prompt, n, params):
+        self.log.append("sample")
+        self.sent.append((prompt.to_ints(), n, params))
+        tokens, logprobs, reason = self.answer
+        sequence = SimpleNamespace(tokens=tokens, logprobs=logprobs, stop_reason=reason)
+        return "sample", SimpleNamespace(sequences=[sequence] * n)
+
+    def forward_backward(self, data, loss, config):
+        self.log.append("forward_backward")
+        self.sent.append((data, loss, config))
+        found = [{"logprobs": SimpleNamespace(data=[-5.0] * d.model_input.length)} for d in data]
+        return "forward_backward", SimpleNamespace(loss_fn_outputs=found, metrics={})
+
+    def optim_step(self, params):
+        self.log.append("optim_step")
+        self.sent.append(params)
+        return "optim_step", SimpleNamespace(metrics=self.optimizer_says)
+
+
+def listening(**settings):
+    server = Listening()
+    return server, TinkerEngine(server, server, "model", **settings)
+
+
+def credited(**changes):
+    return recipe("grpo").credit(fixed_episodes(**changes))
+
+
+def test_all_prompts_are_asked_for_before_any_is_waited_for():
+    server, engine = listening()
+    engine.sample([[1], [2], [3]], 2, Sampling())
+    assert server.log == ["sampler", "wait sampler", *["sample"] * 3, *["wait sample"] * 3]
+    assert [ids for ids, _, _ in server.sent] == [[1], [2], [3]]
+
+
+def test_pass_and_step_are_queued_before_either_is_waited_for():
+    server, engine = listening()
+    engine.update(credited(), Surrogate(), 1e-3)
+    assert server.log == ["forward_backward", "optim_step", "wait forward_backward", "wait optim_step"]
+
+
+def test_a_sampler_is_taken_anew_after_every_update_and_only_then():
+    server, engine = listening()
+    for _ in range(2):
+        engine.sample([[1]], 1, Sampling())
+        engine.sample([[1]], 1, Sampling())
+        engine.update(credited(), Surrogate(), 1e-3)
+    assert server.log.count("sampler") == 2
+
+
+def test_every_prompt_has_a_seed_of_its_own_and_the_stop_tokens_of_the_model():
+    server, engine = listening()
+    engine.sample([[1], [1]], 2, Sampling(max_tokens=9, temperature=0.5, top_p=0.9, top_k=7, seed=3))
+    first, second = (params for _, _, params in server.sent)
+    assert first.seed != second.seed
+    assert (first.max_tokens, first.temperature, first.top_p, first.top_k, first.stop) == (9, 0.5, 0.9, 7, [EOS])
+
+
+def test_a_completion_is_what_the_server_said():
+    server, engine = listening()
+    [[one]] = engine.sample([[1]], 1, Sampling())
+    assert (one.tokens.tolist(), one.tokens.dtype, one.truncated, one.entropy) == ([65, EOS], np.int32, False, None)
+    assert (one.logprobs.tolist(), one.logprobs.dtype) == ([-1, -2], np.float32)
+    server.answer = ([65, 66], [-1.0, -2.0], "length")
+    assert engine.sample([[1]], 1, Sampling())[0][0].truncated
+
+
+@pytest.mark.parametrize("logprobs", [[-1.0], [-1.0, float("nan")]])
+def test_log_probs_that_cannot_be_trained_on_are_an_error_of_the_server(logprobs):
+    server, engine = listening()
+    server.answer = ([65, 66], logprobs, "length")
+    with pytest.raises(ServiceError, match="log-probs"):
+        engine.sample([[1]], 1, Sampling())
+
+
+@pytest.mark.parametrize(
+    ("sampling", "temperature"),
+    [
+        (Sampling(), 1.0),
+        (Sampling(temperature=0.7), 0.7),
+        (Sampling(top_p=0.9), None),
+        (Sampling(temperature=0.0), 0.0),
+    ],
+)
+def test_a_completion_knows_the_temperature_it_was_sampled_at(sampling, temperature):
+    assert listening()[1].sample([[1]], 1, sampling)[0][0].temperature == temperature
+
+
+def test_untempered_training_takes_the_log_probs_for_what_they_are():
+    completion = listening(untempered=True)[1].sample([[1]], 1, Sampling(temperature=0.7))[0][0]
+    assert completion.temperature == 1
+
+
+@pytest.mark.parametrize("setting", [{"min_p": 0.1}, {"repetition_penalty": 1.1}])
+def test_what_the_service_cannot_sample_with_is_refused(setting):
+    with pytest.raises(UserError, match=f"{next(iter(setting))} is .* and the Tinker service has none"):
+        listening()[1].sample([[1]], 1, Sampling(**setting))
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(UserError, match="a prompt holds no tokens"):
+        listening()[1].sample([[1], []], 1, Sampling())
+
+
+# ---- updates
+
+
+def test_a_datum_holds_the_arrays_of_the_wire_and_nothing_else():
+    server, engine = listening()
+    batch = credited()
+    engine.update(batch, Surrogate(ImportanceSampling()), 1e-3)
+    data, loss, config = server.sent[0]
+    assert (loss, config, len(data)) == ("importance_sampling", None, len(batch))
+    for datum in data:
+        assert set(datum.loss_fn_inputs) == {"target_tokens", "logprobs", "advantages"}
+        arrays = {name: tensor.to_numpy() for name, tensor in datum.loss_fn_inputs.items()}
+        assert {name: str(a.dtype) for name, a in arrays.items()} == {
+            "target_tokens": "int64",
+            "logprobs": "float32",
+            "advantages": "float32",
+        }
+        assert {a.shape for a in arrays.values()} == {(datum.model_input.length,)}
+
+
+def test_advantages_carry_the_weights_and_a_mean_is_undone():
+    batch = credited(answers=(6, 2, 5, 1))
+    _, of_sum = listening()
+    _, of_mean = listening(reduction="mean")
+    for row, summed, averaged in zip(range(len(batch)), of_sum.data(batch), of_mean.data(batch), strict=True):
+        n = len(summed.advantages)
+        np.testing.assert_allclose(summed.advantages, (batch.advantages * batch.weights)[row, :n], rtol=1e-6)
+        np.testing.assert_allclose(averaged.advantages / n / len(batch), summed.advantages, rtol=1e-6)
+
+
+def test_the_optimiser_is_as_asked():
+    server, engine = listening(adam=Adam(0.8, 0.9, 1e-6, 0.1, 2.0))
+    engine.update(credited(), Surrogate(), 3e-4)
+    said = server.sent[1]
+    assert (said.learning_rate, said.beta1, said.beta2, said.eps) == (3e-4, 0.8, 0.9, 1e-6)
+    assert (said.weight_decay, said.grad_clip_norm) == (0.1, 2.0)
+
+
+def test_rows_without_a_signal_are_not_sent():
+    server, engine = listening()
+    episodes = fixed_episodes()
+    advantages = [np.full(len(e.tokens), float(i == 3)) for i, e in enumerate(episodes)]
+    engine.update(Batch.pack(episodes, advantages), Surrogate(), 1e-3)
+    (datum,) = server.sent[0][0]
+    assert datum.model_input.to_ints() == episodes[3].tokens[:-1].tolist()
+
+
+def test_without_any_signal_nothing_is_sent():
+    server, engine = listening()
+    episodes = fixed_episodes()
+    row = engine.update(Batch.pack(episodes, [np.zeros(len(e.tokens)) for e in episodes]), Surrogate(), 1e-3)
+    assert (row["updated"], server.log) == (0, [])
+
+
+def test_metrics_are_those_of_the_local_engine():
+    server, engine = listening()
+    row = engine.update(credited(), Surrogate(), 1e-3)
+    # sampled at -5 and scored at -5: the ratio is 1 everywhere, and the advantages of a group cancel
+    assert row == pytest.approx(
+        {
+            "loss": 0,
+            "grad_norm": 0.5,
+            "updated": 1,
+            "logprob_gap_max": 0,
+            "logprob_gap_mean": 0,
+            "sampler_kl": 0,
+            "clip_fraction_low": 0,
+            "clip_fraction_high": 0,
+        },
+        abs=1e-6,
+    )
+    server.optimizer_says = {}
+    assert "grad_norm" not in engine.update(credited(), Surrogate(), 1e-3)
+
+
+def test_a_ratio_per_sequence_needs_one_advantage_per_completion():
+    _, engine = listening()
+    episodes = fixed_episodes()
+    uneven = Batch.pack(episodes, [np.arange(len(e.tokens), dtype=float) for e in episodes])
+    with pytest.raises(UserError, match="advantages that differ from token to token"):
+        engine.update(uneven, Surrogate(ratio="sequence"), 1e-3)
+
+
+def test_an_unknown_reduction_is_refused():
+    with pytest.raises(UserError, match="there is no reduction 'median'"):
+        listening(reduction="median")
+
+
+# ---- waiting
+
+
+def test_a_server_that_has_gone_ends_the_wait_and_one_that_is_slow_does_not(monkeypatch):
+    from textpolicy.tinker import service as module
+
+    service = object.__new__(module.Service)
+    service.url, service.patience, service._key = "http://127.0.0.1:9", 0.2, None
+    with pytest.raises(ServiceError, match=r"sampling came to nothing: .* has not answered for 0.2 s"):
+        service.wait(SimpleNamespace(future=Future), "sampling")
+    slow, looks = Future(), []
+    monkeypatch.setattr(
+        module, "answers", lambda url: looks.append(url) or (len(looks) > 3 and slow.set_result("done")) or True
+    )
+    assert service.wait(SimpleNamespace(future=lambda: slow), "sampling") == "done"

@@ -1,0 +1,93 @@
+"""--engine tinker: what it refuses before anything is spent, and that no key is ever shown."""
+
+import pytest
+
+from textpolicy.cli import main
+from textpolicy.config import Config, check_config
+from textpolicy.errors import UserError
+from textpolicy.recipe import configure
+from textpolicy.tinker.from_config import refuse_unhonoured
+from textpolicy.tinker.service import Service
+
+
+def settings(**sections):
+    return check_config({"engine": "tinker", **sections}, "here")
+
+
+def test_the_defaults_run_on_either_engine():
+    for engine in ("mlx", "tinker"):
+        config = check_config({"engine": engine}, "here")
+        assert configure(config) == configure(Config())
+    refuse_unhonoured(settings(), configure(settings()))
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"adapter": {"kind": "dora"}}, "adapter.kind is dora"),
+        ({"adapter": {"kind": "full"}}, "adapter.kind is full"),
+        ({"adapter": {"layers": 4}}, "adapter.layers is set"),
+        ({"adapter": {"modules": ["q_proj"]}}, "adapter.modules is set"),
+        ({"adapter": {"rank_stabilised": True}}, "adapter.rank_stabilised is set"),
+        ({"adapter": {"alpha": 16}}, "adapter.alpha is 16 and is 32"),
+        ({"algorithm": {"kl": {"coefficient": 0.1}}}, "algorithm.kl is set"),
+        ({"algorithm": {"correction": {"level": "token"}}}, "algorithm.correction is set"),
+        ({"algorithm": {"off_policy_limit": 1.0}}, "algorithm.off_policy_limit is set"),
+        ({"algorithm": {"name": "gtpo", "uncertainty": "entropy"}}, "algorithm.uncertainty is entropy"),
+        ({"algorithm": {"name": "gtpo_paper"}}, "the recipe gtpo_paper reads exact entropies"),
+        ({"algorithm": {"top_entropy": 0.2}}, "algorithm.top_entropy reads exact entropies"),
+        ({"algorithm": {"name": "sapo"}}, "no loss for SoftGate"),
+        ({"algorithm": {"name": "rloo"}}, "ratio per sequence-sum"),
+        ({"machine": {"checkpoint_every": 1}}, "machine.checkpoint_every is of this machine"),
+        ({"machine": {"micro_batch_tokens": 100}}, "machine.micro_batch_tokens is of this machine"),
+        ({"rollout": {"temperature": 0.7}}, "rollout.temperature is 0.7"),
+        (
+            {"tinker": {"reduction": "mean"}, "optimizer": {"max_grad_norm": 0.5}},
+            "optimizer.max_grad_norm is 0.5",
+        ),
+    ],
+)
+def test_a_setting_that_it_cannot_honour_is_named(sections, named):
+    config = settings(**sections)
+    with pytest.raises(UserError, match=named):
+        refuse_unhonoured(config, configure(config))
+
+
+def test_the_command_refuses_before_it_connects(capsys):
+    flags = ["--engine=tinker", "--tinker.base-url=http://127.0.0.1:9", "--adapter.kind=dora"]
+    assert main(["train", *flags]) == 2
+    assert "adapter.kind is dora" in capsys.readouterr().err
+
+
+def test_what_it_allows_is_not_refused():
+    config = settings(
+        rollout={"temperature": 0.7},
+        tinker={"untempered": True},
+        algorithm={"kl": {"coefficient": 0.1, "place": "reward"}},
+    )
+    refuse_unhonoured(config, configure(config))
+
+
+def test_its_section_means_nothing_without_it():
+    with pytest.raises(UserError, match=r"tinker\.save_every is set and engine is mlx"):
+        check_config({"tinker": {"save_every": 3}}, "here")
+
+
+def test_settings_written_down_by_a_run_read_back():
+    for config in (Config(), settings(tinker={"patience": 3})):
+        assert check_config(config.model_dump(mode="json"), "config.json") == config
+
+
+# ---- the key
+
+
+def test_a_key_of_the_wrong_form_is_refused_without_being_shown(monkeypatch):
+    monkeypatch.setenv("TINKER_API_KEY", "sk-planted-secret")
+    with pytest.raises(UserError, match="begins with tml-") as refused:
+        Service("http://127.0.0.1:9")
+    assert "planted" not in str(refused.value)
+
+
+def test_no_server_is_one_sentence(capsys):
+    assert main(["train", "--engine=tinker", "--tinker.base-url=http://127.0.0.1:9"]) == 2
+    assert "no Tinker server answers at http://127.0.0.1:9; start one with" in capsys.readouterr().err

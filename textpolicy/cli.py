@@ -77,11 +77,13 @@ def _version() -> str:
     return version("textpolicy")
 
 
-def parse(kind: type[Arguments], arguments: list[str], command: str, **defaults: Any) -> Arguments:
+def parse(
+    kind: type[Arguments], arguments: list[str], command: str, *, program: str = "textpolicy", **defaults: Any
+) -> Arguments:
     """The ``arguments`` as a ``kind``; flags override ``defaults``. Every mistake is one sentence."""
     source: CliSettingsSource[Any] = CliSettingsSource(
         kind,  # type: ignore[arg-type]  # any model will do, and CliApp says so
-        cli_prog_name=f"textpolicy {command}",
+        cli_prog_name=f"{program} {command}",
         cli_kebab_case=True,
         cli_exit_on_error=False,
         cli_avoid_json=True,

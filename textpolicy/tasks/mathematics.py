@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from math import comb, gcd, lcm
+from pathlib import Path
+from typing import Any
 
+from ..environment.rows import read_rows
 from ..errors import MissingDependencyError, UserError
 from ..rewards.correctness import math_accuracy_reward
 from ..rewards.math import extract_boxed
 from .base import Message, Problem, Task
 from .hub import hub_rows
-from .splits import distinct
+from .splits import Splits, distinct
 
 logger = logging.getLogger(__name__)
 
@@ -38,23 +41,51 @@ def hub_math_task() -> Task:
     problems = {name: [_from_row(row) for row in kept if extract_boxed(row["solution"])] for name, kept in rows.items()}
     random.Random(_SPLIT_SEED).shuffle(problems["test"])
     random.Random(_SPLIT_SEED).shuffle(problems["train"])
-    judged = tuple(problems["test"][:TEST])
-    return _task("math_hub", f"problems of {HUB}", judged, problems["train"])
+    train = problems["train"]
+    splits = Splits(tuple(train[VALIDATION:]), tuple(train[:VALIDATION]), tuple(problems["test"][:TEST]))
+    return _task("math_hub", f"problems of {HUB}", splits)
 
 
 def generated_math_task() -> Task:
     """Made-up problems: equations, fractions, percentages, divisors, series, combinations."""
     problems = distinct(_made(), lambda p: p.question, TEST + VALIDATION + TRAIN)
-    return _task("math_generated", "made-up problems of seven kinds", tuple(problems[:TEST]), problems[TEST:])
+    return _task("math_generated", "made-up problems of seven kinds", Splits.cut(problems, TEST, VALIDATION))
 
 
-def _task(name: str, summary: str, test: tuple[Problem, ...], rest: list[Problem]) -> Task:
+def math_task_of(path: Path) -> Task:
+    r"""The problems of a .jsonl, .csv or .parquet file: columns problem or question, and answer or solution.
+
+    A solution's answer is its last \boxed{}. A fifth of the problems, at most 200, is the test split and a tenth, at
+    most 100, the validation split, whatever the seed of a run. Raises UserError.
+    """
+    read = [_of_file(row, n, path) for n, row in enumerate(read_rows(path), 1)]
+    problems = list({p.question: p for p in read}.values())
+    if len(problems) < 3:
+        raise UserError(f"{path} holds {len(problems)} problems; give 3 or more, for training and for judging")
+    random.Random(_SPLIT_SEED).shuffle(problems)
+    test, validation = min(TEST, max(1, len(problems) // 5)), min(VALIDATION, max(1, len(problems) // 10))
+    return _task("math_file", f"the problems of {path.name}", Splits.cut(problems, test, validation))
+
+
+def _of_file(row: Mapping[str, Any], number: int, path: Path) -> Problem:
+    question, answer = row.get("problem", row.get("question")), row.get("answer")
+    if answer is None:
+        answer = extract_boxed(str(row.get("solution", "")))
+    if question is None or answer is None:
+        raise UserError(
+            f"row {number} of {path} lacks a problem or its answer; give columns problem and answer, or problem and "
+            "solution with the answer in \\boxed{}"
+        )
+    return Problem(str(question), str(answer))
+
+
+def _task(name: str, summary: str, splits: Splits) -> Task:
     return Task(
         name=name,
         summary=f"{summary}, answered in \\boxed{{}}",
-        train=tuple(rest[VALIDATION:]),
-        validation=tuple(rest[:VALIDATION]),
-        test=test,
+        train=splits.train,
+        validation=splits.validation,
+        test=splits.test,
         prompt=_ask,
         reward=math_accuracy_reward,
         max_tokens=256,

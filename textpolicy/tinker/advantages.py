@@ -24,6 +24,13 @@ from ..errors import UserError, unknown_name
 from ..types import Episode
 
 BASELINES: dict[str, Baseline] = {"grpo": GroupRelative("none"), "maxrl": MeanNormalized()}
+TRANSFORMS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "gtpo": ("gtpo",),
+    "gtpo_hicra": ("gtpo", "hicra"),
+    "gtpo_sepa": ("sepa", "gtpo"),
+    "gtpo_sepa_hicra": ("sepa", "gtpo", "hicra"),
+}
 
 
 def compute_grpo_advantages(rewards: Sequence[float]) -> list[float]:
@@ -81,15 +88,15 @@ def compute_composable_advantages(
     looked for. Raises UserError.
     """
     _refuse_unlike(rewards_G, sampled_tokens_G, logprobs_G)
-    recipe = _recipe(advantage_mode, transform_mode, gtpo_beta, hicra_alpha, strategic_grams)
+    how = recipe(advantage_mode, transform_mode, gtpo_beta=gtpo_beta, hicra_alpha=hicra_alpha, grams=strategic_grams)
     if len(rewards_G) == 0:
         return [], None
-    text = None if recipe.grams is None else Pieces(text_decode(tokenizer))
+    text = None if how.grams is None else Pieces(text_decode(tokenizer))
     pieces = [() if text is None else text(ids) for ids in sampled_tokens_G]
     rows = zip(sampled_tokens_G, logprobs_G, rewards_G, pieces, strict=True)
-    credit = recipe.tokens([_episode(*row) for row in rows], _Constant(sepa_lambda))
+    credit = how.tokens([_episode(*row) for row in rows], _Constant(sepa_lambda))
     ends = np.cumsum([len(ids) for ids in sampled_tokens_G])
-    stats = None if recipe.grams is None else _statistics(np.concatenate(logprobs_G), credit.planning)
+    stats = None if how.grams is None else surprisal_statistics(np.concatenate(logprobs_G), credit.planning)
     return [part.tolist() for part in np.split(credit.advantage, ends)[:-1]], stats
 
 
@@ -103,26 +110,31 @@ class _Constant:
         return self.strength
 
 
-def _recipe(
-    advantage_mode: str, transform_mode: str, beta: float, alpha: float, grams: Sequence[str] | None
+def recipe(
+    advantage_mode: str,
+    transform_mode: str,
+    *,
+    gtpo_beta: float = 0.1,
+    hicra_alpha: float = 0.2,
+    pooling: Pooling | None = None,
+    grams: Sequence[str] | None = None,
 ) -> Algorithm:
+    """The recipe of an advantage mode and a transform mode; maxrl with gtpo_sepa_hicra is "full".
+
+    ``pooling`` is SEPA's, where the mode has it; ``grams`` are strategic ones; None is the default. Raises UserError.
+    """
     if advantage_mode not in BASELINES:
         raise unknown_name("advantage mode", advantage_mode, BASELINES)
-    weighing, amplifying = WeightByUncertainty(beta), AmplifyPlanning(alpha)
-    modes: dict[str, tuple[tuple[Stage, ...], Pooling | None]] = {
-        "none": ((), None),
-        "gtpo": ((weighing,), None),
-        "gtpo_hicra": ((weighing, amplifying), None),
-        "gtpo_sepa": ((weighing,), Pooling()),
-        "gtpo_sepa_hicra": ((weighing, amplifying), Pooling()),
-    }
-    if transform_mode not in modes:
-        raise unknown_name("transform mode", transform_mode, modes)
-    stages, pooling = modes[transform_mode]
-    plans = pooling is not None or amplifying in stages
-    phrases = DEFAULT_STRATEGIC_GRAMS if grams is None else grams
+    if transform_mode not in TRANSFORMS:
+        raise unknown_name("transform mode", transform_mode, TRANSFORMS)
+    named = TRANSFORMS[transform_mode]
+    pools, amplifies = "sepa" in named, "hicra" in named
+    stages: dict[str, Stage] = {"gtpo": WeightByUncertainty(gtpo_beta), "hicra": AmplifyPlanning(hicra_alpha)}
     return Algorithm(
-        BASELINES[advantage_mode], stages, pooling=pooling, grams=PlanningGrams(phrases) if plans else None
+        BASELINES[advantage_mode],
+        tuple(stage for name, stage in stages.items() if name in named),
+        pooling=(pooling or Pooling()) if pools else None,
+        grams=PlanningGrams(DEFAULT_STRATEGIC_GRAMS if grams is None else grams) if pools or amplifies else None,
     )
 
 
@@ -133,7 +145,7 @@ def _episode(ids: Sequence[int], logprobs: Sequence[float], reward: float, piece
     return Episode(tokens, mask, np.array([0.0, *logprobs]), entropy=None, reward=reward, group=0, pieces=pieces)
 
 
-def _statistics(logprobs: np.ndarray, planning: np.ndarray) -> dict[str, float]:
+def surprisal_statistics(logprobs: np.ndarray, planning: np.ndarray) -> dict[str, float]:
     """Mean and variance of the surprisals of execution and of planning tokens; nothing of a kind that is absent."""
     parts = {"exec": -logprobs[~planning], "plan": -logprobs[planning]}
     seen = {name: part for name, part in parts.items() if part.size}

@@ -1,0 +1,459 @@
+r"""The command train_math, against a stand-in for the server: its flags, files, money, and how it goes on."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fake_remote import FakeRemote, Server
+
+from textpolicy.algorithms import algorithm
+from textpolicy.errors import ServiceError, UserError
+from textpolicy.losses import ImportanceSampling, Surrogate
+from textpolicy.tinker.train_math import TrainMathArguments, dry_run, grams_of, load_key, main, recipe_of, train
+
+DOCUMENTED = {
+    "model": "Qwen/Qwen3-4B-Instruct-2507", "base_url": None, "lora_rank": 32, "algorithm": None, "max_steps": 500,
+    "batch_size": 8, "group_size": 16, "max_tokens": 2048, "temperature": 0.7, "lr": 4e-5, "weight_decay": 0.0,
+    "max_examples": None, "save_every": 20, "gtpo_beta": 0.1, "hicra_alpha": 0.2, "sepa_steps": 500,
+    "sepa_schedule": "linear", "sepa_delay_steps": 50, "sepa_correct_rate_gate": 0.1, "strategic_grams": None,
+    "log_dir": Path("logs/tinker_math"),
+}  # fmt: skip
+METRICS = [
+    "step",
+    "algorithm",
+    "advantage_mode",
+    "transform_mode",
+    "condition",
+    "loss",
+    "mean_reward",
+    "correct_rate",
+    "running_correct_rate",
+    "sepa_lambda",
+    "sepa_gate_open",
+    "num_datums",
+    "max_token_hit_rate",
+    "step_time_s",
+    "exec_entropy_mean",
+    "exec_entropy_var",
+    "plan_entropy_mean",
+    "plan_entropy_var",
+]
+KEY = "tml-planted-key-that-must-never-be-written"
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """Thirty sums, each with its answer."""
+    path = tmp_path / "sums.jsonl"
+    rows = [{"problem": f"{a} + {b}?", "answer": a + b} for a in range(1, 7) for b in range(1, 6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def settings(problems, folder, **other):
+    small = {"max_steps": 6, "batch_size": 4, "group_size": 4, "max_tokens": 64, "lr": 1.0, "save_every": 2,
+             "eval_every": 3, "eval_problems": 3, "sepa_steps": 2, "sepa_delay_steps": 0}  # fmt: skip
+    return TrainMathArguments(data=problems, log_dir=folder, **{**small, **other})
+
+
+def run(asked, server=None, **remote):
+    server = server or Server()
+    train(asked, lambda asked, resume: FakeRemote(server, resume, **remote))
+    return server
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_flags_have_their_documented_defaults():
+    asked = TrainMathArguments()
+    assert {name: getattr(asked, name) for name in DOCUMENTED} == DOCUMENTED
+
+
+def test_help_needs_neither_the_sdk_nor_a_key():
+    done = subprocess.run(
+        [sys.executable, "-m", "textpolicy.tinker.train_math", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "python -m textpolicy.tinker.train_math" in done.stdout
+    assert all(f"--{name.replace('_', '-')}" in done.stdout for name in DOCUMENTED)
+
+
+def test_a_mistyped_flag_is_one_sentence(capsys):
+    assert main(["--group-sise", "4"]) == 2
+    assert "did you mean --group-size?" in capsys.readouterr().err
+
+
+def test_full_is_the_recipe_full_under_importance_sampling():
+    asked = TrainMathArguments(max_tokens=9)
+    how, full = recipe_of(asked), algorithm("full")
+    same = replace(full, surrogate=Surrogate(ImportanceSampling()), length=9.0, summary="", paper="")
+    assert how == same
+    assert asked.modes == ("maxrl", "gtpo_sepa_hicra")
+
+
+def test_the_old_mix_is_reached_by_its_transform_mode():
+    names = [type(stage).__name__ for stage in recipe_of(TrainMathArguments(transform_mode="gtpo_sepa")).stages]
+    assert names == ["WeightByUncertainty"]
+    assert TrainMathArguments(transform_mode="gtpo_sepa").modes == ("maxrl", "gtpo_sepa")
+    assert TrainMathArguments(advantage_mode="grpo").modes == ("grpo", "gtpo_sepa")
+
+
+def test_settings_reach_the_parts_of_the_recipe():
+    how = recipe_of(TrainMathArguments(gtpo_beta=0.3, hicra_alpha=0.4, sepa_steps=7, strategic_grams='["so then"]'))
+    weighing, amplifying = how.stages
+    assert (weighing.entropy_beta, amplifying.hicra_alpha, how.pooling.sepa_steps) == (0.3, 0.4, 7)
+    assert how.grams.phrases == ("so then",)
+
+
+@pytest.mark.parametrize("text", ['["a", 1]', "[broken"])
+def test_grams_that_are_no_list_of_strings_are_refused(text):
+    with pytest.raises(UserError, match="strategic_grams is"):
+        grams_of(text)
+
+
+def test_algorithm_and_modes_exclude_each_other(capsys):
+    assert main(["--algorithm", "grpo", "--advantage-mode", "maxrl"]) == 2
+    assert "leave one of them out" in capsys.readouterr().err
+
+
+def test_a_run_writes_every_step_with_the_documented_keys(problems, tmp_path):
+    run(settings(problems, tmp_path / "run"))
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(6))
+    assert all(set(METRICS) <= set(row) for row in rows)
+    assert {row["condition"] for row in rows} == {"maxrl+gtpo_sepa_hicra"}
+    assert {row["algorithm"] for row in rows} == {"full"}
+    judged = [row["correct_rate"] for row in rows]
+    assert [row["running_correct_rate"] for row in rows] == pytest.approx(
+        [sum(judged[: i + 1]) / (i + 1) for i in range(6)]
+    )
+
+
+def test_steps_and_groups_without_signal_are_logged_too(problems, tmp_path):
+    """The skill is such that every completion is right: no group disagrees, nothing is sent, all is written."""
+    server = Server(states={"good": 100.0})
+    asked = settings(problems, tmp_path / "run", max_steps=2)
+    train(asked, lambda asked, resume: FakeRemote(server, "good"))
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [row["num_datums"] for row in rows] == [0, 0]
+    assert [row["correct_rate"] for row in rows] == [1.0, 1.0]
+    assert len(lines(tmp_path / "run" / "emergence" / "generations.jsonl")) == 2 * 4 * 4
+    assert lines(tmp_path / "run" / "checkpoints.jsonl")
+
+
+def test_held_out_problems_are_looked_at_before_between_and_after(problems, tmp_path):
+    run(settings(problems, tmp_path / "run"))
+    looks = lines(tmp_path / "run" / "evals.jsonl")
+    assert [look["step"] for look in looks] == [0, 3, 6]
+    assert all(look["low"] <= look["accuracy"] <= look["high"] and look["problems"] == 3 for look in looks)
+
+
+def test_no_problem_is_trained_on_and_judged_by(problems, tmp_path):
+    asked = settings(problems, tmp_path / "run", max_steps=12, eval_problems=0)
+    seen = set()
+
+    class Watching(FakeRemote):
+        def sample(self, prompts, n, sampling):
+            for p in prompts:
+                seen.add((sampling.temperature > 0, tuple(p)))
+            return super().sample(prompts, n, sampling)
+
+    train(asked, lambda asked, resume: Watching())
+    trained, judged = ({p for kind, p in seen if kind is which} for which in (True, False))
+    assert trained
+    assert judged
+    assert not trained & judged
+
+
+def test_another_seed_draws_the_problems_in_another_order(problems, tmp_path):
+    for seed in (0, 1):
+        run(settings(problems, tmp_path / str(seed), seed=seed, max_steps=2))
+    first, second = ([g["prompt"] for g in lines(tmp_path / s / "emergence" / "generations.jsonl")] for s in "01")
+    assert first != second
+
+
+def test_the_skill_of_the_stand_in_rises_with_either_algorithm(problems, tmp_path):
+    for name in ("grpo", "full"):
+        run(settings(problems, tmp_path / name, algorithm=name, max_steps=12))
+        looks = lines(tmp_path / name / "evals.jsonl")
+        assert looks[0]["accuracy"] == 0.0
+        assert looks[-1]["accuracy"] == 1.0
+
+
+# ---- going on
+
+
+def same_rows(a, b):
+    """Without what is measured in seconds."""
+    timed = ("seconds", "time", "per_second")
+    return [
+        [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in rows] for rows in (a, b)
+    ]  # fmt: skip
+
+
+def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_happened(problems, tmp_path):
+    whole = run(settings(problems, tmp_path / "whole"))
+    server = Server()
+    with pytest.raises(RuntimeError, match="gone"):
+        run(settings(problems, tmp_path / "cut"), server, fail_at=5)
+    run(settings(problems, tmp_path / "cut", resume=True), server)
+    rows = same_rows(*(lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")))
+    for row in (*rows[0], *rows[1]):
+        row.pop("tokens_spent")
+    assert rows[0] == rows[1]
+    assert list(whole.states.values()) == list(server.states.values())
+    assert [look["accuracy"] for look in lines(tmp_path / "whole" / "evals.jsonl")] == [
+        look["accuracy"] for look in lines(tmp_path / "cut" / "evals.jsonl")
+    ]
+    for name in ("steps", "generations"):
+        a, b = (lines(tmp_path / run / "emergence" / f"{name}.jsonl") for run in ("whole", "cut"))
+        for row in (*a, *b):
+            row.pop("logging_overhead_ms", None)
+        assert a == b
+
+
+def test_what_was_sampled_is_on_the_disk_before_the_update_that_fails(problems, tmp_path):
+    with pytest.raises(RuntimeError, match="gone"):
+        run(settings(problems, tmp_path / "run"), fail_at=0)
+    assert len(lines(tmp_path / "run" / "emergence" / "generations.jsonl")) == 16
+    [entry] = [line for line in lines(tmp_path / "run" / "ledger.jsonl") if line["spent"]["sampled"]][-1:]
+    assert entry["spent"]["sampled"] > 0
+
+
+def test_what_a_resume_cuts_off_is_kept_aside_and_stays_paid(problems, tmp_path):
+    server = Server()
+    with pytest.raises(RuntimeError, match="gone"):
+        run(settings(problems, tmp_path / "run"), server, fail_at=5)
+    before = lines(tmp_path / "run" / "ledger.jsonl")[-1]["spent"]["sampled"]
+    run(settings(problems, tmp_path / "run", resume=True), server)
+    aside = lines(tmp_path / "run" / "emergence" / "generations.cut.jsonl")
+    assert {row["step"] for row in aside} == {4, 5}
+    assert lines(tmp_path / "run" / "ledger.jsonl")[-1]["spent"]["sampled"] > before
+
+
+def test_checkpoints_name_the_path_on_the_server(problems, tmp_path):
+    server = run(settings(problems, tmp_path / "run"))
+    kept = lines(tmp_path / "run" / "checkpoints.jsonl")
+    assert [(line["name"], line["step"]) for line in kept] == [
+        ("checkpoint_step_2", 2), ("checkpoint_step_4", 4), ("final", 6),
+    ]  # fmt: skip
+    assert {line["state_path"] for line in kept} == set(server.states)
+
+
+def test_a_folder_with_a_run_is_refused_unless_it_is_to_go_on(problems, tmp_path):
+    run(settings(problems, tmp_path / "run"))
+    with pytest.raises(UserError, match="holds a run; add --resume"):
+        run(settings(problems, tmp_path / "run"))
+    with pytest.raises(UserError, match="no run in"):
+        run(settings(problems, tmp_path / "other", resume=True))
+
+
+def test_a_run_goes_on_with_the_settings_it_was_begun_with(problems, tmp_path):
+    server = run(settings(problems, tmp_path / "run"))
+    with pytest.raises(UserError, match=r"lr was 1\.0 and is 0\.5"):
+        run(settings(problems, tmp_path / "run", lr=0.5, resume=True), server)
+    run(settings(problems, tmp_path / "run", max_steps=8, resume=True), server)
+    assert [row["step"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == list(range(8))
+
+
+def test_a_session_is_closed_by_how_it_ended(problems, tmp_path):
+    assert run(settings(problems, tmp_path / "good")).closed == ["success"]
+    for error, status in ((RuntimeError("gone"), "errored"), (KeyboardInterrupt(), "interrupted")):
+        server = Server()
+        with pytest.raises(type(error)):
+            run(settings(problems, tmp_path / status), server, fail_at=1, error=error)
+        assert server.closed == [status]
+
+
+def test_a_learner_that_does_not_see_what_was_sampled_stops_the_run_before_it_begins(problems, tmp_path):
+    class Shifted(FakeRemote):
+        def __init__(self):
+            super().__init__()
+            self.gap = 3.0
+
+    with pytest.raises(ServiceError, match="differ by 3 nats"):
+        train(settings(problems, tmp_path / "run"), lambda asked, resume: Shifted())
+    assert not (tmp_path / "run").exists()
+
+
+# ---- money
+
+
+def test_a_dry_run_prices_the_worst_case_and_an_expected_one(problems, tmp_path):
+    asked = settings(
+        problems, tmp_path, max_steps=10, eval_every=0, price_prefill=1.0, price_sample=10.0, price_train=100.0,
+        expected_tokens=6,
+    )  # fmt: skip
+    text = "\n".join(dry_run(asked))
+    longest = len("6 + 5?\nPut the final answer in \\boxed{}.") // 3 + 30
+    prefill, sampled, trained = 10 * 4 * longest, 10 * 16 * 64, 10 * 16 * (longest + 64)
+    cost = (prefill + 10 * sampled + 100 * trained) / 1e6
+    assert f"{prefill + sampled + trained:,} tokens ({prefill:,} prefill, {sampled:,} sampled, {trained:,} tr" in text
+    assert f"{cost:,.2f}" in text
+    assert f"with 6 tokens each: {prefill + 10 * 16 * 6 + 10 * 16 * (longest + 6):,}" in text
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_dry_run_needs_no_server_and_says_when_prices_are_missing(problems, capsys):
+    assert main(["--dry-run", "--data", str(problems)]) == 0
+    assert "no prices are given" in capsys.readouterr().out
+
+
+def test_a_limit_on_tokens_ends_a_run_in_order_and_is_never_passed(problems, tmp_path):
+    asked = settings(problems, tmp_path / "run", max_steps=50, max_tokens_total=40_000)
+    run(asked)
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    assert 1 < len(rows) < 50
+    assert lines(tmp_path / "run" / "ledger.jsonl")[-1]["spent"].keys() == {"prefill", "sampled", "trained"}
+    assert max(sum(line["spent"].values()) for line in lines(tmp_path / "run" / "ledger.jsonl")) <= 40_000
+    assert rows[-1]["tokens_spent"] <= 40_000
+    assert lines(tmp_path / "run" / "checkpoints.jsonl")[-1]["name"] == "final"
+
+
+def test_a_limit_on_cost_counts_what_was_spent_before_a_resume(problems, tmp_path):
+    prices = {"price_sample": 1000.0, "price_train": 1000.0}
+    server = Server()
+    run(settings(problems, tmp_path / "run", max_steps=50, max_cost=15.0, **prices), server)
+    done = len(lines(tmp_path / "run" / "metrics.jsonl"))
+    run(settings(problems, tmp_path / "run", max_steps=50, max_cost=15.0, resume=True, **prices), server)
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == done
+    run(settings(problems, tmp_path / "run", max_steps=50, max_cost=25.0, resume=True, **prices), server)
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) > done
+    assert rows[-1]["cost"] <= 25
+
+
+def test_a_limit_on_cost_without_prices_is_refused():
+    with pytest.raises(ValueError, match="no price is given"):
+        TrainMathArguments(max_cost=3.0)
+
+
+def test_tokens_are_counted_as_they_were_sent(problems, tmp_path):
+    """Prompts once, completions as sampled, and of what is learned from the positions that are predicted from."""
+    counted = {"prefill": 0, "sampled": 0, "trained": 0}
+
+    class Counting(FakeRemote):
+        def sample(self, prompts, n, sampling):
+            out = super().sample(prompts, n, sampling)
+            counted["prefill"] += sum(len(p) for p in prompts)
+            counted["sampled"] += sum(len(c.tokens) for group in out for c in group)
+            return out
+
+        def score(self, batch, *, reference=False):
+            counted["prefill"] += sum(int((row != 0).nonzero()[0][-1]) + 1 for row in batch.weights)
+            return super().score(batch, reference=reference)
+
+        def update(self, batch, surrogate, learning_rate):
+            for row, advantages in zip(batch.weights, batch.advantages, strict=True):
+                if advantages.any():
+                    counted["trained"] += int((row != 0).nonzero()[0][-1]) + 1
+            return super().update(batch, surrogate, learning_rate)
+
+    train(settings(problems, tmp_path / "run", eval_every=0), lambda asked, resume: Counting())
+    assert lines(tmp_path / "run" / "checkpoints.jsonl")[-1]["spent"] == counted
+
+
+# ---- the key
+
+
+def test_the_key_is_read_from_a_file_and_written_nowhere(problems, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("TINKER_API_KEY", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text(f"TINKER_API_KEY={KEY}\nOTHER=1\n")
+    monkeypatch.setenv("TINKER_API_KEY", "")  # so that it is put back after the test
+    monkeypatch.delenv("TINKER_API_KEY")
+    with pytest.raises(RuntimeError, match="gone"):
+        run(settings(problems, tmp_path / "run"), fail_at=3)
+    assert os.environ["TINKER_API_KEY"] == KEY
+    written = [p.read_text() for p in (tmp_path / "run").rglob("*") if p.is_file()]
+    assert written
+    assert not any(KEY in text for text in [*written, *capsys.readouterr()])
+
+
+def test_the_environment_goes_before_the_file(tmp_path, monkeypatch):
+    (tmp_path / ".env").write_text("TINKER_API_KEY=tml-of-the-file\n")
+    monkeypatch.setenv("TINKER_API_KEY", "tml-of-the-environment")
+    load_key(tmp_path / ".env")
+    assert os.environ["TINKER_API_KEY"] == "tml-of-the-environment"
+
+
+# ---- problems of one's own
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        ([{"problem": "1 + 1?"}], "row 1 of .* lacks a problem or its answer"),
+        ([{"answer": 2}], "row 1 of .* lacks a problem or its answer"),
+        ([{"problem": "1 + 1?", "answer": 2}], "holds 1 problems"),
+    ],
+)
+def test_a_file_without_problems_and_answers_is_refused(rows, what, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=what):
+        dry_run(TrainMathArguments(data=path))
+
+
+def test_the_answer_may_stand_in_the_box_of_a_solution(tmp_path):
+    from textpolicy.tasks.mathematics import math_task_of
+
+    path = tmp_path / "solved.jsonl"
+    rows = [{"question": f"{n} + {n}?", "solution": f"so \\boxed{{{2 * n}}}"} for n in range(10)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = math_task_of(path)
+    together = (*task.train, *task.validation, *task.test)
+    assert {p.question: p.answer for p in together} == {f"{n} + {n}?": str(2 * n) for n in range(10)}
+    assert (len(task.test), len(task.validation)) == (2, 1)
+    assert "\\boxed{}" in task.prompt("1 + 1?")[0]["content"]
+
+
+def test_more_training_examples_leave_the_held_out_ones_as_they_are(problems, tmp_path):
+    from textpolicy.tinker.train_math import task_of
+
+    few, all_ = (task_of(TrainMathArguments(data=problems, max_examples=n)) for n in (5, None))
+    assert few.test == all_.test
+    assert few.train == all_.train[:5]
+
+
+def test_the_reward_is_math_verifys_and_a_missing_box_is_wrong(problems):
+    from textpolicy.tinker.train_math import task_of
+
+    task = task_of(TrainMathArguments(data=problems))
+    grade = lambda said: task.reward("", said, {"answer": "1/2"})["is_correct"]  # noqa: E731
+    assert grade(r"\boxed{0.5}")
+    assert grade(r"so \boxed{\frac{2}{4}}")
+    assert not grade("0.5")
+    assert not grade(r"\boxed{")
+    assert math.isclose(task.reward("", r"\boxed{0.5}", {"answer": "1/2"})["reward"], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [("sk-planted-key-of-someone-else", "holds no key of Tinker"), (KEY, "no Tinker server answers at")],
+)
+def test_what_stops_a_command_before_it_begins_is_one_sentence_without_the_key(
+    key, what, problems, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("TINKER_API_KEY", key)
+    asked = [f"--data={problems}", f"--log-dir={tmp_path / 'run'}", "--base-url=http://127.0.0.1:9"]
+    assert main(asked) == 2
+    said = capsys.readouterr().err
+    assert what in said
+    assert key not in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_the_sdk_the_command_says_how_to_install_it(problems, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TINKER_API_KEY", KEY)
+    monkeypatch.delenv("TINKER_BASE_URL", raising=False)
+    monkeypatch.setitem(sys.modules, "tinker", None)
+    assert main([f"--data={problems}", f"--log-dir={tmp_path / 'run'}"]) == 2
+    assert "pip install 'textpolicy[tinker]'" in capsys.readouterr().err

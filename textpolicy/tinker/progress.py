@@ -1,0 +1,105 @@
+"""The folder of a run on a service: JSON lines that can be cut back to a checkpoint, and what a run needs to go on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from ..errors import UserError
+from .money import Tokens
+
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run has come: what it goes on from, with the weights and the optimiser that the server keeps."""
+
+    step: int = 0  # steps done
+    correct: int = 0  # completions, over all steps
+    judged: int = 0  # completions that were told to be right or wrong
+    spent: Tokens = field(default_factory=Tokens)
+    state_path: str | None = None  # on the server; None begins anew
+    sepa: Mapping[str, Any] | None = None  # the controller's state
+
+    @classmethod
+    def of(cls, line: Line) -> Self:
+        """From a line of ``checkpoints.jsonl``."""
+        known = {name: line[name] for name in ("step", "correct", "judged", "state_path", "sepa")}
+        return cls(**known, spent=Tokens(**line["spent"]))
+
+    def line(self, name: str) -> dict[str, Any]:
+        """For ``checkpoints.jsonl``, under the checkpoint's ``name``."""
+        return {"name": name, **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Where a run writes. Lines are appended, and on the disk at once."""
+
+    path: Path
+
+    def look(self, settings: Line, resume: bool, free: Sequence[str]) -> Progress:
+        """Where a run with these ``settings`` begins, or goes on; ``free`` names those that may change. Writes nothing.
+
+        Raises UserError for a folder that holds a run which is not to go on, or was begun with other settings.
+        """
+        written = self.path / "config.json"
+        if not written.exists():
+            if resume:
+                raise UserError(f"there is no run in {self.path} to resume; leave --resume out, or mend --log-dir")
+            return Progress()
+        if not resume:
+            raise UserError(f"{self.path} holds a run; add --resume to go on with it, or choose another --log-dir")
+        _refuse_changes(json.loads(written.read_text(encoding="utf-8")), settings, free)
+        lines = self.lines("checkpoints.jsonl")
+        progress = Progress.of(lines[-1]) if lines else Progress()
+        paid = [Tokens(**line["spent"]) for line in self.lines("ledger.jsonl")]  # also for steps that are cut off
+        return replace(progress, spent=max([progress.spent, *paid], key=lambda tokens: tokens.total))
+
+    def begin(self, settings: Line, progress: Progress) -> None:
+        """Make the folder, or cut it back to ``progress``: later lines move to files that end in ``.cut.jsonl``."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        for name in ("metrics.jsonl", "emergence/steps.jsonl", "emergence/generations.jsonl"):
+            self._cut(name, progress.step)
+        self._cut("evals.jsonl", progress.step + 1)  # a look is after so many steps
+
+    def lines(self, name: str) -> list[Any]:
+        """The lines of a file, none if it is not there; the last is left out if it was cut off in writing."""
+        path = self.path / name
+        if not path.exists():
+            return []
+        whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def append(self, name: str, line: Line) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _cut(self, name: str, step: int) -> None:
+        """Move the lines of ``step`` and later to a file of their own, and drop half a line at the end."""
+        path, lines = self.path / name, self.lines(name)
+        if not path.exists():
+            return
+        kept = [line for line in lines if line["step"] < step]
+        late = [line for line in lines if line["step"] >= step]
+        if late:
+            with path.with_suffix(".cut.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in late)
+        new = path.with_suffix(".new")
+        new.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(new, path)
+
+
+def _refuse_changes(before: Line, now: Line, free: Sequence[str]) -> None:
+    fixed = [name for name in now if name not in free]
+    changed = [f"{n} was {before.get(n)!r} and is {now[n]!r}" for n in fixed if before.get(n) != now[n]]
+    if changed:
+        raise UserError(f"the run was begun otherwise: {'; '.join(changed)}; resume it as it was, or begin another")

@@ -33,7 +33,8 @@ def collect(
     token, too.
     """
     if isinstance(env, DrivenEnv):
-        return env.play(engine, prompts, group_size, sampling, first_group, pieces)
+        played = env.play(engine, prompts, group_size, sampling, first_group, pieces)
+        return [replace(e, prompt_index=prompts[e.group - first_group]) for e in played]
     rollouts = [_Rollout(env.begin(i)) for i in prompts for _ in range(group_size)]
     first = engine.sample([env.prompt_ids(i).tolist() for i in prompts], group_size, sampling)
     waiting = _add(env, rollouts, [completion for members in first for completion in members])
@@ -65,6 +66,7 @@ class _Rollout:
             scores=scored.scores,
             group=group,
             prompt=env.prompt_text(done.index),
+            prompt_index=done.index,
             text=done.transcript,
             truncated=done.truncated,
             pieces=tuple(piece for turn in read for piece in env.pieces(turn.tokens)),

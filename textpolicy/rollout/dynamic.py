@@ -21,6 +21,11 @@ class Rollouts:
     draws: int = 1  # of prompts
     full: bool = True  # training got as many informative groups as it asked for
 
+    def credited(self, trained: Sequence[Episode]) -> list[Episode]:
+        """Everything sampled, with the episodes ``trained`` on as they are now, in their places."""
+        now = {id(e): t for e, t in zip(self.trained, trained, strict=True)}
+        return [now.get(id(e), e) for e in self.sampled]
+
 
 def _reward(episode: Episode) -> float:
     return episode.reward

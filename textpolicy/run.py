@@ -7,6 +7,7 @@ import json
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,12 +18,14 @@ from .engine import Sampling
 from .environment.multi_turn import ToolEnv
 from .environment.text_generation import TextGenerationEnv
 from .errors import UserError
-from .evaluation import Rate, evaluate
+from .evaluation import Evaluation, Rate, evaluate
 from .loop import Schedule, train
 from .metrics import Row
 from .on_policy import OnPolicyCheck
 from .recipe import configure
+from .record.recorder import Recorder
 from .report import History, closing_table, diagnose, plot_learning
+from .sinks import Sinks
 from .tasks import Problem, Task, load_task
 from .tasks.curriculum import Curriculum, PassRateCurriculum
 from .types import Episode
@@ -55,7 +58,7 @@ def run(config: Config) -> Path:
     }
     plan = fit_memory(engine, splits, config)
     started = time.perf_counter()
-    before = evaluate(engine, splits["test"], greedy(config)).accuracy
+    before = evaluate(engine, splits["test"], greedy(config))
     folder = claim_folder(config)
     write_setup(folder, config)
     return Run(config, folder, engine, splits, recipe).train(before, started, plan)
@@ -72,17 +75,17 @@ class Run:
         self.view = RunView(config.steps)
         self.best: tuple[Rate, int, Any] | None = None
         self.metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        self.sinks = Sinks([Recorder(folder, splits["train"].pieces)])
 
-    def train(self, before: Rate, started: float, plan: Plan) -> Path:
-        """``before`` is the accuracy on the test problems, ``started`` when the clock began, ``plan`` what fits."""
+    def train(self, before: Evaluation, started: float, plan: Plan) -> Path:
+        """``before`` is the look at the test problems, ``started`` when the clock began, ``plan`` what fits."""
         config, history = self.config, self.history
-        history.before = before
-        with self.view, self.metrics:
+        with self.view, self.metrics, closing(self.sinks):
             self.view.say(f"{config.algorithm.name} on {config.task} with {config.model}; the run is in {self.folder}")
             if plan.shrunk:
                 self.view.say(f"made smaller to fit into memory, without effect on results: {plan}")
-            self.record_rate("test", 0, before)
-            self.view.say(f"before training: {before} of {before.total} test problems right, greedy (95% interval)")
+            history.before = rate = self.record_look("test", 0, before)
+            self.view.say(f"before training: {rate} of {rate.total} test problems right, greedy (95% interval)")
             self.validate(0)
             trained = time.perf_counter()
             train(
@@ -108,6 +111,7 @@ class Run:
 
     def on_step(self, step: int, row: Row, episodes: Sequence[Episode]) -> None:
         self.history.rows.append(row)
+        self.sinks.step(step, row, episodes)
         self.record({"kind": "train", **row})
         self.view.step(step, row)
         done = step + 1
@@ -132,12 +136,12 @@ class Run:
         average, passed = result.average, result.pass_at(n)
         self.view.say(f"   sampled: avg@{n} {average}, pass@{n} {passed}")
         figures = {f"avg@{n}": average.value, f"pass@{n}": passed.value, "problems": average.problems}
-        self.record({"kind": "eval_sampled", "step": steps, "split": "validation", "samples": n, **figures})
+        line = {"kind": "eval_sampled", "step": steps, "split": "validation", "samples": n, **figures}
+        self.sinks.evaluated(steps, "validation", line, result.episodes)
+        self.record(line)
 
     def judge(self, split: str, steps: int) -> Rate:
-        rate = evaluate(self.engine, self.splits[split], greedy(self.config)).accuracy
-        self.record_rate(split, steps, rate)
-        return rate
+        return self.record_look(split, steps, evaluate(self.engine, self.splits[split], greedy(self.config)))
 
     def keep_best(self) -> None:
         assert self.best is not None
@@ -153,8 +157,12 @@ class Run:
         for sentence in diagnose(self.history.rows):
             self.view.say(sentence)
 
-    def record_rate(self, split: str, steps: int, rate: Rate) -> None:
-        self.record({"kind": "eval", "step": steps, "split": split, "accuracy": rate.value, "problems": rate.total})
+    def record_look(self, split: str, steps: int, look: Evaluation) -> Rate:
+        rate = look.accuracy
+        row = {"kind": "eval", "step": steps, "split": split, "accuracy": rate.value, "problems": rate.total}
+        self.sinks.evaluated(steps, split, row, look.episodes)
+        self.record(row)
+        return rate
 
     def record(self, row: dict[str, Any]) -> None:
         self.metrics.write(json.dumps(row) + "\n")

@@ -88,7 +88,7 @@ def _tokens(episodes: Sequence[Episode], spell: Spell) -> dict[str, Sequence[Any
         "entropy": [None if e.entropy is None else _rounded(e.entropy[n:]) for e, n in pairs],
         "credit": [c and c.credit[n:] for c, n in credited],
         "planning": [None if c is None or c.planning is None else c.planning[n:] for c, n in credited],
-        "learner_logprobs": [None if c is None or c.learner is None else c.learner[n:] for c, n in credited],
+        "learner_logprobs": [None if e.learner is None else e.learner[n:] for e, n in pairs],
     }
 
 

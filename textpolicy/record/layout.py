@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 METRICS, CONFIG, VERSIONS, SUMMARY, LOG = "metrics.jsonl", "config.json", "versions.json", "summary.json", "log.txt"
+REPORT = "report.html"
 ROLLOUTS, EVALS = "rollouts", "evals"  # folders of Parquet files, docs/run_folder.md lists their columns
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from made_run import IMAGE, SCRIPT, make_run
+from trained_run import PROMPTS, SAMPLES, STEPS, train_run
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright")
 pytest.importorskip("starlette", reason="the viewer is textpolicy[view]")
@@ -19,11 +20,6 @@ pytest.importorskip("starlette", reason="the viewer is textpolicy[view]")
 from textpolicy.html_report.page import write_report  # noqa: E402
 
 CHROMIUM = os.environ.get("TEXTPOLICY_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-SMALL = [
-    "--steps=4", "--optimizer.warmup-steps=1", "--rollout.prompts-per-step=4", "--rollout.group-size=8",
-    "--evaluation.every=2", "--evaluation.problems=6", "--adapter.rank=2", "--algorithm.name=full", "--quiet",
-]  # fmt: skip
-
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -40,8 +36,7 @@ def command(*arguments):
 def runs(tmp_path_factory):
     """One that was trained, and two made up, with hostile completions."""
     root = tmp_path_factory.mktemp("runs")
-    subprocess.run(command("train", f"--output={root / 'trained'}", *SMALL), check=True, capture_output=True)
-    return [root / "trained", make_run(root / "first", 0), make_run(root / "second", 1)]
+    return [train_run(root / "trained"), make_run(root / "first", 0), make_run(root / "second", 1)]
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +107,13 @@ def shown(page):
 def test_a_trained_run_is_filtered_opened_and_coloured(page, runs):
     with Viewer(runs[0]) as address:
         page.goto(address)
-        assert shown(page) == 4 * 4 * 8
+        assert shown(page) == STEPS * PROMPTS * SAMPLES
         assert fits(page)
         shoot(page, "view-list")
         page.fill("input[name=step_from]", "2")
         page.fill("input[name=step_to]", "2")
         page.click("button")
-        assert shown(page) == 4 * 8
+        assert shown(page) == PROMPTS * SAMPLES
         page.select_option("select[name=sort]", "best")
         page.click("button")
         page.click(".list .line >> nth=0")

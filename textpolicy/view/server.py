@@ -64,6 +64,7 @@ def view(arguments: ViewArguments) -> None:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind(("127.0.0.1", arguments.port))
+            listening.listen()  # before the address is told: whoever has it may ask at once
         except OSError as error:
             raise UserError(f"port {arguments.port} cannot be used ({error.strerror}); choose another") from error
         print(f"http://127.0.0.1:{listening.getsockname()[1]}/{token}/  (Ctrl-C ends it)", flush=True)

@@ -17,7 +17,7 @@ uvicorn = pytest.importorskip("uvicorn", reason="the viewer is textpolicy[view]"
 from textpolicy.analysis import load_run  # noqa: E402
 from textpolicy.errors import UserError  # noqa: E402
 from textpolicy.record.recorder import Recorder  # noqa: E402
-from textpolicy.view.drawing import COLOURINGS, draw  # noqa: E402
+from textpolicy.view.drawing import COLOURINGS, draw, draw_together  # noqa: E402
 from textpolicy.view.index import Index, Query  # noqa: E402
 from textpolicy.view.server import make_app  # noqa: E402
 
@@ -169,6 +169,23 @@ def test_colours_are_as_strong_as_the_figure_and_say_which_way():
     assert [t.style for t in draw(row, "planning").tokens] == ["much8", "", "", "", "reply"]
     assert not draw(row, "entropy").known
     assert "credit -1" in drawing.tokens[1].title
+
+
+def test_two_completions_are_drawn_on_one_scale():
+    row = {
+        "tokens": [1],
+        "pieces": ["a"],
+        "sampled": None,
+        "advantage": None,
+        "learner_logprobs": None,
+        "planning": None,
+    }
+    weak = row | {"credit": [1.0], "entropy": [0.5], "logprobs": [-1.0]}
+    strong = row | {"credit": [-2.0], "entropy": None, "logprobs": [-2.0]}
+    drawings = draw_together([weak, strong], "credit")
+    assert [d.tokens[0].style for d in drawings] == ["up4", "down8"]
+    assert [d.strongest for d in drawings] == [2, 2]
+    assert [d.known for d in draw_together([weak, strong], "entropy")] == [True, False]
 
 
 def test_a_completion_leads_to_its_group_and_two_stand_side_by_side(one):

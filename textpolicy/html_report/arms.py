@@ -33,6 +33,7 @@ class Series:
     mean: np.ndarray  # (S,)
     low: np.ndarray | None = None  # (S,)
     high: np.ndarray | None = None  # (S,)
+    joined: bool = True  # drawn as a line; otherwise as points
 
 
 def arms_of(runs: Sequence[RecordedRun]) -> list[Arm]:

@@ -68,7 +68,8 @@ def _draw_curve(axes: Any, curve: Series, colour: str, smooth: bool) -> None:
     width = max(1, len(curve.steps) // _WINDOW) if smooth else 1
     axes.plot(
         curve.steps, curve.mean, color=colour, lw=1 if width > 1 else 1.6, alpha=0.3 if width > 1 else 1,
-        marker="o" if few else None, ms=3, label=None if width > 1 else curve.name,
+        ls="-" if curve.joined else "none", marker="o" if few else None, ms=3 if curve.joined else 5,
+        label=None if width > 1 else curve.name,
     )  # fmt: skip
     if width > 1:
         axes.plot(curve.steps, running_mean(curve.mean, width), color=colour, lw=1.6, label=curve.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,7 +104,8 @@ def _curves(arms: Sequence[Arm], figure: Callable[[RecordedRun], dict[float, flo
 
 def _looks(arms: Sequence[Arm]) -> list[Series]:
     validation = _curves(arms, lambda run: by_look(run, "validation"), ", validation")
-    return validation + _curves(arms, lambda run: by_look(run, "test"), ", test")
+    test = _curves(arms, lambda run: by_look(run, "test"), ", test")
+    return validation + [replace(curve, joined=False) for curve in test]
 
 
 def _reward_parts(arms: Sequence[Arm]) -> list[Series]:

@@ -39,11 +39,21 @@ class Drawing:
     known: bool  # False where the run does not know this figure
 
 
-def draw(row: Mapping[str, Any], by: Colouring) -> Drawing:
-    """A completion of ``layout.schema``, coloured ``by`` a figure."""
-    values = _values(row, by)
-    sampled = np.array(row["sampled"] or [True] * len(row["tokens"]), bool)
-    strongest = 0.0 if values is None else float(np.abs(values[sampled]).max(initial=0.0))
+def draw_together(rows: Sequence[Mapping[str, Any]], by: Colouring) -> list[Drawing]:
+    """Several completions on one scale."""
+    return [draw(row, by, max(strongest_of(row, by) for row in rows)) for row in rows]
+
+
+def strongest_of(row: Mapping[str, Any], by: Colouring) -> float:
+    """The largest magnitude of a sampled token's figure; 0 where it is not known."""
+    values, sampled = _values(row, by), _sampled(row)
+    return 0.0 if values is None else float(np.abs(values[sampled]).max(initial=0.0))
+
+
+def draw(row: Mapping[str, Any], by: Colouring, strongest: float | None = None) -> Drawing:
+    """A completion of ``layout.schema``, coloured ``by`` a figure; ``strongest`` is its own largest if not given."""
+    values, sampled = _values(row, by), _sampled(row)
+    strongest = strongest_of(row, by) if strongest is None else strongest
     styles = _styles(values, strongest, by, len(row["tokens"]))
     figures = {name: _values(row, name) for name in COLOURINGS}
     tokens = [
@@ -58,6 +68,10 @@ def draw(row: Mapping[str, Any], by: Colouring) -> Drawing:
         )
     ]
     return Drawing(tokens, strongest, values is not None)
+
+
+def _sampled(row: Mapping[str, Any]) -> np.ndarray:
+    return np.array(row["sampled"] or [True] * len(row["tokens"]), bool)
 
 
 def _values(row: Mapping[str, Any], by: Colouring) -> np.ndarray | None:

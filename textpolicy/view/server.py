@@ -19,7 +19,7 @@ from pydantic_settings import CliPositionalArg
 from .._extras import extra
 from ..config import Section, explain
 from ..errors import UserError
-from .drawing import COLOURINGS, Colouring, draw
+from .drawing import COLOURINGS, Colouring, draw, draw_together
 from .index import Address, Query
 from .runs import ViewedRun, prompts_of
 
@@ -116,10 +116,12 @@ class Pages:
 
     def pair(self, request: Request) -> Response:
         """Two side by side, of one group or of two runs."""
-        by, sides = _colouring(request), []
-        for name in ("a", "b"):
-            run, address, row = self._found(request, name)
-            sides.append({"run": run, "address": address, "row": row, "drawing": draw(row, by)})
+        by, found = _colouring(request), [self._found(request, name) for name in ("a", "b")]
+        drawings = draw_together([row for _, _, row in found], by)
+        sides = [
+            {"run": run, "address": address, "row": row, "drawing": drawing}
+            for (run, address, row), drawing in zip(found, drawings, strict=True)
+        ]
         return self._page("pair.html", request, sides=sides, by=by)
 
     def prompts(self, request: Request) -> Response:

@@ -3,8 +3,9 @@
     .venv/bin/python benchmarks/viewer.py [--completions 100000] [--tokens 64] [--keep FOLDER]
 
 The run is made up and recorded step by step as a training run is, 128 completions a step. Then `textpolicy view` is
-started in a process of its own: seconds from its start to the first page, and of each filter the median and longest of
---repeats requests, the whole page received. A row is appended to benchmarks/results/viewer.jsonl. Aimed for: 2 s to
+started in a process of its own: seconds from its start to the first page, the computing of its process beside them (which
+other work on the machine changes less), and of each filter the median and longest of --repeats requests, the whole page
+received. A row is appended to benchmarks/results/viewer.jsonl. Aimed for: 2 s to
 open, 0.5 s to filter.
 """
 
@@ -12,12 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,21 +108,39 @@ def size(run: Path) -> dict[str, float]:
 
 def measure(run: Path, repeats: int) -> dict[str, Any]:
     """Seconds to the first page, and of each filter."""
+    openings = [opening(run) for _ in range(repeats)]
+    with viewer_of(run) as address:
+        fetch(address)
+        times = {name: [fetch(address + query) for _ in range(repeats)] for name, query in FILTERS.items()}
+    return {
+        "open_seconds": statistics.median(o["wall"] for o in openings),
+        "open_seconds_each": [o["wall"] for o in openings],
+        "open_cpu_seconds": statistics.median(o["cpu"] for o in openings),
+        "filter_seconds": {name: {"median": statistics.median(t), "longest": max(t)} for name, t in times.items()},
+    }
+
+
+def opening(run: Path) -> dict[str, float]:
+    """Seconds from the start of the command to its first page, and what its process computed until it was stopped."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
+    with viewer_of(run) as address:
+        fetch(address)
+        wall = time.perf_counter() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {"wall": wall, "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
+
+
+@contextmanager
+def viewer_of(run: Path) -> Iterator[str]:
+    """The address of a viewer in a process of its own."""
     command = [sys.executable, "-m", "textpolicy", "view", str(run)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as viewer:
         try:
             assert viewer.stdout is not None
-            address = viewer.stdout.readline().split()[0]
-            fetch(address)
-            opened = time.perf_counter() - began
-            filters = {}
-            for name, query in FILTERS.items():
-                times = [fetch(address + query) for _ in range(repeats)]
-                filters[name] = {"median": statistics.median(times), "longest": max(times)}
+            yield viewer.stdout.readline().split()[0]
         finally:
             viewer.terminate()
-    return {"open_seconds": opened, "filter_seconds": filters}
 
 
 def fetch(address: str) -> float:

@@ -6,8 +6,11 @@ import re
 import shutil
 from dataclasses import replace
 
+import numpy as np
+import pyarrow.compute as pc
 import pytest
 
+from textpolicy.analysis import load_run
 from textpolicy.cli import main
 from textpolicy.config import Config
 from textpolicy.errors import UserError
@@ -45,10 +48,29 @@ def test_a_run_writes_its_settings_metrics_curve_and_adapter(trained):
         "learning_curve.png",
         "summary.json",
         "adapter",
+        "rollouts",
+        "evals",
+        "report.html",
+        "log.txt",
     }
     assert json.loads((trained / "config.json").read_text())["adapter"]["rank"] == 2
     assert (trained / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((trained / "versions.json").read_text())["mlx"]
+
+
+def test_every_completion_of_training_and_of_every_look_is_kept(trained):
+    run = load_run(trained)
+    for step in (0, 1):
+        sampled = run.rollouts.filter(pc.field("step") == step)
+        assert sampled.num_rows == 4 * 8
+        row = run.metrics.slice(step, 1).to_pylist()[0]
+        assert sum(sampled["length"].to_pylist()) == row["sampled_tokens"]
+        assert np.mean(sampled["reward"].to_pylist()) == pytest.approx(row["reward_mean"])
+        assert "".join(sampled["pieces"][0].as_py()).strip() == sampled["text"][0].as_py()
+    for look in run.looks.to_pylist():
+        asked = (pc.field("step") == look["step"]) & (pc.field("split") == look["split"])
+        correct = run.evals.filter(asked)["is_correct"].to_pylist()
+        assert (len(correct), np.mean(correct)) == (6, look["accuracy"])
 
 
 def test_metrics_have_a_row_for_every_step_and_every_look(trained):

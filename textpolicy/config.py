@@ -296,6 +296,8 @@ class Config(Section):
     """Folder of the run; must not exist. If not given, a new one under runs/."""
     engine: Literal["mlx", "tinker"] = "mlx"
     """On this machine, or on a Tinker server, which trains a model by its name there."""
+    quiet: bool = False
+    """Print the closing table alone; log.txt in the run's folder has every line."""
     algorithm: AlgorithmSettings = AlgorithmSettings()
     adapter: AdapterSettings = AdapterSettings()
     rollout: RolloutSettings = RolloutSettings()

@@ -86,9 +86,10 @@ def train(
         if stopped():
             return
         sampled = time.perf_counter()
-        gap = check(engine, step, rollouts.sampled) if check else {}
+        gap = check(engine, step, rollouts.sampled) if check else None
         episodes = with_reference(engine, rollouts.trained) if algorithm.reward_kl else rollouts.trained
-        batches = algorithm.mini_batches(episodes, updates_per_step, controller)
+        tokens = algorithm.tokens(episodes, controller)
+        batches = algorithm.pack(episodes, tokens, updates_per_step)
         if algorithm.surrogate.correction and len(batches) > 1:
             batches = [replace(batch, old=engine.score(batch)) for batch in batches]
         updates = [engine.update(batch, algorithm.surrogate, schedule(step)) for batch in batches]
@@ -96,9 +97,9 @@ def train(
         row = summarize(rollouts, updates, sampled - started, updated - sampled)
         pooling = {"sepa_lambda": controller.strength} if controller else {}
         course = _followed(curriculum, asked, rollouts.sampled)
-        on_step(
-            step, {"step": step, "learning_rate": schedule(step), **row, **gap, **pooling, **course}, rollouts.sampled
-        )
+        measured = gap.row if gap else {}
+        facts = {"step": step, "learning_rate": schedule(step), **row, **measured, **pooling, **course}
+        on_step(step, facts, rollouts.handed_out(algorithm.credited(episodes, tokens), gap.learner if gap else {}))
 
 
 def _followed(curriculum: Curriculum | None, asked: Sequence[int], episodes: Sequence[Episode]) -> Row:

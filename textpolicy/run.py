@@ -7,6 +7,7 @@ import json
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,13 +19,16 @@ from .engine import Sampling
 from .environment.multi_turn import ToolEnv
 from .environment.text_generation import TextGenerationEnv
 from .errors import UserError
-from .evaluation import Rate, evaluate
+from .evaluation import Evaluation, Rate, evaluate
 from .loop import Schedule, train
 from .metrics import Row
 from .on_policy import OnPolicyCheck
 from .recipe import configure
+from .record import layout
+from .record.recorder import Recorder
 from .report import History, closing_table, diagnose, plot_learning
 from .rewards.scoring import Scorer
+from .sinks import Sinks
 from .tasks import Problem, Task, load_task
 from .tasks.curriculum import Curriculum, PassRateCurriculum
 from .types import Episode
@@ -57,7 +61,7 @@ def run(config: Config) -> Path:
     }
     plan = fit_memory(engine, splits, config) if config.engine == "mlx" else None
     started = time.perf_counter()
-    before = evaluate(engine, splits["test"], greedy(config)).accuracy
+    before = evaluate(engine, splits["test"], greedy(config))
     folder = claim_folder(config)
     write_setup(folder, config)
     return Run(config, folder, engine, splits, recipe).train(before, started, plan)
@@ -71,20 +75,20 @@ class Run:
     ):
         self.config, self.folder, self.engine, self.splits, self.recipe = config, folder, engine, splits, recipe
         self.history = History()
-        self.view = RunView(config.steps)
+        self.view = RunView(config.steps, quiet=config.quiet, log=folder / layout.LOG)
         self.best: tuple[Rate, int, Any] | None = None
         self.metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        self.sinks = Sinks([Recorder(folder, splits["train"].pieces), self.view])
 
-    def train(self, before: Rate, started: float, plan: Plan | None) -> Path:
-        """``before`` is the accuracy on the test problems, ``started`` when the clock began, ``plan`` what fits."""
+    def train(self, before: Evaluation, started: float, plan: Plan | None) -> Path:
+        """``before`` is the look at the test problems, ``started`` when the clock began, ``plan`` what fits."""
         config, history = self.config, self.history
-        history.before = before
-        with self.view, self.metrics:
+        with self.view, self.metrics, closing(self.sinks):
             self.view.say(f"{config.algorithm.name} on {config.task} with {config.model}; the run is in {self.folder}")
             if plan is not None and plan.shrunk:
                 self.view.say(f"made smaller to fit into memory, without effect on results: {plan}")
-            self.record_rate("test", 0, before)
-            self.view.say(f"before training: {before} of {before.total} test problems right, greedy (95% interval)")
+            history.before = rate = self.record_look("test", 0, before)
+            self.view.say(f"before training: {rate} of {rate.total} test problems right, greedy (95% interval)")
             self.validate(0)
             trained = time.perf_counter()
             train(
@@ -110,8 +114,8 @@ class Run:
 
     def on_step(self, step: int, row: Row, episodes: Sequence[Episode]) -> None:
         self.history.rows.append(row)
+        self.sinks.step(step, row, episodes)
         self.record({"kind": "train", **row})
-        self.view.step(step, row)
         done = step + 1
         self.keep_state(done)
         if done % self.config.evaluation.every == 0 or done == self.config.steps:
@@ -141,12 +145,12 @@ class Run:
         average, passed = result.average, result.pass_at(n)
         self.view.say(f"   sampled: avg@{n} {average}, pass@{n} {passed}")
         figures = {f"avg@{n}": average.value, f"pass@{n}": passed.value, "problems": average.problems}
-        self.record({"kind": "eval_sampled", "step": steps, "split": "validation", "samples": n, **figures})
+        line = {"kind": "eval_sampled", "step": steps, "split": "validation", "samples": n, **figures}
+        self.sinks.evaluated(steps, "validation", line, result.episodes)
+        self.record(line)
 
     def judge(self, split: str, steps: int) -> Rate:
-        rate = evaluate(self.engine, self.splits[split], greedy(self.config)).accuracy
-        self.record_rate(split, steps, rate)
-        return rate
+        return self.record_look(split, steps, evaluate(self.engine, self.splits[split], greedy(self.config)))
 
     def keep_best(self) -> None:
         assert self.best is not None
@@ -155,15 +159,22 @@ class Run:
         self.engine.save(self.folder / "adapter")
 
     def finish(self, train_seconds: float, seconds: float) -> None:
+        from .html_report.page import write_report
+
         plot_learning(self.history, self.folder / "learning_curve.png", self.config)
         rows = closing_table(self.history, self.folder, self.config, train_seconds, seconds)
         (self.folder / "summary.json").write_text(json.dumps(summary(self.history, train_seconds), indent=2) + "\n")
+        write_report([self.folder], self.folder / layout.REPORT)
         self.view.table("done", rows)
         for sentence in diagnose(self.history.rows):
             self.view.say(sentence)
 
-    def record_rate(self, split: str, steps: int, rate: Rate) -> None:
-        self.record({"kind": "eval", "step": steps, "split": split, "accuracy": rate.value, "problems": rate.total})
+    def record_look(self, split: str, steps: int, look: Evaluation) -> Rate:
+        rate = look.accuracy
+        row = {"kind": "eval", "step": steps, "split": split, "accuracy": rate.value, "problems": rate.total}
+        self.sinks.evaluated(steps, split, row, look.episodes)
+        self.record(row)
+        return rate
 
     def record(self, row: dict[str, Any]) -> None:
         self.metrics.write(json.dumps(row) + "\n")

@@ -22,11 +22,17 @@ class Credit:
     position: np.ndarray  # (N,) int, 0 at a completion's first token
     reward: np.ndarray  # (B,) float64, NaN where unscorable
     group: np.ndarray  # (B,) int, dense: 0..G-1
+    baseline: np.ndarray | None = None  # (B,) float64, advantages before any stage; None where they come per token
 
     @property
     def uniform(self) -> np.ndarray:
         """(B,) bool, True where the completion's group agrees on the reward."""
         return Rewards(self.reward, self.group).uniform
+
+    @property
+    def silent(self) -> np.ndarray:
+        """(B,) bool, True where that is so or the completion has no reward: it says nothing of who did better."""
+        return self.uniform | np.isnan(self.reward)
 
 
 def row_sum(values: np.ndarray, row: np.ndarray, rows: int) -> np.ndarray:

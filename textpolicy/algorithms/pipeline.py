@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..losses import Surrogate
-from ..types import Aggregation, Batch, Episode, refuse_untrainable
+from ..types import Aggregation, Batch, Credited, Episode, refuse_untrainable
 from .credit import Credit, row_sum
 from .gtpo import ShapeByEntropy
 from .length import overlong_penalty
@@ -84,14 +84,31 @@ class Algorithm:
         self, episodes: Sequence[Episode], count: int, controller: Controller | None = None
     ) -> list[Batch]:
         """``count`` batches of whole groups, credited together and normalised each on its own."""
-        tokens = self.tokens(episodes, controller)
+        return self.pack(episodes, self.tokens(episodes, controller), count)
+
+    def pack(self, episodes: Sequence[Episode], tokens: Credit, count: int = 1) -> list[Batch]:
+        """The same of ``tokens``, the credit of these episodes."""
         spread = _over_episodes(tokens.advantage, episodes)
-        kept = [_without_tokens(e) if self.mask_truncated and e.truncated else e for e in episodes]
+        kept = [_without_tokens(e) if self._mutes(e) else e for e in episodes]
         parts = np.array_split(np.arange(tokens.group.max() + 1), min(count, tokens.group.max() + 1))
         members = [np.flatnonzero(np.isin(tokens.group, part)) for part in parts]
         return [
             Batch.pack([kept[i] for i in m], [spread[i] for i in m], self.aggregation, self.length) for m in members
         ]
+
+    def credited(self, episodes: Sequence[Episode], tokens: Credit) -> list[Episode]:
+        """The episodes, each with what ``tokens``, their credit, made of it: for people to look at."""
+        assert tokens.baseline is not None  # ``tokens`` below makes it
+        advantage = np.where(tokens.silent, 0.0, tokens.baseline)
+        credit = _over_episodes(tokens.advantage, episodes)
+        planning = _over_episodes(tokens.planning, episodes)
+        return [
+            replace(e, credited=Credited(float(a), 0 * c if self._mutes(e) else c, p != 0 if self.grams else None))
+            for e, a, c, p in zip(episodes, advantage, credit, planning, strict=True)
+        ]
+
+    def _mutes(self, episode: Episode) -> bool:
+        return self.mask_truncated and episode.truncated
 
     def tokens(self, episodes: Sequence[Episode], controller: Controller | None = None) -> Credit:
         """The credit of every sampled token, and what it was made of.
@@ -107,8 +124,7 @@ class Algorithm:
             credit = replace(credit, uncertainty=pooled)
         for stage in self.stages:
             credit = stage(credit)
-        silent = credit.uniform | np.isnan(credit.reward)
-        return replace(credit, advantage=np.where(silent[credit.row], 0.0, credit.advantage))
+        return replace(credit, advantage=np.where(credit.silent[credit.row], 0.0, credit.advantage))
 
     def controller(self) -> Controller | None:
         """A fresh controller of SEPA's strength, if the recipe pools."""
@@ -124,8 +140,9 @@ class Algorithm:
         entropy = _sampled(episodes, seen) if len(seen) == len(episodes) else None
         penalty = self._penalty(episodes, surprisal)
         shaped = rewards.value + self._overlong(count) - row_sum(penalty, row, len(episodes))
+        baseline = self.baseline(Rewards(shaped, rewards.group))
         return Credit(
-            advantage=self.baseline(Rewards(shaped, rewards.group))[row],
+            advantage=baseline[row],
             uncertainty=surprisal if self.uncertainty == "surprisal" else _exact(entropy),
             entropy=entropy,
             planning=self._planning(episodes, count),
@@ -134,6 +151,7 @@ class Algorithm:
             position=np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count),
             reward=rewards.value,
             group=rewards.group,
+            baseline=baseline,
         )
 
     def _planning(self, episodes: Sequence[Episode], count: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Offline statistics over runs; nothing that trains imports them. Install: pip install 'textpolicy[analysis]'."""
 
+from ..record.reader import RecordedRun, load_run
 from .curves import CurveSummary, summarize_curve
 from .intervals import (
     Bootstrap,
@@ -58,6 +59,7 @@ __all__ = [
     "Interval",
     "Outcome",
     "Permutation",
+    "RecordedRun",
     "TTest",
     "answers_needed_per_arm",
     "answers_needed_per_arm_pooled_z",
@@ -77,6 +79,7 @@ __all__ = [
     "effective_answers",
     "fisher_test",
     "label_permutation_test",
+    "load_run",
     "mann_whitney_test",
     "mcnemar_test",
     "mean_pass_at_k",

@@ -13,7 +13,7 @@ from ..environment.base import DrivenEnv, Wanted
 from ..environment.conversation import Conversation
 from ..environment.text_generation import TextGenerationEnv
 from ..rewards.contract import Scored
-from ..types import Batch, Completion, Episode
+from ..types import Batch, Completion, Episode, over_episode
 
 
 def collect(
@@ -33,7 +33,8 @@ def collect(
     token, too.
     """
     if isinstance(env, DrivenEnv):
-        return env.play(engine, Wanted(prompts, group_size, sampling, first_group, pieces))
+        played = env.play(engine, Wanted(prompts, group_size, sampling, first_group, pieces))
+        return [replace(e, prompt_index=prompts[e.group - first_group]) for e in played]
     rollouts = [_Rollout(env.begin(i)) for i in prompts for _ in range(group_size)]
     first = engine.sample([env.prompt_ids(i).tolist() for i in prompts], group_size, sampling)
     waiting = _add(env, rollouts, [completion for members in first for completion in members])
@@ -65,6 +66,7 @@ class _Rollout:
             scores=scored.scores,
             group=group,
             prompt=env.prompt_text(done.index),
+            prompt_index=done.index,
             text=done.transcript,
             truncated=done.truncated,
             pieces=tuple(piece for turn in read for piece in env.pieces(turn.tokens)),
@@ -83,7 +85,4 @@ def with_reference(engine: Engine, episodes: Sequence[Episode]) -> list[Episode]
     """The episodes with the log-probs of the frozen reference, for a KL in the reward."""
     batch = Batch.pack(episodes, [np.zeros(len(e.tokens), np.float32) for e in episodes])
     scored = engine.score(batch, reference=True)
-    return [
-        replace(e, reference=np.append(np.float32(0), line[: len(e.tokens) - 1]))
-        for e, line in zip(episodes, scored, strict=True)
-    ]
+    return [replace(e, reference=over_episode(line, e)) for e, line in zip(episodes, scored, strict=True)]

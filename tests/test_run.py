@@ -45,6 +45,8 @@ def test_a_run_writes_its_settings_metrics_curve_and_adapter(trained):
         "learning_curve.png",
         "summary.json",
         "adapter",
+        "checkpoints",
+        ".lock",
     }
     assert json.loads((trained / "config.json").read_text())["adapter"]["rank"] == 2
     assert (trained / "learning_curve.png").read_bytes().startswith(b"\x89PNG")

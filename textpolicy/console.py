@@ -57,7 +57,7 @@ class RunView:
 
     def step(self, step: int, row: Row) -> None:
         """Progress after ``step`` (counted from 0)."""
-        if step == 0:
+        if self.progress.tasks[0].start_time is None:  # the first step, or the first after a checkpoint
             self.progress.start_task(self.bar)
         self.progress.update(self.bar, completed=step + 1, last=short_line(row))
         if not self.console.is_terminal and (step % max(1, self.steps // _LINES) == 0 or step == self.steps - 1):

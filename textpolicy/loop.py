@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .algorithms import Algorithm
+from .algorithms.pipeline import Controller
 from .engine import Engine, Sampling
 from .environment.base import DrivenEnv
 from .environment.text_generation import TextGenerationEnv
@@ -52,14 +53,21 @@ def train(
     updates_per_step: int = 1,
     check: OnPolicyCheck | None = None,
     curriculum: Curriculum | None = None,
+    controller: Controller | None = None,
+    start: int = 0,
+    stopped: Callable[[], bool] = lambda: False,
     on_step: Callable[[int, Row, Sequence[Episode]], None] = lambda step, row, episodes: None,
 ) -> None:
     """Sample, score, credit, update; ``schedule.steps`` times. ``sampling.seed`` fixes every draw.
 
-    Without a ``curriculum`` every prompt is drawn once before any is drawn again.
+    Without a ``curriculum`` every prompt is drawn once before any is drawn again. A run that goes on gives the
+    step to ``start`` with, its curriculum and its ``controller``, SEPA's. When ``stopped`` says so the loop ends
+    between two steps, or gives up the one whose rollouts it has just sampled, before anything has changed.
     """
-    controller = algorithm.controller()
-    for step in range(schedule.steps):
+    controller = controller or algorithm.controller()
+    for step in range(start, schedule.steps):
+        if stopped():
+            return
         started = time.perf_counter()
         asked: list[int] = []  # the prompt of each group of this step
 
@@ -74,6 +82,8 @@ def train(
             return collect(engine, env, prompts, group_size, drawn, first_group=first, pieces=spelled)
 
         rollouts = collect_informative(draw, algorithm.resample, algorithm.signal_of)
+        if stopped():
+            return
         sampled = time.perf_counter()
         gap = check(engine, step, rollouts.sampled) if check else {}
         episodes = with_reference(engine, rollouts.trained) if algorithm.reward_kl else rollouts.trained

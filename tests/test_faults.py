@@ -17,7 +17,6 @@ from toy_run import letters, metrics, outcome, settings, toy_task
 
 from textpolicy import run as run_module
 from textpolicy.cli import main
-from textpolicy.errors import UserError
 from textpolicy.faults import told
 from textpolicy.metrics_file import MetricsFile
 from textpolicy.mlx.engine import MLXEngine

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import UserError
@@ -60,7 +61,7 @@ def restore_training_state(
     moments = [(n.removeprefix(_OPTIMIZER), a) for n, a in arrays.items() if n.startswith(_OPTIMIZER)]
     optimizer.state = tree_unflatten(moments)
     optimizer.init(model.trainable_parameters())  # blocks that do not train have empty places
-    high, low = arrays[_RANDOM].tolist()  # type: ignore[misc]  # a (2,) array is a list of two
+    high, low = map(int, np.array(arrays[_RANDOM]))
     mx.random.seed(high << 32 | low)  # makes just this key of it
 
 

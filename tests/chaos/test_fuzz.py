@@ -8,7 +8,7 @@ import pytest
 
 HERE = os.path.dirname(__file__)
 sys.path[:0] = [HERE, *(os.path.join(HERE, "..", name) for name in ("mlx", "rewards"))]
-from fuzz import SHARES, fuzz
+from fuzz import SHARES, fuzz  # noqa: E402
 
 FEW = {"mathematics": 20, "gguf": 100, "models": 30, "adapters": 200, "config": 600, "graders": 1000}
 

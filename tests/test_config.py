@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from textpolicy.cli import main
 from textpolicy.config import Config, check_config, read_config
 from textpolicy.errors import UserError
 
@@ -85,3 +86,70 @@ def test_every_setting_says_what_it_is():
 def test_several_mistakes_are_all_named():
     with pytest.raises(UserError, match=r"'a'.*'b'"):
         check_config({"a": 1, "b": 2}, "here")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[rollout]\ntemperature = 1e-30", "rollout.temperature is 1e-30, under which log-probs are not finite"),
+        ("[rollout]\ntemperature = 1e30", "rollout.temperature is 1e+30; input should be less than or equal to 100"),
+        ("[rollout]\ntemperature = inf", "rollout.temperature is inf"),
+        ("[rollout]\nmax_episode_tokens = 4", "rollout.max_episode_tokens is 4 and rollout.max_tokens 8; set an"),
+        ("[rollout]\nprompts_per_step = 99999999999", "rollout.prompts_per_step is 99999999999; input should be less"),
+        ("[optimizer]\nlearning_rate = 2", "optimizer.learning_rate is 2; input should be less than or equal to 1"),
+        ("[optimizer]\nmax_skipped = 0", "optimizer.max_skipped is 0; input should be greater than or equal to 1"),
+        ("[optimizer]\nupdates_per_step = 17", "updates_per_step is 17 and rollout.prompts_per_step 16"),
+        ("[optimizer]\nfinal_fraction = 1.5", "optimizer.final_fraction is 1.5; input should be less than or equal"),
+        ("[checkpoint]\nkeep = 0", "checkpoint.keep is 0; input should be greater than or equal to 1"),
+        ("[checkpoint]\nevery = -1", "checkpoint.every is -1; input should be greater than or equal to 0"),
+        ("seed = -1", "seed is -1; input should be greater than or equal to 0"),
+        ("seed = 9223372036854775808", "seed is 9223372036854775808; "),
+        ('steps = "many\\nlines"', "steps is many lines; input should be a valid integer"),
+        (f'steps = "{"x" * 5000}"', "xxx...; input should be a valid integer"),
+        (f"steps = {'9' * 5000}", "is not TOML"),
+        ("rollout = 3", "rollout is 3; input should be a valid dictionary"),
+        ("a = " + "[" * 5000, "is not TOML"),
+        ("[algorithm]\nclip_low = -0.1", "algorithm.clip_low is -0.1; input should be greater than or equal to 0"),
+        ("[algorithm.kl]\ncoefficient = nan", "algorithm.kl.coefficient is nan"),
+    ],
+)
+def test_ranges_and_contradictions_are_found_in_the_file(tmp_path, text, sentence):
+    with pytest.raises(UserError) as error:
+        read_config(write(tmp_path, text))
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('[algorithm]\nname = "cispo"\nweight_low = 3\nweight_high = 2', "set 0 <= "),
+        ("[algorithm.correction]\nlevel = 'token'\nlow = 4\nhigh = 2", "the correction keeps [4.0, 2.0]; set 0 <= low"),
+        ("[algorithm]\nclip_high = 0.5\ndelta = 1.2", "delta is 1.2; set it above 1 + clip_high"),
+        ("[algorithm]\ntau_pos = 1.0", "the recipe grpo has no use for tau_pos"),
+        ('[algorithm]\nname = "bnpo"\n[algorithm.sepa]\nsteps = 4', "has no use for sepa.steps"),
+    ],
+)
+def test_contradictions_within_a_recipe_are_found_before_a_model_is_looked_for(tmp_path, capsys, text, sentence):
+    path = write(tmp_path, 'model = "./nowhere"\n' + text)
+    assert main(["train", str(path)]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_completions_beyond_the_context_are_refused_before_the_model_loads(tmp_path, capsys, monkeypatch):
+    import textpolicy.mlx.models as models
+
+    monkeypatch.setattr(models, "load_model", None)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 64}')
+    assert main(["train", f"--model={tmp_path}", "--rollout.max-tokens=65"]) == 2
+    assert "a completion has 65 tokens and the context of" in capsys.readouterr().err
+
+
+def test_a_config_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "run.toml").write_bytes(b"steps = \xff")
+    with pytest.raises(UserError, match="is not TOML"):
+        read_config(tmp_path / "run.toml")
+    with pytest.raises(UserError, match="cannot read the config"):
+        read_config(tmp_path)

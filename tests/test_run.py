@@ -52,6 +52,8 @@ def test_a_run_writes_its_settings_metrics_curve_and_adapter(trained):
         "evals",
         "report.html",
         "log.txt",
+        "checkpoints",
+        ".lock",
     }
     assert json.loads((trained / "config.json").read_text())["adapter"]["rank"] == 2
     assert (trained / "learning_curve.png").read_bytes().startswith(b"\x89PNG")

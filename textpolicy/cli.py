@@ -1,4 +1,4 @@
-"""The ``textpolicy`` command. Exit codes: 0 done, 1 a check failed, 2 the request cannot work."""
+"""The ``textpolicy`` command. Exit codes: 0 done, 1 a check failed, 2 the request cannot work, 130 and 143 a signal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import CliApp, CliPositionalArg, CliSettingsSource, SettingsError
 
 from .config import AlgorithmSettings, Section, explain, read_values
-from .errors import TextPolicyError, UserError
+from .errors import StoppedError, TextPolicyError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"there is no command {name!r}; run 'textpolicy --help' for the list")
     try:
         return COMMANDS[name](arguments)
+    except StoppedError as error:
+        _refuse(str(error))
+        return error.exit_code
     except TextPolicyError as error:
         return _refuse(str(error))
     except ModuleNotFoundError as error:
@@ -107,18 +110,22 @@ def _unrecognised(message: str, source: CliSettingsSource[Any]) -> str:
 
 
 def train(arguments: list[str]) -> int:
-    """Train a model: textpolicy train [CONFIG.toml] [--flags]."""
-    from .config import Config, check_config
+    """Train a model: textpolicy train [CONFIG.toml] [--resume RUN] [--flags]."""
+    from .config import check_config
+    from .resume import TrainArguments, run_to_resume, saved_values
 
     values: dict[str, Any] = {}
+    resume = run_to_resume(arguments)
     if arguments and not arguments[0].startswith("-"):
         path = Path(arguments.pop(0))
         values = read_values(path)
         check_config(values, str(path))
-    config = parse(Config, arguments, "train [CONFIG.toml]", **values)
+    elif resume is not None:
+        values = saved_values(resume)
+    asked = parse(TrainArguments, arguments, "train [CONFIG.toml]", **values)
     from .run import run
 
-    run(config)
+    run(asked.config, asked.allow)
     return 0
 
 

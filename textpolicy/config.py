@@ -16,7 +16,10 @@ from .losses import Estimator, RatioLevel
 from .rewards.scoring import OnFailure
 from .types import Aggregation
 
-PositiveInt = Annotated[int, Field(ge=1)]
+COLDEST = 0.01  # temperature of sampling, in training
+_LONGEST = 60  # characters of a wrong value that are shown
+PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=2**31 - 1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -37,7 +40,7 @@ class AdapterSettings(Section):
 
     kind: Literal["lora", "dora", "qlora", "full", "lora_xs", "tinylora"] = "lora"
     """docs/10_lora_qlora.md describes them."""
-    layers: Annotated[int, Field(ge=0)] | None = None
+    layers: NonNegativeInt | None = None
     """Adapt the last so many blocks; 0 adapts all."""
     modules: tuple[str, ...] | None = None
     """Adapt only these linear modules, such as q_proj,v_proj; all if not given."""
@@ -53,7 +56,7 @@ class AdapterSettings(Section):
     """qlora: weights that share a scale; 64."""
     u: PositiveInt | None = None
     """tinylora: length of the trained vector; 13."""
-    tie: Annotated[int, Field(ge=0)] | None = None
+    tie: NonNegativeInt | None = None
     """tinylora: modules that share one vector; 0, the default, is all."""
     tying: Literal["tiled", "structured"] | None = None
     """tinylora: share among neighbours, or among modules of one kind."""
@@ -100,11 +103,11 @@ class CorrectionSettings(Section):
 class SEPASettings(Section):
     """How SEPA pools the uncertainty of execution tokens, in the recipes that do; the recipe's own if not given."""
 
-    steps: Annotated[int, Field(ge=0)] | None = None
+    steps: NonNegativeInt | None = None
     """Steps of the linear ramp, from the step at which the gate opens."""
     schedule: Literal["linear", "auto"] | None = None
     """Linear, or as the variance of execution tokens falls."""
-    delay_steps: Annotated[int, Field(ge=0)] | None = None
+    delay_steps: NonNegativeInt | None = None
     """Steps before the ramp."""
     correct_rate_gate: Annotated[float, Field(ge=0, le=1)] | None = None
     """Nothing is pooled before a step has had this share of correct completions."""
@@ -145,7 +148,7 @@ class AlgorithmSettings(Section):
     """Truncated completions count in their group and teach nothing."""
     overlong_cache: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of max_tokens over which a penalty for long completions grows to 1; 0 is off."""
-    resample: Annotated[int, Field(ge=0)] | None = None
+    resample: NonNegativeInt | None = None
     """Times a step draws more prompts in place of those whose completions all got one reward."""
     uncertainty: Literal["surprisal", "entropy"] | None = None
     """What weights and pooling read: surprisal of the sampled token, or the exact entropy."""
@@ -185,7 +188,7 @@ class RolloutSettings(Section):
     """Completions of each prompt; their mean reward is the baseline, so at least 2."""
     max_tokens: PositiveInt = 8
     """Longest completion, in tokens."""
-    temperature: Positive = 1.0
+    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Of sampling; the update scores under the same one."""
     max_turns: PositiveInt = 8
     """In tasks with tools: turns of the model in an episode."""
@@ -193,6 +196,20 @@ class RolloutSettings(Section):
     """In tasks with tools: tokens of all turns and results together; max_turns x max_tokens if not given."""
     curriculum: Literal["none", "pass_rate"] = "none"
     """Draw every prompt in its turn, or more often those that are solved now and then."""
+
+    @model_validator(mode="after")
+    def _can_be_scored(self) -> Self:
+        if self.temperature < COLDEST:
+            raise ValueError(
+                f"rollout.temperature is {self.temperature:g}, under which log-probs are not finite; "
+                f"set it to {COLDEST} or more"
+            )
+        if self.max_episode_tokens is not None and self.max_episode_tokens < self.max_tokens:
+            raise ValueError(
+                f"rollout.max_episode_tokens is {self.max_episode_tokens} and rollout.max_tokens {self.max_tokens}; "
+                "set an episode to at least one completion"
+            )
+        return self
 
 
 class RewardSettings(Section):
@@ -211,9 +228,9 @@ class RewardSettings(Section):
 class OptimizerSettings(Section):
     """AdamW, with a linear warm-up and a linear decay of its learning rate."""
 
-    learning_rate: Positive | None = None
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     """Peak learning rate; if not given 0.0003, but for full 0.00002, lora_xs 0.001, tinylora 0.005."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 3
+    warmup_steps: NonNegativeInt = 3
     """Steps until the peak."""
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Learning rate of the last step, as a share of the peak."""
@@ -223,6 +240,8 @@ class OptimizerSettings(Section):
     """Optimiser steps on each step's rollouts, each on its own share of the prompts."""
     max_grad_norm: Positive = 1.0
     """Longer gradients are scaled down to this norm."""
+    max_skipped: PositiveInt = 5
+    """Steps in a row whose loss or gradient is not finite, each of them skipped, that stop the run."""
 
 
 class EvaluationSettings(Section):
@@ -230,16 +249,25 @@ class EvaluationSettings(Section):
 
     every: PositiveInt = 20
     """Steps between looks at the validation problems, which choose the adapter that is kept."""
-    problems: Annotated[int, Field(ge=0)] = 0
+    problems: NonNegativeInt = 0
     """Judge on the first so many validation and test problems; 0 for all."""
-    samples: Annotated[int, Field(ge=0)] = 0
+    samples: NonNegativeInt = 0
     """Also sample so many completions of each validation problem, as in training, for avg@n and pass@n; 0 for none."""
+
+
+class CheckpointSettings(Section):
+    """What a run that is cut short goes on from; the last step and a new best always get a checkpoint."""
+
+    every: NonNegativeInt = 0
+    """Steps between checkpoints; 0 is as often as they cost a twentieth of the time."""
+    keep: PositiveInt = 2
+    """The last so many stay, and that of the best step."""
 
 
 class OnPolicySettings(Section):
     """Whether the learner sees the distribution that was sampled, measured before an update."""
 
-    every: Annotated[int, Field(ge=0)] = 20
+    every: NonNegativeInt = 20
     """Steps between measurements, the first step included; 0 is never."""
     completions: PositiveInt = 16
     """Completions scored in one."""
@@ -250,13 +278,13 @@ class OnPolicySettings(Section):
 class MachineSettings(Section):
     """What it may use of this machine; changes speed and memory, not results."""
 
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: NonNegativeInt = 0
     """BLAS threads on a Linux CPU; 0 leaves it to OpenBLAS. On a busy machine 1 is faster."""
     micro_batch_tokens: PositiveInt = 8192
     """Padded tokens, prompts included, in one forward and backward pass; lowered where memory is short."""
     decode_rows: PositiveInt = 128
     """Completions decoded side by side; lowered where memory is short."""
-    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    checkpoint_every: NonNegativeInt = 0
     """Compute the activations of every so many-th block again instead of keeping them; 1 saves most, 0 is off."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the update's passes for shapes that come again; auto does so on a GPU only."""
@@ -269,8 +297,6 @@ class TinkerSettings(Section):
 
     base_url: str | None = None
     """Address of the server; TINKER_BASE_URL, or else the hosted service, if not given. The key is TINKER_API_KEY's."""
-    save_every: Annotated[int, Field(ge=0)] = 20
-    """Keep weights and optimiser on the server every so many steps, their path in the metrics; 0 is never."""
     resume: str | None = None
     """Begin from weights and optimiser kept there: tinker://.../weights/NAME."""
     reduction: Literal["sum", "mean"] = "sum"
@@ -290,10 +316,10 @@ class Config(Section):
     """What to learn, e.g. largest, countdown or reasoning_gym:chain_sum; `textpolicy tasks` lists them."""
     steps: PositiveInt = 64
     """Training steps."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Fixes the adapter's start, the order of problems and every sampled token."""
     output: Path | None = None
-    """Folder of the run; must not exist. If not given, a new one under runs/."""
+    """Folder of the run; one that was cut short goes on. If not given, a new one under runs/."""
     engine: Literal["mlx", "tinker"] = "mlx"
     """On this machine, or on a Tinker server, which trains a model by its name there."""
     quiet: bool = False
@@ -305,6 +331,7 @@ class Config(Section):
     optimizer: OptimizerSettings = OptimizerSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     on_policy: OnPolicySettings = OnPolicySettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
     machine: MachineSettings = MachineSettings()
     tinker: TinkerSettings = TinkerSettings()
 
@@ -353,8 +380,8 @@ def read_values(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the config {path} ({error.strerror}); check the path") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML ({error}); mend that line") from error
+    except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, of a number with thousands of digits
+        raise UserError(f"{path} is not TOML ({' '.join(str(error).split())}); mend that line") from error
 
 
 def check_config(values: dict[str, Any], source: str) -> Config:
@@ -382,7 +409,13 @@ def _explain_one(error: Any, kind: type[BaseModel]) -> str:
     if error["type"] == "missing":
         return f"{'.'.join(path)} is missing; give it"
     message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{'.'.join(path)} is {error['input']}; {message}"
+    return f"{'.'.join(path)} is {_shown(error['input'])}; {message}"
+
+
+def _shown(value: Any) -> str:
+    """On one line, and not longer than a line."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _fields_at(section: type[BaseModel], path: list[str]) -> list[str]:

@@ -79,7 +79,7 @@ class RunView:
 
     def step(self, step: int, row: Row, episodes: Sequence[Episode] = ()) -> None:
         """Progress after ``step`` (counted from 0)."""
-        if not self.rows:
+        if self.progress.tasks[0].start_time is None:  # the first step, or the first after a checkpoint
             self.progress.start_task(self.bar)
         self.rows.append(row)
         self.last = _one_of_each_group(episodes)[:_LAST] or self.last

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -71,3 +71,31 @@ class Engine(Protocol):
 
     def save(self, path: Path) -> None:
         """Write the trained adapter to the folder ``path``, whole or not at all."""
+
+
+class ResumableEngine(Engine, Protocol):
+    """What a run with checkpoints needs of an engine, too."""
+
+    def weights(self) -> Any:
+        """A copy of what is trained, or a name for it, that ``restore`` takes back."""
+
+    def restore(self, weights: Any) -> None:
+        """Put back what ``weights`` returned."""
+
+    def write_weights(self, weights: Any, folder: Path) -> None:
+        """Write what ``weights`` returned into the new folder ``folder``. Raises OSError."""
+
+    def read_weights(self, folder: Path) -> Any:
+        """What ``write_weights`` wrote, as ``weights`` returned it. Raises UserError."""
+
+    def write_state(self, folder: Path) -> None:
+        """Write all that updates change into ``folder``, so that ``read_state`` goes on bit for bit. Raises OSError."""
+
+    def read_state(self, folder: Path) -> None:
+        """Go on where ``write_state`` was called. Raises UserError, changing nothing, for what does not fit."""
+
+    packages: tuple[str, ...]  # whose versions its numbers depend on
+
+    @property
+    def platform(self) -> Mapping[str, str]:
+        """What the last bits of its numbers depend on, the versions of packages aside."""

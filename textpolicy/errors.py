@@ -14,6 +14,18 @@ class UserError(TextPolicyError, ValueError):
     """A setting, file or argument that cannot work."""
 
 
+class NotFiniteError(UserError):
+    """A loss or gradient is NaN or infinite; nothing was changed."""
+
+
+class StoppedError(TextPolicyError):
+    """A signal ended a run where it can be resumed; the message says how."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal
+
+
 class MissingDependencyError(TextPolicyError, ImportError):
     """An optional package is absent; the message carries the install line."""
 

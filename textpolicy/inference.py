@@ -188,7 +188,7 @@ def _run_config(folder: Path) -> Config:
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder} is no run folder ({path.name} cannot be read); give the folder of a run") from error
     return check_config(values, str(path))
 

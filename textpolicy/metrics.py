@@ -48,7 +48,8 @@ def merge(updates: Sequence[Mapping[str, float]]) -> Row:
     names = [name for name in moved[0] if name != "updated"]
     row = {name: (max if name.endswith("_max") else _mean)([u[name] for u in moved]) for name in names}
     memory = {name: max(u[name] for u in updates) for name in names if name.endswith("_bytes")}
-    return {**row, **memory, "updated": sum(u["updated"] for u in updates)}
+    counts = {name: sum(u[name] for u in updates) for name in ("updated", "skipped") if name in updates[0]}
+    return {**row, **memory, **counts}
 
 
 def frac_reward_zero_std(episodes: Sequence[Episode]) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .config import Config
 from .evaluation import Rate
@@ -19,9 +21,28 @@ class History:
 
     rows: list[Row] = field(default_factory=list)
     validation: list[tuple[int, Rate]] = field(default_factory=list)  # (steps done, rate)
+    best: tuple[int, Rate] | None = None  # (steps done, rate), the last of the highest
     before: Rate | None = None
     after: Rate | None = None
     kept_step: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is not in metrics.jsonl, as plain JSON values."""
+        assert self.before is not None
+        best = None if self.best is None else [self.best[0], *_counts(self.best[1])]
+        looks = [[step, *_counts(rate)] for step, rate in self.validation]
+        return {"before": _counts(self.before), "validation": looks, "best": best}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+        self.before = Rate(*state["before"])
+        self.validation = [(step, Rate(*counts)) for step, *counts in state["validation"]]
+        step, *counts = state["best"]
+        self.best = (step, Rate(*counts))
+
+
+def _counts(rate: Rate) -> list[int]:
+    return [rate.correct, rate.total]
 
 
 def closing_table(
@@ -58,11 +79,28 @@ def _memory(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 def diagnose(rows: Sequence[Row]) -> list[str]:
     """Plain words for a run in which some step, or every step, could not learn."""
-    return [*_idle(rows), *_unscorable(rows), *_unfilled(rows)]
+    return [*_idle(rows), *_skipped(rows), *_unscorable(rows), *_unfilled(rows)]
+
+
+def _skips(row: Row) -> bool:
+    """Whether nothing moved because an update was not finite; not every engine counts those."""
+    return row["updated"] == 0 and row.get("skipped", 0) > 0
+
+
+def _skipped(rows: Sequence[Row]) -> list[str]:
+    count = sum(map(_skips, rows))
+    if not count:
+        return []
+    return [f"Note: {count} of {len(rows)} steps were skipped because their loss or gradient was not finite."]
+
+
+def skipped_in_a_row(rows: Sequence[Row]) -> int:
+    """How many of the last steps were skipped."""
+    return sum(1 for _ in itertools.takewhile(_skips, reversed(rows)))
 
 
 def _idle(rows: Sequence[Row]) -> list[str]:
-    idle = [row for row in rows if row["updated"] == 0]
+    idle = [row for row in rows if row["updated"] == 0 and not _skips(row)]
     if len(idle) <= len(rows) / 3:  # a run that has learned its task agrees now and then
         return []
     rewards = [row["reward_mean"] for row in idle if "reward_mean" in row]

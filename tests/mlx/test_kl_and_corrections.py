@@ -444,8 +444,8 @@ def test_a_batch_with_a_number_that_is_none_moves_nothing_and_says_so(name, arra
     spoilt = getattr(batch, array).copy()
     spoilt[place] = value
     before = weights_of(engine.model)
-    with pytest.raises(UserError, match=r"the gradient norm is (nan|inf); nothing was updated"):
-        engine.update(replace(batch, **{array: spoilt}), how, 1e-2)
+    row = engine.update(replace(batch, **{array: spoilt}), how, 1e-2)
+    assert (row["skipped"], row["updated"]) == (1, 0)
     assert_same_weights(before, engine.model)
 
 

@@ -69,8 +69,8 @@ def test_what_it_allows_is_not_refused():
 
 
 def test_its_section_means_nothing_without_it():
-    with pytest.raises(UserError, match=r"tinker\.save_every is set and engine is mlx"):
-        check_config({"tinker": {"save_every": 3}}, "here")
+    with pytest.raises(UserError, match=r"tinker\.patience is set and engine is mlx"):
+        check_config({"tinker": {"patience": 3}}, "here")
 
 
 def test_settings_written_down_by_a_run_read_back():

@@ -51,7 +51,7 @@ def load_strategic_grams(path: str | Path) -> list[str]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"the strategic grams {path} cannot be read ({error.strerror}); check the path") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the strategic grams {path} are not JSON ({error}); mend the file") from error
     return _listed(content, f"the file {path}")
 

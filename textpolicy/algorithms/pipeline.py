@@ -17,7 +17,7 @@ from .length import overlong_penalty
 from .maxrl import MeanNormalized
 from .planning import PlanningGrams, planning_masks
 from .rewards import Rewards
-from .sepa import Pooling, pool_execution
+from .sepa import Pooling, SEPAController, pool_execution
 from .weighting import WeightByUncertainty
 
 Signal = Literal["reward", "correctness"]
@@ -126,7 +126,7 @@ class Algorithm:
             credit = stage(credit)
         return replace(credit, advantage=np.where(credit.silent[credit.row], 0.0, credit.advantage))
 
-    def controller(self) -> Controller | None:
+    def controller(self) -> SEPAController | None:
         """A fresh controller of SEPA's strength, if the recipe pools."""
         return None if self.pooling is None else self.pooling.controller()
 
@@ -212,7 +212,8 @@ def _over_episodes(values: np.ndarray, episodes: Sequence[Episode]) -> list[np.n
     out = []
     for e, part in zip(episodes, np.split(values, ends[:-1]), strict=True):
         spread = np.zeros(len(e.tokens), np.float32)
-        spread[e.mask] = part
+        with np.errstate(over="ignore"):  # what becomes infinite is refused when the batch is packed
+            spread[e.mask] = part
         out.append(spread)
     return out
 

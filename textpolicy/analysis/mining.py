@@ -136,7 +136,7 @@ def _record(line: str, where: str) -> tuple[str, float | None]:
         text, reward = record["completion"], record["reward"]
         if isinstance(text, str):
             return text, None if reward is None else float(reward)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         pass  # said below
     raise UserError(f'{where} is no record with a text "completion" and a number "reward"; give a generations.jsonl')
 

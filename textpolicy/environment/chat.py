@@ -125,6 +125,8 @@ def question(i: int, prompt: Any) -> str:
     text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
     if not text.strip():
         raise UserError(f"prompt {i} is blank; give it some text")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"prompt {i} holds half a character ({text!a:.60}); read its text as UTF-8")
     return text
 
 

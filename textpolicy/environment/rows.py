@@ -56,6 +56,8 @@ def read_rows(path: str | Path, limit: int | None = None) -> list[dict[str, Any]
         raise UserError(f"cannot read {path} ({error.strerror or error}); check the path") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it") from error
+    except csv.Error as error:
+        raise UserError(f"{path} is no sound CSV file ({error}); mend it") from error
 
 
 def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -68,7 +70,7 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
 def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"line {number} of {path} is not JSON ({error}); mend it") from error
     if not isinstance(row, dict):
         raise UserError(f"line {number} of {path} is no JSON object; write {{column: value, ...}}")

@@ -12,6 +12,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from ..config import Section
+from ..durable import write_whole
 from ..errors import UserError
 from ..record import layout
 from ..record.prompts import PromptRow, compare, halves
@@ -60,7 +61,8 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
     """The report on the runs in ``folders``. Raises UserError."""
     html = report_html(folders)
     try:
-        layout.write_whole(path, lambda file: file.write(html.encode("utf-8")))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, html)
     except OSError as error:
         raise UserError(f"cannot write the report {path} ({error.strerror}); choose another with --out") from error
 

@@ -20,6 +20,7 @@ from ..errors import UserError
 from .attach import Attached, attach, attached, detach, lora_parameters, remember, trainable, wrapped
 from .base import Base
 from .low_rank import in_the_models_type
+from .sound import load_arrays
 from .tinylora import Factors, SVDLinear
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
@@ -173,23 +174,44 @@ def read_adapter(path: str | Path) -> Saved:
     for file in (CONFIG, WEIGHTS):
         if not (path / file).is_file():
             raise UserError(f"the adapter folder {path} has no {file}; give a folder of save_adapters or mlx-lm")
-    return _saved(path, (path / CONFIG).read_text(encoding="utf-8"), _load(path / WEIGHTS)[0])
+    return _saved(path, _text(path / CONFIG), _load(path / WEIGHTS)[0])
 
 
 def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    return load_arrays(path, "save the adapter again")
+
+
+def _text(path: Path) -> str:
     try:
-        loaded: Any = mx.load(str(path), return_metadata=True)
-    except RuntimeError as error:
-        raise UserError(f"{path} is not a sound safetensors file ({error}); save the adapter again") from error
-    return loaded
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); save the adapter again") from error
 
 
 def _saved(path: Path, text: str, arrays: dict[str, mx.array]) -> Saved:
     try:
-        config = json.loads(text)
-        return Saved(path, config, arrays, _record(config[_OURS]) if _OURS in config else None)
-    except (ValueError, TypeError, KeyError) as error:
+        config = dict(json.loads(text))
+        saved = Saved(path, config, arrays, _record(config[_OURS]) if _OURS in config else None)
+        _refuse_lies(saved)
+        return saved
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise UserError(f"the {CONFIG} of {path} cannot be read ({error!r}); save the adapter again") from error
+
+
+def _refuse_lies(saved: Saved) -> None:
+    """Raise UserError for a rank or length beyond every array, for which memory would be taken before it is missed."""
+    longest = max((max(a.shape, default=0) for a in saved.arrays.values()), default=0)
+    theirs = saved.config.get("lora_parameters") or {}
+    ours = {} if saved.record is None else settings_of(saved.record.adapter)
+    for settings in (theirs, ours):
+        for name in ("rank", "u"):
+            if not saved.is_full and settings.get(name, 0) > longest:
+                raise UserError(
+                    f"the {CONFIG} of {saved.path} says {name} {settings[name]} and no array of the adapter is longer "
+                    f"than {longest}; save the adapter again"
+                )
 
 
 def _record(ours: Mapping[str, Any]) -> Attached:
@@ -215,7 +237,7 @@ def _attach_of_mlx_lm(model: nn.Module, saved: Saved) -> None:
             alpha = how["scale"] * how["rank"]
             keys = _adapted_keys(model)
             adapter = kind(layers=blocks, modules=keys, rank=how["rank"], alpha=alpha, dropout=how["dropout"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"the adapter in {saved.path} does not fit this model ({error!r}); use its own base") from error
     remember(model, Attached(adapter, base, blocks, _adapted_keys(model)))
 

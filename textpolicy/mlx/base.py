@@ -41,9 +41,9 @@ class Base:
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
-        """What ``written`` gave."""
-        shapes = tuple(tuple(s) for s in values["shapes"])
-        return cls(values["model_type"], values["blocks"], shapes, tuple(values["weights"]))
+        """What ``written`` gave. Raises ValueError, TypeError or KeyError for anything else."""
+        shapes = tuple(tuple(int(n) for n in shape) for shape in values["shapes"])
+        return cls(str(values["model_type"]), int(values["blocks"]), shapes, tuple(map(float, values["weights"])))
 
     def written(self) -> dict[str, Any]:
         """Fit for JSON."""
@@ -56,7 +56,7 @@ class Base:
         if self.shapes != other.shapes:
             return f"a {self.model_type} with weights of the shapes {self.shapes} and not {other.shapes}"
         distance = _distance(self.weights, other.weights)
-        if distance > OTHER:
+        if not distance <= OTHER:  # which not-a-number is not either
             return f"a {self.model_type} of this size with other weights"
         if distance > SAME:
             logger.warning("the base's weights are %.0f%% off those the adapter was trained on", 100 * distance)
@@ -78,5 +78,7 @@ def _distance(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     """|a - b| / |a|."""
     if not a:
         return 0.0
+    if len(a) != len(b):
+        return float("inf")
     x, y = np.array(a), np.array(b)
     return float(np.linalg.norm(x - y)) / max(float(np.linalg.norm(x)), 1e-30)

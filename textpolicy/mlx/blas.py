@@ -46,6 +46,13 @@ def set_blas_threads(n: int) -> None:
     set_threads(ctypes.c_int(n))
 
 
+def blas_threads() -> int:
+    """How many OpenBLAS threads there are; 0 where it is not loaded."""
+    if not _openblas_is_loaded():
+        return 0
+    return int(ctypes.CDLL(None).openblas_get_num_threads())
+
+
 def matmul_gflops(n: int = 512, repeats: int = 5) -> float:
     """Best rate of an (n, 576) x (576, 1536) float32 product, in GFLOP/s."""
     import mlx.core as mx

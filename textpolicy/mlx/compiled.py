@@ -35,12 +35,24 @@ class Gradients:
         self.model, self.checkpoint_every, self.compiled = model, checkpoint_every, compiled
         self.known: OrderedDict[Hashable, Callable[..., Any] | None] = OrderedDict()  # None: came once
 
+    @property
+    def seen(self) -> list[str]:
+        """Which shapes came, oldest first: a run that is resumed compiles the same ones as it would have."""
+        return [key if isinstance(key, str) else repr(key) for key in self.known]
+
+    @seen.setter
+    def seen(self, keys: Sequence[str]) -> None:
+        self.known = OrderedDict((key, None) for key in keys)
+
     def __call__(self, layout: Layout, objective: Objective) -> tuple[dict[str, mx.array], Any]:
         """Sums to report, and gradients."""
         if not self.compiled:
             return self._differentiate(layout, objective)
         wide = padded(layout, prompts=not Context(self.model).recurrent)
-        key = (objective, _signature(wide))
+        key: Hashable = (objective, _signature(wide))
+        if repr(key) in self.known:  # it came before the run was resumed
+            del self.known[repr(key)]
+            self.known[key] = None
         if key not in self.known:
             self._remember(key, None)
             return self._differentiate(layout, objective)

@@ -16,7 +16,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from ..engine import Sampling
-from ..errors import UserError
+from ..errors import NotFiniteError, UserError
 from ..losses import (
     Surrogate,
     correction_weights,
@@ -27,11 +27,13 @@ from ..losses import (
 )
 from ..types import Batch, Completion
 from . import cuda
+from .blas import blas_threads
 from .compiled import Gradients, Objective, OptimizerStep
 from .decode import decode
 from .exponentials import substitutes
 from .lora import adapters_off, save_adapter, trainable
 from .scoring import logprobs_of, micro_batches
+from .state import read_arrays, restore_training_state, training_state, write_arrays
 from .steady import Steps
 from .substitutes import substituted
 
@@ -45,6 +47,8 @@ class MLXEngine:
     of kept: none of them changes a result, only memory. ``compile`` passes and optimiser for shapes
     that come again; "auto" does so on a GPU only, because on a CPU it gains nothing.
     """
+
+    packages = ("mlx", "mlx-lm")
 
     def __init__(
         self,
@@ -112,25 +116,32 @@ class MLXEngine:
     def update(self, batch: Batch, surrogate: Surrogate, learning_rate: float) -> Mapping[str, float]:
         """One optimiser step on ``batch``; rows that cannot change the loss are skipped, exactly.
 
-        If no row is left nothing moves, not even by momentum, and ``updated`` is 0. A KL in the loss
-        needs the reference's log-probs; they are scored here if the batch does not bring them.
+        If no row is left nothing moves, not even by momentum, and ``updated`` is 0; so it is, and ``skipped``
+        1, when the loss or the gradient is not finite. A KL in the loss needs the reference's log-probs; they
+        are scored here if the batch does not bring them.
         """
         matters = (batch.weights != 0) & ((batch.advantages != 0) | (surrogate.kl is not None))
         live = np.flatnonzero(matters.any(axis=1))
         if len(live) == 0:
-            return {"loss": 0.0, "grad_norm": 0.0, "updated": 0.0, **_memory()}
+            return {**_IDLE, **_memory()}
         rows = batch.take(live)
         if surrogate.kl is not None and rows.reference is None:
             rows = replace(rows, reference=self.score(rows, reference=True))
         stats, grads = self.gradients(rows, PolicyObjective(surrogate))
-        norm = self.apply(grads, learning_rate)
-        return {"loss": stats["loss"], "grad_norm": norm, "updated": float(norm > 0), **_per_token(stats), **_memory()}
+        try:
+            norm = self.apply(grads, learning_rate) if np.isfinite(stats["loss"]) else np.nan
+        except NotFiniteError:
+            norm = np.nan
+        if np.isnan(norm):
+            return {**_IDLE, "skipped": 1.0, **_memory()}
+        moved = {"loss": stats["loss"], "grad_norm": norm, "updated": float(norm > 0), "skipped": 0.0}
+        return {**moved, **_per_token(stats), **_memory()}
 
     def apply(self, grads: Any, learning_rate: float | None = None) -> float:
-        """Clip and apply gradients; returns their norm before clipping. NaN or infinite ones are refused."""
+        """Clip and apply gradients; returns their norm before clipping. Raises NotFiniteError, with nothing changed."""
         grads, norm = self._optimizer_step.clip(grads, self.max_grad_norm)
         if not np.isfinite(norm.item()):
-            raise UserError(
+            raise NotFiniteError(
                 f"the gradient norm is {norm.item()}; nothing was updated: "
                 "lower the learning rate or check the rewards for huge values"
             )
@@ -153,6 +164,39 @@ class MLXEngine:
     def restore(self, weights: Mapping[str, mx.array]) -> None:
         """Put back what ``weights`` returned."""
         self.model.load_weights(list(weights.items()), strict=False)
+
+    def write_weights(self, weights: Mapping[str, mx.array], folder: Path) -> None:
+        """Write what ``weights`` returned into the new folder ``folder``. Raises OSError."""
+        folder.mkdir()
+        write_arrays(folder / "weights.safetensors", weights, {})
+
+    def read_weights(self, folder: Path) -> dict[str, mx.array]:
+        """What ``write_weights`` wrote. Raises UserError."""
+        return read_arrays(folder / "weights.safetensors")[0]
+
+    def write_state(self, folder: Path) -> None:
+        """Write all that updates change, and the sizes of passes, into ``folder``, bit for bit. Raises OSError."""
+        sizes = {"micro_batch_tokens": self.micro_batch_tokens, "decode_rows": self.decode_rows}
+        notes = {**sizes, "shapes_seen": self._gradients.seen}
+        write_arrays(folder / "engine.safetensors", training_state(self.model, self.optimizer), notes)
+
+    def read_state(self, folder: Path) -> None:
+        """Go on where ``write_state`` was called. Raises UserError, changing nothing, for that of another model."""
+        arrays, notes = read_arrays(folder / "engine.safetensors")
+        restore_training_state(self.model, self.optimizer, arrays, folder)
+        self.micro_batch_tokens = min(self.micro_batch_tokens, notes["micro_batch_tokens"])
+        self.decode_rows = min(self.decode_rows, notes["decode_rows"])
+        self._gradients.seen = notes["shapes_seen"]
+
+    @property
+    def platform(self) -> dict[str, str]:
+        """What the last bits of its numbers depend on, the versions of packages aside."""
+        info = mx.device_info()
+        names = [str(info[name]) for name in ("device_name", "architecture") if name in info]
+        return {"device": f"{mx.default_device()} {' '.join(names)}".strip(), "blas_threads": str(blas_threads())}
+
+
+_IDLE = {"loss": 0.0, "grad_norm": 0.0, "updated": 0.0, "skipped": 0.0}  # metrics of an update that moved nothing
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ..errors import MissingDependencyError, UserError
 from .adapter_folder import load_adapter, read_adapter
 from .cache import cache_folder
 from .gguf import convert
+from .sound import check_safetensors
 
 CONVERTER_VERSION = 1  # raise it when convert() writes something else, so that cached folders are made anew
 
@@ -172,11 +173,27 @@ def _check_folder(path: Path) -> Path:
         raise UserError(f"{path} has no config.json; give the folder of a Hugging Face or MLX model")
     if not any(path.glob("model*.safetensors")):
         raise UserError(f"{path} has no model*.safetensors; download the weights or convert them first")
-    try:
-        json.loads(config.read_text())
-    except ValueError as error:
-        raise UserError(f"{config} is not JSON ({error}); download it again") from error
+    _read_config(path)
     return path
+
+
+def context_length(name: str | Path) -> int | None:
+    """How many tokens the model called ``name`` was made for, by its config.json, which may not say."""
+    config = _read_config(find_model(name))
+    text = config.get("text_config", config)
+    length = text.get("max_position_embeddings") if isinstance(text, dict) else None
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({_first_line(error)}); download it again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds a {type(config).__name__} and no table of settings; download it again")
+    return config
 
 
 # What is in it
@@ -185,13 +202,24 @@ def _check_folder(path: Path) -> Path:
 def _load_folder(folder: Path, tokenizer_config: dict[str, Any] | None) -> tuple[nn.Module, Any]:
     import mlx_lm
 
+    _check_sizes(folder)
     try:
         loaded: Any = mlx_lm.load(str(folder), tokenizer_config=tokenizer_config, lazy=True)
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+    except Exception as error:
         raise UserError(
             f"mlx-lm cannot load {folder} ({_first_line(error)}); check its config.json and weights"
         ) from error
     return loaded
+
+
+def _check_sizes(folder: Path) -> None:
+    """Raise UserError for weights that are not as long as they say, or a config of more layers than tensors."""
+    count = 0
+    for file in sorted(folder.glob("model*.safetensors")):
+        count += check_safetensors(file, "download it again")
+    layers = _read_config(folder).get("num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers > count:
+        raise UserError(f"{folder} promises {layers!r:.40} layers with {count} tensors; download it again")
 
 
 def _settle_weights(model: nn.Module, in_float32: bool, dequantize: bool) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..durable import fill_whole
 from ..metrics import Row
 from ..types import Episode
 from . import layout
@@ -56,7 +57,8 @@ def write_completions(path: Path, table: pa.Table) -> None:
     def write(file: Any) -> None:
         pq.write_table(table, file, compression="zstd", compression_level=_ZSTD, **_SMALL)
 
-    layout.write_whole(path, write)
+    path.parent.mkdir(exist_ok=True)
+    fill_whole(path, write)
 
 
 def _facts(episodes: Sequence[Episode]) -> dict[str, Sequence[Any]]:

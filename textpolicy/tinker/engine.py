@@ -49,6 +49,9 @@ class Adam:
         )
 
 
+KEPT = "server.json"  # in a checkpoint: the path on the server
+
+
 class TinkerEngine:
     """Samples from and trains one LoRA on a Tinker server; made by ``connect``.
 
@@ -59,6 +62,8 @@ class TinkerEngine:
     aggregate; for a server that averages, ``reduction`` "mean", each datum is scaled up to cancel its average.
     A sampler is taken anew after every update, and only the newest one is used.
     """
+
+    packages = ("tinker",)
 
     def __init__(
         self,
@@ -204,6 +209,30 @@ class TinkerEngine:
         """End the session on the server, which frees what it holds there: "success", "errored" or "interrupted"."""
         self.service.close(status)
 
+    # ---- checkpoints of a run: what is here are the names of what is kept on the server
+
+    def write_weights(self, weights: str, folder: Path) -> None:
+        _write_path(folder, weights)
+
+    def read_weights(self, folder: Path) -> str:
+        return _read_path(folder)
+
+    def write_state(self, folder: Path) -> None:
+        """Keep weights and optimiser on the server. Raises ServiceError and OSError."""
+        _write_path(folder, self.save_state(self._name("step")))
+
+    def read_state(self, folder: Path) -> None:
+        """Go on with weights and optimiser as they were kept. Raises UserError, ServiceError."""
+        path = _read_path(folder)
+        with self.service.telling(f"resuming {path}"):
+            pending = self.service.client.create_training_client_from_state_with_optimizer(path)
+        self._trainer, self._sampler = self.service.wait(pending, f"resuming {path}"), None
+
+    @property
+    def platform(self) -> dict[str, str]:
+        """The model it asked for; what the server computes on is its own business."""
+        return {"device": f"Tinker service, {self.model}"}
+
     # ---- what is sent
 
     def data(self, batch: Batch) -> list[DatumArrays]:
@@ -282,6 +311,19 @@ def _trainer(service: Service, model: str, rank: int, seed: int, resume: str | N
         if resume is not None:
             return service.wait(service.client.create_training_client_from_state_with_optimizer(resume), doing)
         return service.wait(service.client.create_lora_training_client(model, rank=rank, seed=seed), doing)
+
+
+def _write_path(folder: Path, path: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / KEPT).write_text(json.dumps({"path": path}) + "\n", encoding="utf-8")
+
+
+def _read_path(folder: Path) -> str:
+    """Where the server keeps what ``_write_path`` was told."""
+    try:
+        return str(json.loads((folder / KEPT).read_text(encoding="utf-8"))["path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / KEPT} does not say where the server keeps it; remove {folder}") from error
 
 
 # ---- to the wire

@@ -1,0 +1,22 @@
+"""A few thousand executions of every target of fuzz.py; a million are in benchmarks/results/fuzz.jsonl."""
+
+import os
+import sys
+import warnings
+
+import pytest
+
+HERE = os.path.dirname(__file__)
+sys.path[:0] = [HERE, *(os.path.join(HERE, "..", name) for name in ("mlx", "rewards"))]
+from fuzz import SHARES, fuzz  # noqa: E402
+
+FEW = {"mathematics": 20, "gguf": 100, "models": 30, "adapters": 200, "config": 600, "graders": 1000}
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_what_nobody_would_write_is_read_or_refused_in_one_sentence(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of numpy and jinja on nonsense
+        row = fuzz(name, FEW.get(name, 500), first_seed=1)
+    assert row["executions"] >= FEW.get(name, 500)
+    assert 0 <= row["refused"] <= row["executions"]

@@ -1,0 +1,255 @@
+"""Runs that are cut short: what they go on from, what they refuse, and that nobody can tell afterwards."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "chaos"))
+from toy_run import metrics, outcome, settings, toy_task
+
+from textpolicy import run as run_module
+from textpolicy.cli import main
+from textpolicy.lock import RunLock
+from textpolicy.streams import restore_streams, seed_streams, streams
+from textpolicy.tasks import TASKS
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    monkeypatch.setitem(TASKS, "toy", toy_task)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return settings(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """A run in one go."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    TASKS["toy"] = toy_task
+    assert main(["train", str(config), f"--output={folder}"]) == 0
+    del TASKS["toy"]
+    return folder
+
+
+class CutError(Exception):
+    """Stands for the end of the process."""
+
+
+def cut_in(monkeypatch, step):
+    """Let the update of ``step``, counted from 0, never come back."""
+    from textpolicy.mlx.engine import MLXEngine
+
+    true, calls = MLXEngine.update, []
+
+    def update(self, *arguments):
+        calls.append(1)
+        if len(calls) == 2 * step + 2:  # the second of the two updates, so that the first has moved the weights
+            raise CutError
+        return true(self, *arguments)
+
+    monkeypatch.setattr(MLXEngine, "update", update)
+
+
+def cut_short(config, folder, step, *flags):
+    with pytest.MonkeyPatch.context() as patch:
+        cut_in(patch, step)
+        with pytest.raises(CutError):
+            main(["train", str(config), f"--output={folder}", *flags])
+
+
+def refused(capsys, *argv):
+    capsys.readouterr()
+    assert main(list(argv)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("textpolicy: ")
+    assert said.count("\n") == 1
+    return said
+
+
+def test_the_toy_run_uses_what_a_checkpoint_holds(whole):
+    steps = [row for row in metrics(whole) if row["kind"] == "train"]
+    assert len(steps) == 5
+    assert sum(row["updated"] for row in steps) >= 5
+    assert max(row["sepa_lambda"] for row in steps) > 0
+    assert len({row["curriculum_pass_rate"] for row in steps}) == 5
+
+
+@pytest.mark.parametrize("step", [0, 1, 4])
+def test_a_run_that_was_cut_short_ends_as_if_it_had_not(config, whole, tmp_path, step):
+    cut_short(config, tmp_path / "run", step)
+    random.random()  # the streams of the new process are anywhere
+    assert main(["train", str(config), f"--output={tmp_path / 'run'}"]) == 0
+    assert outcome(tmp_path / "run") == outcome(whole)
+
+
+def test_the_resume_flag_needs_neither_config_nor_flags(config, whole, tmp_path, capsys):
+    cut_short(config, tmp_path / "run", 3)
+    assert main(["train", f"--resume={tmp_path / 'run'}"]) == 0
+    assert "after 3 of 5 steps" in capsys.readouterr().out
+    assert outcome(tmp_path / "run") == outcome(whole)
+
+
+def test_a_run_cut_short_twice_and_after_its_last_step_ends_as_if_it_had_not(config, whole, tmp_path, monkeypatch):
+    cut_short(config, tmp_path / "run", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.Run, "finish", lambda *arguments: (_ for _ in ()).throw(CutError()))
+        with pytest.raises(CutError):
+            main(["train", f"--resume={tmp_path / 'run'}"])
+    assert main(["train", f"--resume={tmp_path / 'run'}"]) == 0
+    assert outcome(tmp_path / "run") == outcome(whole)
+
+
+def test_a_run_cut_short_before_its_first_checkpoint_begins_again_in_its_folder(config, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.Run, "checkpoint", lambda self: (_ for _ in ()).throw(CutError()))
+        with pytest.raises(CutError):
+            main(["train", str(config), f"--output={tmp_path / 'run'}"])
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_size > 0
+    assert main(["train", f"--resume={tmp_path / 'run'}"]) == 0
+    assert outcome(tmp_path / "run") == outcome(whole)
+
+
+def test_rows_after_the_checkpoint_and_half_a_line_are_cut_off(config, whole, tmp_path):
+    folder = tmp_path / "run"
+    cut_short(config, folder, 3)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 3}\n{"kind": "tra')
+    assert main(["train", f"--resume={folder}"]) == 0
+    assert metrics(folder) == metrics(whole)
+
+
+def test_lost_metrics_are_said_and_not_made_up(config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    cut_short(config, folder, 3)
+    (folder / "metrics.jsonl").write_text("")
+    assert "metrics.jsonl has 0 bytes and the checkpoint counts on" in refused(capsys, "train", f"--resume={folder}")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "manifest"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(config, whole, tmp_path, capsys, damage):
+    folder = tmp_path / "run"
+    cut_short(config, folder, 3)
+    newest = folder / "checkpoints" / "step-000003"
+    file = newest / ("manifest.json" if damage == "manifest" else "engine.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(data[: len(data) // 2] if damage in ("cut", "manifest") else data)
+    assert main(["train", f"--resume={folder}"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"checkpoint {newest} is not sound" in said
+    assert "going on from the one of step 2" in said
+    assert outcome(folder) == outcome(whole)
+    assert (folder / "checkpoints" / "unsound-step-000003").is_dir()
+
+
+def test_a_run_with_no_sound_checkpoint_is_refused(config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    cut_short(config, folder, 3)
+    for file in folder.glob("checkpoints/*/state.json"):
+        file.unlink()
+    said = refused(capsys, "train", f"--resume={folder}")
+    assert "it lacks state.json, nor is any other; remove" in said
+
+
+def test_the_last_checkpoints_and_that_of_the_best_step_stay(whole):
+    kept = {p.name for p in (whole / "checkpoints").iterdir()}
+    best = json.loads((whole / "summary.json").read_text())["kept_step"]
+    assert kept == {"step-000004", "step-000005", f"step-{best:06d}"}
+
+
+def test_a_changed_setting_is_refused_with_the_difference_unless_it_is_named(config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    cut_short(config, folder, 3)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    changed = ["train", f"--resume={folder}", "--optimizer.learning-rate=0.01", "--steps=7"]
+    said = refused(capsys, *changed)
+    assert "optimizer.learning_rate 0.02 -> 0.01, steps 5 -> 7" in said
+    assert "--allow optimizer.learning_rate,steps" in said
+    assert "optimizer.learning_rate 0.02 -> 0.01)" in refused(capsys, *changed, "--allow=steps")
+    assert "names 'stepz'" in refused(capsys, *changed, "--allow=stepz")
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"} == before
+    assert main([*changed, "--allow=steps,optimizer"]) == 0
+    assert json.loads((folder / "config.json").read_text())["steps"] == 7
+    assert [row["step"] for row in metrics(folder) if row["kind"] == "train"] == list(range(7))
+
+
+def test_a_finished_run_says_so_and_can_be_trained_further(config, whole, tmp_path, capsys):
+    assert "is finished, with 5 steps" in refused(capsys, "train", str(config), f"--output={whole}")
+    assert "steps is 4 and the run in" in refused(capsys, "train", f"--resume={whole}", "--steps=4", "--allow=steps")
+
+
+def test_another_platform_is_said(config, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    cut_short(config, folder, 3)
+    true = run_module.versions
+    monkeypatch.setattr(run_module, "versions", lambda engine: {**true(engine), "mlx": "0.99.0"})
+    assert main(["train", f"--resume={folder}"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "-> 0.99.0): from here on bits may differ from a run in one go" in said
+
+
+def test_two_runs_on_one_folder_are_one_too_many(config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    cut_short(config, folder, 1)
+    code = "import sys, pathlib; from textpolicy.lock import RunLock\n"
+    code += f"with RunLock(pathlib.Path({str(folder)!r})): print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert f"the process {other.pid} is at work on the run in" in refused(capsys, "train", f"--resume={folder}")
+        other.kill()
+    with RunLock(folder):  # that of a dead process is free
+        pass
+
+
+def test_a_folder_that_is_no_run_is_no_run(tmp_path, capsys):
+    assert "is no run folder" in refused(capsys, "train", f"--resume={tmp_path}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_without_a_folder_and_with_two(capsys):
+    assert "--resume" in refused(capsys, "train", "--resume")
+    assert "is for a run that goes on" in refused(capsys, "train", "--allow=steps")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_where_it_can_go_on(config, whole, tmp_path, capfd, monkeypatch, number, code):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        true = run_module.Run.on_step
+
+        def on_step(self, step, row, episodes):
+            true(self, step, row, episodes)
+            if step == 1:
+                os.kill(os.getpid(), number)
+
+        patch.setattr(run_module.Run, "on_step", on_step)
+        assert main(["train", str(config), f"--output={folder}"]) == code
+    _, err = capfd.readouterr()
+    said = err.splitlines()
+    assert said[0].startswith("textpolicy: stopping at the end of what is being computed")
+    assert said[1].startswith(f"textpolicy: stopped by {number.name} after 2 of 5 steps; go on with: textpolicy train")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert main(["train", f"--resume={folder}"]) == 0
+    assert outcome(folder) == outcome(whole)
+
+
+def test_the_shared_random_streams_go_on_where_they_were():
+    seed_streams(7)
+    random.gauss(0, 1)
+    np.random.standard_normal()
+    state = json.loads(json.dumps(streams()))
+    drawn = [random.gauss(0, 1), random.random(), *np.random.standard_normal(700)]
+    restore_streams(state)
+    assert [random.gauss(0, 1), random.random(), *np.random.standard_normal(700)] == drawn

@@ -132,7 +132,7 @@ def tinker_settings(tmp_path_factory):
     if not environment_folder().exists() and base_python() is None:
         pytest.skip("the Tinker server needs Python 3.12 or 3.13, and there is none here")
     root = tmp_path_factory.mktemp("tinker")
-    return lambda name: ServerSettings(model=tiny_model_folder(), folder=root / name, rank=TINKER_RANK, adapters=24)
+    return lambda name: ServerSettings(model=tiny_model_folder(), folder=root / name, rank=TINKER_RANK)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ FILES = [
     "docs/05_rollout_training.md",
     "docs/06_performance.md",
     "docs/10_lora_qlora.md",
+    "docs/12_tinker_gpu.md",
     "docs/algorithms.md",
     "docs/run_folder.md",
 ]

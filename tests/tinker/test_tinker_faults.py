@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from textpolicy.engine import Sampling
 from textpolicy.errors import ServiceError
 from textpolicy.tinker.engine import TinkerEngine
 from textpolicy.tinker.server import LocalServer
+from textpolicy.tinker.service import answers
 
 HOW = algorithm("grpo")
 PROMPTS = [e.tokens[~e.mask].tolist() for e in fixed_episodes()[::4]]
@@ -44,6 +46,7 @@ def now_and_then(path, before):
     }.get((name, before))
 
 
+@pytest.mark.slow
 def test_a_server_that_delays_drops_and_fails_now_and_then_changes_nothing(tinker, tinker_server):
     expected = one_step(tinker())
     with FaultyProxy(tinker_server.url, now_and_then) as proxy:
@@ -107,63 +110,38 @@ def environment(path):
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
+@pytest.mark.slow
 def test_a_server_killed_in_a_step_is_one_sentence_and_a_new_one_resumes(tinker_settings, no_tinker_account):
     settings = tinker_settings("killed")
     batch = HOW.credit(fixed_episodes(1))
-    with LocalServer(settings) as server:
-        engine = TinkerEngine.connect(server.name, rank=4, seed=3, base_url=server.url, reduction="mean", patience=1.0)
+    with started_by_the_command(settings) as (command, url):
+        engine = TinkerEngine.connect(settings.name, rank=4, seed=3, base_url=url, reduction="mean", patience=1.0)
         engine.update(batch, HOW.surrogate, 1e-2)
         state, before = engine.save_state("before"), engine.score(batch)
-        killer = threading.Timer(0.05, server.signal, [signal.SIGKILL])
+        killer = threading.Timer(0.05, command.send_signal, [signal.SIGKILL])
         killer.start()
         with pytest.raises(ServiceError) as lost:
             update_for_ever(engine, batch)
         killer.join()
     assert "resume from the last checkpoint" in str(lost.value)
     assert "\n" not in str(lost.value)
+    assert not answers(url)  # it ends with whoever started it, however that went
     with LocalServer(settings) as server:
         resumed = TinkerEngine.connect(server.name, base_url=server.url, resume=state, reduction="mean")
         np.testing.assert_array_equal(resumed.score(batch), before)
         resumed.close()
 
 
+@contextmanager
+def started_by_the_command(settings):
+    """``textpolicy tinker-server`` in a process of its own, and where it serves."""
+    flags = [f"--folder={settings.folder}", "--model=tiny", "--port=0", "--rank=4"]
+    command = [sys.executable, "-m", "textpolicy", "tinker-server", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        yield process, next(line for line in process.stdout if line.startswith("serving")).split()[3].rstrip(";")
+        process.kill()
+
+
 def update_for_ever(engine, batch):
     while True:
         engine.update(batch, HOW.surrogate, 1e-2)
-
-
-STARTER = """
-import os, signal, sys
-from pathlib import Path
-from textpolicy.tinker.server import LocalServer, ServerSettings
-
-model, folder = map(Path, sys.argv[1:])
-server = LocalServer(ServerSettings(model=model, folder=folder, rank=4, adapters=24))
-print(server.process.pid, flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def test_a_server_ends_with_the_program_that_started_it(tinker_settings, no_tinker_account, tmp_path):
-    settings = tinker_settings("orphan")
-    script = tmp_path / "starter.py"
-    script.write_text(STARTER)
-    done = subprocess.run(
-        [sys.executable, str(script), str(settings.model), str(settings.folder)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment([p for p in sys.path if p]),
-        check=False,
-    )
-    group = int(done.stdout)
-    end = time.monotonic() + 10
-    while processes_of(group) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert processes_of(group) == []
-
-
-def processes_of(group):
-    """Ids of the processes of a group that run."""
-    listed = subprocess.run(["ps", "-eo", "pgid=,pid=,stat="], capture_output=True, text=True, check=True).stdout
-    rows = [line.split() for line in listed.splitlines()]
-    return [pid for pgid, pid, state in rows if int(pgid) == group and not state.startswith("Z")]

@@ -174,6 +174,7 @@ RUN = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_has_the_same_folder_and_can_be_asked_afterwards(tinker_server, no_tinker_account, tmp_path, capsys):
     run = tmp_path / "run"
     flags = [f"--tinker.base-url={tinker_server.url}", f"--model={tinker_server.name}", f"--output={run}"]

@@ -210,7 +210,7 @@ def preflight(engine: Metered, env: TextGenerationEnv, temperature: float) -> No
 
     Raises UserError and ServiceError.
     """
-    [episode] = collect(engine, env, [0], 1, Sampling(min(8, env.max_tokens), temperature), pieces=False)
+    [episode] = collect(engine, env, [0], 1, Sampling(min(16, env.max_tokens), temperature), pieces=False)
     gap = measure(engine, [episode])
     if not gap.mean <= MAX_GAP:
         raise ServiceError(

@@ -40,6 +40,11 @@ class ServerSettings:
     sample_rows: int = 8
     session_timeout: int = 300  # seconds of silence after which a session's adapters are freed
 
+    @property
+    def name(self) -> str:
+        """What the model is called on the server."""
+        return str(self.model.resolve())
+
     def __post_init__(self) -> None:
         if not (self.model / "config.json").is_file():
             raise UserError(f"{self.model} has no config.json; give the folder of a model in the Hugging Face layout")
@@ -51,7 +56,7 @@ class LocalServer:
     def __init__(self, settings: ServerSettings, say: Callable[[str], None] = lambda line: None):
         """Starts it and waits until it answers. Raises UserError, ServiceError."""
         python = server_python(say)
-        self.name = str(settings.model.resolve())
+        self.name = settings.name
         self.port = settings.port or _free_port(settings.host)
         self.url = f"http://{settings.host}:{self.port}"
         self.log = settings.folder / "server.log"

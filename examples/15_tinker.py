@@ -1,0 +1,89 @@
+"""One script, two engines: the largest of five numbers, learned on this machine or on a Tinker server.
+
+python examples/15_tinker.py                                     on this machine, with MLX
+python examples/15_tinker.py --engine tinker --serve             on a Tinker server that it starts here
+python examples/15_tinker.py --engine tinker --model Qwen/Qwen3-4B-Instruct-2507      on the hosted service
+"""
+
+import argparse
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+
+import textpolicy as tp
+from textpolicy.algorithms import algorithm
+from textpolicy.engine import Sampling
+from textpolicy.evaluation import evaluate
+from textpolicy.loop import Schedule, train
+from textpolicy.tasks import load_task
+
+
+def here(model):
+    """An engine in this process, and its tokenizer."""
+    from textpolicy.mlx.engine import MLXEngine
+    from textpolicy.mlx.lora import attach_lora
+
+    model, tokenizer = tp.load_model(model)
+    return MLXEngine(attach_lora(model, rank=16), stop=tokenizer.eos_token_ids), tokenizer
+
+
+def there(model, server):
+    """An engine on a Tinker server: the one started here, or else TINKER_BASE_URL's, or else the hosted service."""
+    from textpolicy.tinker.engine import TinkerEngine
+
+    where = {} if server is None else {"base_url": server.url, "reduction": "mean"}  # SkyRL on JAX averages
+    engine = TinkerEngine.connect(model if server is None else server.name, rank=16, **where)
+    return engine, engine.tokenizer
+
+
+def local_server(model, folder):
+    """SkyRL's Tinker API on this machine; it ends with the program."""
+    from textpolicy.serving import served_model
+    from textpolicy.tinker.server import LocalServer, ServerSettings
+
+    return LocalServer(ServerSettings(model=served_model(model), folder=Path(folder), rank=16), say=print)
+
+
+def run(engine, tokenizer, args):
+    """From here on nothing knows where the model is."""
+    task = load_task("largest")
+
+    def environment(problems):
+        prompts, examples = [task.prompt(p.question) for p in problems], [p.example for p in problems]
+        return tp.TextGenerationEnv(prompts, task.reward, 8, tokenizer=tokenizer, examples=examples)
+
+    held_out = environment(task.test[: args.test])
+    print("before:", evaluate(engine, held_out, Sampling(8, temperature=0.0)).accuracy)
+    train(
+        engine,
+        environment(task.train),
+        algorithm("grpo"),
+        schedule=Schedule(3e-4, args.steps, warmup=min(3, args.steps), final=0.05),
+        prompts_per_step=args.prompts,
+        group_size=8,
+        sampling=Sampling(8, seed=0),
+        on_step=lambda step, row, episodes: print(f"step {step + 1}  correct {row['accuracy']:.0%}", flush=True),
+    )
+    print("after:", evaluate(engine, held_out, Sampling(8, temperature=0.0)).accuracy)
+
+
+def main(args):
+    if args.engine == "mlx":
+        run(*here(args.model), args)
+        return
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        local_server(args.model, folder) if args.serve else nullcontext() as s,
+    ):
+        engine, tokenizer = there(args.model, s)
+        run(engine, tokenizer, args)
+        engine.close()
+
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--engine", choices=["mlx", "tinker"], default="mlx")
+parser.add_argument("--model", default="smollm2-135m")
+parser.add_argument("--serve", action="store_true")
+for name, default in {"steps": 16, "prompts": 8, "test": 40}.items():
+    parser.add_argument(f"--{name}", type=int, default=default)
+main(parser.parse_args())

@@ -3,10 +3,9 @@
     .venv/bin/python benchmarks/viewer.py [--completions 100000] [--tokens 64] [--keep FOLDER]
 
 The run is made up and recorded step by step as a training run is, 128 completions a step. Then `textpolicy view` is
-started in a process of its own: seconds from its start to the first page, the computing of its process beside them (which
-other work on the machine changes less), and of each filter the median and longest of --repeats requests, the whole page
-received. A row is appended to benchmarks/results/viewer.jsonl. Aimed for: 2 s to
-open, 0.5 s to filter.
+started in a process of its own: seconds from its start to the first page, the computing of its process beside them
+(which other work on the machine changes less), and of each filter the median and longest of --repeats requests, the
+whole page received. A row is appended to benchmarks/results/viewer.jsonl. Aimed for: 2 s to open, 0.5 s to filter.
 """
 
 from __future__ import annotations

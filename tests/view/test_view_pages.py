@@ -2,6 +2,10 @@
 
 import html
 import re
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -15,6 +19,7 @@ pytest.importorskip("starlette", reason="the viewer is textpolicy[view]")
 uvicorn = pytest.importorskip("uvicorn", reason="the viewer is textpolicy[view]")
 
 from textpolicy.analysis import load_run  # noqa: E402
+from textpolicy.cli import main  # noqa: E402
 from textpolicy.errors import UserError  # noqa: E402
 from textpolicy.record.recorder import Recorder  # noqa: E402
 from textpolicy.view.drawing import COLOURINGS, draw, draw_together  # noqa: E402
@@ -279,3 +284,26 @@ def test_a_run_that_goes_on_is_seen_as_it_is_now(tmp_path):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="is no run folder"):
         make_app([tmp_path], TOKEN)
+
+
+def test_the_command_prints_an_address_that_works_until_it_is_stopped(two_runs):
+    command = [sys.executable, "-m", "textpolicy", "view", *map(str, two_runs)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as viewer:
+        address = viewer.stdout.readline().split()[0]
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/[\w-]{20,}/", address)
+        with urllib.request.urlopen(address) as answer:
+            assert count(answer.read().decode()) == STEPS * PROMPTS * SAMPLES
+        viewer.send_signal(signal.SIGINT)
+        assert viewer.wait(10) == 130
+        assert viewer.stderr.read() == "textpolicy: stopped by Ctrl-C\n"
+
+
+def test_a_port_in_use_and_a_folder_that_is_no_run_are_refused_in_a_sentence(two_runs, tmp_path, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["view", str(two_runs[0]), f"--port={port}"]) == 2
+    assert f"port {port} cannot be used (Address already in use); choose another" in capsys.readouterr().err
+    assert main(["view", str(tmp_path)]) == 2
+    assert "is no run folder" in capsys.readouterr().err

@@ -17,12 +17,13 @@ from .engine import Engine, Sampling
 from .environment.base import DrivenEnv
 from .environment.text_generation import TextGenerationEnv
 from .metrics import Row, summarize
+from .on_policy import Gap
 from .rollout.collect import collect, with_reference
 from .rollout.dynamic import collect_informative
 from .tasks.curriculum import Curriculum
 from .types import Episode
 
-Check = Callable[[Engine, int, Sequence[Episode]], Row]  # of all that a step sampled, before its update; its metrics
+Check = Callable[[Engine, int, Sequence[Episode]], Gap | None]  # of all that a step sampled, before its update
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def train(
     sampling: Sampling,
     updates_per_step: int = 1,
     check: Check | None = None,
+    on_sampled: Callable[[int, Sequence[Episode]], Row] = lambda step, episodes: {},
     curriculum: Curriculum | None = None,
     controller: Controller | None = None,
     start: int = 0,
@@ -64,6 +66,7 @@ def train(
     Without a ``curriculum`` every prompt is drawn once before any is drawn again. A run that goes on gives the
     step to ``start`` with, its curriculum and its ``controller``, SEPA's. When ``stopped`` says so the loop ends
     between two steps, or gives up the one whose rollouts it has just sampled, before anything has changed.
+    ``on_sampled`` is told of rollouts before the update, and what it says joins the step's metrics.
     """
     controller = controller or algorithm.controller()
     for step in range(start, schedule.steps):
@@ -86,6 +89,7 @@ def train(
         if stopped():
             return
         sampled = time.perf_counter()
+        told = on_sampled(step, rollouts.sampled)
         gap = check(engine, step, rollouts.sampled) if check else None
         episodes = with_reference(engine, rollouts.trained) if algorithm.reward_kl else rollouts.trained
         tokens = algorithm.tokens(episodes, controller)
@@ -98,7 +102,7 @@ def train(
         pooling = {"sepa_lambda": controller.strength} if controller else {}
         course = _followed(curriculum, asked, rollouts.sampled)
         measured = gap.row if gap else {}
-        facts = {"step": step, "learning_rate": schedule(step), **row, **measured, **pooling, **course}
+        facts = {"step": step, "learning_rate": schedule(step), **row, **told, **measured, **pooling, **course}
         on_step(step, facts, rollouts.handed_out(algorithm.credited(episodes, tokens), gap.learner if gap else {}))
 
 

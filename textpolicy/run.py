@@ -114,7 +114,8 @@ class Run:
         self.started = self.trained = time.perf_counter()  # when all of it, and training, would have begun in one go
         self.metrics = MetricsFile(folder / layout.METRICS, checkpoint.state["metrics_bytes"] if checkpoint else 0)
         layout.drop_from(folder, checkpoint.step if checkpoint else 0)
-        self.sinks = Sinks([Recorder(folder, splits["train"].pieces), self.view])
+        self.recorder = Recorder(folder, splits["train"].pieces)
+        self.sinks = Sinks([self.recorder, self.view])
 
     def begin(self, before: Evaluation, started: float, plan: Plan | None) -> Path:
         """``before`` is the look at the test problems, ``started`` when the clock began, ``plan`` what fits."""
@@ -168,6 +169,7 @@ class Run:
                 controller=self.controller,
                 start=self.done,
                 stopped=lambda: self.signal.heard,
+                on_sampled=self.on_sampled,
                 on_step=self.on_step,
             )
             if self.signal.number is not None:
@@ -177,6 +179,12 @@ class Run:
             self.history.after = self.judge("test", self.history.kept_step)
             self.finish(seconds, time.perf_counter() - self.started)
         return self.folder
+
+    def on_sampled(self, step: int, episodes: Sequence[Episode]) -> Row:
+        """What a server was paid for is on the disk before the update, which may fail; credit follows after it."""
+        if self.config.engine == "tinker":
+            self.recorder.step(step, {}, episodes)
+        return {}
 
     def on_step(self, step: int, row: Row, episodes: Sequence[Episode]) -> None:
         self.done = done = step + 1

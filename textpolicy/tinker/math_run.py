@@ -93,14 +93,14 @@ class MathRun:
             prompts_per_step=asked.batch_size,
             group_size=asked.group_size,
             sampling=Sampling(asked.max_tokens, asked.temperature, seed=asked.seed),
-            check=self.before_update,
+            on_sampled=self.before_update,
             controller=self.sepa,
             start=self.begun.step,
             stopped=lambda: self.end is not None,
             on_step=self.on_step,
         )
 
-    def before_update(self, engine: Engine, step: int, episodes: Sequence[Episode]) -> Row:
+    def before_update(self, step: int, episodes: Sequence[Episode]) -> Row:
         """Everything sampled is on the disk, and its price in the ledger, before it is learned from."""
         self.engine.sequences = 0
         self.logger.log_step(step, episodes, self.remote.tokenizer, extra_step_metrics={"condition": self.condition})

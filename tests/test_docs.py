@@ -20,6 +20,7 @@ FILES = [
     "docs/06_performance.md",
     "docs/10_lora_qlora.md",
     "docs/algorithms.md",
+    "docs/doctor.md",
 ]
 FENCE = re.compile(r"^```(\w*)$")
 

@@ -83,10 +83,11 @@ def train(
             batches = [replace(batch, old=engine.score(batch)) for batch in batches]
         updates = [engine.update(batch, algorithm.surrogate, schedule(step)) for batch in batches]
         updated = time.perf_counter()
+        change = check.after(engine, step, rollouts.sampled) if check else {}
         row = summarize(rollouts, updates, sampled - started, updated - sampled)
         pooling = {"sepa_lambda": controller.strength} if controller else {}
         course = _followed(curriculum, asked, rollouts.sampled)
-        facts = {"step": step, "learning_rate": schedule(step), **row, **gap, **pooling, **course}
+        facts = {"step": step, "learning_rate": schedule(step), **row, **gap, **change, **pooling, **course}
         on_step(step, facts, rollouts.credited(algorithm.credited(episodes, tokens)))
 
 

@@ -1,9 +1,8 @@
-"""What a finished run says for itself: the closing table, the learning curve, and why it did not learn."""
+"""What a finished run says for itself: the closing table and the learning curve."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,50 +45,6 @@ def closing_table(
         ("adapter", str(folder / "adapter")),
         ("learning curve", str(folder / "learning_curve.png")),
         ("talk to it", f'textpolicy generate --run {folder} "{load_task(config.task).test[0].question}"'),
-    ]
-
-
-def diagnose(rows: Sequence[Row]) -> list[str]:
-    """Plain words for a run in which some step, or every step, could not learn."""
-    return [*_idle(rows), *_unscorable(rows), *_unfilled(rows)]
-
-
-def _idle(rows: Sequence[Row]) -> list[str]:
-    idle = [row for row in rows if row["updated"] == 0]
-    if len(idle) <= len(rows) / 3:  # a run that has learned its task agrees now and then
-        return []
-    rewards = [row["reward_mean"] for row in idle if "reward_mean" in row]
-    cause = f"in {len(idle)} of {len(rows)} steps every group's rewards agreed{_described(rewards)}"
-    cause += ", so there was no gradient"
-    if len(idle) == len(rows):
-        return [
-            f"The adapter did not move: {cause}; use a reward that tells completions of one prompt apart, "
-            "an easier or harder task, or a larger group_size."
-        ]
-    return [f"Note: {cause} and the adapter stayed as it was; easier or harder problems would teach more."]
-
-
-def _described(rewards: Sequence[float]) -> str:
-    if not rewards:
-        return ""
-    constant = len(set(rewards)) == 1
-    return f" (mean {f'always {rewards[0]:g}' if constant else f'{min(rewards):g} to {max(rewards):g} by step'})"
-
-
-def _unscorable(rows: Sequence[Row]) -> list[str]:
-    share = sum(row["unscorable"] for row in rows) / max(len(rows), 1)
-    if not share:
-        return []
-    return [f"Note: {share:.1%} of the completions could not be scored (reward None or NaN) and taught nothing."]
-
-
-def _unfilled(rows: Sequence[Row]) -> list[str]:
-    short = sum(row["batch_full"] == 0 for row in rows)
-    if not short:
-        return []
-    return [
-        f"Note: in {short} of {len(rows)} steps too few groups disagreed even after "
-        f"{max(row['prompt_draws'] for row in rows):.0f} draws of prompts, and the step trained on fewer."
     ]
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from .algorithms import Algorithm
 from .config import Config
 from .console import RunView
+from .doctor.rules import examine
+from .doctor.words import last_lines
 from .engine import Sampling
 from .environment.multi_turn import ToolEnv
 from .environment.text_generation import TextGenerationEnv
@@ -24,7 +26,7 @@ from .metrics import Row
 from .on_policy import OnPolicyCheck
 from .recipe import configure
 from .record.recorder import Recorder
-from .report import History, closing_table, diagnose, plot_learning
+from .report import History, closing_table, plot_learning
 from .sinks import Sinks
 from .tasks import Problem, Task, load_task
 from .tasks.curriculum import Curriculum, PassRateCurriculum

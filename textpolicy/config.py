@@ -245,6 +245,21 @@ class MachineSettings(Section):
     """What MLX may take, in GB of 10^9 bytes; 80% of the machine's memory, or 90% of a GPU's, if not given."""
 
 
+class TrackingSettings(Section):
+    """Where figures go besides the run's folder; docs/trackers.md."""
+
+    to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Any of tensorboard, wandb, trackio and mlflow."""
+    project: str = "textpolicy"
+    """Project of wandb and trackio, experiment of MLflow."""
+    name: str | None = None
+    """The run's name there; that of its folder if not given."""
+    offline: bool = False
+    """wandb: keep everything in the run's folder, for `wandb sync`."""
+    uri: str | None = None
+    """MLflow: a tracking server or store; files in the run's folder if not given."""
+
+
 class Config(Section):
     """Everything that determines a training run."""
 
@@ -265,6 +280,7 @@ class Config(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     on_policy: OnPolicySettings = OnPolicySettings()
     machine: MachineSettings = MachineSettings()
+    tracking: TrackingSettings = TrackingSettings()
 
     @model_validator(mode="after")
     def _updates_fit(self) -> Self:

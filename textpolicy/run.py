@@ -30,6 +30,7 @@ from .report import History, closing_table, plot_learning
 from .sinks import Sinks
 from .tasks import Problem, Task, load_task
 from .tasks.curriculum import Curriculum, PassRateCurriculum
+from .trackers import open_trackers, require
 from .types import Episode
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def run(config: Config) -> Path:
     """
     if config.output is not None and config.output.exists():
         raise UserError(f"the output folder {config.output} exists; choose another or remove it")
+    require(config.tracking)
     task = load_task(config.task)
     config = sized(config, task)
     recipe = configure(config)
@@ -77,7 +79,7 @@ class Run:
         self.view = RunView(config.steps)
         self.best: tuple[Rate, int, Any] | None = None
         self.metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
-        self.sinks = Sinks([Recorder(folder, splits["train"].pieces)])
+        self.sinks = Sinks([Recorder(folder, splits["train"].pieces), *open_trackers(config, folder)])
 
     def train(self, before: Evaluation, started: float, plan: Plan) -> Path:
         """``before`` is the look at the test problems, ``started`` when the clock began, ``plan`` what fits."""
@@ -156,7 +158,7 @@ class Run:
         rows = closing_table(self.history, self.folder, self.config, train_seconds, seconds)
         (self.folder / "summary.json").write_text(json.dumps(summary(self.history, train_seconds), indent=2) + "\n")
         self.view.table("done", rows)
-        for sentence in diagnose(self.history.rows):
+        for sentence in last_lines(examine(self.folder)):
             self.view.say(sentence)
 
     def record_look(self, split: str, steps: int, look: Evaluation) -> Rate:

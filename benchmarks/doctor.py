@@ -2,7 +2,7 @@
 
     OPENBLAS_NUM_THREADS=1 .venv/bin/python benchmarks/doctor.py [NAME ...] [--again] [--table]
 
-A tiny model (tiny.py) trains for 40 steps, the built-in one for 10, each run in a process of its own. Rows are appended
+A tiny model (tiny.py) trains for 30 steps, the built-in one for 10, each run in a process of its own. Rows are appended
 to results/doctor.jsonl; a run that has one is skipped, unless --again says otherwise, so the whole can be stopped and
 started. --table prints the tables of docs/doctor.md.
 """
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,10 +31,10 @@ from textpolicy.tasks import TASKS, Problem, Task, load_task
 RESULTS = Path(__file__).parent / "results" / "doctor.jsonl"
 Settings = dict[str, Any]
 BASE: Settings = {
-    "steps": 40,
+    "steps": 30,
     "rollout": {"prompts_per_step": 8, "group_size": 8, "max_tokens": 8},
     "optimizer": {"warmup_steps": 3, "learning_rate": 5e-3},
-    "evaluation": {"every": 10, "problems": 100},
+    "evaluation": {"every": 10, "problems": 80},
     "on_policy": {"every": 4},
     "machine": {"threads": 1},
 }
@@ -63,7 +64,7 @@ class Case:
 Pay = Callable[[str, dict[str, Any]], float | None]
 
 
-def asked(question: Callable[[np.random.Generator], tuple[str, int]], reward: Callable[..., Any]) -> Callable[[], Task]:
+def asked(question: Callable[[np.random.Generator], tuple[str, Any]], reward: Callable[..., Any]) -> Callable[[], Task]:
     """A task of such questions; its prompts are the bare text."""
 
     def task() -> Task:
@@ -80,9 +81,8 @@ def largest(random: np.random.Generator) -> tuple[str, int]:
     return prompt, max(numbers)
 
 
-def alike(random: np.random.Generator) -> tuple[str, int]:
-    n = int(random.integers(10, 100))
-    return f"{n} {n} {n}?", n
+def easy(random: np.random.Generator) -> tuple[str, str]:
+    return tiny.question(random)[0], "any number"
 
 
 def product(random: np.random.Generator) -> tuple[str, int]:
@@ -90,12 +90,12 @@ def product(random: np.random.Generator) -> tuple[str, int]:
     return f"{a}x{b}?", a * b
 
 
-def mixed(random: np.random.Generator) -> tuple[str, int]:
-    return alike(random) if random.random() < 0.5 else product(random)
+def mixed(random: np.random.Generator) -> tuple[str, int | str]:
+    return easy(random) if random.random() < 0.5 else product(random)
 
 
 def is_right(completion: str, example: dict[str, Any]) -> bool:
-    return completion == example["answer"]
+    return completion == example["answer"] or (example["answer"] == "any number" and bare(completion) == 1)
 
 
 def bare(completion: str) -> float:
@@ -199,7 +199,7 @@ HEALTHY: dict[str, Case] = {
 BROKEN: dict[str, Case] = {
     "constant": Case("reward_constant", "every completion earns 0.25", {}, tiny_task(lambda c, e: 0.25)),
     "too-hard": Case("all_fail", "products of four-digit numbers, 1 or 0", {}, HARD),
-    "too-easy": Case("all_pass", "three times the same number", {}, asked(alike, RIGHT)),
+    "too-easy": Case("all_pass", "any number is right", {}, asked(easy, RIGHT)),
     "half-and-half": Case("groups_agree", "half of the prompts easy, half too hard", {}, asked(mixed, RIGHT)),
     "one-token": Case(
         "all_truncated", "one token for answers of two", over(rollout={"max_tokens": 1}), asked(largest, RIGHT)
@@ -285,11 +285,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--again", action="store_true", help="run what has a row already, too")
     parser.add_argument("--table", action="store_true", help="run nothing and print the table")
-    parser.add_argument("--here", metavar="FOLDER", help="train the one NAME in this process, into FOLDER")
     given = parser.parse_args()
-    if given.here:
-        train(given.names[0], Path(given.here))
-        return
     for name in () if given.table else given.names or CASES:
         if given.again or name not in latest():
             row = measure(name)
@@ -314,6 +310,23 @@ def train(name: str, folder: Path) -> None:
     runs.run(check_config({**settings, "task": "doctor", "output": folder}, name))
 
 
+def apart(work: Callable[[], None]) -> int:
+    """Do ``work`` in a fork of this process, which has imported everything and computed nothing; its exit code."""
+    import textpolicy.mlx.lora
+    import textpolicy.report
+    import textpolicy.run  # noqa: F401
+
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        work()
+        os._exit(0)
+    finally:
+        traceback.print_exc()
+        os._exit(1)
+
+
 def tiny_engine(config: Any) -> tuple[Any, Any]:
     """As ``textpolicy.run.build_engine``, with the tiny model."""
     from textpolicy.mlx.engine import MLXEngine
@@ -334,7 +347,8 @@ def measure(name: str) -> dict[str, Any]:
     case, started = CASES[name], time.perf_counter()
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "run"
-        subprocess.run([sys.executable, __file__, name, "--here", str(folder)], check=True, stdout=subprocess.DEVNULL)
+        if apart(lambda: train(name, folder)):
+            raise SystemExit(f"the run {name} failed; what it said is above")
         seconds, report = time.perf_counter() - started, examine(folder)
         summary = json.loads((folder / "summary.json").read_text())
     row = {

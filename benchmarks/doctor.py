@@ -2,9 +2,10 @@
 
     OPENBLAS_NUM_THREADS=1 .venv/bin/python benchmarks/doctor.py [NAME ...] [--again] [--table]
 
-A tiny model (tiny.py) trains for 30 steps, the built-in one for 10, each run in a process of its own. Rows are appended
+A tiny model (tiny.py) trains for 30 steps, the built-in one for 9, each run in a process of its own. Rows are appended
 to results/doctor.jsonl; a run that has one is skipped, unless --again says otherwise, so the whole can be stopped and
-started. --table prints the tables of docs/doctor.md.
+started. With --folders the run folders are kept, and those that are there are examined again instead of trained.
+--table prints the tables of docs/doctor.md.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -34,14 +36,14 @@ BASE: Settings = {
     "steps": 30,
     "rollout": {"prompts_per_step": 8, "group_size": 8, "max_tokens": 8},
     "optimizer": {"warmup_steps": 3, "learning_rate": 5e-3},
-    "evaluation": {"every": 10, "problems": 80},
+    "evaluation": {"every": 10, "problems": 150},
     "on_policy": {"every": 4},
     "machine": {"threads": 1},
 }
 EMBEDDED: Settings = {
     "model": "smollm2-135m",
-    "steps": 10,
-    "rollout": {"prompts_per_step": 6, "group_size": 6},
+    "steps": 9,
+    "rollout": {"prompts_per_step": 5, "group_size": 6},
     "optimizer": {"warmup_steps": 2, "learning_rate": 3e-4},
     "evaluation": {"every": 5, "problems": 40},
     "on_policy": {"every": 3},
@@ -70,7 +72,7 @@ def asked(question: Callable[[np.random.Generator], tuple[str, Any]], reward: Ca
     def task() -> Task:
         random = np.random.default_rng(0)
         problems = tuple(Problem(q, str(a)) for q, a in dict(question(random) for _ in range(1500)).items())
-        parts = {"test": problems[:100], "validation": problems[100:200], "train": problems[200:]}
+        parts = {"test": problems[:150], "validation": problems[150:300], "train": problems[300:]}
         return Task("doctor", "made up", prompt=lambda q: q, reward=reward, max_tokens=None, **parts)  # type: ignore[arg-type, return-value]
 
     return task
@@ -134,6 +136,20 @@ def odd_only(completion: str, example: dict[str, Any]) -> float | None:
     return None if completion[-1:] in tuple("02468") else 0.1 + 0.9 * is_right(completion, example)
 
 
+def form_and_answer() -> Task:
+    """Being right, and a fifth of that for a number alone."""
+
+    def right(prompt: str, completion: str, example: dict[str, Any], **_: Any) -> Any:
+        return RIGHT(prompt, completion, example)
+
+    def number(prompt: str, completion: str, example: dict[str, Any], **_: Any) -> float:
+        return 0.2 * bare(completion)
+
+    from textpolicy.rewards.scoring import Scorer
+
+    return asked(largest, Scorer([right, number]))()
+
+
 def two_parts(weight: float) -> Callable[[], Task]:
     """Being right, and so much times the number itself."""
 
@@ -189,7 +205,7 @@ HEALTHY: dict[str, Case] = {
     "dora": Case("", "another adapter", over(adapter={"kind": "dora"}), GRADED_TASK),
     "two-updates": Case("", "two updates per step", over(optimizer={"updates_per_step": 2}), GRADED_TASK),
     "kl": Case("", "a KL in the loss", over(algorithm={"kl": {"coefficient": 0.02}}), GRADED_TASK),
-    "two-rewards": Case("", "two rewards of one scale", {}, two_parts(0.005)),
+    "form-and-answer": Case("", "two rewards, for the answer and its form", {}, form_and_answer),
     "one-or-nothing": Case("", "1 for right answers, else 0", {}, asked(largest, RIGHT)),
     "curriculum": Case("", "prompts by pass rate", over(rollout={"curriculum": "pass_rate"}), GRADED_TASK),
     "smollm2-largest": Case("", "the built-in model and task, GRPO", small(), embedded()),
@@ -204,8 +220,11 @@ BROKEN: dict[str, Case] = {
     "one-token": Case(
         "all_truncated", "one token for answers of two", over(rollout={"max_tokens": 1}), asked(largest, RIGHT)
     ),
+    "prompt-only": Case(
+        "no_gradient", "the reward looks at the prompt alone", {}, tiny_task(lambda c, e: int(e["answer"]) / 100)
+    ),
     "all-masked": Case(
-        "no_gradient",
+        "stop_never_learned",
         "two tokens, so none is left to stop with, and truncated completions masked",
         over(rollout={"max_tokens": 2}, algorithm={"mask_truncated": True}),
         tiny_task(lambda c, e: float(c[:1] == e["answer"][:1])),
@@ -234,6 +253,10 @@ BROKEN: dict[str, Case] = {
         over(rollout={"max_tokens": 60}),
         tiny_task(lambda c, e: c.count("ha") / 30),
     ),
+    "two-rewards": Case(
+        "held_out_falls", "right (0 or 1) plus a 200th of the number; meant to be healthy", {}, two_parts(0.005)
+    ),
+    "colder": Case("entropy_collapse", "temperature 0.01", over(rollout={"temperature": 0.01}), asked(largest, RIGHT)),
     "cold": Case("entropy_collapse", "temperature 0.05", over(rollout={"temperature": 0.05}), asked(largest, RIGHT)),
     "form-only": Case("format_without_answers", "products, and 0.1 for any number", {}, asked(product, GRADED)),
     "unlike-scales": Case("one_part_dominates", "right (0 or 1) plus the number itself (0 to 99)", {}, two_parts(1.0)),
@@ -285,10 +308,11 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--again", action="store_true", help="run what has a row already, too")
     parser.add_argument("--table", action="store_true", help="run nothing and print the table")
+    parser.add_argument("--folders", type=Path, default=Path(tempfile.mkdtemp()), help="where the run folders stay")
     given = parser.parse_args()
     for name in () if given.table else given.names or CASES:
         if given.again or name not in latest():
-            row = measure(name)
+            row = measure(name, given.folders)
             print(
                 f"{name}: expected {row['expected'] or 'nothing'}, found {', '.join(row['found']) or 'nothing'}",
                 flush=True,
@@ -340,17 +364,18 @@ def tiny_engine(config: Any) -> tuple[Any, Any]:
     ), tokenizer
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Train ``name`` and examine its folder; its row is written before it is returned."""
+def measure(name: str, folders: Path) -> dict[str, Any]:
+    """Train ``name``, unless its folder is there, and examine it; its row is written before it is returned."""
     from textpolicy.doctor import examine
 
-    case, started = CASES[name], time.perf_counter()
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent) / "run"
+    case, folder = CASES[name], folders / name
+    if not (folder / "summary.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        started = time.perf_counter()
         if apart(lambda: train(name, folder)):
             raise SystemExit(f"the run {name} failed; what it said is above")
-        seconds, report = time.perf_counter() - started, examine(folder)
-        summary = json.loads((folder / "summary.json").read_text())
+        (folder / "seconds").write_text(str(time.perf_counter() - started))
+    report, summary = examine(folder), json.loads((folder / "summary.json").read_text())
     row = {
         "benchmark": "doctor",
         "name": name,
@@ -363,7 +388,7 @@ def measure(name: str) -> dict[str, Any]:
         "steps": report.steps,
         "test_before": summary["test_before"],
         "test_after": summary["test_after"],
-        "seconds": seconds,
+        "seconds": float((folder / "seconds").read_text()),
         **describe(),
     }
     with RESULTS.open("a", encoding="utf-8") as file:

@@ -66,7 +66,7 @@ def falls(to):
 def facts(rows=None, episodes=None, looks=(), **settings):
     given = rows if rows is not None else globals()["rows"]()
     recorded = Completions.of([(STEPS - 1, various() if episodes is None else episodes)])
-    return Facts(given, looks, recorded, Settings(**settings))
+    return Facts(given, looks, recorded, settings=Settings(**settings))
 
 
 def looks(*right, total=100):
@@ -102,6 +102,11 @@ def two_rewards(weight):
     ]  # fmt: skip
 
 
+DECIDED = Facts(  # by the end nobody is bare any more
+    rows(),
+    completions=Completions.of([(STEPS - 1, [episode(f"{i}", 1.0, i, right=1.0, bare=0.0) for i in range(8)])]),
+    early=Completions.of([(0, two_rewards(0.01))]),
+)
 SEVERAL = {"updates_per_step": 4}
 TRIGGERS = {
     "no_gradient": [
@@ -138,7 +143,7 @@ TRIGGERS = {
         facts(rows(entropy=0.02, frac_reward_zero_std=0.6, accuracy=0.5)),  # sure from the first step
     ],
     "format_without_answers": [facts(rows(accuracy=lambda s: 0.02 * (s % 2), reward_mean=0.09), FORM)],
-    "one_part_dominates": [facts(episodes=two_rewards(0.01))],
+    "one_part_dominates": [facts(episodes=two_rewards(0.01)), DECIDED],
     "on_policy_gap": [facts(rows(on_policy_gap_mean=0.2), max_gap=1.0)],
     "clips_most": [facts(rows(clip_fraction_low=0.3, clip_fraction_high=0.3), **SEVERAL)],
     "clips_nothing": [facts(rows(sampler_kl=1e-7), **SEVERAL)],

@@ -132,6 +132,7 @@ class Facts:
     rows: Sequence[Row]  # of the training steps, in order
     looks: Sequence[Look] = ()
     completions: Completions | None = None  # of the last third of the steps; None where nobody recorded them
+    early: Completions | None = None  # the same of the first third
     settings: Settings = Settings()
 
     @property
@@ -181,7 +182,10 @@ def read_facts(folder: Path | str) -> Facts:
     run = load_run(folder)
     rows = [_figures(row) for row in run.rows if row["kind"] == "train"]
     looks = [_look(row) for row in run.rows if row["kind"] == "eval"]
-    return Facts(rows, looks, _completions(run, rows), Settings.of(run.config))
+    if not rows or not layout.parquet_files(run.folder / layout.ROLLOUTS):
+        return Facts(rows, looks, settings=Settings.of(run.config))
+    late, early = _completions(run, Facts(rows).ending), _completions(run, Facts(rows).beginning)
+    return Facts(rows, looks, late, early, Settings.of(run.config))
 
 
 def _figures(row: Mapping[str, Any]) -> Row:
@@ -192,12 +196,9 @@ def _look(row: Mapping[str, Any]) -> Look:
     return Look(row["step"], row["split"], round(row["accuracy"] * row["problems"]), row["problems"])
 
 
-def _completions(run: RecordedRun, rows: Sequence[Row]) -> Completions | None:
-    files = layout.parquet_files(run.folder / layout.ROLLOUTS)
-    if not files or not rows:
-        return None
+def _completions(run: RecordedRun, rows: Sequence[Row]) -> Completions:
+    """Those of the steps of ``rows``."""
     import pyarrow.compute as pc
 
-    ending = Facts(rows).ending
-    step, first, last = pc.field("step"), int(ending[0]["step"]), int(ending[-1]["step"])
+    step, first, last = pc.field("step"), int(rows[0]["step"]), int(rows[-1]["step"])
     return Completions.of_table(run.read(layout.ROLLOUTS, _COLUMNS, (step >= first) & (step <= last)))

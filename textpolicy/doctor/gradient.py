@@ -89,14 +89,15 @@ def reward_constant(facts: Facts) -> Finding | None:
 
 
 def groups_agree(facts: Facts) -> Finding | None:
-    """Groups agree for no one reason: some prompts are always solved, others never."""
+    """Groups agree though completions are neither all right nor all wrong."""
     return _agreement(
         facts,
         "mixed",
         "groups_agree",
-        "though the groups differ from one another: some prompts are always solved, others never",
+        "though completions are neither all right nor all wrong: a prompt is always solved or never, "
+        "or the reward does not tell its completions apart",
         "draw prompts that are solved now and then (rollout.curriculum = 'pass_rate', or algorithm.resample), "
-        "or raise rollout.group_size",
+        "raise rollout.group_size, or compare the rewards of a right and a wrong completion",
     )
 
 

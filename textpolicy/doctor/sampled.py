@@ -84,9 +84,10 @@ def empty_completions(facts: Facts) -> Finding | None:
     if share <= EMPTY:
         return None
     reward = _mean(found.reward[empty])
+    others = "" if empty.all() else f" (the others {_mean(found.reward[~empty]):.2g})"
     what = (
         f"{share:.0%} of the completions of the last {facts.third} steps are empty, "
-        f"and earn a mean reward of {reward:.2g} (the others {_mean(found.reward[~empty]):.2g})."
+        f"and earn a mean reward of {reward:.2g}{others}."
     )
     change = "let the reward give nothing for an empty completion, and see that the prompt ends where an answer begins"
     return Finding("empty_completions", what, change, {"empty": share, "reward_mean": reward}, found.examples(empty))
@@ -151,7 +152,7 @@ def format_without_answers(facts: Facts) -> Finding | None:
 
 def one_part_dominates(facts: Facts) -> Finding | None:
     """Of several rewards one decides, though groups disagree in another."""
-    found = _recorded(facts)
+    found = facts.early or _recorded(facts)  # by the end, what decides alone has decided
     spread = _spreads(found)
     if len(spread) < 2:
         return None
@@ -168,7 +169,7 @@ def one_part_dominates(facts: Facts) -> Finding | None:
     )
     change = f"bring the rewards to one scale, or give {' and '.join(faint)} more weight"
     evidence = {f"spread/{name}": size for name, size in spread.items()}
-    return Finding("one_part_dominates", what, change, evidence, _all(facts))
+    return Finding("one_part_dominates", what, change, evidence, found.examples(np.ones(len(found), bool)))
 
 
 # ---- what they count

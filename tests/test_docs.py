@@ -22,6 +22,7 @@ FILES = [
     "docs/12_tinker_gpu.md",
     "docs/algorithms.md",
     "docs/run_folder.md",
+    "docs/doctor.md",
 ]
 FENCE = re.compile(r"^```(\w*)$")
 

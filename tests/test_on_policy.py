@@ -58,6 +58,13 @@ def test_the_gap_is_a_metric_from_step_0_on_and_tiny(temperature):
     assert 0 <= rows[0]["on_policy_kl"] < 1e-6
 
 
+def test_how_far_a_step_moved_the_policy_is_a_metric_of_the_same_steps():
+    rows = run(OnPolicyCheck(every=3))
+    assert ["update_logprob_change" in row for row in rows] == [True, False, False, True]
+    assert all(row["update_logprob_change"] > 10 * row["on_policy_gap_mean"] for row in rows[::3] if row["updated"])
+    assert all(row["update_kl"] > 0 for row in rows[::3])
+
+
 def test_it_may_be_off():
     assert not any("on_policy_gap_mean" in row for row in run(OnPolicyCheck(every=0)))
 

@@ -14,7 +14,6 @@ from textpolicy.analysis import load_run
 from textpolicy.cli import main
 from textpolicy.config import Config
 from textpolicy.errors import UserError
-from textpolicy.report import diagnose
 from textpolicy.run import claim_folder, sized
 from textpolicy.tasks import TASKS, load_task
 
@@ -222,14 +221,6 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot make the output folder"):
         claim_folder(Config(output=tmp_path / "file" / "run"))
-
-
-def test_a_run_that_often_could_not_learn_says_how_often():
-    every = {"unscorable": 0, "batch_full": 1}
-    idle, busy = {"updated": 0, "reward_mean": 0.5, **every}, {"updated": 1, "reward_mean": 0.7, **every}
-    [sentence] = diagnose([idle, busy])
-    assert "in 1 of 2 steps every group's rewards agreed (mean always 0.5)" in sentence
-    assert diagnose([idle, busy, busy, busy]) == []
 
 
 def test_a_constant_reward_moves_nothing_and_the_run_says_so(tmp_path, monkeypatch, capsys):

@@ -170,6 +170,26 @@ def tell(arguments: list[str]) -> int:
     return 0
 
 
+class DoctorArguments(Section):
+    """Say what is wrong with a run, and what to change; exit code 1 if anything is."""
+
+    run: CliPositionalArg[Path]
+    """Folder of the run, finished or not."""
+    as_json: bool = Field(False, alias="json")
+    """Print JSON, for a program to read."""
+
+
+def doctor(arguments: list[str]) -> int:
+    """Say what is wrong with a run, and what to change: textpolicy doctor RUN [--json]."""
+    from .doctor import examine
+    from .doctor.words import as_json, full
+
+    asked = parse(DoctorArguments, arguments, "doctor")
+    report = examine(asked.run)
+    print(as_json(report) if asked.as_json else full(report, str(asked.run)))
+    return 1 if report.findings else 0
+
+
 def validate(arguments: list[str]) -> int:
     """Check this installation: textpolicy validate [--json]."""
     from .validate import main as check
@@ -340,6 +360,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "view": view,
     "report": tell,
     "export": leave,
+    "doctor": doctor,
     "validate": validate,
     "algorithms": algorithms,
     "tasks": tasks,

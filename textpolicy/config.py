@@ -307,6 +307,21 @@ class TinkerSettings(Section):
     """Seconds without an answer after which the server counts as gone."""
 
 
+class TrackingSettings(Section):
+    """Where figures go besides the run's folder; docs/trackers.md."""
+
+    to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Any of tensorboard, wandb, trackio and mlflow."""
+    project: str = "textpolicy"
+    """Project of wandb and trackio, experiment of MLflow."""
+    name: str | None = None
+    """The run's name there; that of its folder if not given."""
+    offline: bool = False
+    """wandb: keep everything in the run's folder, for `wandb sync`."""
+    uri: str | None = None
+    """MLflow: a tracking server or store; files in the run's folder if not given."""
+
+
 class Config(Section):
     """Everything that determines a training run."""
 
@@ -334,6 +349,7 @@ class Config(Section):
     checkpoint: CheckpointSettings = CheckpointSettings()
     machine: MachineSettings = MachineSettings()
     tinker: TinkerSettings = TinkerSettings()
+    tracking: TrackingSettings = TrackingSettings()
 
     @model_validator(mode="after")
     def _updates_fit(self) -> Self:

@@ -17,13 +17,11 @@ from .engine import Engine, Sampling
 from .environment.base import DrivenEnv
 from .environment.text_generation import TextGenerationEnv
 from .metrics import Row, summarize
-from .on_policy import Gap
+from .on_policy import OnPolicyCheck
 from .rollout.collect import collect, with_reference
 from .rollout.dynamic import collect_informative
 from .tasks.curriculum import Curriculum
 from .types import Episode
-
-Check = Callable[[Engine, int, Sequence[Episode]], Gap | None]  # of all that a step sampled, before its update
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def train(
     group_size: int,
     sampling: Sampling,
     updates_per_step: int = 1,
-    check: Check | None = None,
+    check: OnPolicyCheck | None = None,
     on_sampled: Callable[[int, Sequence[Episode]], Row] = lambda step, episodes: {},
     curriculum: Curriculum | None = None,
     controller: Controller | None = None,
@@ -98,11 +96,21 @@ def train(
             batches = [replace(batch, old=engine.score(batch)) for batch in batches]
         updates = [engine.update(batch, algorithm.surrogate, schedule(step)) for batch in batches]
         updated = time.perf_counter()
+        change = check.after(engine, step, rollouts.sampled) if check else {}
         row = summarize(rollouts, updates, sampled - started, updated - sampled)
         pooling = {"sepa_lambda": controller.strength} if controller else {}
         course = _followed(curriculum, asked, rollouts.sampled)
         measured = gap.row if gap else {}
-        facts = {"step": step, "learning_rate": schedule(step), **row, **told, **measured, **pooling, **course}
+        facts = {
+            "step": step,
+            "learning_rate": schedule(step),
+            **row,
+            **told,
+            **measured,
+            **change,
+            **pooling,
+            **course,
+        }
         on_step(step, facts, rollouts.handed_out(algorithm.credited(episodes, tokens), gap.learner if gap else {}))
 
 

@@ -72,6 +72,13 @@ class OnPolicyCheck:
             )
         return gap
 
+    def after(self, engine: Engine, step: int, episodes: Sequence[Episode]) -> Row:
+        """Metrics of how far the step's updates moved the policy from what it sampled; in the same steps as above."""
+        if not self.every or step % self.every:
+            return {}
+        change = measure(engine, episodes, self.completions)
+        return {"update_logprob_change": change.mean, "update_kl": change.kl}
+
 
 def _reason(episodes: Sequence[Episode]) -> str:
     """Where to look first."""

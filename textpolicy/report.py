@@ -1,4 +1,4 @@
-"""What a finished run says for itself: the closing table, the learning curve, and why it did not learn."""
+"""What a finished run says for itself: the closing table and the learning curve."""
 
 from __future__ import annotations
 
@@ -77,65 +77,10 @@ def _memory(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [("peak memory", f"{max(peaks) / 1e9:.2f} GB in MLX arrays")] if peaks else []
 
 
-def diagnose(rows: Sequence[Row]) -> list[str]:
-    """Plain words for a run in which some step, or every step, could not learn."""
-    return [*_idle(rows), *_skipped(rows), *_unscorable(rows), *_unfilled(rows)]
-
-
-def _skips(row: Row) -> bool:
-    """Whether nothing moved because an update was not finite; not every engine counts those."""
-    return row["updated"] == 0 and row.get("skipped", 0) > 0
-
-
-def _skipped(rows: Sequence[Row]) -> list[str]:
-    count = sum(map(_skips, rows))
-    if not count:
-        return []
-    return [f"Note: {count} of {len(rows)} steps were skipped because their loss or gradient was not finite."]
-
-
 def skipped_in_a_row(rows: Sequence[Row]) -> int:
-    """How many of the last steps were skipped."""
-    return sum(1 for _ in itertools.takewhile(_skips, reversed(rows)))
-
-
-def _idle(rows: Sequence[Row]) -> list[str]:
-    idle = [row for row in rows if row["updated"] == 0 and not _skips(row)]
-    if len(idle) <= len(rows) / 3:  # a run that has learned its task agrees now and then
-        return []
-    rewards = [row["reward_mean"] for row in idle if "reward_mean" in row]
-    cause = f"in {len(idle)} of {len(rows)} steps every group's rewards agreed{_described(rewards)}"
-    cause += ", so there was no gradient"
-    if len(idle) == len(rows):
-        return [
-            f"The adapter did not move: {cause}; use a reward that tells completions of one prompt apart, "
-            "an easier or harder task, or a larger group_size."
-        ]
-    return [f"Note: {cause} and the adapter stayed as it was; easier or harder problems would teach more."]
-
-
-def _described(rewards: Sequence[float]) -> str:
-    if not rewards:
-        return ""
-    constant = len(set(rewards)) == 1
-    return f" (mean {f'always {rewards[0]:g}' if constant else f'{min(rewards):g} to {max(rewards):g} by step'})"
-
-
-def _unscorable(rows: Sequence[Row]) -> list[str]:
-    share = sum(row["unscorable"] for row in rows) / max(len(rows), 1)
-    if not share:
-        return []
-    return [f"Note: {share:.1%} of the completions could not be scored (reward None or NaN) and taught nothing."]
-
-
-def _unfilled(rows: Sequence[Row]) -> list[str]:
-    short = sum(row["batch_full"] == 0 for row in rows)
-    if not short:
-        return []
-    return [
-        f"Note: in {short} of {len(rows)} steps too few groups disagreed even after "
-        f"{max(row['prompt_draws'] for row in rows):.0f} draws of prompts, and the step trained on fewer."
-    ]
+    """How many of the last steps moved nothing because an update was not finite; not every engine counts those."""
+    skips = (row["updated"] == 0 and row.get("skipped", 0) > 0 for row in reversed(rows))
+    return sum(1 for _ in itertools.takewhile(bool, skips))
 
 
 def plot_learning(history: History, path: Path, config: Config) -> None:

@@ -18,6 +18,8 @@ from .algorithms import Algorithm
 from .checkpoint import Checkpoint, Checkpoints, Pace, link_tree
 from .config import Config
 from .console import RunView
+from .doctor.rules import examine
+from .doctor.words import last_lines
 from .durable import sync_tree, write_whole
 from .engine import ResumableEngine, Sampling
 from .environment.multi_turn import ToolEnv
@@ -34,13 +36,14 @@ from .on_policy import OnPolicyCheck
 from .recipe import configure
 from .record import layout
 from .record.recorder import Recorder
-from .report import History, closing_table, diagnose, plot_learning, skipped_in_a_row
+from .report import History, closing_table, plot_learning, skipped_in_a_row
 from .resume import CHECKPOINTS, changed_versions, reopen
 from .rewards.scoring import Scorer
 from .sinks import Sinks
 from .streams import restore_streams, seed_streams, streams
 from .tasks import Problem, Task, load_task
 from .tasks.curriculum import Curriculum, PassRateCurriculum
+from .trackers import open_trackers, require
 from .types import Episode
 
 if TYPE_CHECKING:
@@ -59,6 +62,7 @@ def run(config: Config, allow: Sequence[str] = ()) -> Path:
     bit, from its last checkpoint; ``allow`` names the settings that may then differ. Raises UserError, and
     StoppedError after a signal.
     """
+    require(config.tracking)
     task = scored(load_task(config.task), config)
     config = sized(config, task)
     recipe = configure(config)
@@ -115,7 +119,7 @@ class Run:
         self.metrics = MetricsFile(folder / layout.METRICS, checkpoint.state["metrics_bytes"] if checkpoint else 0)
         layout.drop_from(folder, checkpoint.step if checkpoint else 0)
         self.recorder = Recorder(folder, splits["train"].pieces)
-        self.sinks = Sinks([self.recorder, self.view])
+        self.sinks = Sinks([self.recorder, self.view, *open_trackers(config, folder)])
 
     def begin(self, before: Evaluation, started: float, plan: Plan | None) -> Path:
         """``before`` is the look at the test problems, ``started`` when the clock began, ``plan`` what fits."""
@@ -242,7 +246,7 @@ class Run:
         write_whole(self.folder / layout.SUMMARY, json.dumps(summary(self.history, train_seconds), indent=2) + "\n")
         write_report([self.folder], self.folder / layout.REPORT)
         self.view.table("done", rows)
-        for sentence in diagnose(self.history.rows):
+        for sentence in last_lines(examine(self.folder)):
             self.view.say(sentence)
 
     def record_look(self, split: str, steps: int, look: Evaluation) -> Rate:

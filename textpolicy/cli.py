@@ -298,6 +298,13 @@ def _task_lines(name: str, show: int) -> list[str]:
     return lines
 
 
+def campaign(arguments: list[str]) -> int:
+    """Plan, run and judge arms x seeds: textpolicy campaign plan|run|status|analyze|report."""
+    from .campaign.commands import main as command
+
+    return command(arguments)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "generate": ask,
@@ -306,4 +313,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "validate": validate,
     "algorithms": algorithms,
     "tasks": tasks,
+    "campaign": campaign,
 }

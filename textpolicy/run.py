@@ -135,9 +135,9 @@ class Run:
         self.record({"kind": "eval_sampled", "step": steps, "split": "validation", "samples": n, **figures})
 
     def judge(self, split: str, steps: int) -> Rate:
-        rate = evaluate(self.engine, self.splits[split], greedy(self.config)).accuracy
-        self.record_rate(split, steps, rate)
-        return rate
+        found = evaluate(self.engine, self.splits[split], greedy(self.config))
+        self.record_rate(split, steps, found.accuracy, solved=found.solved)
+        return found.accuracy
 
     def keep_best(self) -> None:
         assert self.best is not None
@@ -153,8 +153,9 @@ class Run:
         for sentence in diagnose(self.history.rows):
             self.view.say(sentence)
 
-    def record_rate(self, split: str, steps: int, rate: Rate) -> None:
-        self.record({"kind": "eval", "step": steps, "split": split, "accuracy": rate.value, "problems": rate.total})
+    def record_rate(self, split: str, steps: int, rate: Rate, **more: str) -> None:
+        look = {"step": steps, "split": split, "accuracy": rate.value, "problems": rate.total}
+        self.record({"kind": "eval", **look, **more})
 
     def record(self, row: dict[str, Any]) -> None:
         self.metrics.write(json.dumps(row) + "\n")

@@ -125,6 +125,24 @@ def test_six_equal_pairs_stop_and_nothing_takes_it_back():
     assert analysis.anytime_test([0.0], [0.0]).e == (1.0,)
 
 
+def test_the_interval_at_every_look_holds_the_shifts_that_no_look_rejected():
+    d = np.random.default_rng(5).normal(0.5, 1, 14)
+    found = analysis.anytime_interval(d)
+    assert found.low < found.estimate < found.high
+    for shift in (found.low, found.high):
+        outward = 1.05 * (shift - np.median(d)) + np.median(d)
+        assert analysis.anytime_test(np.zeros(14), d - shift).stopped is None
+        assert analysis.anytime_test(np.zeros(14), d - outward).stopped is not None
+    fixed = analysis.sign_flip_interval(d)
+    assert found.low < fixed.low < fixed.high < found.high
+
+
+def test_six_pairs_can_bound_the_interval_and_five_cannot():
+    assert np.isfinite(analysis.anytime_interval([0.1, 0.12, 0.11, 0.1, 0.12, 0.11]).low)
+    assert analysis.anytime_interval([0.1, 0.12, 0.11, 0.1, 0.12]).low == -inf
+    assert analysis.anytime_interval([0.1] * 7).high == pytest.approx(0.1, abs=1e-3)
+
+
 def test_looking_costs_seeds():
     assert analysis.pairs_needed_by_anytime(1.0) > analysis.pairs_needed_by_sign_flips(1.0)
     assert analysis.pairs_needed_by_anytime(0.01) is None

@@ -64,7 +64,7 @@ from .sepa_significance import (
     build_sepa_significance_markdown,
     evaluate_sepa_significance,
 )
-from .sequential import Anytime, anytime_test, e_process, pairs_needed_by_anytime, power_of_anytime
+from .sequential import Anytime, anytime_interval, anytime_test, e_process, pairs_needed_by_anytime, power_of_anytime
 from .statistics import (
     Corrected,
     Outcome,
@@ -107,6 +107,7 @@ __all__ = [
     "aggregate_group_stats",
     "answers_needed_per_arm",
     "answers_needed_per_arm_pooled_z",
+    "anytime_interval",
     "anytime_test",
     "barnard_test",
     "bootstrap_difference",

@@ -25,7 +25,7 @@ from .exact import (
 )
 from .intervals import Bootstrap, Interval, bootstrap_difference
 from .permutation import MOST_ARRANGEMENTS, Permutation, label_permutation_test, sign_flip_test
-from .sequential import Anytime, anytime_test, pairs_needed_by_anytime
+from .sequential import Anytime, anytime_interval, anytime_test, pairs_needed_by_anytime
 from .statistics import correct_p_values, welch_test
 
 Stopping = Literal["fixed", "anytime"]
@@ -180,7 +180,7 @@ def _paired(a: np.ndarray, b: np.ndarray, asked: Question) -> _Found:
     return _Found(
         p=anytime.p if looked else _p(test),
         test="e-process over pairs, valid at every look" if looked else _words(test, "signs"),
-        interval=sign_flip_interval(d, level=1 - asked.alpha),
+        interval=(anytime_interval if looked else sign_flip_interval)(d, level=1 - asked.alpha),
         bootstrap=bootstrap_difference(a, b, paired=True, level=1 - asked.alpha) if sd else None,
         anytime=anytime,
         sd=sd,

@@ -48,7 +48,7 @@ def differences(found: Findings) -> str:
 
 
 def intervals(found: Findings) -> str:
-    """Each difference with its exact interval, its bootstrap interval, and the pairs it is made of."""
+    """Each difference with its interval, its bootstrap interval, and the pairs it is made of."""
     figure, axes = _sheet(7, 1.0 + 0.8 * len(found.contrasts))
     for row, contrast in enumerate(found.contrasts):
         c = contrast.comparison
@@ -64,7 +64,7 @@ def intervals(found: Findings) -> str:
     axes.set_yticks(range(len(found.contrasts)), [c.comparison.candidate for c in found.contrasts])
     axes.set(xlabel=f"points above {found.settings.reference}", ylim=(-0.6, len(found.contrasts) - 0.4))
     level = f"{1 - found.settings.alpha:.0%}"
-    axes.set_title(f"difference: exact {level} interval, bootstrap (dotted), pairs (ticks)", fontsize=10)
+    axes.set_title(f"difference: {level} interval, bootstrap (dotted), pairs (ticks)", fontsize=10)
     return _svg(figure)
 
 

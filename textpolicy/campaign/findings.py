@@ -202,7 +202,8 @@ def _interval_words(c: Comparison, settings: CampaignSettings) -> str:
     level = f"{1 - settings.alpha:.0%} interval"
     if not isfinite(c.interval.low):
         return f"no {level}, for which there are too few pairs"
-    return f"exact {level} {100 * c.interval.low:+.1f} to {100 * c.interval.high:+.1f} points"
+    kind = {"fixed": "exact ", "anytime": "at every look valid "}[settings.stopping]
+    return f"{kind}{level} {100 * c.interval.low:+.1f} to {100 * c.interval.high:+.1f} points"
 
 
 def _holm(c: Comparison) -> str:

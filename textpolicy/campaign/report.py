@@ -113,14 +113,15 @@ def _arms_table(found: Findings) -> Table:
 
 def _differences_text(found: Findings) -> str:
     rule = {
-        "fixed": "p permutes the signs of the paired differences; Holm's procedure adjusts it for the number of arms.",
-        "anytime": "p is of the e-process over pairs, which holds whenever one looks or stops.",
+        "fixed": "p permutes the signs of the paired differences and the interval is that test's, exact; Holm's "
+        "procedure adjusts p for the number of arms.",
+        "anytime": "p and the interval are of the e-process over pairs, which holds whenever one looks or stops.",
     }[found.settings.stopping]
     return f"Candidate minus {found.settings.reference}, in points. {rule}"
 
 
 def _differences_table(found: Findings) -> Table:
-    heads = ("candidate", "difference", "exact interval", "BCa bootstrap", "p", "p adjusted", "e", "recommendation")
+    heads = ("candidate", "difference", "interval", "BCa bootstrap", "p", "p adjusted", "e", "recommendation")
     return heads, [_difference_row(c) for c in found.contrasts]
 
 

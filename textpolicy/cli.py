@@ -353,6 +353,13 @@ def serve(arguments: list[str]) -> int:
     return 0
 
 
+def campaign(arguments: list[str]) -> int:
+    """Plan, run and judge arms x seeds: textpolicy campaign plan|run|status|analyze|report."""
+    from .campaign.commands import main as command
+
+    return command(arguments)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "generate": ask,
@@ -365,4 +372,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "algorithms": algorithms,
     "tasks": tasks,
     "tinker-server": serve,
+    "campaign": campaign,
 }

@@ -71,6 +71,11 @@ class Evaluation:
         return Rate(sum(answers[0] for answers in judged), len(judged))
 
     @property
+    def solved(self) -> str:
+        """Problem by problem 1 where its first completion is correct, else 0; those without a judged one left out."""
+        return "".join(str(int(answers[0])) for answers in self.judged())
+
+    @property
     def average(self) -> Estimate:
         """avg@n: the share of correct completions, n of each problem, averaged over problems."""
         judged = self.judged()

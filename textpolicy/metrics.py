@@ -36,6 +36,7 @@ def summarize(
         "batch_full": float(rollouts.full),
         **merge(updates),
         "sampled_tokens": float(lengths.sum()),
+        "trained_tokens": float(sum(len(e.tokens) for e in rollouts.trained)),
         "sample_seconds": sample_seconds,
         "update_seconds": update_seconds,
         "tokens_per_second": float(lengths.sum() / (sample_seconds + update_seconds)),

@@ -252,6 +252,7 @@ class Run:
     def record_look(self, split: str, steps: int, look: Evaluation) -> Rate:
         rate = look.accuracy
         row = {"kind": "eval", "step": steps, "split": split, "accuracy": rate.value, "problems": rate.total}
+        row["solved"] = look.solved
         self.sinks.evaluated(steps, split, row, look.episodes)
         self.record(row)
         return rate

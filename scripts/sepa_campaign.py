@@ -1,0 +1,9 @@
+"""SEPA against HICRA on countdown, seed by seed: a plan by default, the real thing with --execute."""
+
+import sys
+
+from textpolicy.campaign.scripts import script
+from textpolicy.campaign.sepa_campaign import SEPACampaignArguments, run
+
+if __name__ == "__main__":
+    sys.exit(script("scripts/sepa_campaign.py", SEPACampaignArguments, run, ["--seeds"], sys.argv[1:]))

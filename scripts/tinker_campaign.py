@@ -1,0 +1,9 @@
+"""grpo against the full recipe on a Tinker server, seed by seed: a plan by default, the real thing with --execute."""
+
+import sys
+
+from textpolicy.campaign.math_campaign import MathCampaignArguments, run
+from textpolicy.campaign.scripts import script
+
+if __name__ == "__main__":
+    sys.exit(script("scripts/tinker_campaign.py", MathCampaignArguments, run, ["--seeds"], sys.argv[1:]))

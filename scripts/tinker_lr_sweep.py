@@ -1,0 +1,10 @@
+"""Learning rates on a Tinker server: short runs of each, and the best one per recipe."""
+
+import sys
+
+from textpolicy.campaign.lr_sweep import SweepArguments, run
+from textpolicy.campaign.scripts import script
+
+if __name__ == "__main__":
+    lists = ["--seeds", "--lr-values", "--algorithms"]
+    sys.exit(script("scripts/tinker_lr_sweep.py", SweepArguments, run, lists, sys.argv[1:]))

@@ -1,0 +1,170 @@
+"""A campaign before its first run: what it is, what it refuses, and what is written down."""
+
+import json
+import os
+import subprocess
+
+import pytest
+
+from textpolicy.campaign.plan import flags_of, jobs_of, planned, write_plan
+from textpolicy.campaign.settings import check_campaign, merged
+from textpolicy.cli import main, parse
+from textpolicy.config import Config, check_config
+from textpolicy.errors import UserError
+
+ARMS = {"grpo": {"algorithm": {"name": "grpo"}}, "full": {"algorithm": {"name": "full", "hicra_alpha": 0.3}}}
+SETTINGS = {"seeds": [3, 1], "base": {"steps": 5, "optimizer": {"learning_rate": 1e-4}}, "arms": ARMS}
+TOML = """
+seeds = [3, 1]
+[base]
+steps = 5
+optimizer.learning_rate = 1e-4
+[arms.grpo.algorithm]
+name = "grpo"
+[arms.full.algorithm]
+name = "full"
+hicra_alpha = 0.3
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "duel.toml"
+    path.write_text(TOML)
+    return path
+
+
+def campaign(**changes):
+    return check_campaign({**SETTINGS, **changes}, "here")
+
+
+def test_every_arm_has_every_seed_and_a_seed_is_whole_before_the_next(tmp_path):
+    jobs = jobs_of(campaign(), tmp_path)
+    assert [(job.arm, job.seed) for job in jobs] == [("grpo", 3), ("full", 3), ("grpo", 1), ("full", 1)]
+    assert jobs[1].folder == tmp_path / "runs" / "full" / "seed3"
+
+
+def test_arms_differ_in_their_overrides_alone(tmp_path):
+    grpo, full = (campaign().config(arm, 3) for arm in ARMS)
+    assert grpo.algorithm.name == "grpo"
+    assert full.algorithm.hicra_alpha == 0.3
+    same = grpo.algorithm
+    assert full.model_copy(update={"algorithm": same}) == grpo
+    assert (grpo.seed, grpo.steps, grpo.optimizer.learning_rate) == (3, 5, 1e-4)
+
+
+def test_flags_say_what_the_settings_say():
+    values = {
+        "model": "a folder/with spaces",
+        "steps": 5,
+        "algorithm": {"name": "grpo", "clip_high": 0.25, "kl": {"coefficient": 0.1, "importance_weighted": False}},
+        "adapter": {"modules": ["q_proj", "v_proj"], "rank_stabilised": True},
+        "optimizer": {"learning_rate": 3e-05},
+    }
+    assert parse(Config, flags_of(values), "train") == check_config(values, "here")
+
+
+def test_the_plan_is_written_down_before_anything_runs(file, capsys):
+    root = file.parent / "out"
+    assert main(["campaign", "plan", str(file), "--output", str(root)]) == 0
+    said = capsys.readouterr().out
+    assert "2 arms x 2 seeds" in said
+    assert "cannot reach p <= 0.05" in said
+    manifest = json.loads((root / "manifest.json").read_text())
+    assert manifest["status"] == "planned"
+    assert manifest["seeds"] == [3, 1]
+    assert manifest["baseline"] == "grpo"
+    assert manifest["versions"]["textpolicy"]
+    run = manifest["runs"][1]
+    assert (run["arm"], run["seed"], run["finished"], run["returncode"]) == ("full", 3, False, None)
+    assert run["overrides"] == {"algorithm": {"name": "full", "hicra_alpha": 0.3}}
+    assert run["config"]["optimizer"]["learning_rate"] == 1e-4
+    assert run["command"][:2] == ["textpolicy", "train"]
+    assert planned(root) == check_campaign({**SETTINGS}, "here")
+    assert {p.name for p in root.iterdir()} == {"manifest.json", "run_commands.sh"}
+
+
+def test_the_commands_are_a_script_that_a_shell_can_read(file):
+    root = file.parent / "out"
+    assert main(["campaign", "plan", str(file), "--output", str(root), "--seeds", "0,1,2"]) == 0
+    script = root / "run_commands.sh"
+    assert os.access(script, os.X_OK)
+    assert script.read_text().count("textpolicy train") == 6
+    assert subprocess.run(["sh", "-n", str(script)], check=False).returncode == 0
+
+
+def test_planning_twice_is_the_same_plan_and_another_is_refused(tmp_path):
+    write_plan(campaign(), tmp_path / "out")
+    created = json.loads((tmp_path / "out" / "manifest.json").read_text())["created_at"]
+    write_plan(campaign(prices={"hour": 2.0}), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["created_at"] == created
+    with pytest.raises(UserError, match="whose alpha differ"):
+        write_plan(campaign(alpha=0.1), tmp_path / "out")
+    with pytest.raises(UserError, match="seeds can only be added where stopping is 'anytime'"):
+        write_plan(campaign(seeds=[3, 1, 7]), tmp_path / "out")
+
+
+def test_an_anytime_campaign_takes_further_seeds(tmp_path):
+    write_plan(campaign(stopping="anytime"), tmp_path / "out")
+    write_plan(campaign(stopping="anytime", seeds=[3, 1, 7]), tmp_path / "out")
+    assert planned(tmp_path / "out").seeds == (3, 1, 7)
+    with pytest.raises(UserError, match="seeds differ"):
+        write_plan(campaign(stopping="anytime", seeds=[1, 3, 7]), tmp_path / "out")
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path):
+    (tmp_path / "keep").write_text("mine")
+    with pytest.raises(UserError, match="holds no campaign"):
+        write_plan(campaign(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["keep"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"arms": {"grpo": {}}}, "there is 1 arm; give at least two"),
+        ({"seeds": []}, "there is no seed"),
+        ({"seeds": [1, 2, 1]}, "seed 1 is given twice"),
+        ({"baseline": "gpro"}, "did you mean 'grpo'"),
+        ({"arms": {**ARMS, "a/b": {}}}, "an arm is called 'a/b'"),
+        ({"arms": {**ARMS, "other": {"seed": 1}}}, "the arm other sets seed, which all arms share"),
+        ({"arms": {**ARMS, "other": {"task": "addition"}}}, "the arm other sets task"),
+        ({"arms": {**ARMS, "other": {"evaluation": {"problems": 3}}}}, "the arm other sets evaluation"),
+        ({"base": {"output": "x"}}, "[base] sets output"),
+        ({"base": {"stepz": 3}}, "did you mean 'steps'"),
+        ({"arms": {**ARMS, "other": {"algorithm": {"name": "grpo", "hicra_alpha": 1.0}}}}, "no use for hicra_alpha"),
+        ({"alpha": 2}, "alpha is 2"),
+        ({"summary": "best"}, "summary is best"),
+        ({"pries": {}}, "did you mean 'prices'"),
+    ],
+)
+def test_a_campaign_that_cannot_work_is_refused_in_a_sentence(changes, says):
+    with pytest.raises(UserError) as refused:
+        campaign(**changes)
+    assert says in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["plan", "missing.toml"], "cannot read the config missing.toml"),
+        (["pln"], "did you mean 'plan'"),
+        (["status", "nowhere"], "nowhere has no manifest.json"),
+        (["plan"], "required: SOURCE"),
+    ],
+)
+def test_commands_that_cannot_work_are_one_sentence_and_exit_code_2(words, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["campaign", *words]) == 2
+    assert says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_lists_its_parts(capsys):
+    assert main(["campaign", "--help"]) == main(["campaign"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("plan", "run", "status", "analyze", "report"))
+
+
+def test_tables_are_laid_over_tables():
+    assert merged({"a": {"x": 1, "y": 2}, "b": 1}, {"a": {"y": 3}, "c": 4}) == {"a": {"x": 1, "y": 3}, "b": 1, "c": 4}

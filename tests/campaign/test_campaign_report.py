@@ -1,0 +1,198 @@
+"""From finished run folders, made by hand, to findings, a verdict and pages."""
+
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from made_runs import write_run
+
+from textpolicy.campaign.commands import enough
+from textpolicy.campaign.findings import curve_of, find, pooled, same_models
+from textpolicy.campaign.plan import jobs_of, write_plan
+from textpolicy.campaign.report import markdown, write_report
+from textpolicy.campaign.settings import check_campaign
+from textpolicy.cli import main
+from textpolicy.errors import UserError
+
+GAINS = [0.1, 0.2, 0.1, 0.3, 0.2, 0.1]
+
+
+def made(root, gains=GAINS, seeds=6, **changes):
+    """A campaign with a run for every gain: the candidate is better by it."""
+    settings = check_campaign({"seeds": list(range(seeds)), "arms": {"old": {}, "new": {}}, **changes}, "here")
+    write_plan(settings, root)
+    for seed, gain in enumerate(gains):
+        write_run(root / "runs" / "old" / f"seed{seed}", [0.1, 0.3, 0.4], solved="1111000000")
+        marks = "1" * round(10 * (0.4 + gain))
+        write_run(root / "runs" / "new" / f"seed{seed}", [0.1, 0.5, 0.4 + gain], solved=marks.ljust(10, "0"), test=0.9)
+    return settings
+
+
+def found_in(root, settings):
+    return find(settings, root, jobs_of(settings, root))
+
+
+def test_six_pairs_that_all_gain_are_an_improvement_in_words(tmp_path):
+    settings = made(tmp_path / "c")
+    found = found_in(tmp_path / "c", settings)
+    assert found.recommendation == "statistically_significant_improvement"
+    assert found.verdict == (
+        "new scored 16.7 points above old in accuracy on the held-out validation problems at the last step, over 6 "
+        "paired seeds (exact 95% interval +10.0 to +30.0 points; exact permutation of signs, p = 0.0312). That is more "
+        "than the luck of seeds explains. Recommendation: statistically_significant_improvement."
+    )
+
+
+def test_too_few_seeds_are_said_with_how_many_are_lacking(tmp_path):
+    settings = made(tmp_path / "c", [0.1, -0.1, 0.3], seeds=3)
+    verdict = found_in(tmp_path / "c", settings).verdict
+    assert "3 seeds cannot find a difference of any size" in verdict
+    needed = found_in(tmp_path / "c", settings).contrasts[0].comparison.runs_needed
+    assert f"you need {needed - 3} more, as a new campaign of {needed}" in verdict
+    assert verdict.endswith("Recommendation: insufficient_statistical_evidence.")
+
+
+def test_one_seed_says_what_it_cannot_conclude(tmp_path):
+    settings = made(tmp_path / "c", [0.5], seeds=1)
+    found = found_in(tmp_path / "c", settings)
+    assert "One seed per arm cannot say whether another seed would agree" in found.verdict
+    same = found.contrasts[0].same_models
+    assert same.mcnemar_p == 2 / 2**5  # five problems that only one of them solved
+    assert same.newcombe.estimate == pytest.approx(0.5)
+
+
+def test_a_campaign_that_is_not_finished_decides_nothing(tmp_path):
+    settings = made(tmp_path / "c", seeds=8)
+    found = found_in(tmp_path / "c", settings)
+    assert not found.complete
+    assert "12 of 16 runs are finished" in found.verdict
+    assert found.recommendation == "insufficient_statistical_evidence"
+
+
+def test_a_half_written_run_does_not_count(tmp_path):
+    settings = made(tmp_path / "c")
+    (tmp_path / "c" / "runs" / "new" / "seed5" / "summary.json").write_text('{"test_aft')
+    assert len(found_in(tmp_path / "c", settings).arms[1].outcomes) == 5
+
+
+def test_an_anytime_campaign_stops_when_its_evidence_is_enough(tmp_path):
+    settings = made(tmp_path / "c", [0.2] * 5, seeds=20, stopping="anytime")
+    assert not enough(settings, tmp_path / "c")
+    settings = made(tmp_path / "d", [0.2] * 6, seeds=20, stopping="anytime")
+    assert enough(settings, tmp_path / "d")
+    found = found_in(tmp_path / "d", settings)
+    assert found.complete
+    assert found.verdict.startswith("Stopped after 12 of 40 runs, as the stopping rule allows.")
+    assert found.recommendation == "statistically_significant_improvement"
+
+
+@pytest.mark.parametrize(("summary", "difference"), [("last", 1 / 6), ("auc", 0.1 + 1 / 24), ("kept", 0.5)])
+def test_the_one_number_of_a_run_is_the_one_that_was_planned(tmp_path, summary, difference):
+    settings = made(tmp_path / "c", summary=summary)
+    found = found_in(tmp_path / "c", settings)
+    assert found.contrasts[0].comparison.difference == pytest.approx(difference)
+
+
+def test_runs_on_other_problems_are_refused(tmp_path):
+    settings = made(tmp_path / "c")
+    path = tmp_path / "c" / "runs" / "new" / "seed2" / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"problems": 10', '"problems": 7'))
+    with pytest.raises(UserError, match=r"judged on \[7, 10\] problems"):
+        found_in(tmp_path / "c", settings)
+
+
+def test_an_arm_without_a_finished_run_is_named(tmp_path):
+    settings = made(tmp_path / "c", [])
+    with pytest.raises(UserError, match="the arm old has no finished run"):
+        found_in(tmp_path / "c", settings)
+
+
+def test_costs_are_those_of_the_runs_at_the_prices_given(tmp_path):
+    prices = {"sampled_per_million": 10.0, "trained_per_million": 1.0, "hour": 3600.0}
+    settings = made(tmp_path / "c", prices=prices)
+    arm = found_in(tmp_path / "c", settings).arms[0]
+    assert (arm.cost.sampled_tokens, arm.cost.trained_tokens, arm.cost.seconds) == (1200, 3600, 36.0)
+    assert arm.money == pytest.approx(0.012 + 0.0036 + 36)
+
+
+def test_curves_are_over_all_runs_of_an_arm(tmp_path):
+    settings = made(tmp_path / "c")
+    curve = curve_of(found_in(tmp_path / "c", settings).arms[1])
+    assert [step for step, _ in curve] == [0, 1, 2]
+    assert curve[2][1] == pytest.approx([0.4 + gain for gain in GAINS])
+
+
+def test_pooled_answers_of_runs_that_repeat_themselves_are_worth_one_run():
+    a, b = np.tile([1, 0] * 20, (6, 1)), np.tile([1, 1, 1, 0] * 10, (6, 1))
+    found = pooled(a, b)
+    assert found.fisher_p < 1e-7
+    assert found.design_effect == pytest.approx(6 * 40 / 39)
+    assert found.effective == pytest.approx(39)
+
+
+def test_the_same_models_are_compared_problem_by_problem():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 2, (3, 30)), rng.integers(0, 2, (3, 30))
+    d = (b - a).mean(axis=0)
+    assert same_models(a, b, 0.05).clustered.se_by_problem == pytest.approx(d.std(ddof=1) / np.sqrt(30))
+
+
+class Reader(HTMLParser):
+    """Collects tags and text, and whether every tag is closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.tags, self.outside = "", set(), []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.outside += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v and not v.startswith("#")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_report_is_markdown_json_and_a_page_that_needs_nothing_else(tmp_path, capsys):
+    root = tmp_path / "c"
+    settings = made(root)
+    assert main(["campaign", "report", str(root)]) == 0
+    assert "statistically_significant_improvement" in capsys.readouterr().out
+    analysis = root / "analysis"
+    names = {"analysis.json", "report.md", "report.html", "curves.svg", "differences.svg", "intervals.svg"}
+    assert {p.name for p in analysis.iterdir()} == names
+    values = json.loads((analysis / "analysis.json").read_text())
+    assert values["contrasts"][0]["comparison"]["p"] == 2 / 64
+    assert values["arms"][0]["outcomes"][0]["solved"] == "1111000000"
+    page = (analysis / "report.md").read_text()
+    assert found_in(root, settings).verdict in page
+    assert "| new | +16.67 | +10.00 to +30.00 |" in page
+    reader = Reader()
+    reader.feed((analysis / "report.html").read_text())
+    assert reader.tags >= {"svg", "table", "h2"}
+    assert reader.outside == []
+    assert "statistically_significant_improvement" in reader.text
+
+
+def test_the_same_runs_give_the_same_pages(tmp_path):
+    root = tmp_path / "c"
+    settings = made(root)
+    first = [path.read_bytes() for path in write_report(found_in(root, settings), root)]
+    assert [path.read_bytes() for path in write_report(found_in(root, settings), root)] == first
+
+
+def test_a_report_with_one_seed_and_no_marks_still_has_every_part(tmp_path):
+    root = tmp_path / "c"
+    settings = made(root, [0.1], seeds=1, summary="auc")
+    page = markdown(found_in(root, settings))
+    assert "too few pairs" in page
+    assert "no price given" in page
+    write_report(found_in(root, settings), root)
+
+
+def test_status_says_what_is_finished_and_what_is_to_come(tmp_path, capsys):
+    made(tmp_path / "c", [0.1], seeds=2)
+    (tmp_path / "c" / "runs" / "new" / "seed1").mkdir()
+    assert main(["campaign", "status", str(tmp_path / "c")]) == 0
+    states = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert states == {"old-seed0": "finished", "new-seed0": "finished", "old-seed1": "to come", "new-seed1": "begun"}

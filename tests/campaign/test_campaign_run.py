@@ -1,0 +1,213 @@
+"""Runs as subprocesses: order, failures, locks, a kill in the middle, and a real campaign on a tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny_folder import SMALL, write_tiny_model
+
+from textpolicy.campaign.jobs import Job, carry_out, read_attempts
+from textpolicy.errors import UserError
+
+RUN = """
+import json, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir()
+(folder / "began").write_text("")
+time.sleep(float(sys.argv[2]))
+if sys.argv[3:] == ["fail"]:
+    sys.exit(3)
+(folder / "summary.json").write_text("{}")
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A run that takes as long as it is told to, as a module that subprocesses find."""
+    (tmp_path / "pretended_run.py").write_text(RUN)
+    paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    return "pretended_run"
+
+
+def job(root, module, arm, seed=0, seconds=0.0, *words):
+    folder = root / "runs" / arm / f"seed{seed}"
+    return Job(arm, seed, folder, (module, str(folder), str(seconds), *words), lambda f: (f / "summary.json").exists())
+
+
+def quietly(jobs, root, **options):
+    return carry_out(jobs, root, say=lambda text: None, **options)
+
+
+def test_runs_are_made_in_order_and_never_again(tmp_path, module):
+    root = tmp_path / "c"
+    jobs = [job(root, module, arm, seed) for seed in (0, 1) for arm in ("a", "b")]
+    assert [(a.arm, a.seed, a.returncode) for a in quietly(jobs, root)] == [
+        ("a", 0, 0),
+        ("b", 0, 0),
+        ("a", 1, 0),
+        ("b", 1, 0),
+    ]
+    assert quietly(jobs, root) == []
+    assert len(read_attempts(root)) == 4
+    assert (root / "logs" / "a-seed0.log").exists()
+
+
+def test_two_at_a_time_take_half_as_long(tmp_path, module):
+    root = tmp_path / "c"
+    jobs = [job(root, module, arm, 0, 1.5) for arm in "ab"]
+    started = time.monotonic()
+    attempts = quietly(jobs, root, parallel=2)
+    assert time.monotonic() - started < sum(a.seconds for a in attempts)
+
+
+def test_a_failure_stops_what_is_behind_it_unless_told_otherwise(tmp_path, module):
+    root = tmp_path / "c"
+    jobs = [job(root, module, "a"), job(root, module, "b", 0, 0.0, "fail"), job(root, module, "c")]
+    assert [a.returncode for a in quietly(jobs, root)] == [0, 3]
+    assert not jobs[2].done
+    assert [(a.arm, a.returncode) for a in quietly(jobs, root, continue_on_error=True)] == [("b", 3), ("c", 0)]
+    assert (root / "runs" / "b" / "seed0.unfinished1" / "began").exists()
+
+
+def test_a_run_that_ends_well_without_its_files_has_failed(tmp_path, module):
+    root = tmp_path / "c"
+    lost = Job("a", 0, root / "runs" / "a", (module, str(root / "runs" / "a"), "0"), lambda folder: False)
+    assert [a.returncode for a in quietly([lost], root)] == [1]
+
+
+def test_enough_ends_a_campaign_between_runs(tmp_path, module):
+    root = tmp_path / "c"
+    jobs = [job(root, module, "a", seed) for seed in range(3)]
+    assert len(quietly(jobs, root, enough=lambda: jobs[1].done)) == 2
+
+
+def test_one_campaign_at_a_time_works_in_a_folder(tmp_path, module, monkeypatch):
+    root = tmp_path / "c"
+    monkeypatch.setattr("textpolicy.campaign.jobs._PATIENCE", 0.2)
+    held = []
+
+    def second():
+        if not held:
+            held.append(True)
+            with pytest.raises(UserError, match="another campaign is running"):
+                quietly([], root)
+        return False
+
+    quietly([job(root, module, "a")], root, enough=second)
+    assert held
+
+
+def test_less_than_one_at_a_time_is_refused(tmp_path):
+    with pytest.raises(UserError, match="parallel is 0"):
+        quietly([], tmp_path, parallel=0)
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from textpolicy.campaign.jobs import Job, carry_out
+root = Path(sys.argv[2])
+jobs = []
+for seed in range(3):
+    folder = root / "runs" / "a" / f"seed{seed}"
+    words = ("pretended_run", str(folder), sys.argv[3])
+    jobs.append(Job("a", seed, folder, words, lambda f: (f / "summary.json").exists()))
+carry_out(jobs, root)
+"""
+
+
+def test_a_campaign_killed_in_the_middle_takes_its_run_with_it_and_is_finished_by_the_same_call(tmp_path, module):
+    root = tmp_path / "c"
+
+    def driver(seconds):
+        return subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path), str(root), seconds])
+
+    first = driver("0.5")
+    wait_for(root / "runs" / "a" / "seed1" / "began")
+    first.kill()
+    first.wait()
+    again = driver("0.1")
+    assert again.wait(60) == 0
+    finished = {p.parent.name: p.stat().st_mtime_ns for p in root.glob("runs/a/seed?/summary.json")}
+    assert set(finished) == {"seed0", "seed1", "seed2"}
+    assert [(a.seed, a.returncode) for a in read_attempts(root)] == [(0, 0), (1, 0), (2, 0)]
+    time.sleep(0.6)  # the killed run would have written its summary by now
+    assert not (root / "runs" / "a" / "seed1.unfinished1" / "summary.json").exists()
+
+
+def wait_for(path, patience=60):
+    deadline = time.monotonic() + patience
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.02)
+
+
+# ---- with a model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    folder.mkdir()
+    write_tiny_model(folder)
+    return folder
+
+
+def write_campaign(path, model, seeds, **more):
+    small = {**SMALL, "model": str(model), **more}
+    lines = [f"seeds = {seeds}"]
+    lines += [
+        f"base.{key} = {json.dumps(value) if not isinstance(value, dict) else table(value)}"
+        for key, value in small.items()
+    ]
+    lines += ['arms.grpo = {algorithm = {name = "grpo"}}', 'arms.full = {algorithm = {name = "full"}}']
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def table(values):
+    return "{" + ", ".join(f"{k} = {json.dumps(v)}" for k, v in values.items()) + "}"
+
+
+def textpolicy(*words, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "textpolicy", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"}, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_real_campaign_killed_in_the_middle_is_finished_by_the_same_command(tmp_path, tiny):
+    file, root = write_campaign(tmp_path / "duel.toml", tiny, [4]), tmp_path / "out"
+    first = textpolicy("campaign", "run", file, "--output", root)
+    wait_for(root / "runs" / "full" / "seed4" / "metrics.jsonl", 120)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    again = textpolicy("campaign", "run", file, "--output", root)
+    said, _ = again.communicate(timeout=280)
+    assert again.returncode == 0, said
+    assert "Recommendation: insufficient_statistical_evidence" in said
+    attempts = [(a.arm, a.seed, a.returncode) for a in read_attempts(root)]
+    assert sorted(attempts) == sorted({*attempts})  # every run was finished once
+    assert {(a, s) for a, s, code in attempts if code == 0} == {("grpo", 4), ("full", 4)}
+    manifest = json.loads((root / "manifest.json").read_text())
+    assert manifest["status"] == "completed"
+    assert [run["finished"] for run in manifest["runs"]] == [True] * 2
+    values = json.loads((root / "analysis" / "analysis.json").read_text())
+    assert values["arms"][0]["cost"]["trained_tokens"] > values["arms"][0]["cost"]["sampled_tokens"] > 0
+    assert all(len(o["solved"]) == 6 for arm in values["arms"] for o in arm["outcomes"])
+    orders = [run_order(root / "runs" / arm / "seed4") for arm in ("grpo", "full")]
+    assert orders[0] == orders[1]
+
+
+def run_order(folder):
+    """What must agree between arms of one seed: the settings that fix prompts and problems, and where it began."""
+    config = json.loads((folder / "config.json").read_text())
+    start = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][:2]
+    return config["seed"], config["task"], config["evaluation"], [(row["split"], row["accuracy"]) for row in start]

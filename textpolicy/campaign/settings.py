@@ -1,0 +1,128 @@
+"""What a campaign is: a typed tree, read from a TOML file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from ..config import Config, NonNegative, Section, check_config, explain, read_values
+from ..errors import UserError, unknown_name
+
+Summary = Literal["last", "auc", "kept"]
+SUMMARIES = {
+    "last": "accuracy on the held-out validation problems at the last step",
+    "auc": "area under the curve of accuracy on the held-out validation problems, as its mean height",
+    "kept": "accuracy on the held-out test problems of the adapter that the run keeps",
+}
+_SHARED = ("seed", "output", "engine", "task", "evaluation")  # what an arm may not change, or pairs were none
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Prices(Section):
+    """What a token or an hour costs, in any one currency; 0 leaves it out."""
+
+    sampled_per_million: NonNegative = 0.0
+    trained_per_million: NonNegative = 0.0
+    hour: NonNegative = 0.0
+
+
+class CampaignSettings(Section):
+    """Arms x seeds over one base, and the question they answer. Everything is fixed before the first run."""
+
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    """The same for every arm."""
+    baseline: str | None = None
+    """The arm that the others are compared with; the first if not given."""
+    summary: Summary = "last"
+    """The one number of a run that is tested."""
+    alpha: Share = 0.05
+    power: Share = 0.8
+    smallest_effect: Share | None = None
+    """The least difference of the summary that matters, as a share of 1."""
+    stopping: Literal["fixed", "anytime"] = "fixed"
+    """All seeds, or stop at the first pair after which the evidence is enough, and add seeds at will."""
+    engine: Literal["mlx", "tinker"] | None = None
+    """Of every run; as the base says if not given."""
+    prices: Prices = Prices()
+    base: dict[str, Any] = Field(default_factory=dict)
+    """Settings of `textpolicy train` that all arms share."""
+    arms: dict[str, dict[str, Any]]
+    """Settings of each arm over the base."""
+
+    @model_validator(mode="after")
+    def _can_compare(self) -> Self:
+        if len(self.arms) < 2:
+            raise ValueError(f"there is {len(self.arms)} arm; give at least two, each a table under [arms]")
+        if not self.seeds:
+            raise ValueError("there is no seed; give at least one, six for a p below 0.05")
+        twice = sorted({s for s in self.seeds if self.seeds.count(s) > 1})
+        if twice:
+            raise ValueError(f"seed {twice[0]} is given twice; give every seed once, for a copy is no evidence")
+        return self
+
+    @model_validator(mode="after")
+    def _arms_are_paired(self) -> Self:
+        for name, overrides in self.arms.items():
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"an arm is called {name!r}; use letters, digits, '-', '_' and '.'")
+            if changed := sorted(set(overrides) & set(_SHARED)):
+                raise ValueError(
+                    f"the arm {name} sets {changed[0]}, which all arms share so that runs of one seed are pairs; "
+                    "set it under [base]"
+                )
+        for key in ("seed", "output"):
+            if key in self.base:
+                raise ValueError(f"[base] sets {key}, which the campaign does; leave it out")
+        return self
+
+    @property
+    def reference(self) -> str:
+        """The baseline's name. Raises UserError where it is no arm."""
+        name = self.baseline or next(iter(self.arms))
+        if name not in self.arms:
+            raise unknown_name("arm", name, self.arms)
+        return name
+
+    def overrides(self, arm: str, seed: int) -> dict[str, Any]:
+        """What the run of ``arm`` and ``seed`` changes in the settings of `textpolicy train`, as a nested dict."""
+        engine = {} if self.engine is None else {"engine": self.engine}
+        return {**merged(self.base, self.arms[arm]), **engine, "seed": seed}
+
+    def config(self, arm: str, seed: int) -> Config:
+        """The settings of one run. Raises UserError, also for a recipe that has no use for a setting."""
+        from ..recipe import configure
+
+        config = check_config(self.overrides(arm, seed), f"arm {arm}, seed {seed}")
+        configure(config)
+        return config
+
+
+def read_campaign(path: Path, changes: dict[str, Any] | None = None) -> CampaignSettings:
+    """The campaign in a TOML file, with ``changes`` over it; every run's settings are checked. Raises UserError."""
+    return check_campaign({**read_values(path), **(changes or {})}, str(path))
+
+
+def check_campaign(values: dict[str, Any], source: str) -> CampaignSettings:
+    """``values`` as a campaign, with the settings of every run checked. Raises UserError."""
+    try:
+        settings = CampaignSettings.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(explain(error, CampaignSettings))) from error
+    _ = settings.reference
+    for arm in settings.arms:
+        settings.config(arm, settings.seeds[0])
+    return settings
+
+
+def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid upon ``under``, table by table."""
+    both = {k: merged(under[k], v) if _tables(under.get(k), v) else v for k, v in over.items()}
+    return {**under, **both}
+
+
+def _tables(a: Any, b: Any) -> bool:
+    return isinstance(a, dict) and isinstance(b, dict)

@@ -100,17 +100,8 @@ def train(
         row = summarize(rollouts, updates, sampled - started, updated - sampled)
         pooling = {"sepa_lambda": controller.strength} if controller else {}
         course = _followed(curriculum, asked, rollouts.sampled)
-        measured = gap.row if gap else {}
-        facts = {
-            "step": step,
-            "learning_rate": schedule(step),
-            **row,
-            **told,
-            **measured,
-            **change,
-            **pooling,
-            **course,
-        }
+        measured = {**(gap.row if gap else {}), **change}
+        facts = {"step": step, "learning_rate": schedule(step), **row, **told, **measured, **pooling, **course}
         on_step(step, facts, rollouts.handed_out(algorithm.credited(episodes, tokens), gap.learner if gap else {}))
 
 

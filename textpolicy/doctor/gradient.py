@@ -115,9 +115,7 @@ def not_finite(facts: Facts) -> Finding | None:
     skipped = int((values(facts.rows, "skipped") > 0).sum())
     if not skipped:
         return None
-    what = (
-        f"In {skipped} of {len(facts.rows)} steps the loss or the gradient was not finite, and an update was skipped."
-    )
+    what = f"In {skipped} of {len(facts.rows)} steps a loss or gradient was not finite, and an update was skipped."
     change = "lower optimizer.learning_rate, load the model in float32, or look for huge rewards"
     return Finding("not_finite", what, change, {"skipped_steps": skipped})
 

@@ -127,7 +127,9 @@ def test_a_run_is_cut_back_to_a_step(run, episodes):
     for step in range(5):
         recorder.step(step, {}, episodes)
         recorder.evaluated(step + 1, "validation", {}, episodes)
+    (run / "rollouts" / ".step-000002.parquet.part").write_text("half")  # what a crash leaves
     layout.drop_from(run, 3)
+    assert not list((run / "rollouts").glob(".*"))
     loaded = load_run(run)
     assert set(loaded.rollouts["step"].to_pylist()) == {0, 1, 2}
     assert set(loaded.evals["step"].to_pylist()) == {1, 2, 3}

@@ -281,6 +281,16 @@ def test_a_run_that_goes_on_is_seen_as_it_is_now(tmp_path):
         assert count(served.page()) == 2 * PROMPTS * SAMPLES
 
 
+def test_a_run_without_completions_is_shown_as_one(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 0, "reward_mean": 0.5}\n')
+    with Served(make_app([tmp_path], TOKEN)) as served:
+        assert count(served.page()) == 0
+        assert count(served.page("?words=seven&kind=evals")) == 0
+        assert "Nothing here yet" in served.page()
+        assert "has been drawn in both halves yet" in served.page("prompts")
+        assert count(served.page("prompt?index=3")) == 0
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="is no run folder"):
         make_app([tmp_path], TOKEN)

@@ -19,8 +19,9 @@ from textpolicy.rollout import RolloutRunner, create_strategy
 
 @tp.reward
 def short(prompt: str, completion: str, example: dict, truncated: bool = False, **kwargs) -> float:
-    """1 for an answer of at most four words that ends by itself, less for every word more."""
-    return 0.0 if truncated else min(1.0, 4 / max(len(completion.split()), 1))
+    """1 for an answer of one to four words that ends by itself, less for every word more; silence is no answer."""
+    words = len(completion.split())
+    return 0.0 if truncated or not words else min(1.0, 4 / words)
 
 
 def main(steps: int) -> None:

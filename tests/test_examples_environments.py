@@ -38,9 +38,9 @@ def test_example_05_makes_what_was_better_likelier(tmp_path):
 
 @pytest.mark.slow
 def test_example_06_learns_to_be_short(tmp_path):
-    said = run("06_minimal_training.py", tmp_path)
+    said = run("06_minimal_training.py", tmp_path, "--steps=4")
     first, last = map(float, re.search(r"first steps (\S+), of the last ones (\S+)", said).groups())
-    assert last > first + 0.1
+    assert last > first + 0.3
     assert re.search(r"essays after: \d\.\d\d \([+-]\d\.\d\d\)", said)
 
 

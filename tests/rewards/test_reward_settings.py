@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from toy_tokenizers import Letters
 
+from textpolicy.cli import parse
 from textpolicy.config import Config, read_config
 from textpolicy.engine import Sampling
 from textpolicy.errors import RewardError, UserError
@@ -71,6 +72,17 @@ def test_worker_processes_call_the_reward_and_all_splits_share_them():
     task = scored(Task("moody", "", problems, problems, problems, str, moody), Config(rewards={"processes": True}))
     splits = [environment(task, problems, Letters(), Config()) for _ in range(3)]
     assert len({id(env.reward_fn) for env in splits}) == 1
+
+
+def test_every_setting_is_a_flag_of_train():
+    flags = ["--rewards.time-limit=5", "--rewards.concurrency=3", "--rewards.on-failure=unscorable"]
+    given = parse(Config, [*flags, "--rewards.processes"], "train").rewards
+    assert given.model_dump() == {
+        "time_limit": 5.0,
+        "concurrency": 3,
+        "processes": True,
+        "on_failure": "unscorable",
+    }
 
 
 @pytest.mark.parametrize(

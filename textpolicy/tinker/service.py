@@ -32,6 +32,7 @@ _RESUME = "resume from the last checkpoint once that is mended"
 
 def sdk() -> Any:
     """The Tinker SDK. Raises MissingDependencyError."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # its tokenizers need no PyTorch, and it says so
     return extra("tinker", "textpolicy[tinker]")
 
 

@@ -37,6 +37,7 @@ import toy_run  # noqa: E402
 
 LIMIT = 120.0  # seconds an attempt may take
 PHASES = ("rollout", "reward", "update", "checkpoint", "rename", "eval", "logging", "start", "finish")
+SETS = ("kill", "term", "disk", "size")
 
 
 # ---- in the child
@@ -304,8 +305,8 @@ def trials(chaos: Chaos, which: str, count: int) -> dict[str, Any]:
     """Make ``count`` of them; a row of what came of it."""
     faults, done, began = [], Counter(), time.perf_counter()
     for n in range(count):
-        place = chaos.place(f"{which}-{n}")
-        struck_in, wrong = getattr(chaos, which)(place, PHASES[n % len(PHASES)])
+        place, kind = chaos.place(f"{which}-{n}"), SETS[n % len(SETS)] if which == "all" else which
+        struck_in, wrong = getattr(chaos, kind)(place, PHASES[n % len(PHASES)])
         done += struck_in
         if wrong:
             faults.append({"trial": n, "wrong": wrong})
@@ -340,7 +341,7 @@ def warm_up() -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=50)
-    parser.add_argument("--set", choices=("kill", "term", "disk", "size"), default="kill")
+    parser.add_argument("--set", choices=(*SETS, "all"), default="kill", help="all: one of each in turn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true", help="append the row to benchmarks/results/chaos.jsonl")
     asked = parser.parse_args(argv)

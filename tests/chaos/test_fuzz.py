@@ -10,7 +10,7 @@ HERE = os.path.dirname(__file__)
 sys.path[:0] = [HERE, *(os.path.join(HERE, "..", name) for name in ("mlx", "rewards"))]
 from fuzz import SHARES, fuzz  # noqa: E402
 
-FEW = {"mathematics": 20, "gguf": 100, "models": 30, "adapters": 200, "config": 600, "graders": 1000}
+FEW = {"mathematics": 10, "gguf": 50, "models": 20, "adapters": 200}
 
 
 @pytest.mark.parametrize("name", SHARES)

@@ -197,7 +197,7 @@ def small(**sections: Any) -> Settings:
 
 GRADED_TASK, HARD = asked(largest, GRADED), asked(product, RIGHT)
 HEALTHY: dict[str, Case] = {
-    **{f"grpo-seed{seed}": Case("", "GRPO", over(seed=seed), GRADED_TASK) for seed in range(3)},
+    **{f"grpo-seed{seed}": Case("", "GRPO", over(seed=seed), GRADED_TASK) for seed in range(5)},
     **{
         name: Case("", "another algorithm", over(algorithm={"name": name}), GRADED_TASK)
         for name in ("gspo", "dr_grpo", "rloo", "dapo", "maxrl", "gtpo")

@@ -143,7 +143,10 @@ TRIGGERS = {
         facts(rows(entropy=falls(0.01), frac_reward_zero_std=0.7, accuracy=0.2)),
         facts(rows(entropy=0.02, frac_reward_zero_std=0.6, accuracy=0.5)),  # sure from the first step
     ],
-    "format_without_answers": [facts(rows(accuracy=lambda s: 0.02 * (s % 2), reward_mean=0.09), FORM)],
+    "format_without_answers": [
+        facts(rows(accuracy=lambda s: 0.02 * (s % 2), reward_mean=0.09), FORM),
+        facts(rows(accuracy=0.02, reward_mean=0.09), FORM, looks(20, 22)),
+    ],
     "one_part_dominates": [facts(episodes=two_rewards(0.01)), DECIDED],
     "on_policy_gap": [facts(rows(on_policy_gap_mean=0.2), max_gap=1.0)],
     "clips_most": [facts(rows(clip_fraction_low=0.3, clip_fraction_high=0.3), **SEVERAL)],
@@ -196,6 +199,7 @@ SPARES = {
     ],
     "format_without_answers": [
         facts(rows(reward_mean=0.09), FORM),  # accuracy rises
+        facts(rows(accuracy=0.02, reward_mean=0.09), FORM, looks(20, 45)),  # or that of held-out problems
         facts(rows(accuracy=0.02, reward_mean=0.1), PAID_ALIKE),
     ],
     "one_part_dominates": [

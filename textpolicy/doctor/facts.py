@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from ..evaluation import Rate
 from ..metrics import Row
 from ..record import layout
 from ..record.reader import load_run
@@ -31,6 +32,11 @@ class Look:
     split: str
     correct: int
     total: int
+
+    @property
+    def rate(self) -> Rate:
+        """With its 95% interval."""
+        return Rate(self.correct, self.total)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,6 +176,11 @@ def rises(before: np.ndarray, after: np.ndarray) -> bool:
         return False
     error = np.sqrt(before.var(ddof=1) / len(before) + after.var(ddof=1) / len(after))
     return bool(after.mean() - before.mean() > 2 * error)
+
+
+def improves(looks: Sequence[Look]) -> bool:
+    """Whether the last of ``looks`` is above the first beyond the 95% intervals of both."""
+    return len(looks) > 1 and looks[-1].rate.interval[0] > looks[0].rate.interval[1]
 
 
 def at_limit(facts: Facts) -> str:

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 
-from ..evaluation import Rate
 from ..metrics import Row
 from .facts import Facts, Look, mean, rises, values
 from .finding import Finding
@@ -74,12 +73,12 @@ def held_out_falls(facts: Facts) -> Finding | None:
     best, last = fall
     what = (
         f"The training reward rose from {before.mean():.2f} to {after.mean():.2f} while held-out accuracy fell from "
-        f"{_rate(best)} after {best.step} steps to {_rate(last)} after {last.step}: "
+        f"{best.rate} after {best.step} steps to {last.rate} after {last.step}: "
         "the reward pays for something else than right answers."
     )
     change = "read the best-paid completions and mend the reward, or end the run earlier"
     evidence = {"reward_before": float(before.mean()), "reward_after": float(after.mean())}
-    evidence |= {"held_out_best": _rate(best).value, "held_out_last": _rate(last).value}
+    evidence |= {"held_out_best": best.rate.value, "held_out_last": last.rate.value}
     best_paid = () if facts.completions is None else facts.completions.examples(_best_paid(facts.completions.reward))
     return Finding("held_out_falls", what, change, evidence, best_paid)
 
@@ -150,8 +149,8 @@ def _collapse(facts: Facts) -> dict[str, dict[str, float]]:
     if fall is None or not rises(-before, -after) or _mismatched(facts):
         return {}
     best, last = fall
-    said = f"held-out accuracy fell from {_rate(best)} to {_rate(last)} and the training reward with it"
-    return {said: {"held_out_best": _rate(best).value, "held_out_last": _rate(last).value}}
+    said = f"held-out accuracy fell from {best.rate} to {last.rate} and the training reward with it"
+    return {said: {"held_out_best": best.rate.value, "held_out_last": last.rate.value}}
 
 
 # ---- what they compare
@@ -177,12 +176,8 @@ def _fall(facts: Facts) -> tuple[Look, Look] | None:
     looks = facts.held_out()
     if len(looks) < 2:
         return None
-    best, last = max(looks, key=lambda look: _rate(look).value), looks[-1]
-    return (best, last) if _rate(last).interval[1] < _rate(best).interval[0] else None
-
-
-def _rate(look: Look) -> Rate:
-    return Rate(look.correct, look.total)
+    best, last = max(looks, key=lambda look: look.rate.value), looks[-1]
+    return (best, last) if last.rate.interval[1] < best.rate.interval[0] else None
 
 
 def _best_paid(reward: np.ndarray) -> np.ndarray:

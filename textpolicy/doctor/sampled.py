@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .facts import Completions, Facts, at_limit, mean, rises, values
+from .facts import Completions, Facts, at_limit, improves, mean, rises, values
 from .finding import Example, Finding
 
 CUT_OFF = 0.30  # of the completions; what lies behind the cut is never seen by the reward
@@ -133,7 +133,7 @@ def format_without_answers(facts: Facts) -> Finding | None:
     found = _recorded(facts)
     judged = ~np.isnan(found.correct) & ~np.isnan(found.reward)
     accuracy = [values(rows, "accuracy") for rows in (facts.beginning, facts.ending)]
-    if not judged.any() or rises(*accuracy):
+    if not judged.any() or rises(*accuracy) or improves(facts.held_out()):
         return None
     least = min(found.reward[judged].min(), values(facts.rows, "reward_mean").min())
     paid = judged & (found.correct == 0) & (found.reward > least + 1e-9)

@@ -19,6 +19,8 @@ FILES = [
     "docs/05_rollout_training.md",
     "docs/06_performance.md",
     "docs/10_lora_qlora.md",
+    "docs/11_sepa_significance.md",
+    "docs/13_tinker_campaigns.md",
     "docs/algorithms.md",
 ]
 FENCE = re.compile(r"^```(\w*)$")

@@ -20,6 +20,8 @@ FILES = [
     "docs/06_performance.md",
     "docs/10_lora_qlora.md",
     "docs/12_tinker_gpu.md",
+    "docs/11_sepa_significance.md",
+    "docs/13_tinker_campaigns.md",
     "docs/algorithms.md",
     "docs/run_folder.md",
     "docs/doctor.md",

@@ -48,6 +48,7 @@ def start(tmp_path, request):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_campaign_on_tinker_is_killed_and_finished_without_repeating_a_run(start, tmp_path):
     root = tmp_path / "out"
     first = start()

@@ -32,18 +32,17 @@ def letters(prompt, completion, example, **kwargs):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TRAINED)
 def test_three_steps_move_exactly_what_the_kind_trains(kind):
-    sizes = {"prompts_per_step": 2, "group_size": 4, "max_tokens": 3}
+    sizes = {"prompts_per_step": 1, "group_size": 4, "max_tokens": 2}
     config = Config(adapter={"kind": kind}, steps=3, rollout=sizes, machine={"threads": 1})
     engine, tokenizer = build_engine(config)
-    env = TextGenerationEnv(["1 2 3", "9 8 7"], letters, max_tokens=3, tokenizer=tokenizer, chat=False)
+    env = TextGenerationEnv(["1 2 3", "9 8 7"], letters, max_tokens=2, tokenizer=tokenizer, chat=False)
     before, rows = dict(tree_flatten(engine.model.parameters())), []
     train(
         engine,
         env,
         configure(config),
         schedule=schedule(config),
-        prompts_per_step=2,
-        group_size=4,
+        **{name: sizes[name] for name in ("prompts_per_step", "group_size")},
         updates_per_step=1,
         sampling=training_sampling(config),
         on_step=lambda step, row, episodes: rows.append(row),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -93,6 +93,9 @@ class ResumableEngine(Engine, Protocol):
 
     def read_state(self, folder: Path) -> None:
         """Go on where ``write_state`` was called. Raises UserError, changing nothing, for what does not fit."""
+
+    def close(self, status: Literal["success", "errored", "interrupted"] = "success") -> None:
+        """Let go of what is held elsewhere, saying how the run ended."""
 
     packages: tuple[str, ...]  # whose versions its numbers depend on
 

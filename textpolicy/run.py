@@ -69,6 +69,7 @@ def run(config: Config, allow: Sequence[str] = ()) -> Path:
     with ExitStack() as held:
         resumed = reopen(config, allow, held)
         engine, tokenizer = build_engine(config, recipe)
+        held.push(lambda kind, error, trace: engine.close("errored" if kind else "success"))
         limit = config.evaluation.problems or None
         splits = {
             "train": environment(task, task.train, tokenizer, config),

@@ -188,6 +188,9 @@ class MLXEngine:
         self.decode_rows = min(self.decode_rows, notes["decode_rows"])
         self._gradients.seen = notes["shapes_seen"]
 
+    def close(self, status: str = "success") -> None:
+        """Nothing is held elsewhere."""
+
     @property
     def platform(self) -> dict[str, str]:
         """What the last bits of its numbers depend on, the versions of packages aside."""

@@ -1,6 +1,7 @@
 """Offline statistics over runs; nothing that trains imports them. Install: pip install 'textpolicy[analysis]'."""
 
 from .curves import CurveSummary, summarize_curve
+from .emergence import EmergenceLogger
 from .intervals import (
     Bootstrap,
     ClusteredDifference,
@@ -55,6 +56,7 @@ __all__ = [
     "ClusteredDifference",
     "Corrected",
     "CurveSummary",
+    "EmergenceLogger",
     "Interval",
     "Outcome",
     "Permutation",

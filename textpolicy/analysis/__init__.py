@@ -3,6 +3,7 @@
 from ..record.reader import RecordedRun, load_run
 from .comparison import RECOMMENDATIONS, Comparison, Question, compare, compare_arms
 from .curves import CurveSummary, summarize_curve
+from .emergence import EmergenceLogger
 from .emergence_runs import (
     EmergenceGroupStats,
     EmergenceRunStats,
@@ -94,6 +95,7 @@ __all__ = [
     "Corrected",
     "CurveSummary",
     "EmergenceGroupStats",
+    "EmergenceLogger",
     "EmergenceRunStats",
     "Interval",
     "Outcome",

@@ -13,7 +13,7 @@ import pytest
 from conftest import random_episodes, recipe
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "chaos"))
-from toy_run import letters, metrics, outcome, settings, toy_task
+from toy_run import letters, metrics, outcome, quickly, settings, toy_task
 
 from textpolicy import run as run_module
 from textpolicy.cli import main
@@ -27,7 +27,7 @@ from textpolicy.tasks.base import Problem
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
-    monkeypatch.setitem(TASKS, "toy", toy_task)
+    quickly(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,9 @@ def config(tmp_path_factory):
 def whole(config, tmp_path_factory):
     """A run without faults."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    TASKS["toy"] = toy_task
-    assert main(["train", str(config), f"--output={folder}"]) == 0
-    del TASKS["toy"]
+    with pytest.MonkeyPatch.context() as patch:
+        quickly(patch)
+        assert main(["train", str(config), f"--output={folder}"]) == 0
     return folder
 
 

@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "chaos"))
-from toy_run import metrics, outcome, settings, toy_task
+from toy_run import metrics, outcome, quickly, settings
 
 from textpolicy import run as run_module
 from textpolicy.cli import main
 from textpolicy.lock import RunLock
 from textpolicy.streams import restore_streams, seed_streams, streams
-from textpolicy.tasks import TASKS
 
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
-    monkeypatch.setitem(TASKS, "toy", toy_task)
+    quickly(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +33,9 @@ def config(tmp_path_factory):
 def whole(config, tmp_path_factory):
     """A run in one go."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    TASKS["toy"] = toy_task
-    assert main(["train", str(config), f"--output={folder}"]) == 0
-    del TASKS["toy"]
+    with pytest.MonkeyPatch.context() as patch:
+        quickly(patch)
+        assert main(["train", str(config), f"--output={folder}"]) == 0
     return folder
 
 

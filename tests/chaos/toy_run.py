@@ -10,6 +10,7 @@ import json
 import random
 import string
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -137,6 +138,18 @@ def toy_task() -> Task:
 def register() -> None:
     """Make the task known to ``textpolicy train``."""
     TASKS["toy"] = toy_task
+
+
+def quickly(patch: Any) -> None:
+    """Let a run neither measure what it needs nor draw its curve, which is most of its time; ``patch`` is pytest's."""
+    from textpolicy.mlx.memory import Plan
+
+    def as_asked(engine: Any, *arguments: Any, **keywords: Any) -> Plan:
+        return Plan(engine.micro_batch_tokens, engine.decode_rows, 0.0, 0.0, 1.0, ())
+
+    patch.setitem(TASKS, "toy", toy_task)
+    patch.setattr("textpolicy.mlx.memory.preflight", as_asked)
+    patch.setattr("textpolicy.run.plot_learning", lambda *arguments: None)
 
 
 TIMES = ("sample_seconds", "update_seconds", "tokens_per_second", "peak_memory_bytes")

@@ -216,8 +216,18 @@ def _refuse_lies(saved: Saved) -> None:
 
 def _record(ours: Mapping[str, Any]) -> Attached:
     adapter = make_adapter(ours["kind"], ours["settings"])
+    _refuse_types(ours["settings"], settings_of(type(adapter)()))
     quantised = None if ours["quantised"] is None else (int(ours["quantised"][0]), int(ours["quantised"][1]))
     return Attached(adapter, Base.read(ours["base"]), 0, tuple(ours["keys"]), quantised)
+
+
+def _refuse_types(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise TypeError for a value of another type than the default, whole numbers for floats and None aside."""
+    for name, value in settings.items():
+        allowed = {type(defaults[name]), int if type(defaults[name]) in (float, type(None)) else type(defaults[name])}
+        texts = all(isinstance(item, str) for item in value) if isinstance(value, list) else True
+        if type(value) not in allowed or not texts:
+            raise TypeError(f"{name} is {value!r:.40}")
 
 
 def _attach_of_mlx_lm(model: nn.Module, saved: Saved) -> None:

@@ -239,6 +239,21 @@ BROKEN: dict[str, Case] = {
         over(optimizer={"learning_rate": 1e-3}),
         tiny_task(lambda c, e: float(c.startswith("ha") or is_right(c, e))),
     ),
+    "hot": Case(
+        "truncation",
+        "temperature 3 and three tokens, so it rambles",
+        over(rollout={"temperature": 3.0, "max_tokens": 3}),
+        GRADED_TASK,
+    ),
+    "half-laughter": Case(
+        "truncation",
+        "pays for laughter about products, for right answers elsewhere",
+        {},
+        asked(
+            lambda random: largest(random) if random.random() < 0.5 else product(random),
+            paying(lambda c, e: float(c.startswith("ha") if "x" in e["question"] else is_right(c, e))),
+        ),
+    ),
     "pays-length": Case("stop_never_learned", "pays for every letter", {}, tiny_task(lambda c, e: len(c) / 8)),
     "pays-42": Case(
         "repeated_completions",

@@ -1,7 +1,6 @@
 """How often every offered test finds a difference where there is none, and where there is one, on simulated campaigns.
 
-A campaign is hierarchical: seeds, problems, groups and completions, each with luck of its own.
-A minute and a half on one idle core:
+A campaign is hierarchical: seeds, problems, groups and completions, each with luck of its own. 90 s on one idle core:
 
     python benchmarks/stats_calibration.py
 """

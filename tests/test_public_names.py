@@ -42,6 +42,11 @@ PATHS = {
         "policy_loss_sequence", "policy_loss_token", "create_gspo_policy_loss",
         "compute_sequence_importance_weights", "compute_metrics_sequence",
     ],
+    "textpolicy.analysis": [
+        "evaluate_sepa_significance", "build_sepa_significance_markdown", "evaluate_sepa_litmus",
+        "build_litmus_markdown", "get_sepa_litmus_profile", "load_emergence_run_stats", "aggregate_group_stats",
+        "compare", "compare_arms",
+    ],
     "textpolicy.buffer": ["Buffer", "Episode"],
     "textpolicy.environment": [
         "Environment", "TextGenerationEnv", "TextGenerationEnvironment", "MultiTurnEnv", "ToolEnv",

@@ -3,11 +3,12 @@
 import json
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from textpolicy.campaign.plan import flags_of, jobs_of, planned, write_plan
-from textpolicy.campaign.settings import check_campaign, merged
+from textpolicy.campaign.settings import check_campaign, merged, read_campaign
 from textpolicy.cli import main, parse
 from textpolicy.config import Config, check_config
 from textpolicy.errors import UserError
@@ -164,6 +165,13 @@ def test_the_command_lists_its_parts(capsys):
     assert main(["campaign", "--help"]) == main(["campaign"]) == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("plan", "run", "status", "analyze", "report"))
+
+
+@pytest.mark.parametrize("name", ["grpo_against_full", "grpo_against_full_rates"])
+def test_the_campaigns_of_the_experiments_can_be_planned(name):
+    settings = read_campaign(Path(__file__).parents[2] / "experiments" / f"{name}.toml")
+    assert len(settings.arms) * len(settings.seeds) == 12
+    assert settings.config(list(settings.arms)[-1], settings.seeds[0]).algorithm.name == "full"
 
 
 def test_tables_are_laid_over_tables():

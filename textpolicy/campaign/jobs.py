@@ -82,15 +82,17 @@ def carry_out(
     waiting, running, attempts = [j for j in jobs if not j.done], list[_Started](), list[Attempt]()
     with _locked(root) as lock:
         try:
+            changed = True
             while running or waiting:
-                stop = enough() or (not continue_on_error and any(a.returncode for a in attempts))
-                waiting = [] if stop else waiting
+                if changed and (enough() or (not continue_on_error and any(a.returncode for a in attempts))):
+                    waiting = []
                 while waiting and len(running) < parallel:
                     running.append(_start(waiting.pop(0), root, lock, say))
                 ended = [s for s in running if s.process.poll() is not None]
                 running = [s for s in running if s not in ended]
                 attempts += [_ended(s, root, say) for s in ended]
-                time.sleep(0 if ended else _POLL)
+                changed = bool(ended)
+                time.sleep(0 if changed else _POLL)
         finally:
             for started in running:
                 _stop(started.process)

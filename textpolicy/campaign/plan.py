@@ -27,7 +27,7 @@ def jobs_of(settings: CampaignSettings, root: Path) -> list[Job]:
 def _job(settings: CampaignSettings, root: Path, arm: str, seed: int) -> Job:
     folder = root / "runs" / arm / f"seed{seed}"
     flags = flags_of({**settings.overrides(arm, seed), "output": str(folder)})
-    return Job(arm, seed, folder, ("textpolicy", "train", *flags), finished)
+    return Job(arm, seed, folder, ("textpolicy", "train", *flags), finished, resume=())  # the same command goes on
 
 
 def finished(folder: Path) -> bool:

@@ -53,6 +53,7 @@ PATHS = {
         "register_task_suite", "list_task_suites", "get_task_suite", "TextGenerationTask",
         "VectorizedEnvironment", "make_vectorized_env", "GymAdapter", "GymnasiumTextEnv",
     ],
+    "textpolicy.analysis": ["EmergenceLogger"],
     "textpolicy.environment.text_generation": [
         "TextGenerationEnv", "TextGenerationEnvironment", "TextGenerationTask",
     ],

@@ -3,11 +3,10 @@
     .venv/bin/python benchmarks/tinker_overhead.py [--prompts 64] [--group 16] [--tokens 512] [--latency 10]
 
 A step samples ``prompts`` x ``group`` completions of ``tokens`` tokens, credits them with a recipe, and updates. The
-server is a fake inside the process: the engine makes the SDK's own data from what it sends, as for a real one, and
-the fake hands out completions of the right size after ``latency`` seconds for sampling and as long for the update
-(hosted Tinker works in cycles of about ten seconds). Everything else that passes is the client's:
-``overhead`` is its share of the step. What the SDK spends on HTTP is not in it; with --real URL MODEL
-the same is measured at a size that a local server can bear, SDK and all, by subtracting what was waited for.
+server is a fake inside the process: it encodes the requests as the SDK does, and hands out completions of the right
+size after ``latency`` seconds for sampling and as long for the update (hosted Tinker works in cycles of about ten
+seconds). Everything else that passes is the client's: ``overhead`` is its share of the step. With --real URL MODEL
+the same is measured against a running server, by subtracting what was waited for.
 """
 
 from __future__ import annotations
@@ -24,6 +23,9 @@ from typing import Any
 
 import numpy as np
 from machine import describe
+from tinker.proto.request_conv import forward_backward_request_to_proto
+from tinker.types import ForwardBackwardInput, ForwardBackwardRequest, TensorData
+from zstandard import ZstdCompressor
 
 from textpolicy.algorithms import algorithm
 from textpolicy.engine import Sampling
@@ -39,8 +41,8 @@ class Recorded:
     def __init__(self, tokens: int, latency: float):
         self.latency, self.waited = latency, 0.0
         rng = np.random.default_rng(0)
-        self.tokens = rng.integers(1, 30_000, tokens).tolist()
-        self.logprobs = (-rng.random(tokens)).tolist()
+        self.tokens = rng.integers(1, 30_000, tokens).astype(np.int32)
+        self.logprobs = -rng.random(tokens, np.float32)
         self.client = self
 
     def telling(self, doing: str) -> Any:
@@ -71,15 +73,23 @@ class Recorded:
         return self.now(self)
 
     def sample(self, prompt: Any, n: int, params: Any) -> Future[Any]:
-        one = SimpleNamespace(tokens=self.tokens, logprobs=self.logprobs, stop_reason="length")
+        one = SimpleNamespace(tokens_np=self.tokens, logprobs_np=self.logprobs, stop_reason="length")
         return self.later(SimpleNamespace(sequences=[one] * n))
 
     def forward_backward(self, data: Any, loss: str, config: Any) -> Future[Any]:
-        found = [{"logprobs": SimpleNamespace(data=np.zeros(d.model_input.length, np.float32))} for d in data]
+        self.encoded = sum(len(encode(part, loss, config)) for part in np.array_split(np.array(data, object), 8))
+        found = [{"logprobs": TensorData.from_numpy(np.zeros(d.model_input.length, np.float32))} for d in data]
         return self.later(SimpleNamespace(loss_fn_outputs=found, metrics={}))
 
     def optim_step(self, params: Any) -> Future[Any]:
         return self.now(SimpleNamespace(metrics={}))
+
+
+def encode(data: Any, loss: str, config: Any) -> bytes:
+    """A request as the SDK writes it, protobuf and zstd; it sends parts of some megabytes."""
+    inside = ForwardBackwardInput(data=list(data), loss_fn=loss, loss_fn_config=config)
+    request = ForwardBackwardRequest(model_id="model", seq_id=1, forward_backward_input=inside)
+    return ZstdCompressor().compress(forward_backward_request_to_proto(request).SerializeToString())
 
 
 class Timed:
@@ -119,12 +129,12 @@ def measure(
     rows = []
     for _ in range(steps + 1):
         service.waited = 0.0
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         step(engine, *shape, recipe)
         seconds = time.perf_counter() - started
-        rows.append((seconds, seconds - service.waited))
-    whole, own = (float(np.median(column)) for column in zip(*rows[1:], strict=True))
-    return {"step_seconds": whole, "client_seconds": own, "overhead": own / whole}
+        rows.append((seconds, seconds - service.waited, time.process_time() - worked))
+    whole, own, cpu = (float(np.median(column)) for column in zip(*rows[1:], strict=True))
+    return {"step_seconds": whole, "client_seconds": own, "cpu_seconds": cpu, "overhead": own / whole}
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pydantic_settings import CliPositionalArg
 
 from .config import Section
 from .errors import UserError
-from .inference import Source, load
+from .inference import Source, load, read_run
 
 Target = Literal["mlx", "hf", "peft", "gguf"]
 
@@ -52,6 +52,8 @@ def export(asked: ExportArguments) -> str:
     out = _out(asked)
     if out.exists():
         raise UserError(f"{out} exists; choose another --out or remove it")
+    if asked.run is not None and read_run(asked.run).engine == "tinker":
+        raise UserError(f"the adapter of {asked.run} is kept by its Tinker server; export is for runs of --engine mlx")
     loaded = load(Source(run=asked.run, model=asked.model, adapter=asked.adapter, threads=asked.threads))
     name = loaded.config.model if loaded.config else str(asked.model)
     _write(asked, loaded.engine.model, loaded.tokenizer, name, out)

@@ -152,7 +152,7 @@ def load(source: Source) -> Loaded:
     run, adapter = _run_and_adapter(source)
     if run is None and source.model is None:
         raise UserError("nobody to ask; give either --run RUN or --model NAME, or the --adapter of a run")
-    config = None if run is None else _run_config(run)
+    config = None if run is None else read_run(run)
     if config is not None and config.engine == "tinker" and adapter is not None:
         from .tinker.from_config import kept
 
@@ -184,7 +184,8 @@ def _run_and_adapter(source: Source) -> tuple[Path | None, Path | None]:
     return run, adapter
 
 
-def _run_config(folder: Path) -> Config:
+def read_run(folder: Path) -> Config:
+    """The settings of the run in ``folder``. Raises UserError."""
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

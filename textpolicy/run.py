@@ -58,7 +58,10 @@ def run(config: Config) -> Path:
     before = evaluate(engine, splits["test"], greedy(config)).accuracy
     folder = claim_folder(config)
     write_setup(folder, config)
-    return Run(config, folder, engine, splits, recipe).train(before, started, plan)
+    Run(config, folder, engine, splits, recipe).train(before, started, plan)
+    if config.engine == "tinker":
+        engine.close()
+    return folder
 
 
 class Run:

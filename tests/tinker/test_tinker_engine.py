@@ -16,7 +16,7 @@ from textpolicy.losses import ImportanceSampling, Surrogate
 from textpolicy.tinker.engine import Adam, TinkerEngine
 from textpolicy.types import Batch
 
-pytest.importorskip("tinker", reason="the Tinker SDK is not installed: pip install 'textpolicy[tinker]'")
+types = pytest.importorskip("tinker", reason="no Tinker SDK here: pip install 'textpolicy[tinker]'").types
 
 EOS = 257
 
@@ -53,13 +53,13 @@ class Listening:
         self.log.append("sample")
         self.sent.append((prompt.to_ints(), n, params))
         tokens, logprobs, reason = self.answer
-        sequence = SimpleNamespace(tokens=tokens, logprobs=logprobs, stop_reason=reason)
+        sequence = SimpleNamespace(tokens_np=np.array(tokens), logprobs_np=logprobs, stop_reason=reason)
         return "sample", SimpleNamespace(sequences=[sequence] * n)
 
     def forward_backward(self, data, loss, config):
         self.log.append("forward_backward")
         self.sent.append((data, loss, config))
-        found = [{"logprobs": SimpleNamespace(data=[-5.0] * d.model_input.length)} for d in data]
+        found = [{"logprobs": types.TensorData.from_numpy(np.full(d.model_input.length, -5, np.float32))} for d in data]
         return "forward_backward", SimpleNamespace(loss_fn_outputs=found, metrics={})
 
     def optim_step(self, params):
@@ -116,7 +116,7 @@ def test_a_completion_is_what_the_server_said():
     assert engine.sample([[1]], 1, Sampling())[0][0].truncated
 
 
-@pytest.mark.parametrize("logprobs", [[-1.0], [-1.0, float("nan")]])
+@pytest.mark.parametrize("logprobs", [None, [-1.0], [-1.0, float("nan")]])
 def test_log_probs_that_cannot_be_trained_on_are_an_error_of_the_server(logprobs):
     server, engine = listening()
     server.answer = ([65, 66], logprobs, "length")

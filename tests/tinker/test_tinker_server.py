@@ -192,3 +192,5 @@ def test_a_run_has_the_same_folder_and_can_be_asked_afterwards(tinker_server, no
     assert json.loads((run / "adapter" / "tinker.json").read_text())["state"].startswith("tinker://")
     assert main(["eval", f"--run={run}", "--problems=2"]) == 0
     assert "of 2 problems right" in capsys.readouterr().out
+    assert main(["export", str(run), "--to=peft"]) == 2
+    assert "is kept by its Tinker server" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import pytest
 
 from textpolicy.cli import main
 from textpolicy.config import Config, check_config
-from textpolicy.errors import UserError
+from textpolicy.errors import ServiceError, UserError
 from textpolicy.recipe import configure
 from textpolicy.tinker.from_config import refuse_unhonoured
 from textpolicy.tinker.service import Service
@@ -86,6 +86,12 @@ def test_a_key_of_the_wrong_form_is_refused_without_being_shown(monkeypatch):
     with pytest.raises(UserError, match="begins with tml-") as refused:
         Service("http://127.0.0.1:9")
     assert "planted" not in str(refused.value)
+
+
+def test_the_hosted_service_without_a_key_is_one_sentence(no_tinker_account, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))  # where a key may be stored
+    with pytest.raises(ServiceError, match="set TINKER_API_KEY to your key"):
+        Service().capabilities()
 
 
 def test_no_server_is_one_sentence(capsys):

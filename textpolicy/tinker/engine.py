@@ -312,11 +312,12 @@ def _wire(d: DatumArrays, arrays: Mapping[str, np.ndarray]) -> Any:
 
 
 def _array(tensor: Any) -> np.ndarray:
-    return np.asarray(tensor.data, np.float32)
+    return np.asarray(tensor.to_numpy(), np.float32)
 
 
 def _completion(sequence: Any, sampling: Sampling, untempered: bool) -> Completion:
-    tokens, logprobs = np.asarray(sequence.tokens, np.int32), np.asarray(sequence.logprobs, np.float32)
+    tokens = np.asarray(sequence.tokens_np, np.int32)
+    logprobs = np.asarray([] if sequence.logprobs_np is None else sequence.logprobs_np, np.float32)
     if tokens.shape != logprobs.shape or not np.isfinite(logprobs).all():
         raise ServiceError(
             f"the server gave {len(logprobs)} log-probs for {len(tokens)} tokens, or some that are not finite; "

@@ -18,6 +18,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 _LOCAL_KEY = "tml-local"  # servers on this machine look at its form alone
 _LOOK = 5.0  # seconds between looks at whether a silent server still lives
 _REMEDIES = {
+    "TinkerError": "set TINKER_API_KEY to your key, which begins with tml-",  # the base class is raised without one
     "AuthenticationError": "check TINKER_API_KEY",
     "PermissionDeniedError": "check what the key may do",
     "BillingError": "check the balance of the account",
@@ -32,6 +33,7 @@ _RESUME = "resume from the last checkpoint once that is mended"
 
 def sdk() -> Any:
     """The Tinker SDK. Raises MissingDependencyError."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # its tokenizers need no PyTorch, and it says so
     return extra("tinker", "textpolicy[tinker]")
 
 

@@ -252,3 +252,11 @@ def test_the_shared_random_streams_go_on_where_they_were():
     drawn = [random.gauss(0, 1), random.random(), *np.random.standard_normal(700)]
     restore_streams(state)
     assert [random.gauss(0, 1), random.random(), *np.random.standard_normal(700)] == drawn
+
+
+def test_a_run_with_compiled_passes_goes_on_with_the_shapes_that_it_knew(config, tmp_path):
+    compiled = "--machine.compile=on"
+    assert main(["train", str(config), f"--output={tmp_path / 'whole'}", compiled]) == 0
+    cut_short(config, tmp_path / "run", 3, compiled)
+    assert main(["train", f"--resume={tmp_path / 'run'}"]) == 0
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")

@@ -116,6 +116,13 @@ CONFIGS = {
     "an unknown kind": ("lora", lambda c: c["textpolicy"].update(kind="loro"), "no kind of adapter 'loro'"),
     "a kind of list": ("lora", lambda c: c["textpolicy"].update(kind=["lora"]), "cannot be read"),
     "no base": ("lora", lambda c: c["textpolicy"].pop("base") and None, "cannot be read"),
+    "a base of tables": ("lora", lambda c: c["textpolicy"]["base"].update(weights=[{}]), "cannot be read"),
+    "a base that is no number": (
+        "lora",
+        lambda c: c["textpolicy"]["base"].update(weights=[float("nan")] * 64),
+        "other weights",
+    ),
+    "a base of few weights": ("lora", lambda c: c["textpolicy"]["base"].update(weights=[1.0]), "other weights"),
     "a base of text": ("lora", lambda c: c["textpolicy"].update(base="x"), "cannot be read"),
     "a list": ("lora", lambda c: [1, 2], "cannot be read"),
     "a number": ("lora", lambda c: 7, "cannot be read"),

@@ -257,7 +257,7 @@ BROKEN: dict[str, Case] = {
     "pays-length": Case("stop_never_learned", "pays for every letter", {}, tiny_task(lambda c, e: len(c) / 8)),
     "pays-42": Case(
         "repeated_completions",
-        "pays for 42, whatever is asked",
+        "pays 1 for a leading 4 and half more for 42, whatever is asked",
         {},
         tiny_task(lambda c, e: (c[:1] == "4") + (c == "42") / 2),
     ),
@@ -268,9 +268,7 @@ BROKEN: dict[str, Case] = {
         over(rollout={"max_tokens": 60}),
         tiny_task(lambda c, e: c.count("ha") / 30),
     ),
-    "two-rewards": Case(
-        "held_out_falls", "right (0 or 1) plus a 200th of the number; meant to be healthy", {}, two_parts(0.005)
-    ),
+    "two-rewards": Case("held_out_falls", "right (0 or 1) plus a 200th of the number", {}, two_parts(0.005)),
     "colder": Case("entropy_collapse", "temperature 0.01", over(rollout={"temperature": 0.01}), asked(largest, RIGHT)),
     "cold": Case("entropy_collapse", "temperature 0.05", over(rollout={"temperature": 0.05}), asked(largest, RIGHT)),
     "form-only": Case("format_without_answers", "products, and 0.1 for any number", {}, asked(product, GRADED)),

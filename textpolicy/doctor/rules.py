@@ -63,7 +63,7 @@ NAMED_REWARDS = Need(
 
 RULES: tuple[Rule, ...] = (
     Rule(gradient.no_gradient, (MOVED,)),
-    Rule(gradient.not_finite, (_column("skipped"),)),
+    Rule(gradient.not_finite, (MOVED,)),
     Rule(gradient.unscorable, (_column("unscorable"),)),
     Rule(gradient.reward_constant, (MOVED,)),
     Rule(gradient.all_truncated, (MOVED,)),

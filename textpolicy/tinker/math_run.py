@@ -76,8 +76,7 @@ class MathRun:
         preflight(self.engine, self.env, self.asked.temperature)
         self.folder.begin(self.asked.model_dump(mode="json"), self.begun)
         self._introduce()
-        if not self.folder.lines("evals.jsonl"):
-            self.look(0)
+        self._look_if_missed()
         self._stop_before(self.work.step)
         self._steps()
         if self.end is not None:
@@ -154,6 +153,13 @@ class MathRun:
         return "+".join(self.asked.modes)
 
     # ---- private
+
+    def _look_if_missed(self) -> None:
+        """The look before the first step, or the one that a run cut short after its checkpoint did not come to."""
+        done = self.begun.step
+        wanted = done in (0, self.asked.max_steps) or _due(self.asked.eval_every, done)
+        if wanted and done not in {line["step"] for line in self.folder.lines("evals.jsonl")}:
+            self.look(done)
 
     def _documented(self, row: Row) -> dict[str, Any]:
         """The keys of metrics.jsonl that the documentation names."""

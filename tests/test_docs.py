@@ -21,6 +21,7 @@ FILES = [
     "docs/10_lora_qlora.md",
     "docs/algorithms.md",
     "docs/doctor.md",
+    "docs/run_folder.md",
 ]
 FENCE = re.compile(r"^```(\w*)$")
 

@@ -49,6 +49,8 @@ def test_a_run_writes_its_settings_metrics_curve_and_adapter(trained):
         "adapter",
         "rollouts",
         "evals",
+        "report.html",
+        "log.txt",
     }
     assert json.loads((trained / "config.json").read_text())["adapter"]["rank"] == 2
     assert (trained / "learning_curve.png").read_bytes().startswith(b"\x89PNG")

@@ -144,6 +144,23 @@ def leave(arguments: list[str]) -> int:
     return 0
 
 
+def view(arguments: list[str]) -> int:
+    """Browse a run's completions, or compare two runs, on a local page: textpolicy view RUN [RUN]."""
+    from .view.server import ViewArguments
+    from .view.server import view as serve
+
+    serve(parse(ViewArguments, arguments, "view"))
+    return 0
+
+
+def tell(arguments: list[str]) -> int:
+    """Write one run, or several side by side, as an HTML file: textpolicy report RUN [RUN ...] [--out FILE]."""
+    from .html_report.page import ReportArguments, report
+
+    print(report(parse(ReportArguments, arguments, "report")))
+    return 0
+
+
 class DoctorArguments(Section):
     """Say what is wrong with a run, and what to change; exit code 1 if anything is."""
 
@@ -322,6 +339,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "generate": ask,
     "eval": measure,
+    "view": view,
+    "report": tell,
     "export": leave,
     "doctor": doctor,
     "validate": validate,

@@ -273,6 +273,8 @@ class Config(Section):
     """Fixes the adapter's start, the order of problems and every sampled token."""
     output: Path | None = None
     """Folder of the run; must not exist. If not given, a new one under runs/."""
+    quiet: bool = False
+    """Print the closing table alone; log.txt in the run's folder has every line."""
     algorithm: AlgorithmSettings = AlgorithmSettings()
     adapter: AdapterSettings = AdapterSettings()
     rollout: RolloutSettings = RolloutSettings()

@@ -75,7 +75,7 @@ def train(
 
         rollouts = collect_informative(draw, algorithm.resample, algorithm.signal_of)
         sampled = time.perf_counter()
-        gap = check(engine, step, rollouts.sampled) if check else {}
+        gap = check(engine, step, rollouts.sampled) if check else None
         episodes = with_reference(engine, rollouts.trained) if algorithm.reward_kl else rollouts.trained
         tokens = algorithm.tokens(episodes, controller)
         batches = algorithm.pack(episodes, tokens, updates_per_step)
@@ -87,8 +87,9 @@ def train(
         row = summarize(rollouts, updates, sampled - started, updated - sampled)
         pooling = {"sepa_lambda": controller.strength} if controller else {}
         course = _followed(curriculum, asked, rollouts.sampled)
-        facts = {"step": step, "learning_rate": schedule(step), **row, **gap, **change, **pooling, **course}
-        on_step(step, facts, rollouts.credited(algorithm.credited(episodes, tokens)))
+        measured = gap.row if gap else {}
+        facts = {"step": step, "learning_rate": schedule(step), **row, **measured, **change, **pooling, **course}
+        on_step(step, facts, rollouts.handed_out(algorithm.credited(episodes, tokens), gap.learner if gap else {}))
 
 
 def _followed(curriculum: Curriculum | None, asked: Sequence[int], episodes: Sequence[Episode]) -> Row:

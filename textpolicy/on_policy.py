@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from .engine import Engine
 from .errors import UserError
 from .metrics import Row
-from .types import Batch, Episode
+from .types import Batch, Episode, over_episode
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,9 @@ class Gap:
     maximum: float  # nats
     kl: float  # E[r - 1 - log r] with r = exp(l - b), which is never negative
     tokens: int
+    learner: Mapping[int, np.ndarray] = field(
+        default_factory=dict, repr=False, compare=False
+    )  # l by place, (L,) float32
 
     @property
     def row(self) -> Row:
@@ -33,16 +36,18 @@ def measure(engine: Engine, episodes: Sequence[Episode], limit: int = 16) -> Gap
 
     Raises UserError for a completion that neither was cut off nor ends with a stop token.
     """
-    chosen = [episodes[i] for i in np.unique(np.linspace(0, len(episodes) - 1, min(limit, len(episodes))).astype(int))]
-    spoken = [e for e in chosen if e.mask.any()]
+    chosen = np.unique(np.linspace(0, len(episodes) - 1, min(limit, len(episodes))).astype(int)).tolist()
+    places = [i for i in chosen if episodes[i].mask.any()]
+    spoken = [episodes[i] for i in places]
     if not spoken:
         return Gap(0.0, 0.0, 0.0, 0)
     _refuse_without_stop(engine, spoken)
     batch = Batch.pack(spoken, [np.zeros(len(e.tokens), np.float32) for e in spoken])
-    live = batch.weights != 0
-    d = (engine.score(batch).astype(np.float64) - batch.logprobs)[live]
-    bounded = np.clip(d, -20, 20)
-    return Gap(float(np.abs(d).mean()), float(np.abs(d).max()), float((np.exp(bounded) - 1 - d).mean()), len(d))
+    live, scored = batch.weights != 0, engine.score(batch)
+    d = (scored.astype(np.float64) - batch.logprobs)[live]
+    kl = float((np.exp(np.clip(d, -20, 20)) - 1 - d).mean())
+    learner = {i: over_episode(line, episodes[i]) for i, line in zip(places, scored, strict=True)}
+    return Gap(float(np.abs(d).mean()), float(np.abs(d).max()), kl, len(d), learner)
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,10 @@ class OnPolicyCheck:
     max_gap: float = 0.05  # nats, of the mean; bfloat16 on a GPU has about 0.02, float32 about 1e-5
     corrected: bool = False  # a sampler correction is on, which is what a larger gap needs
 
-    def __call__(self, engine: Engine, step: int, episodes: Sequence[Episode]) -> Row:
-        """Metrics of the gap, {} in the steps between. Raises UserError above ``max_gap`` without a correction."""
+    def __call__(self, engine: Engine, step: int, episodes: Sequence[Episode]) -> Gap | None:
+        """The gap, None in the steps between. Raises UserError above ``max_gap`` without a correction."""
         if not self.every or step % self.every:
-            return {}
+            return None
         gap = measure(engine, episodes, self.completions)
         if not gap.mean <= self.max_gap and not self.corrected:
             raise UserError(
@@ -65,7 +70,7 @@ class OnPolicyCheck:
                 f"sampler's by {gap.mean:.3g} nats on average (at most {gap.maximum:.3g}, KL {gap.kl:.3g}), more than "
                 f"{self.max_gap:g}; {_reason(episodes)}, or set algorithm.correction.level, or raise on_policy.max_gap"
             )
-        return gap.row
+        return gap
 
     def after(self, engine: Engine, step: int, episodes: Sequence[Episode]) -> Row:
         """Metrics of how far the step's updates moved the policy from what it sampled; in the same steps as above."""

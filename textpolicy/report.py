@@ -44,6 +44,8 @@ def closing_table(
         ("peak memory", f"{memory / 1e9:.2f} GB in MLX arrays"),
         ("adapter", str(folder / "adapter")),
         ("learning curve", str(folder / "learning_curve.png")),
+        ("report", str(folder / "report.html")),
+        ("look at it", f"textpolicy view {folder}"),
         ("talk to it", f'textpolicy generate --run {folder} "{load_task(config.task).test[0].question}"'),
     ]
 

@@ -25,6 +25,7 @@ from .loop import Schedule, train
 from .metrics import Row
 from .on_policy import OnPolicyCheck
 from .recipe import configure
+from .record import layout
 from .record.recorder import Recorder
 from .report import History, closing_table, plot_learning
 from .sinks import Sinks
@@ -76,10 +77,10 @@ class Run:
     ):
         self.config, self.folder, self.engine, self.splits, self.recipe = config, folder, engine, splits, recipe
         self.history = History()
-        self.view = RunView(config.steps)
+        self.view = RunView(config.steps, quiet=config.quiet, log=folder / layout.LOG)
         self.best: tuple[Rate, int, Any] | None = None
         self.metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
-        self.sinks = Sinks([Recorder(folder, splits["train"].pieces), *open_trackers(config, folder)])
+        self.sinks = Sinks([Recorder(folder, splits["train"].pieces), *open_trackers(config, folder), self.view])
 
     def train(self, before: Evaluation, started: float, plan: Plan) -> Path:
         """``before`` is the look at the test problems, ``started`` when the clock began, ``plan`` what fits."""
@@ -117,7 +118,6 @@ class Run:
         self.history.rows.append(row)
         self.sinks.step(step, row, episodes)
         self.record({"kind": "train", **row})
-        self.view.step(step, row)
         done = step + 1
         if done % self.config.evaluation.every == 0 or done == self.config.steps:
             self.view.examples(episodes[:: self.config.rollout.group_size])
@@ -154,9 +154,12 @@ class Run:
         self.engine.save(self.folder / "adapter")
 
     def finish(self, train_seconds: float, seconds: float) -> None:
+        from .html_report.page import write_report
+
         plot_learning(self.history, self.folder / "learning_curve.png", self.config)
         rows = closing_table(self.history, self.folder, self.config, train_seconds, seconds)
         (self.folder / "summary.json").write_text(json.dumps(summary(self.history, train_seconds), indent=2) + "\n")
+        write_report([self.folder], self.folder / layout.REPORT)
         self.view.table("done", rows)
         for sentence in last_lines(examine(self.folder)):
             self.view.say(sentence)

@@ -37,7 +37,6 @@ class Credited:
     advantage: float  # of the baseline, before any token-level stage
     credit: np.ndarray  # (L,) float32, what each token was trained with
     planning: np.ndarray | None = None  # (L,) bool; None when the recipe marks no planning tokens
-    learner: np.ndarray | None = None  # (L,) float32, the learner's log-probs before the update, where it was asked
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +59,7 @@ class Episode:
     scores: Mapping[str, float] = field(default_factory=dict)  # of each of several rewards that applied, unweighted
     prompt_index: int | None = None  # of the environment's prompts
     credited: Credited | None = None  # None until it is trained on, and where it is not
+    learner: np.ndarray | None = None  # (L,) float32, the learner's log-probs before the update, where it was asked
 
     @classmethod
     def from_completion(cls, prompt: Sequence[int], completion: Completion, /, **scored: Any) -> Self:
@@ -154,6 +154,11 @@ class Batch:
         """``fn`` of every array that is there, but those named in ``skip``."""
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
         return replace(self, **{name: fn(array) for name, array in named.items() if array is not None})
+
+
+def over_episode(line: np.ndarray, episode: Episode) -> np.ndarray:
+    """A batch's row of log-probs of targets, (T,) -> (L,) float32: one per token of ``episode``, 0 at the first."""
+    return np.append(np.float32(0), line[: len(episode.tokens) - 1])
 
 
 def loss_weights(

@@ -75,12 +75,22 @@ def test_the_advantage_is_that_of_the_group_and_the_credit_that_of_the_batch(run
 
 
 def test_what_is_not_known_is_null(run, episodes):
-    first = replace(episodes[0], entropy=None, reward=float("nan"), truncated=True, scores={"a": 1.0, "b": float("nan")})
+    first = replace(
+        episodes[0], entropy=None, reward=float("nan"), truncated=True, scores={"a": 1.0, "b": float("nan")}
+    )
     Recorder(run, spell).step(0, {}, [first])
     [row] = recorded(run)
     assert row["reward"] is row["entropy"] is row["credit"] is row["advantage"] is row["learner_logprobs"] is None
     assert row["scores"] == [("a", 1.0), ("b", None)]
     assert row["finish_reason"] == "length"
+
+
+def test_the_learners_logprobs_are_kept_where_it_was_asked(run, episodes):
+    asked = replace(episodes[0], learner=episodes[0].logprobs + np.float32(0.25))
+    Recorder(run, spell).step(0, {}, [asked, episodes[1]])
+    first, second = recorded(run)
+    assert np.float32(first["learner_logprobs"]) - np.float32(first["logprobs"]) == pytest.approx(0.25)
+    assert second["learner_logprobs"] is None
 
 
 def test_replies_of_an_environment_are_kept_and_marked(run):
@@ -117,7 +127,9 @@ def test_a_run_is_cut_back_to_a_step(run, episodes):
     for step in range(5):
         recorder.step(step, {}, episodes)
         recorder.evaluated(step + 1, "validation", {}, episodes)
+    (run / "rollouts" / ".step-000002.parquet.part").write_text("half")  # what a crash leaves
     layout.drop_from(run, 3)
+    assert not list((run / "rollouts").glob(".*"))
     loaded = load_run(run)
     assert set(loaded.rollouts["step"].to_pylist()) == {0, 1, 2}
     assert set(loaded.evals["step"].to_pylist()) == {1, 2, 3}
@@ -188,8 +200,14 @@ def test_a_generated_token_takes_less_than_100_bytes(run):
                 rng.integers(1, 49_000, t).astype(np.int32), -rng.random(t).astype(np.float32),
                 rng.random(t).astype(np.float32),
             )  # fmt: skip
-            said = {"prompt": f"Largest of {prompt[:5]}?", "text": " ".join(spell(completion.tokens)), "pieces": ("",) * t}
-            episodes.append(Episode.from_completion(prompt, completion, reward=float(rng.random() < 0.5), group=g, **said))
+            said = {
+                "prompt": f"Largest of {prompt[:5]}?",
+                "text": " ".join(spell(completion.tokens)),
+                "pieces": ("",) * t,
+            }
+            episodes.append(
+                Episode.from_completion(prompt, completion, reward=float(rng.random() < 0.5), group=g, **said)
+            )
     Recorder(run, spell).step(0, {}, credited(episodes, "gtpo"))
     tokens = sum(int(e.mask.sum()) for e in episodes)
     assert layout.rollouts_path(run, 0).stat().st_size / tokens < 100

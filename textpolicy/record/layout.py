@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 METRICS, CONFIG, VERSIONS, SUMMARY, LOG = "metrics.jsonl", "config.json", "versions.json", "summary.json", "log.txt"
+REPORT = "report.html"
 ROLLOUTS, EVALS = "rollouts", "evals"  # folders of Parquet files, docs/run_folder.md lists their columns
 
 
@@ -35,13 +36,14 @@ def step_of(path: Path) -> int:
 
 
 def drop_from(run: Path, step: int) -> None:
-    """Remove what was written at training step ``step`` and after it, for a run that goes on from there.
+    """Remove what was written at training step ``step`` and after it, and what a crash left, for a run that goes on.
 
     A look at held-out problems counts the steps done, so the one before ``step`` stays.
     """
     later = [p for p in parquet_files(run / ROLLOUTS) if step_of(p) >= step]
     later += [p for p in parquet_files(run / EVALS) if step_of(p) > step]
-    for path in later:
+    parts = [path for kind in (ROLLOUTS, EVALS) for path in (run / kind).glob(".*.part")]
+    for path in [*later, *parts]:
         path.unlink()
 
 

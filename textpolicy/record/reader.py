@@ -67,9 +67,7 @@ class RecordedRun:
         """Every completion of every look at held-out problems."""
         return self.read("evals")
 
-    def read(
-        self, kind: str, columns: Sequence[str] | None = None, where: pc.Expression | None = None
-    ) -> pa.Table:
+    def read(self, kind: str, columns: Sequence[str] | None = None, where: pc.Expression | None = None) -> pa.Table:
         """``columns`` (None: all) of the rows of "rollouts" or "evals" for which ``where`` holds, in order."""
         return read_completions(layout.parquet_files(self.folder / kind), columns, where)
 

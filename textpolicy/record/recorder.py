@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Spell = Callable[[np.ndarray], Sequence[str]]  # (T,) token ids -> the text of each
-_ZSTD = 3  # level: higher ones save 3% and take three times as long
+_ZSTD = 3  # level
+# A file is one step, so there is nothing to skip by statistics, and Zstandard alone beats dictionaries.
+_SMALL: dict[str, Any] = {"store_schema": False, "write_statistics": False, "use_dictionary": False}
 
 
 class Recorder:
@@ -48,11 +50,11 @@ class Recorder:
 
 
 def write_completions(path: Path, table: pa.Table) -> None:
-    """``table`` as the Parquet file ``path``, compact: Zstandard, dictionaries where they help."""
+    """``table`` as the Parquet file ``path``, compact."""
     import pyarrow.parquet as pq
 
     def write(file: Any) -> None:
-        pq.write_table(table, file, compression="zstd", compression_level=_ZSTD, store_schema=False)
+        pq.write_table(table, file, compression="zstd", compression_level=_ZSTD, **_SMALL)
 
     layout.write_whole(path, write)
 
@@ -88,7 +90,7 @@ def _tokens(episodes: Sequence[Episode], spell: Spell) -> dict[str, Sequence[Any
         "entropy": [None if e.entropy is None else _rounded(e.entropy[n:]) for e, n in pairs],
         "credit": [c and c.credit[n:] for c, n in credited],
         "planning": [None if c is None or c.planning is None else c.planning[n:] for c, n in credited],
-        "learner_logprobs": [None if c is None or c.learner is None else c.learner[n:] for c, n in credited],
+        "learner_logprobs": [None if e.learner is None else e.learner[n:] for e, n in pairs],
     }
 
 
@@ -118,4 +120,4 @@ def _rounded(values: np.ndarray) -> np.ndarray:
 
 def _storable(text: str) -> str:
     """Without lone surrogates, which UTF-8 has no bytes for."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

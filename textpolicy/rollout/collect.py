@@ -13,7 +13,7 @@ from ..environment.base import DrivenEnv
 from ..environment.conversation import Conversation
 from ..environment.text_generation import TextGenerationEnv
 from ..rewards.contract import Scored
-from ..types import Batch, Completion, Episode
+from ..types import Batch, Completion, Episode, over_episode
 
 
 def collect(
@@ -90,7 +90,4 @@ def with_reference(engine: Engine, episodes: Sequence[Episode]) -> list[Episode]
     """The episodes with the log-probs of the frozen reference, for a KL in the reward."""
     batch = Batch.pack(episodes, [np.zeros(len(e.tokens), np.float32) for e in episodes])
     scored = engine.score(batch, reference=True)
-    return [
-        replace(e, reference=np.append(np.float32(0), line[: len(e.tokens) - 1]))
-        for e, line in zip(episodes, scored, strict=True)
-    ]
+    return [replace(e, reference=over_episode(line, e)) for e, line in zip(episodes, scored, strict=True)]

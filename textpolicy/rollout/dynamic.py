@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from ..algorithms.rewards import Rewards
 from ..types import Episode
@@ -21,10 +23,10 @@ class Rollouts:
     draws: int = 1  # of prompts
     full: bool = True  # training got as many informative groups as it asked for
 
-    def credited(self, trained: Sequence[Episode]) -> list[Episode]:
-        """Everything sampled, with the episodes ``trained`` on as they are now, in their places."""
+    def handed_out(self, trained: Sequence[Episode], learner: Mapping[int, np.ndarray]) -> list[Episode]:
+        """Everything sampled, those ``trained`` on as they are now, with the ``learner``'s log-probs by place."""
         now = {id(e): t for e, t in zip(self.trained, trained, strict=True)}
-        return [now.get(id(e), e) for e in self.sampled]
+        return [replace(now.get(id(e), e), learner=learner.get(i)) for i, e in enumerate(self.sampled)]
 
 
 def _reward(episode: Episode) -> float:

@@ -1,0 +1,84 @@
+"""What the loop hands out of a step: every episode with its prompt, its credit and what the learner was asked."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import make_tiny_engine, random_episodes, recipe
+
+from textpolicy.engine import Sampling
+from textpolicy.environment.text_generation import TextGenerationEnv
+from textpolicy.loop import Schedule, train
+from textpolicy.on_policy import OnPolicyCheck
+
+PROMPTS = ["1 2", "3", "4 5 6", "2 2"]
+
+
+class Numbers:
+    def encode(self, text):
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+def steps_of(algorithm, **how):
+    """(episodes handed out, batch given to the engine) of two steps."""
+    engine, seen, batches = make_tiny_engine(vocabulary=16), [], []
+    update = engine.update
+    engine.update = lambda batch, *rest: batches.append(batch) or update(batch, *rest)
+    env = TextGenerationEnv(PROMPTS, lambda completion, **_: float(len(completion) % 3), 6, tokenizer=Numbers())
+    train(
+        engine,
+        env,
+        algorithm,
+        schedule=Schedule(1e-3, steps=2),
+        prompts_per_step=2,
+        group_size=4,
+        sampling=Sampling(6, seed=3),
+        on_step=lambda step, row, episodes: seen.append(episodes),
+        **how,
+    )
+    return list(zip(seen, batches, strict=True))
+
+
+@pytest.mark.parametrize("name", ["grpo", "gtpo", "full"])
+def test_the_credit_of_an_episode_is_what_the_engine_was_given(name):
+    for episodes, batch in steps_of(recipe(name)):
+        for row, e in enumerate(episodes):
+            n = len(e.tokens)
+            live = batch.weights[row, : n - 1] != 0
+            np.testing.assert_array_equal(e.credited.credit[1:][live], batch.advantages[row, : n - 1][live])
+            assert not e.credited.credit[~e.mask].any()
+            assert (e.credited.planning is not None) == (name == "full")
+
+
+def test_an_episode_says_which_of_the_environments_prompts_it_answers():
+    for episodes, _ in steps_of(recipe("grpo")):
+        assert [PROMPTS[e.prompt_index] for e in episodes] == [e.prompt for e in episodes]
+
+
+def test_the_learners_logprobs_are_there_where_the_on_policy_check_asked():
+    (first, _), (second, _) = steps_of(recipe("grpo"), check=OnPolicyCheck(every=2, completions=3))
+    asked = [e for e in first if e.learner is not None]
+    assert len(asked) == 3
+    for e in asked:
+        np.testing.assert_allclose(e.learner, e.logprobs, atol=1e-4)
+    assert all(e.learner is None for e in second)
+
+
+def test_what_is_drawn_again_is_handed_out_without_credit_if_it_was_not_trained_on():
+    episodes, batch = steps_of(replace(recipe("grpo"), resample=3))[0]
+    credited = [e for e in episodes if e.credited is not None]
+    assert len(credited) == len(batch)
+
+
+def test_the_advantage_is_the_groups_and_a_truncated_completion_that_is_muted_has_no_credit():
+    episodes = random_episodes(np.random.default_rng(2))
+    episodes = [replace(e, truncated=i % 3 == 0) for i, e in enumerate(episodes)]
+    algorithm = replace(recipe("dr_grpo"), mask_truncated=True)
+    for e in algorithm.credited(episodes, algorithm.tokens(episodes)):
+        rewards = [other.reward for other in episodes if other.group == e.group]
+        assert e.credited.advantage == pytest.approx(e.reward - sum(rewards) / len(rewards), abs=1e-6)
+        expected = 0 if e.truncated else e.credited.advantage
+        assert e.credited.credit[e.mask] == pytest.approx(expected, abs=1e-6)

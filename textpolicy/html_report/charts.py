@@ -1,0 +1,113 @@
+"""Charts as inline SVG: matplotlib draws, and its colours become those of the page, light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .arms import Series
+
+# What matplotlib is told, and the page's variable that takes its place.
+_INK, _FAINT = "#010203", "#010204"
+_COLOURS = tuple(f"#0101{n:02x}" for n in range(16, 24))
+_VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--faint)", **{c: f"var(--c{i})" for i, c in enumerate(_COLOURS)}}
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.labelcolor": _FAINT,
+    "axes.edgecolor": _FAINT,
+    "xtick.color": _FAINT,
+    "ytick.color": _FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "path.simplify_threshold": 0.5,
+}
+_SIZE = (5.2, 2.5)  # inches
+_WINDOW = 20  # a noisy curve is also shown as its mean over this part of the steps
+
+
+def line_chart(curves: Sequence[Series], label: str, *, smooth: bool = False, share: bool = False) -> str:
+    """The ``curves`` with their bands; ``smooth`` adds running means, ``share`` fixes the axis to 0 to 1."""
+
+    def draw(axes: Any) -> None:
+        for curve, colour in zip(curves, _repeated(len(curves)), strict=True):
+            _draw_curve(axes, curve, colour, smooth)
+        axes.set(xlabel="step", ylabel=label)
+        if share:
+            axes.set_ylim(-0.03, 1.03)
+        if len(curves) > 1:
+            axes.legend(fontsize=8)
+
+    return _svg(draw, label + "".join(c.name for c in curves))
+
+
+def stacked_bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], label: str) -> str:
+    """One horizontal bar per name, made of ``parts``."""
+
+    def draw(axes: Any) -> None:
+        left = np.zeros(len(names))
+        for (part, values), colour in zip(parts.items(), _repeated(len(parts)), strict=True):
+            axes.barh(names, values, left=left, color=colour, height=0.6, label=part)
+            left += np.asarray(values)
+        axes.invert_yaxis()
+        axes.set(xlabel=label)
+        axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(parts))
+
+    return _svg(draw, label, height=0.9 + 0.35 * len(names))
+
+
+def _draw_curve(axes: Any, curve: Series, colour: str, smooth: bool) -> None:
+    few = len(curve.steps) <= 30
+    width = max(1, len(curve.steps) // _WINDOW) if smooth else 1
+    axes.plot(
+        curve.steps, curve.mean, color=colour, lw=1 if width > 1 else 1.6, alpha=0.3 if width > 1 else 1,
+        ls="-" if curve.joined else "none", marker="o" if few else None, ms=3 if curve.joined else 5,
+        label=None if width > 1 else curve.name,
+    )  # fmt: skip
+    if width > 1:
+        axes.plot(curve.steps, running_mean(curve.mean, width), color=colour, lw=1.6, label=curve.name)
+    if curve.low is not None and curve.high is not None:
+        axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.15, lw=0)
+
+
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """The mean of each value and those around it, ``width`` together, fewer at the ends."""
+    kernel = np.ones(width)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def _repeated(count: int) -> list[str]:
+    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+
+
+def _svg(draw: Callable[[Any], None], salt: str, height: float = _SIZE[1]) -> str:
+    """What ``draw`` puts on axes, as an SVG element whose colours are the page's; ``salt`` keeps its ids its own."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    style: Any = {**_STYLE, "svg.hashsalt": salt}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
+        draw(figure.subplots())
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _for_page(out.getvalue())
+
+
+def _for_page(svg: str) -> str:
+    """The element alone, sized by the page, without ids that other charts have too."""
+    element = svg[svg.index("<svg") :]
+    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
+    element = re.sub(r'<g id="[^"]*">', "<g>", element)
+    element = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", element, count=1)
+    element = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", element, count=1)
+    for colour, variable in _VARIABLES.items():
+        element = element.replace(colour, variable)
+    return re.sub(r"\n\s*", "\n", element)

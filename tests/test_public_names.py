@@ -45,7 +45,7 @@ PATHS = {
     "textpolicy.analysis": [
         "evaluate_sepa_significance", "build_sepa_significance_markdown", "evaluate_sepa_litmus",
         "build_litmus_markdown", "get_sepa_litmus_profile", "load_emergence_run_stats", "aggregate_group_stats",
-        "compare", "compare_arms",
+        "compare", "compare_arms", "EmergenceLogger", "load_run",
     ],
     "textpolicy.buffer": ["Buffer", "Episode"],
     "textpolicy.environment": [
@@ -53,7 +53,6 @@ PATHS = {
         "register_task_suite", "list_task_suites", "get_task_suite", "TextGenerationTask",
         "VectorizedEnvironment", "make_vectorized_env", "GymAdapter", "GymnasiumTextEnv",
     ],
-    "textpolicy.analysis": ["EmergenceLogger"],
     "textpolicy.environment.text_generation": [
         "TextGenerationEnv", "TextGenerationEnvironment", "TextGenerationTask",
     ],

@@ -120,7 +120,7 @@ class Run:
         self.metrics = MetricsFile(folder / layout.METRICS, checkpoint.state["metrics_bytes"] if checkpoint else 0)
         layout.drop_from(folder, checkpoint.step if checkpoint else 0)
         self.recorder = Recorder(folder, splits["train"].pieces)
-        self.sinks = Sinks([self.recorder, self.view, *open_trackers(config, folder)])
+        self.sinks = Sinks([self.recorder, *open_trackers(config, folder), self.view])
 
     def begin(self, before: Evaluation, started: float, plan: Plan | None) -> Path:
         """``before`` is the look at the test problems, ``started`` when the clock began, ``plan`` what fits."""

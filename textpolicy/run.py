@@ -238,14 +238,14 @@ class Run:
         sync_tree(self.folder / "adapter")
 
     def finish(self, train_seconds: float, seconds: float) -> None:
-        """Write what a run ends with; the summary says that all but the report, which reads it, is there."""
+        """Write what a run ends with; the summary last, because it says that all is there."""
         from .html_report.page import write_report
 
         plot_learning(self.history, self.folder / "learning_curve.png", self.config)
         rows = closing_table(self.history, self.folder, self.config, train_seconds, seconds)
         self.metrics.sync()
-        write_whole(self.folder / layout.SUMMARY, json.dumps(summary(self.history, train_seconds), indent=2) + "\n")
         write_report([self.folder], self.folder / layout.REPORT)
+        write_whole(self.folder / layout.SUMMARY, json.dumps(summary(self.history, train_seconds), indent=2) + "\n")
         self.view.table("done", rows)
         for sentence in last_lines(examine(self.folder)):
             self.view.say(sentence)

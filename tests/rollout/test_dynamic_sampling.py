@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_tokenizers import Numbers
 
+from textpolicy.doctor import Facts
+from textpolicy.doctor.gradient import short_batches
 from textpolicy.engine import Sampling
 from textpolicy.environment.text_generation import TextGenerationEnv
 from textpolicy.loop import Schedule, draw_prompts, train
 from textpolicy.metrics import frac_reward_zero_std, summarize
-from textpolicy.report import diagnose
 from textpolicy.rollout.collect import collect
 from textpolicy.rollout.dynamic import collect_informative, informative
 from textpolicy.types import Completion, Episode
@@ -158,21 +159,22 @@ def test_a_run_whose_batches_stayed_short_says_so_and_after_how_many_draws():
         summarize(collect_informative(Draws(*rewards), resample=1), [UPDATE], 1.0, 1.0)
         for rewards in ([(ALL, SPLIT), (NONE, ALL)], [(SPLIT, SPLIT)])
     )
-    assert diagnose([full, full]) == []
-    [sentence] = diagnose([full, short, full])
-    assert sentence == (
-        "Note: in 1 of 3 steps too few groups disagreed even after 2 draws of prompts, and the step trained on fewer."
-    )
+    assert short_batches(Facts([full, full, short])) is None
+    assert "In 2 of 3 steps too few groups disagreed even after 2 draws of prompts" in said_of([short, full, short])
 
 
-def test_a_run_that_now_and_then_found_no_group_at_all_says_so_too():
+def test_a_run_that_found_no_group_at_all_says_so_too():
     empty, full = (
         summarize(collect_informative(Draws(*rewards), resample=1), [{**UPDATE, "updated": moved}], 1.0, 1.0)
         for rewards, moved in (([(ALL, ALL), (NONE, ALL)], 0.0), ([(SPLIT, SPLIT)], 1.0))
     )
-    assert any(
-        "in 1 of 5 steps too few groups disagreed even after 2 draws" in s for s in diagnose([full] * 4 + [empty])
-    )
+    assert "In 2 of 3 steps too few groups disagreed even after 2 draws" in said_of([full, empty, empty])
+
+
+def said_of(rows):
+    finding = short_batches(Facts(rows))
+    assert finding is not None
+    return finding.what
 
 
 # ---- prompts of further draws

@@ -131,19 +131,20 @@ def _step_times(arms: Sequence[Arm]) -> str:
 
 def run_facts(run: RecordedRun) -> dict[str, Any]:
     """What the table of runs says of one."""
-    summary, rows = run.summary, [r for r in run.rows if r["kind"] == "train"]
-    tests = [r for r in run.rows if r["kind"] == "eval" and r["split"] == "test"]
+    rows = [r for r in run.rows if r["kind"] == "train"]
+    tests = [r for r in run.rows if r["kind"] == "eval" and r["split"] == "test"]  # before, and of what is kept
+    after = tests[-1] if len(tests) > 1 else None
     return {
         "name": run.folder.resolve().name,
         "settings": flat(run.config),
         "seed": run.config.get("seed"),
         "model": run.config.get("model"),
         "steps": len(rows),
-        "over": bool(summary),
+        "over": after is not None,
         "before": tests[0]["accuracy"] if tests else None,
-        "after": summary.get("test_after"),
+        "after": after and after["accuracy"],
         "problems": tests[0]["problems"] if tests else None,
-        "kept_step": summary.get("kept_step"),
+        "kept_step": after and after["step"],
         "seconds": sum(r["sample_seconds"] + r["update_seconds"] for r in rows),
         "tokens": sum(r["sampled_tokens"] for r in rows),
         "memory": max((r["peak_memory_bytes"] for r in rows if "peak_memory_bytes" in r), default=None),

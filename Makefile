@@ -2,6 +2,7 @@
 
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
+PROCESSES ?= 2
 
 # The first of these that works makes .venv. `make test PYTHON=python3.12` asks for one by name.
 PYTHONS = "$(PYTHON)" .venv/bin/python python3 python3.13 python3.12 python3.14 python3.11 python
@@ -12,7 +13,7 @@ CAN_MAKE_VENV = import ensurepip, venv
 
 help:
 	@echo "make demo         train the small model with the embedded task, into a new folder under runs/"
-	@echo "make test         run the tests (PYTEST_FLAGS=... adds options)"
+	@echo "make test         run the tests in PROCESSES=2 processes (PYTEST_FLAGS=... adds options)"
 	@echo "make check        formatting, lint and types: what must be clean before a commit"
 	@echo "make format       rewrite the sources in the project's format"
 	@echo "make constraints  pin today's versions in constraints.txt"
@@ -24,7 +25,7 @@ demo: venv
 	@.venv/bin/textpolicy train $(DEMO_FLAGS)
 
 test: venv
-	@.venv/bin/python -m pytest $(PYTEST_FLAGS)
+	@.venv/bin/python -m pytest -n $(PROCESSES) --dist loadgroup $(PYTEST_FLAGS)
 
 check: venv
 	.venv/bin/ruff format --check .

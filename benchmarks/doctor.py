@@ -364,8 +364,8 @@ def apart(work: Callable[[], None]) -> int:
         os._exit(1)
 
 
-def tiny_engine(config: Any) -> tuple[Any, Any]:
-    """As ``textpolicy.run.build_engine``, with the tiny model."""
+def tiny_engine(config: Any, recipe: Any) -> tuple[Any, Any]:
+    """As ``textpolicy.assembly.build_engine``, with the tiny model."""
     from textpolicy.mlx.engine import MLXEngine
     from textpolicy.mlx.lora import attach
 

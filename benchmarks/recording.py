@@ -21,12 +21,12 @@ from typing import Any
 
 from machine import describe
 
+from textpolicy.assembly import build_engine, environment, schedule, training_sampling
 from textpolicy.config import Config
 from textpolicy.loop import train
 from textpolicy.metrics import Row
 from textpolicy.recipe import configure
 from textpolicy.record.recorder import Recorder
-from textpolicy.run import build_engine, environment, schedule, training_sampling
 from textpolicy.tasks import load_task
 from textpolicy.types import Episode
 

@@ -20,6 +20,13 @@ VOCABULARY = 300
 WORDS = (" let me", " check", " then", " so", " seven", "")  # of made-up completions; the first two make a gram
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several processes one has the tests of a file, so that fixtures are made once, and one all of the server's."""
+    for item in items:
+        served = "tinker_server" in getattr(item, "fixturenames", ()) or item.path.parent.name == "tinker"
+        item.add_marker(pytest.mark.xdist_group("tinker" if served else item.path.stem))
+
+
 def random_episodes(rng: np.random.Generator, groups: int = 4, size: int = 4) -> list[Episode]:
     """Episodes with prompts of a common start, completions of 1 to 8 tokens and 0/1 rewards."""
     out = []

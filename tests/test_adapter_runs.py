@@ -7,13 +7,13 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
+from textpolicy.assembly import build_engine, schedule, training_sampling
 from textpolicy.cli import main
 from textpolicy.config import Config
 from textpolicy.environment.text_generation import TextGenerationEnv
 from textpolicy.loop import train
 from textpolicy.mlx.lora import trainable
 from textpolicy.recipe import configure
-from textpolicy.run import build_engine, schedule, training_sampling
 
 TRAINED = {  # numbers that train, of the model's 134,515,008
     "lora": 16 * 30 * 10_176,  # in + out of the seven linear layers of each of 30 blocks

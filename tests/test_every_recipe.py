@@ -26,7 +26,7 @@ def of_its_own(prompt, completion, example):
 @pytest.fixture(scope="module")
 def built():
     """The engine of a run, its environment, and the adapters it starts with; tests put those back."""
-    from textpolicy.run import build_engine
+    from textpolicy.assembly import build_engine
 
     engine, tokenizer = build_engine(Config.model_validate(SETTINGS))
     questions = [p.question for p in load_task("largest").train[:40]]  # bare: worked examples take time to read

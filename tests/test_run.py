@@ -11,10 +11,10 @@ import pyarrow.compute as pc
 import pytest
 
 from textpolicy.analysis import load_run
+from textpolicy.assembly import claim_folder, sized
 from textpolicy.cli import main
 from textpolicy.config import Config
 from textpolicy.errors import UserError
-from textpolicy.run import claim_folder, sized
 from textpolicy.tasks import TASKS, load_task
 
 SMALL = [

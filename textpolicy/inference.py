@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
+from .assembly import environment, scored, sized
 from .config import Config, PositiveInt, Section, check_config
 from .engine import Sampling
 from .environment.text_generation import TextGenerationEnv
 from .errors import UserError
 from .evaluation import Evaluation
 from .evaluation import evaluate as judge
-from .run import environment, scored, sized
 from .tasks import load_task
 
 

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 from conftest import make_tiny_engine
 
+from textpolicy.assembly import greedy, write_setup
 from textpolicy.config import Config
 from textpolicy.environment.text_generation import TextGenerationEnv
 from textpolicy.evaluation import evaluate
 from textpolicy.recipe import configure
-from textpolicy.run import Run, greedy, write_setup
+from textpolicy.run import Run
 
 STEPS, PROMPTS, SAMPLES = 12, 4, 8
 ASKED = ["1 2", "3", "4 5 6", "2 2", "9 1", "5"]

@@ -163,7 +163,7 @@ def test_a_state_that_does_not_exist_is_one_sentence(tinker):
 RUN = [
     "--engine=tinker",
     "--tinker.reduction=mean",
-    "--tinker.save-every=1",
+    "--checkpoint.every=1",
     "--steps=2",
     "--optimizer.warmup-steps=1",
     "--rollout.prompts-per-step=2",
@@ -174,22 +174,32 @@ RUN = [
 ]
 
 
+KEPT = ("step-000001", "step-000002")
+
+
 @pytest.mark.slow
 def test_a_run_has_the_same_folder_and_can_be_asked_afterwards(tinker_server, no_tinker_account, tmp_path, capsys):
     run = tmp_path / "run"
     flags = [f"--tinker.base-url={tinker_server.url}", f"--model={tinker_server.name}", f"--output={run}"]
     assert main(["train", *RUN, *flags]) == 0
     names = {"config.json", "versions.json", "metrics.jsonl", "learning_curve.png", "summary.json", "adapter"}
-    assert {p.name for p in run.iterdir()} == names
+    assert {p.name for p in run.iterdir()} == names | {
+        "rollouts", "evals", "checkpoints", "report.html", "log.txt", ".lock",
+    }  # fmt: skip
     assert json.loads((run / "versions.json").read_text())["tinker"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["kind"] == "train"]
     assert [row["step"] for row in steps] == [0, 1]
     assert all(row["surprisal"] > 0 and "entropy" not in row for row in steps)
     assert steps[0]["on_policy_gap_max"] < 1e-4
-    kept = [row["path"] for row in rows if row["kind"] == "checkpoint"]
-    assert [path.rsplit("/", 1)[1] for path in kept] == ["step-1", "step-2"]
+    kept = [json.loads((run / "checkpoints" / name / "server.json").read_text())["path"] for name in KEPT]
+    assert all(path.startswith("tinker://") for path in kept)
+    assert len(set(kept)) == 2
     assert json.loads((run / "adapter" / "tinker.json").read_text())["state"].startswith("tinker://")
+    assert main(["train", f"--resume={run}", "--steps=3", "--allow=steps"]) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [0, 1, 2]
+    assert len(list((run / "rollouts").iterdir())) == 3
     assert main(["eval", f"--run={run}", "--problems=2"]) == 0
     assert "of 2 problems right" in capsys.readouterr().out
     assert main(["export", str(run), "--to=peft"]) == 2

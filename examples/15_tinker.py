@@ -7,7 +7,6 @@ python examples/15_tinker.py --engine tinker --model Qwen/Qwen3-4B-Instruct-2507
 
 import argparse
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 
 import textpolicy as tp
@@ -27,21 +26,13 @@ def here(model):
     return MLXEngine(attach_lora(model, rank=16), stop=tokenizer.eos_token_ids), tokenizer
 
 
-def there(model, server):
+def there(model, server=None):
     """An engine on a Tinker server: the one started here, or else TINKER_BASE_URL's, or else the hosted service."""
     from textpolicy.tinker.engine import TinkerEngine
 
     where = {} if server is None else {"base_url": server.url, "reduction": "mean"}  # SkyRL on JAX averages
     engine = TinkerEngine.connect(model if server is None else server.name, rank=16, **where)
     return engine, engine.tokenizer
-
-
-def local_server(model, folder):
-    """SkyRL's Tinker API on this machine; it ends with the program."""
-    from textpolicy.serving import served_model
-    from textpolicy.tinker.server import LocalServer, ServerSettings
-
-    return LocalServer(ServerSettings(model=served_model(model), folder=Path(folder), rank=16), say=print)
 
 
 def run(engine, tokenizer, args):
@@ -65,19 +56,17 @@ def run(engine, tokenizer, args):
         on_step=lambda step, row, episodes: print(f"step {step + 1}  correct {row['accuracy']:.0%}", flush=True),
     )
     print("after:", evaluate(engine, held_out, Sampling(8, temperature=0.0)).accuracy)
+    engine.close()
 
 
-def main(args):
-    if args.engine == "mlx":
-        run(*here(args.model), args)
-        return
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        local_server(args.model, folder) if args.serve else nullcontext() as s,
-    ):
-        engine, tokenizer = there(args.model, s)
-        run(engine, tokenizer, args)
-        engine.close()
+def served(args):
+    """The same on SkyRL's Tinker API, which is started on this machine and ends with the program."""
+    from textpolicy.serving import served_model
+    from textpolicy.tinker.server import LocalServer, ServerSettings
+
+    settings = ServerSettings(model=served_model(args.model), folder=Path(tempfile.mkdtemp()), rank=16)
+    with LocalServer(settings, say=print) as server:
+        run(*there(args.model, server), args)
 
 
 parser = argparse.ArgumentParser()
@@ -86,4 +75,5 @@ parser.add_argument("--model", default="smollm2-135m")
 parser.add_argument("--serve", action="store_true")
 for name, default in {"steps": 16, "prompts": 8, "test": 40}.items():
     parser.add_argument(f"--{name}", type=int, default=default)
-main(parser.parse_args())
+args = parser.parse_args()
+served(args) if args.serve else run(*{"mlx": here, "tinker": there}[args.engine](args.model), args)

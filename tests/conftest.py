@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import warnings
 from dataclasses import replace
 
@@ -18,6 +19,14 @@ from textpolicy.types import Completion, Episode
 
 VOCABULARY = 300
 WORDS = (" let me", " check", " then", " so", " seven", "")  # of made-up completions; the first two make a gram
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C interrupts, also where the tests run in the background and were told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

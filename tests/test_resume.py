@@ -222,6 +222,7 @@ def test_resume_without_a_folder_and_with_two(capsys):
     assert "is for a run that goes on" in refused(capsys, "train", "--allow=steps")
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_where_it_can_go_on(config, whole, tmp_path, capfd, monkeypatch, number, code):
     folder = tmp_path / "run"

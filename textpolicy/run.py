@@ -114,7 +114,6 @@ class Run:
         self.config, self.folder, self.engine, self.splits, self.recipe = config, folder, engine, splits, recipe
         self.resumed = checkpoint
         self.history, self.signal = History(), StopSignal()
-        self.view = RunView(config.steps, quiet=config.quiet, log=folder / layout.LOG)
         self.controller, self.curriculum = recipe.controller(), course(config, splits["train"])
         self.checkpoints = Checkpoints(folder / CHECKPOINTS, config.checkpoint.keep)
         self.pace = Pace(config.checkpoint.every)
@@ -125,6 +124,7 @@ class Run:
         self.started = self.trained = time.perf_counter()  # when all of it, and training, would have begun in one go
         self.metrics = MetricsFile(folder / layout.METRICS, checkpoint.state["metrics_bytes"] if checkpoint else 0)
         layout.drop_from(folder, checkpoint.step if checkpoint else 0)
+        self.view = RunView(config.steps, quiet=config.quiet, log=folder / layout.LOG)
         self.recorder = Recorder(folder, splits["train"].pieces)
         self.sinks = Sinks([self.recorder, *open_trackers(config, folder), self.view])
 

@@ -296,6 +296,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         make_app([tmp_path], TOKEN)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_the_command_prints_an_address_that_works_until_it_is_stopped(two_runs):
     command = [sys.executable, "-m", "textpolicy", "view", *map(str, two_runs)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as viewer:

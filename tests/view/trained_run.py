@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import SimpleNamespace
 
 from conftest import make_tiny_engine
 
@@ -51,7 +50,5 @@ def train_run(folder, name="gtpo", seed=1):
     splits = {"train": env, "validation": env, "test": env}
     before = evaluate(engine, env, greedy(config))
     folder.mkdir()
-    write_setup(folder, config)
-    return Run(config, folder, engine, splits, configure(config)).train(
-        before, time.perf_counter(), SimpleNamespace(shrunk=False)
-    )
+    write_setup(folder, config, engine)
+    return Run(config, folder, engine, splits, configure(config)).begin(before, time.perf_counter(), None)

@@ -140,13 +140,19 @@ TINKER_RANK = 4
 
 
 @pytest.fixture(scope="session")
-def tinker_settings(tmp_path_factory):
-    """``tinker_settings(name)``: what the tests serve, in a folder of that name."""
-    from textpolicy.tinker.server import ServerSettings, tiny_model_folder
+def tinker_server_can_run():
+    """Skips where there is no Python for the server."""
     from textpolicy.tinker.server_env import base_python, environment_folder
 
     if not environment_folder().exists() and base_python() is None:
         pytest.skip("the Tinker server needs Python 3.12 or 3.13, and there is none here")
+
+
+@pytest.fixture(scope="session")
+def tinker_settings(tmp_path_factory, tinker_server_can_run):
+    """``tinker_settings(name)``: what the tests serve, in a folder of that name."""
+    from textpolicy.tinker.server import ServerSettings, tiny_model_folder
+
     root = tmp_path_factory.mktemp("tinker")
     return lambda name: ServerSettings(model=tiny_model_folder(), folder=root / name, rank=TINKER_RANK)
 

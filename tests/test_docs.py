@@ -26,6 +26,7 @@ FILES = [
     "docs/run_folder.md",
     "docs/doctor.md",
 ]
+SERVED = ["docs/12_tinker_gpu.md"]  # which start a Tinker server
 FENCE = re.compile(r"^```(\w*)$")
 
 
@@ -49,7 +50,9 @@ def code(file, language):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
-def test_the_python_blocks_of_a_page_run_top_to_bottom(file, tmp_path):
+def test_the_python_blocks_of_a_page_run_top_to_bottom(file, tmp_path, request):
+    if file in SERVED:
+        request.getfixturevalue("tinker_server_can_run")
     script = tmp_path / f"{Path(file).stem}.py"
     script.write_text(code(file, "python"), encoding="utf-8")
     done = subprocess.run(

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", [["--engine", "mlx"], ["--engine", "tinker", "--serve", "--model", "tiny"]])
-def test_one_script_trains_on_both_engines(engine, tmp_path):
+def test_one_script_trains_on_both_engines(engine, tmp_path, tinker_server_can_run):
     pytest.importorskip("tinker", reason="the Tinker SDK is not installed (textpolicy[tinker])")
     small = ["--steps", "1", "--prompts", "1", "--test", "2"]
     done = subprocess.run(

@@ -158,7 +158,7 @@ def outside(*folders):
 
 
 def test_the_scan_sees_relative_absolute_and_deferred_imports():
-    found = dict(imports(ROOT / "run.py"))
+    found = dict(imports(ROOT / "assembly.py"))
     assert found["textpolicy.mlx.engine.MLXEngine"] is False
     assert found["textpolicy.config.Config"] is True
     assert found["json"] is True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,8 @@ def environment_folder() -> Path:
 
 def base_python() -> str | None:
     """A Python that is right for it: this one, else one on the PATH, of pyenv's or of uv's; None without any."""
-    pyenv = sorted((Path.home() / ".pyenv" / "versions").glob("3.1[23].*/bin/python"))
+    pyenvs = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    pyenv = sorted((pyenvs / "versions").glob("3.1[23].*/bin/python"))
     found = [sys.executable, *filter(None, map(shutil.which, _NAMES)), *map(str, pyenv), *_of_uv()]
     return next((python for python in found if _works(python)), None)
 

@@ -205,7 +205,7 @@ def _load_folder(folder: Path, tokenizer_config: dict[str, Any] | None) -> tuple
     _check_sizes(folder)
     try:
         loaded: Any = mlx_lm.load(str(folder), tokenizer_config=tokenizer_config, lazy=True)
-    except Exception as error:
+    except Exception as error:  # what a bad folder makes it raise is of no one family
         raise UserError(
             f"mlx-lm cannot load {folder} ({_first_line(error)}); check its config.json and weights"
         ) from error

@@ -1,0 +1,463 @@
+"""The CUDA of the kernels in cuda.py, which says what they compute. Names in capitals are constants of a kernel."""
+
+from __future__ import annotations
+
+LOAD = """
+template <typename T, int N> struct Pack {  // N neighbours in memory, N a multiple of 8, in loads of 16 bytes
+  static constexpr int WORDS = N * sizeof(T) / 16;
+  uint4 raw[WORDS];
+  __device__ void load(const T* from) {
+    for (int i = 0; i < WORDS; i++) raw[i] = reinterpret_cast<const uint4*>(from)[i];
+  }
+  __device__ void store(T* to) const {
+    for (int i = 0; i < WORDS; i++) reinterpret_cast<uint4*>(to)[i] = raw[i];
+  }
+  __device__ void zero() { for (int i = 0; i < WORDS; i++) raw[i] = make_uint4(0, 0, 0, 0); }
+  __device__ float operator[](int i) const { return static_cast<float>(reinterpret_cast<const T*>(raw)[i]); }
+};
+"""
+
+# What U slots add to the queries of G heads that share them: a softmax as it goes (online, arXiv:1805.02867).
+ABSORB = (
+    LOAD
+    + """
+template <typename T, int LANES, int G, int U> __device__ void absorb(
+    const Pack<T, 8> (&keys)[U], const Pack<T, 8> (&values)[U], const bool (&live)[U],
+    const float (&q)[G][8], float (&sum)[G][8], float (&most)[G], float (&total)[G]) {
+  float k[U][8], v[U][8];
+  #pragma unroll
+  for (int u = 0; u < U; u++)
+    #pragma unroll
+    for (int i = 0; i < 8; i++) { k[u][i] = keys[u][i]; v[u][i] = values[u][i]; }
+  #pragma unroll
+  for (int g = 0; g < G; g++) {
+    float score[U], top = most[g];
+    #pragma unroll
+    for (int u = 0; u < U; u++) {
+      float dot = 0;
+      #pragma unroll
+      for (int i = 0; i < 8; i++) dot += q[g][i] * k[u][i];
+      #pragma unroll
+      for (int d = LANES / 2; d > 0; d /= 2) dot += __shfl_xor_sync(0xffffffff, dot, d);
+      score[u] = live[u] ? dot : -INFINITY;
+      top = fmaxf(top, score[u]);
+    }
+    const float at = top > -INFINITY ? top : 0.f, keep = exp2f(most[g] - at);
+    total[g] *= keep;
+    #pragma unroll
+    for (int u = 0; u < U; u++) { score[u] = exp2f(score[u] - at); total[g] += score[u]; }
+    #pragma unroll
+    for (int i = 0; i < 8; i++) {
+      float value = sum[g][i] * keep;
+      #pragma unroll
+      for (int u = 0; u < U; u++) value += score[u] * v[u][i];
+      sum[g][i] = value;
+    }
+    most[g] = top;
+  }
+}
+"""
+)
+
+# A block of threads has TILE rows and G heads that share their keys. LANES lanes hold one key at a time, eight numbers
+# each; every team of so many lanes walks through its share of the slots with a softmax of its own, and in the end the
+# teams' sums are joined. A prompt's slots are read once for all rows of the block if they continue the same one.
+# The arriving key and value are read from where they come and written to their slot in place.
+ATTEND = """
+  constexpr int LANES = D / 8, TEAMS = THREADS / LANES;
+  const int lane = threadIdx.x % LANES, team = threadIdx.x / LANES;
+  const int head = blockIdx.x * G, kv = head / PER_KV, first = blockIdx.y * TILE;
+  const int rows = queries_shape[0], prefix = prefix_keys_shape[2], capacity = keys_shape[2], heads = keys_shape[1];
+  const int stride = prefix + capacity, newest = last[0];
+
+  size_t shared_at[TILE], own_at[TILE], fresh_at[TILE];
+  const bool* visible[TILE];
+  bool alike = true;
+  float q[TILE][G][8], sum[TILE][G][8], most[TILE][G], total[TILE][G];
+  #pragma unroll
+  for (int t = 0; t < TILE; t++) {
+    const size_t row = min(first + t, rows - 1);
+    alike = alike && parents[row] == parents[first];
+    shared_at[t] = (size_t(parents[row]) * heads + kv) * prefix * D + lane * 8;
+    own_at[t] = (row * heads + kv) * capacity * D + lane * 8;
+    fresh_at[t] = (row * heads + kv) * D + lane * 8;
+    visible[t] = seen + row * stride;
+    #pragma unroll
+    for (int g = 0; g < G; g++) {
+      Pack<T, 8> part;
+      part.load(queries + (row * HEADS + head + g) * D + lane * 8);
+      most[t][g] = -INFINITY;
+      total[t][g] = 0;
+      #pragma unroll
+      for (int i = 0; i < 8; i++) { q[t][g][i] = part[i] * SCALE * 1.4426950408889634f; sum[t][g][i] = 0; }
+    }
+    if (team == t && head % PER_KV == 0 && first + t < rows) {
+      Pack<T, 8> part;
+      part.load(fresh_keys + fresh_at[t]);
+      part.store(const_cast<T*>(keys) + own_at[t] + size_t(newest) * D);
+      part.load(fresh_values + fresh_at[t]);
+      part.store(const_cast<T*>(values) + own_at[t] + size_t(newest) * D);
+    }
+  }
+  // The loops below are the same for all lanes of a warp, which exchange sums.
+  if (alike) {
+    for (int begin = 0; begin < prefix; begin += 2 * TEAMS) {
+      Pack<T, 8> k[2], v[2];
+      bool live[TILE][2];
+      #pragma unroll
+      for (int u = 0; u < 2; u++) {
+        const int slot = begin + u * TEAMS + team, safe = min(slot, prefix - 1);
+        k[u].load(prefix_keys + shared_at[0] + size_t(safe) * D);
+        v[u].load(prefix_values + shared_at[0] + size_t(safe) * D);
+        #pragma unroll
+        for (int t = 0; t < TILE; t++) live[t][u] = slot < prefix && visible[t][safe];
+      }
+      #pragma unroll
+      for (int t = 0; t < TILE; t++) absorb<T, LANES, G, 2>(k, v, live[t], q[t], sum[t], most[t], total[t]);
+    }
+  } else {
+    #pragma unroll
+    for (int t = 0; t < TILE; t++) {
+      for (int begin = 0; begin < prefix; begin += 2 * TEAMS) {
+        Pack<T, 8> k[2], v[2];
+        bool live[2];
+        #pragma unroll
+        for (int u = 0; u < 2; u++) {
+          const int slot = begin + u * TEAMS + team, safe = min(slot, prefix - 1);
+          k[u].load(prefix_keys + shared_at[t] + size_t(safe) * D);
+          v[u].load(prefix_values + shared_at[t] + size_t(safe) * D);
+          live[u] = slot < prefix && visible[t][safe];
+        }
+        absorb<T, LANES, G, 2>(k, v, live, q[t], sum[t], most[t], total[t]);
+      }
+    }
+  }
+  for (int begin = 0; begin <= newest; begin += TEAMS) {
+    Pack<T, 8> k[TILE][1], v[TILE][1];
+    bool live[TILE][1];
+    const int slot = begin + team;
+    #pragma unroll
+    for (int t = 0; t < TILE; t++) {
+      const bool old = slot < newest;
+      k[t][0].load(old ? keys + own_at[t] + size_t(slot) * D : fresh_keys + fresh_at[t]);
+      v[t][0].load(old ? values + own_at[t] + size_t(slot) * D : fresh_values + fresh_at[t]);
+      live[t][0] = slot <= newest && visible[t][prefix + min(slot, newest)];
+    }
+    #pragma unroll
+    for (int t = 0; t < TILE; t++) absorb<T, LANES, G, 1>(k[t], v[t], live[t], q[t], sum[t], most[t], total[t]);
+  }
+  // Teams of a warp join by exchange, warps through shared memory.
+  constexpr int WARPS = THREADS / 32, ALL = TILE * G;
+  __shared__ float tops[WARPS][ALL], totals[WARPS][ALL], sums[WARPS][ALL][D];
+  #pragma unroll
+  for (int t = 0; t < TILE; t++) {
+    #pragma unroll
+    for (int g = 0; g < G; g++) {
+      #pragma unroll
+      for (int d = LANES; d < 32; d *= 2) {
+        const float other = __shfl_xor_sync(0xffffffff, most[t][g], d), top = fmaxf(most[t][g], other);
+        const float mine = most[t][g] > -INFINITY ? exp2f(most[t][g] - top) : 0.f;
+        const float theirs = other > -INFINITY ? exp2f(other - top) : 0.f;
+        total[t][g] = total[t][g] * mine + __shfl_xor_sync(0xffffffff, total[t][g], d) * theirs;
+        #pragma unroll
+        for (int i = 0; i < 8; i++)
+          sum[t][g][i] = sum[t][g][i] * mine + __shfl_xor_sync(0xffffffff, sum[t][g][i], d) * theirs;
+        most[t][g] = top;
+      }
+      if (threadIdx.x % 32 < LANES) {
+        const int warp = threadIdx.x / 32;
+        if (lane == 0) { tops[warp][t * G + g] = most[t][g]; totals[warp][t * G + g] = total[t][g]; }
+        #pragma unroll
+        for (int i = 0; i < 8; i++) sums[warp][t * G + g][lane * 8 + i] = sum[t][g][i];
+      }
+    }
+  }
+  __syncthreads();
+  for (int j = threadIdx.x; j < ALL * D; j += THREADS) {
+    const int which = j / D, d = j % D, row = first + which / G;
+    float top = -INFINITY, weight = 0, value = 0;
+    for (int w = 0; w < WARPS; w++) top = fmaxf(top, tops[w][which]);
+    for (int w = 0; w < WARPS && top > -INFINITY; w++) {
+      const float part = exp2f(tops[w][which] - top);
+      weight += part * totals[w][which];
+      value += part * sums[w][which][d];
+    }
+    if (row < rows)
+      out[(size_t(row) * HEADS + head + which % G) * D + d] = static_cast<T>(weight > 0 ? value / weight : 0.f);
+  }
+"""
+
+# Every thread adds z B to eight neighbouring outputs of ROWS rows; B is (RANK, OUT), z (rows, RANK) for each layer.
+ADD_LORA = """
+  constexpr int ROWS = 8;
+  const int column = (blockIdx.x * blockDim.x + threadIdx.x) * 8, first = blockIdx.y * ROWS, rows = y_shape[0];
+  if (column >= OUT) return;
+  T* const to[] = {TARGETS};
+  const int ends[] = {ENDS};
+  int layer = 0;
+  while (column >= ends[layer]) layer++;
+  const int start = layer ? ends[layer - 1] : 0, width = ends[layer] - start;
+  const T* low = y + OUT + layer * RANK;
+  float sum[ROWS][8];
+  for (int r = 0; r < ROWS; r++) {
+    Pack<T, 8> part;
+    part.zero();
+    if (first + r < rows) part.load(y + size_t(first + r) * WIDE + column);
+    for (int i = 0; i < 8; i++) sum[r][i] = part[i];
+  }
+  for (int k = 0; k < RANK; k++) {
+    Pack<T, 8> part;
+    part.load(b + size_t(k) * OUT + column);
+    for (int r = 0; r < ROWS; r++) {
+      const float z = first + r < rows ? static_cast<float>(low[size_t(first + r) * WIDE + k]) : 0.f;
+      for (int i = 0; i < 8; i++) sum[r][i] += z * part[i];
+    }
+  }
+  for (int r = 0; r < ROWS && first + r < rows; r++) {
+    Pack<T, 8> part;
+    for (int i = 0; i < 8; i++) reinterpret_cast<T*>(part.raw)[i] = static_cast<T>(sum[r][i]);
+    part.store(to[layer] + size_t(first + r) * width + column - start);
+  }
+"""
+
+# LANES lanes have one head of ROWS rows, eight neighbours each; the rotation mixes them with those half a head away,
+# which lane ^ HALF has. OUT numbers of y are the heads' without their LoRAs; z follows, RANK for each of the layers.
+HEADS = """
+  constexpr int ROWS = 4, LANES = D / 8, HALF = LANES / 2;
+  const int lane = threadIdx.x % LANES, first = blockIdx.y * ROWS, rows = y_shape[0];
+  const int asked = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES, head = min(asked, QUERIES + 2 * KEYS - 1);
+  const int layer = head < QUERIES ? 0 : head < QUERIES + KEYS ? 1 : 2, column = head * D + lane * 8;
+  __shared__ float z[ROWS][3 * RANK];
+  for (int j = threadIdx.x; j < ROWS * 3 * RANK; j += THREADS) {
+    const int row = min(first + j / (3 * RANK), rows - 1);
+    z[j / (3 * RANK)][j % (3 * RANK)] = static_cast<float>(y[size_t(row) * WIDE + OUT + j % (3 * RANK)]);
+  }
+  Pack<T, 8> part;
+  float x[ROWS][8], weight[8];
+  #pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    part.load(y + size_t(min(first + r, rows - 1)) * WIDE + column);
+    #pragma unroll
+    for (int i = 0; i < 8; i++) x[r][i] = part[i];
+  }
+  if (NORMED) part.load((layer == 0 ? query_norm : key_norm) + lane * 8);
+  #pragma unroll
+  for (int i = 0; i < 8; i++) weight[i] = NORMED ? part[i] : 1.f;
+  __syncthreads();
+  #pragma unroll
+  for (int k = 0; k < RANK; k++) {
+    part.load(b + size_t(k) * OUT + column);
+    #pragma unroll
+    for (int r = 0; r < ROWS; r++)
+      #pragma unroll
+      for (int i = 0; i < 8; i++) x[r][i] += z[r][layer * RANK + k] * part[i];
+  }
+  const int place = layer == 0 ? head : layer == 1 ? head - QUERIES : head - QUERIES - KEYS;
+  T* to = layer == 0 ? queries : layer == 1 ? keys : values;
+  #pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    const size_t row = min(first + r, rows - 1);
+    float squares = 0, shrink = 1;
+    if (NORMED) {
+      #pragma unroll
+      for (int i = 0; i < 8; i++) squares += x[r][i] * x[r][i];
+      #pragma unroll
+      for (int d = LANES / 2; d > 0; d /= 2) squares += __shfl_xor_sync(0xffffffff, squares, d);
+      shrink = rsqrtf(squares / D + EPSILON);
+    }
+    #pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const float own = x[r][i] * shrink * weight[i], other = __shfl_xor_sync(0xffffffff, own, HALF);
+      const size_t at = row * (D / 2) + (lane % HALF) * 8 + i;
+      const float turned = own * cosines[at] + (lane < HALF ? -other : other) * sines[at];
+      reinterpret_cast<T*>(part.raw)[i] = static_cast<T>(layer < 2 ? turned : x[r][i]);
+    }
+    if (asked == head && first + r < rows)
+      part.store(to + (row * (layer == 0 ? QUERIES : KEYS) + place) * D + lane * 8);
+  }
+"""
+
+# A block of threads has a row, each thread eight neighbours of it.
+ADD_AND_NORM = """
+  const int row = blockIdx.x, column = min(int(threadIdx.x) * 8, OUT - 8);
+  const bool live = threadIdx.x * 8 < OUT;
+  __shared__ float parts[32], z[RANK];
+  for (int k = threadIdx.x; k < RANK; k += THREADS) z[k] = static_cast<float>(y[size_t(row) * WIDE + OUT + k]);
+  Pack<T, 8> part, before, weight, sum;
+  part.load(y + size_t(row) * WIDE + column);
+  before.load(residual + size_t(row) * OUT + column);
+  weight.load(norm + column);
+  float x[8], squares = 0;
+  #pragma unroll
+  for (int i = 0; i < 8; i++) x[i] = part[i];
+  __syncthreads();
+  #pragma unroll
+  for (int k = 0; k < RANK; k++) {
+    part.load(b + size_t(k) * OUT + column);
+    #pragma unroll
+    for (int i = 0; i < 8; i++) x[i] += z[k] * part[i];
+  }
+  #pragma unroll
+  for (int i = 0; i < 8; i++) reinterpret_cast<T*>(sum.raw)[i] = static_cast<T>(x[i] + before[i]);
+  #pragma unroll
+  for (int i = 0; i < 8; i++) squares += live ? sum[i] * sum[i] : 0.f;
+  #pragma unroll
+  for (int d = 16; d > 0; d /= 2) squares += __shfl_xor_sync(0xffffffff, squares, d);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = squares;
+  __syncthreads();
+  squares = 0;
+  #pragma unroll
+  for (int w = 0; w < THREADS / 32; w++) squares += parts[w];
+  const float shrink = rsqrtf(squares / OUT + EPSILON);
+  if (!live) return;
+  sum.store(added + size_t(row) * OUT + column);
+  #pragma unroll
+  for (int i = 0; i < 8; i++) reinterpret_cast<T*>(part.raw)[i] = static_cast<T>(sum[i] * shrink * weight[i]);
+  part.store(normed + size_t(row) * OUT + column);
+"""
+
+# Every thread makes eight neighbouring outputs of ROWS rows.
+SWIGLU = """
+  constexpr int ROWS = 4, OUT = 2 * INNER;
+  const int asked = (blockIdx.x * THREADS + threadIdx.x) * 8, first = blockIdx.y * ROWS, rows = y_shape[0];
+  const int column = min(asked, INNER - 8);
+  __shared__ float z[ROWS][2 * RANK];
+  for (int j = threadIdx.x; j < ROWS * 2 * RANK; j += THREADS) {
+    const int row = min(first + j / (2 * RANK), rows - 1);
+    z[j / (2 * RANK)][j % (2 * RANK)] = static_cast<float>(y[size_t(row) * WIDE + OUT + j % (2 * RANK)]);
+  }
+  Pack<T, 8> part;
+  float x[2][ROWS][8];
+  #pragma unroll
+  for (int layer = 0; layer < 2; layer++) {
+    #pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      part.load(y + size_t(min(first + r, rows - 1)) * WIDE + layer * INNER + column);
+      #pragma unroll
+      for (int i = 0; i < 8; i++) x[layer][r][i] = part[i];
+    }
+  }
+  __syncthreads();
+  #pragma unroll
+  for (int k = 0; k < RANK; k++) {
+    #pragma unroll
+    for (int layer = 0; layer < 2; layer++) {
+      part.load(b + size_t(k) * OUT + layer * INNER + column);
+      #pragma unroll
+      for (int r = 0; r < ROWS; r++)
+        #pragma unroll
+        for (int i = 0; i < 8; i++) x[layer][r][i] += z[r][layer * RANK + k] * part[i];
+    }
+  }
+  #pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    if (asked != column || first + r >= rows) return;
+    #pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const float gate = x[0][r][i], up = x[1][r][i];
+      reinterpret_cast<T*>(part.raw)[i] = static_cast<T>(gate / (1.f + expf(-gate)) * up);
+    }
+    part.store(out + size_t(first + r) * INNER + column);
+  }
+"""
+
+# One block of threads per row. A warp takes 256 tokens at a time and leaves their maximum m, the sum s of
+# exp(z - m) and the sum e of exp(z - m) (z - m); from these come log-probs, entropy and the 256 to draw from.
+DRAW = """
+  constexpr int WARPS = THREADS / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = blockIdx.x;
+  const int vocabulary = logits_shape[1], blocks = (vocabulary + 255) / 256;
+  const T* z = logits + size_t(state[row]) * vocabulary;
+  const float cold = 1.0f / TEMPERATURE;
+  __shared__ float m[BLOCKS], s[BLOCKS], e[BLOCKS];
+
+  for (int b = warp; b < blocks; b += WARPS) {
+    const int at = b * 256 + lane * 8;
+    Pack<T, 8> part;
+    float x[8], top = -INFINITY, sum = 0, spread = 0;
+    if (at < vocabulary) part.load(z + at);
+    for (int i = 0; i < 8; i++) { x[i] = at < vocabulary ? part[i] * cold : -INFINITY; top = fmaxf(top, x[i]); }
+    for (int d = 16; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, d));
+    for (int i = 0; i < 8; i++) {
+      const float p = x[i] > -INFINITY ? expf(x[i] - top) : 0.f;
+      sum += p;
+      spread += p > 0 ? p * (x[i] - top) : 0.f;
+    }
+    for (int d = 16; d > 0; d /= 2) {
+      sum += __shfl_xor_sync(0xffffffff, sum, d);
+      spread += __shfl_xor_sync(0xffffffff, spread, d);
+    }
+    if (lane == 0) { m[b] = top; s[b] = sum; e[b] = spread; }
+  }
+  __syncthreads();
+  if (warp > 0) return;
+
+  float top = -INFINITY;
+  for (int b = lane; b < blocks; b += 32) top = fmaxf(top, m[b]);
+  for (int d = 16; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, d));
+  const int each = (blocks + 31) / 32, first = lane * each, end = min(blocks, first + each);
+  float mine = 0, spread = 0;
+  for (int b = first; b < end; b++) {
+    const float w = s[b] > 0 ? expf(m[b] - top) : 0.f;
+    mine += w * s[b];
+    spread += w > 0 ? w * (e[b] + (m[b] - top) * s[b]) : 0.f;
+  }
+  float running = mine;  // of this lane's blocks and all before
+  for (int d = 1; d < 32; d *= 2) {
+    const float other = __shfl_up_sync(0xffffffff, running, d);
+    if (lane >= d) running += other;
+  }
+  for (int d = 16; d > 0; d /= 2) spread += __shfl_xor_sync(0xffffffff, spread, d);
+  const float total = __shfl_sync(0xffffffff, running, 31), point = uniform[row] * total;
+
+  // The block in which the running sum passes the point; rounding may leave none, then the last with mass.
+  int block = -1, last = -1;
+  float before = running - mine;
+  for (int b = first; b < end; b++) {
+    const float mass = s[b] > 0 ? expf(m[b] - top) * s[b] : 0.f;
+    if (mass > 0) last = b;
+    if (block < 0 && before + mass > point) block = b;
+    if (block < 0) before += mass;
+  }
+  const unsigned found = __ballot_sync(0xffffffff, block >= 0);
+  for (int d = 16; d > 0; d /= 2) last = max(last, __shfl_xor_sync(0xffffffff, last, d));
+  const int chooser = found ? __ffs(found) - 1 : 31;
+  block = found ? __shfl_sync(0xffffffff, block, chooser) : last;
+  before = __shfl_sync(0xffffffff, before, chooser);
+
+  const int at = block * 256 + lane * 8;
+  Pack<T, 8> part;
+  float p[8], own = 0, x_top = -INFINITY;
+  int likeliest = at;
+  if (at < vocabulary) part.load(z + at);
+  for (int i = 0; i < 8; i++) {
+    const float x = at < vocabulary ? part[i] * cold : -INFINITY;
+    p[i] = x > -INFINITY ? expf(x - top) : 0.f;
+    own += p[i];
+    if (x > x_top) { x_top = x; likeliest = at + i; }
+  }
+  float upto = own;
+  for (int d = 1; d < 32; d *= 2) {
+    const float other = __shfl_up_sync(0xffffffff, upto, d);
+    if (lane >= d) upto += other;
+  }
+  int token = -1;
+  float sum = before + upto - own;
+  for (int i = 0; i < 8; i++) {
+    sum += p[i];
+    if (token < 0 && p[i] > 0 && sum > point) token = at + i;
+  }
+  const unsigned passed = __ballot_sync(0xffffffff, token >= 0);
+  for (int d = 16; d > 0; d /= 2) {
+    const float other = __shfl_xor_sync(0xffffffff, x_top, d);
+    const int its = __shfl_xor_sync(0xffffffff, likeliest, d);
+    if (other > x_top || (other == x_top && its < likeliest)) { x_top = other; likeliest = its; }
+  }
+  token = passed ? __shfl_sync(0xffffffff, token, __ffs(passed) - 1) : likeliest;
+  if (lane == 0) {
+    const float log_total = logf(total);
+    tokens[row] = token;
+    logprobs[row] = static_cast<float>(z[token]) * cold - top - log_total;
+    entropy[row] = log_total - spread / total;
+  }
+"""

@@ -68,7 +68,7 @@ def install() -> None:
     if not list(VENV.glob("lib/*/site-packages/pip")):
         run("Adding pip", [PIP[0], "-m", "ensurepip"])
     run(
-        "Installing textpolicy and its pinned packages (180 MB to download)",
+        "Installing textpolicy and its pinned packages (320 MB to download)",
         [*pinned, "setuptools"],  # the pinned build backend, which the next line then uses
         [*pinned, "--no-build-isolation", "-e", ".[mlx,dev]"],
         [PIP[0], "-c", COMPILE, str(VENV / "lib")],

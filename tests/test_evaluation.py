@@ -1,5 +1,6 @@
 """Evaluation: one sample or many, unbiased pass@k, and intervals whose unit is the problem."""
 
+from dataclasses import replace
 from itertools import combinations
 from statistics import mean
 
@@ -34,6 +35,12 @@ def test_accuracy_is_of_one_answer_to_each_problem():
         _ = answered([True, False]).accuracy
     with pytest.raises(UserError, match="never says whether"):
         _ = answered([None]).accuracy
+
+
+def test_answers_that_could_not_be_scored_are_named_as_what_they_are():
+    late = Evaluation([replace(e, reward=np.nan) for e in answered([None], [None]).episodes])
+    with pytest.raises(UserError, match="none of 2 held-out completions could be scored"):
+        _ = late.accuracy
 
 
 def test_average_and_pass_at_k_by_counting_all_choices():

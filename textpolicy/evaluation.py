@@ -96,6 +96,11 @@ class Evaluation:
             if e.is_correct is not None:
                 answers.setdefault(e.group, []).append(e.is_correct)
         if not answers:
+            if self.episodes and all(math.isnan(e.reward) for e in self.episodes):
+                raise UserError(
+                    f"none of {len(self.episodes)} held-out completions could be scored; the log above says why "
+                    "(raise the reward's time_limit, or mend it)"
+                )
             raise UserError(
                 "the reward never says whether a completion is correct; "
                 'return {"reward": ..., "is_correct": ...} from it to measure accuracy'

@@ -9,13 +9,14 @@ PYTHONS = "$(PYTHON)" .venv/bin/python python3 python3.13 python3.12 python3.14 
 SUPPORTED = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
 CAN_MAKE_VENV = import ensurepip, venv
 
-.PHONY: help demo test check format constraints clean venv
+.PHONY: help demo test check format docs constraints clean venv
 
 help:
 	@echo "make demo         train the small model with the embedded task, into a new folder under runs/"
 	@echo "make test         run the tests in PROCESSES=2 processes (PYTEST_FLAGS=... adds options)"
 	@echo "make check        formatting, lint and types: what must be clean before a commit"
 	@echo "make format       rewrite the sources in the project's format"
+	@echo "make docs         build the documentation as a site, in site/"
 	@echo "make constraints  pin today's versions in constraints.txt"
 	@echo "make clean        remove .venv, caches and build products; runs/ stays"
 	@echo ""
@@ -36,11 +37,21 @@ format: venv
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
+# In an environment of its own, made by the Python of .venv: the site needs none of the package's dependencies.
+docs: .venv-docs/made
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@echo "the site is in site/; open site/index.html"
+
+.venv-docs/made: constraints-docs.txt | venv
+	.venv/bin/python -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: -r constraints-docs.txt
+	touch $@
+
 constraints: venv
 	.venv/bin/python scripts/bootstrap.py constraints
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	rm -rf .venv .venv-docs site build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 venv:

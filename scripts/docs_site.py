@@ -1,0 +1,129 @@
+"""Hooks of mkdocs.yml: pages for the API reference and for the repository's files that other pages link to."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the package itself, which costs nothing to import
+
+from textpolicy import _HOME  # noqa: E402
+
+LINK = re.compile(r"(?P<before>\]\()(?P<to>[^)#\s]*)(?P<anchor>#[^)\s]*)?(?P<after>\))")
+FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+LANGUAGES = {".py": "python", ".toml": "toml", "": "text", ".jsonl": "json"}
+LONGEST = 200_000  # characters of a file that is shown
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md")  # shown as pages
+
+# The public names by what they are for; each stands once, and a test says that none is missing.
+GROUPS: dict[str, list[str]] = {
+    "Models and policies": ["mlx.models", "mlx.policy"],
+    "Adapters": ["mlx.setup", "mlx.reload", "adapters", "mlx.lora"],
+    "Rewards": ["rewards", "rewards.scoring", "rewards.math", "rewards.sandbox"],
+    "Environments": ["environment"],
+    "Rollouts": ["rollout", "buffer"],
+    "Training": ["training", "loop", "config", "run", "evaluation"],
+    "Algorithms": ["algorithms", "algorithms.grpo", "algorithms.gspo", "algorithms.maxrl", "algorithms.hicra",
+                   "algorithms.length", "algorithms.sepa", "algorithms.selection", "losses"],
+    "Records and engines": ["types", "engine", "sinks", "errors"],
+    "After a run": ["analysis", "doctor", "validate"],
+}  # fmt: skip
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the reference and what lies outside docs/."""
+    for name, text in reference().items():
+        files.append(File.generated(config, f"reference/{name}", content=text))
+    for path in outside(files):
+        target = ROOT / path
+        if path in PAGES:
+            text = target.read_text(encoding="utf-8")
+        else:
+            shown = target.read_text(encoding="utf-8")[:LONGEST] if target.is_file() else listing(target)
+            text = f"# {path}\n\n````{LANGUAGES.get(target.suffix, 'text')}\n{shown}\n````\n"
+        files.append(File.generated(config, page_of(path), content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Let links that leave docs/ lead to the pages made of those files."""
+    here = page.file.src_uri
+    return linked(markdown, here)
+
+
+def linked(markdown: str, here: str) -> str:
+    """``markdown`` of the page ``here`` with links to the repository's files led to their pages."""
+    source = source_of(here)
+    parts = FENCED.split(markdown)
+
+    def led(found: re.Match[str]) -> str:
+        to = found["to"]
+        if not to or ":" in to or here.startswith("reference/"):
+            return found[0]
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), to))
+        target = page_of(path)
+        away = os.path.relpath(target, posixpath.dirname(here) or ".")
+        return f"{found['before']}{away}{found['anchor'] or ''}{found['after']}"
+
+    return "".join(part if part.startswith("```") else LINK.sub(led, part) for part in parts)
+
+
+def source_of(page: str) -> str:
+    """The repository's file behind a page."""
+    if page.startswith("repository/"):
+        path = page.removeprefix("repository/")
+        return path if path in PAGES else path.removesuffix(".md")
+    return f"docs/{page}"
+
+
+def page_of(path: str) -> str:
+    """The page of a file of the repository."""
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/")
+    return f"repository/{path}" if path in PAGES else f"repository/{path}.md"
+
+
+def outside(files: Any) -> list[str]:
+    """The repository's files that pages link to, PAGES first, and those that they link to in turn."""
+    found = [*PAGES]
+    texts = {f"docs/{f.src_uri}": Path(f.abs_src_path).read_text(encoding="utf-8") for f in files
+             if f.abs_src_path and f.src_uri.endswith(".md")}  # fmt: skip
+    texts |= {path: (ROOT / path).read_text(encoding="utf-8") for path in PAGES}
+    for source, text in texts.items():
+        for link in LINK.finditer(FENCED.sub("", text)):
+            to = link["to"]
+            path = posixpath.normpath(posixpath.join(posixpath.dirname(source), to)) if to and ":" not in to else ""
+            if path and not path.startswith("docs/") and path not in found and (ROOT / path).exists():
+                found.append(path)
+    return found
+
+
+def listing(folder: Path) -> str:
+    return "\n".join(sorted(p.name for p in folder.iterdir() if not p.name.startswith((".", "__"))))
+
+
+def reference() -> dict[str, str]:
+    """The pages of the API reference."""
+    pages = {}
+    lines = ["# Reference", "", "Made from the docstrings. `import textpolicy as tp` has:", ""]
+    for group, modules in GROUPS.items():
+        name = group.lower().replace(" ", "_") + ".md"
+        names = [public for public, home in _HOME.items() if home in modules]
+        lines.append(f"- [{group}]({name}): " + (", ".join(f"`{n}`" for n in names) or "not at the top level"))
+        body = [f"# {group}", ""]
+        for module in modules:
+            body += [f"## textpolicy.{module}", "", f"::: textpolicy.{module}", "    options:", *options(module), ""]
+        pages[name] = "\n".join(body)
+    return {"index.md": "\n".join([*lines, ""]), **pages}
+
+
+def options(module: str) -> list[str]:
+    """Without a heading of its own, and with what a package takes from its modules."""
+    return [f"      {line}" for line in ("show_root_heading: false", "show_root_toc_entry: false", "heading_level: 3")]

@@ -1,0 +1,89 @@
+"""Every public name says what it is, and names the errors that it raises itself."""
+
+import ast
+import importlib
+import inspect
+import textwrap
+from pathlib import Path
+
+import pytest
+from test_public_names import NAMES, PATHS
+
+import textpolicy
+from textpolicy import errors
+
+ROOT = Path(textpolicy.__file__).parent
+RAISED = {name for name, value in vars(errors).items() if inspect.isclass(value)} | {"unknown_name"}
+
+
+def packages_with_a_list():
+    """Modules whose ``__all__`` says what is public."""
+    for path in sorted(ROOT.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        targets = [t for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]
+        if any(isinstance(t, ast.Name) and t.id == "__all__" for t in targets):
+            parts = path.relative_to(ROOT.parent).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+LISTED = [*packages_with_a_list()]
+PUBLIC = sorted(
+    {("textpolicy", name) for name in NAMES}
+    | {(path, name) for path, names in PATHS.items() for name in names}
+    | {(module, name) for module in LISTED for name in importlib.import_module(module).__all__}
+)
+
+
+def thing(path, name):
+    return getattr(importlib.import_module(path), name)
+
+
+def documented(path, name):
+    """Whether it is a class or function of ours: modules, constants and aliases have no docstring of their own."""
+    value = thing(path, name)
+    return (inspect.isclass(value) or inspect.isroutine(value)) and value.__module__.startswith("textpolicy")
+
+
+OURS = [pair for pair in PUBLIC if documented(*pair)]
+
+
+def test_the_packages_with_a_list_are_seen():
+    assert {"textpolicy", "textpolicy.rewards", "textpolicy.environment"} <= {*LISTED}
+    assert len(OURS) > 150
+
+
+@pytest.mark.parametrize(("path", "name"), OURS)
+def test_a_public_name_has_a_docstring(path, name):
+    value = thing(path, name)
+    own = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
+    assert own
+    assert len(own.split()) >= 3
+    assert not own.startswith(f"{name}(")  # the signature that dataclasses put there
+
+
+def methods(path, name):
+    value = thing(path, name)
+    found = [("", value)] if inspect.isroutine(value) else []
+    if inspect.isclass(value):
+        found = [(f".{n}", m) for n, m in vars(value).items() if inspect.isfunction(m) and not n.startswith("_")]
+    return [(f"{path}.{name}{suffix}", inspect.unwrap(f)) for suffix, f in found]
+
+
+def raises(function):
+    """Whether a ``raise`` of one of our errors stands in its body."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError):
+        return False
+    raised = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and node.exc is not None]
+    names = {n.id for exc in raised for n in ast.walk(exc) if isinstance(n, ast.Name)}
+    return bool(names & RAISED)
+
+
+RAISING = [pair for path, name in OURS for pair in methods(path, name) if raises(pair[1])]
+
+
+@pytest.mark.parametrize("function", [f for _, f in RAISING], ids=[where for where, _ in RAISING])
+def test_a_public_function_that_raises_says_so(function):
+    said = (function.__doc__ or "").lower()
+    assert any(word in said for word in ("raise", "error", "refuse"))

@@ -250,8 +250,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         what = f"{error.strerror or error}{'' if error.filename is None else f': {error.filename}'}"
         print(
-            f"train_math: the run in {asked.log_dir} cannot write or read its files ({what}); mend that, and go on with "
-            "--resume",
+            f"train_math: the run in {asked.log_dir} cannot write or read its files ({what}); mend that, and go on "
+            "with --resume",
             file=sys.stderr,
         )
         return 2

@@ -18,6 +18,7 @@ import textpolicy.mlx  # noqa: F401  (before mlx, which thereby gets its fast BL
 from textpolicy.types import Completion, Episode
 
 VOCABULARY = 300
+ENVIRONMENT_LIMIT = 1800  # seconds, for making what the Tinker server runs in
 WORDS = (" let me", " check", " then", " so", " seven", "")  # of made-up completions; the first two make a gram
 
 
@@ -30,10 +31,18 @@ def interruptible():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several processes one has the tests of a file, so that fixtures are made once, and one all of the server's."""
+    """Of several processes one has the tests of a file, so that fixtures are made once, and one all of the server's.
+
+    The first time, whichever of those comes first also waits for the server's environment (800 MB).
+    """
+    from textpolicy.tinker.server_env import environment_folder
+
+    made = environment_folder().exists()
     for item in items:
         served = "tinker_server" in getattr(item, "fixturenames", ()) or item.path.parent.name == "tinker"
         item.add_marker(pytest.mark.xdist_group("tinker" if served else item.path.stem))
+        if not made and (served or "tinker" in item.nodeid):
+            item.add_marker(pytest.mark.timeout(ENVIRONMENT_LIMIT))
 
 
 def random_episodes(rng: np.random.Generator, groups: int = 4, size: int = 4) -> list[Episode]:
@@ -141,11 +150,12 @@ TINKER_RANK = 4
 
 @pytest.fixture(scope="session")
 def tinker_server_can_run():
-    """Skips where there is no Python for the server."""
-    from textpolicy.tinker.server_env import base_python, environment_folder
+    """Skips where there is no Python for the server; its environment is made where it is not there yet."""
+    from textpolicy.tinker.server_env import base_python, environment_folder, server_python
 
     if not environment_folder().exists() and base_python() is None:
         pytest.skip("the Tinker server needs Python 3.12 or 3.13, and there is none here")
+    server_python()
 
 
 @pytest.fixture(scope="session")

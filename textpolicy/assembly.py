@@ -23,12 +23,13 @@ from .loop import Schedule
 from .recipe import configure
 from .record import layout
 from .rewards.scoring import Scorer
-from .tasks import Problem, Task
+from .tasks import Problem, Task, load_task
 from .tasks.curriculum import Curriculum, PassRateCurriculum
 
 if TYPE_CHECKING:
     from .mlx.engine import MLXEngine
     from .mlx.memory import Plan
+    from .tinker.budget import Budget
 
 _COMPILE: dict[str, bool | Literal["auto"]] = {"auto": "auto", "on": True, "off": False}
 
@@ -74,6 +75,29 @@ def fit_memory(engine: MLXEngine, splits: dict[str, TextGenerationEnv], config: 
     training = Workload(rollout.prompts_per_step, rollout.group_size, longest["train"], said)
     judged = [Workload(len(splits[name]), 1, longest[name], said) for name in ("validation", "test")]
     return preflight(engine, training, judged, _memory_limit(config), copies=1)  # the best so far
+
+
+def spending(
+    config: Config, recipe: Algorithm, task: Task, engine: Any, splits: dict[str, TextGenerationEnv]
+) -> Budget | None:
+    """What a run on a Tinker server may spend; None on this machine, where tokens cost nothing."""
+    if config.engine != "tinker":
+        return None
+    from .tinker.budget import budget
+
+    return budget(config, recipe, task, engine, splits)
+
+
+def price(config: Config, expected_tokens: int | None = None) -> Sequence[str]:
+    """What a run on a Tinker server may cost, line by line, without a server. Raises UserError as the run would."""
+    from .tinker.budget import quote_run
+    from .tinker.from_config import refuse_unhonoured
+
+    task = load_task(config.task)
+    config = sized(config, task)
+    recipe = configure(config)
+    refuse_unhonoured(config, recipe)
+    return quote_run(config, recipe, task, expected_tokens)
 
 
 def refit_memory(engine: Any, splits: dict[str, TextGenerationEnv], config: Config, checkpoint: Checkpoint) -> None:

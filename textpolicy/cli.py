@@ -105,7 +105,7 @@ def _unrecognised(message: str, source: CliSettingsSource[Any]) -> str:
     """argparse's words, with the flag that was probably meant."""
     flags = list(source.root_parser._option_string_actions)
     unknown = next((word for word in message.split() if word.startswith("--")), "")
-    near = difflib.get_close_matches(unknown.split("=")[0], flags, n=1)
+    near = [flag for flag in difflib.get_close_matches(unknown.split("=")[0], flags, n=1) if flag not in message]
     return message.removeprefix("error parsing CLI: ") + (f"; did you mean {near[0]}?" if near else "")
 
 
@@ -123,6 +123,11 @@ def train(arguments: list[str]) -> int:
     elif resume is not None:
         values = saved_values(resume)
     asked = parse(TrainArguments, arguments, "train [CONFIG.toml]", **values)
+    if asked.dry_run:
+        from .assembly import price
+
+        print("\n".join(price(asked.config, asked.expected_tokens)))
+        return 0
     from .run import run
 
     run(asked.config, asked.allow)

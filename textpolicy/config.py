@@ -292,6 +292,9 @@ class MachineSettings(Section):
     """What MLX may take, in GB of 10^9 bytes; 80% of the machine's memory, or 90% of a GPU's, if not given."""
 
 
+MONEY = ("price_prefill", "price_sample", "price_train", "max_tokens_total", "max_cost")  # of TinkerSettings
+
+
 class TinkerSettings(Section):
     """With engine tinker: which server, and how it differs from the hosted service."""
 
@@ -305,6 +308,22 @@ class TinkerSettings(Section):
     """Allow another temperature than 1 in sampling, though ratios are then those of the untempered policies."""
     patience: Positive = 120.0
     """Seconds without an answer after which the server counts as gone."""
+    price_prefill: NonNegative = 0.0
+    """Per million tokens of prompts, and of sequences that are only scored."""
+    price_sample: NonNegative = 0.0
+    """Per million sampled tokens."""
+    price_train: NonNegative = 0.0
+    """Per million tokens that are learned from, prompts included."""
+    max_tokens_total: PositiveInt | None = None
+    """End in order before a step that could pass so many tokens of all kinds."""
+    max_cost: Positive | None = None
+    """End in order before a step that could pass this cost, at the prices given."""
+
+    @model_validator(mode="after")
+    def _cost_is_known(self) -> Self:
+        if self.max_cost is not None and not (self.price_prefill or self.price_sample or self.price_train):
+            raise ValueError(f"max_cost is {self.max_cost:g} and no price is given; say what a million tokens cost")
+        return self
 
 
 class TrackingSettings(Section):

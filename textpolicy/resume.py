@@ -14,7 +14,7 @@ from typing import Any, Self
 from pydantic import model_validator
 
 from .checkpoint import Checkpoint, Checkpoints
-from .config import Config, check_config
+from .config import MONEY, Config, PositiveInt, check_config
 from .errors import UserError
 from .faults import how_to_resume
 from .lock import LOCK, RunLock
@@ -22,7 +22,7 @@ from .record.layout import CONFIG, SUMMARY, VERSIONS
 
 CHECKPOINTS = "checkpoints"
 _FIRST = {LOCK, VERSIONS, f".{VERSIONS}.new", f".{CONFIG}.new"}  # what a folder holds before its config
-_FREE = ("output", "quiet")  # settings that say nothing about the numbers
+_FREE = ("output", "quiet", *(f"tinker.{name}" for name in MONEY))  # settings that say nothing about the numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,17 @@ class TrainArguments(Config):
     allow: tuple[str, ...] = ()
     """With resume: settings that may differ from the run's own, such as steps,machine.threads, or sections."""
 
+    dry_run: bool = False
+    """With engine tinker: say what the run may cost, and end."""
+    expected_tokens: PositiveInt | None = None
+    """In a dry run: also price episodes of this length."""
+
+    @model_validator(mode="after")
+    def _dry_run_has_a_price(self) -> Self:
+        if self.dry_run and self.engine != "tinker":
+            raise ValueError(f"dry_run is for engine tinker, where tokens cost money, and engine is {self.engine}")
+        return self
+
     @model_validator(mode="after")
     def _one_folder(self) -> Self:
         if self.resume is not None and self.output is not None and self.output != self.resume:
@@ -51,7 +62,7 @@ class TrainArguments(Config):
     @property
     def config(self) -> Config:
         """The settings alone; what nobody gave counts as not given."""
-        given = self.model_dump(exclude_unset=True, exclude={"resume", "allow"})
+        given = self.model_dump(exclude_unset=True, exclude={"resume", "allow", "dry_run", "expected_tokens"})
         return Config.model_validate(given if self.resume is None else {**given, "output": self.resume})
 
 

@@ -22,6 +22,7 @@ from .assembly import (
     schedule,
     scored,
     sized,
+    spending,
     training_sampling,
     versions,
     write_config,
@@ -57,6 +58,7 @@ from .types import Episode
 
 if TYPE_CHECKING:
     from .mlx.memory import Plan
+    from .tinker.budget import Budget
 
 
 def run(config: Config, allow: Sequence[str] = ()) -> Path:
@@ -82,12 +84,19 @@ def run(config: Config, allow: Sequence[str] = ()) -> Path:
             "validation": environment(task, task.validation[:limit], tokenizer, config),
             "test": environment(task, task.test[:limit], tokenizer, config),
         }
+        paid = spending(config, recipe, task, engine, splits)
+        if paid is not None and resumed is not None:
+            paid.take_over(resumed.folder)
         if resumed is not None and resumed.checkpoint is not None:
             refit_memory(engine, splits, config, resumed.checkpoint)
             with told(resumed.folder):
-                return Run(config, resumed.folder, engine, splits, recipe, resumed.checkpoint).go_on(resumed.remarks)
+                going_on = Run(config, resumed.folder, engine, splits, recipe, resumed.checkpoint, paid)
+                return going_on.go_on(resumed.remarks)
         seed_streams(config.seed)
         plan = fit_memory(engine, splits, config) if config.engine == "mlx" else None
+        if paid is not None:
+            paid.allow_beginning()
+            paid.try_out(splits["train"])
         started = time.perf_counter()
         before = evaluate(engine, splits["test"], greedy(config))
         folder = resumed.folder if resumed else claim_folder(config)
@@ -95,7 +104,7 @@ def run(config: Config, allow: Sequence[str] = ()) -> Path:
             held.enter_context(RunLock(folder))
         with told(folder):
             write_setup(folder, config, engine)
-            return Run(config, folder, engine, splits, recipe).begin(before, started, plan)
+            return Run(config, folder, engine, splits, recipe, paid=paid).begin(before, started, plan)
 
 
 class Run:
@@ -109,10 +118,15 @@ class Run:
         splits: dict[str, TextGenerationEnv],
         recipe: Algorithm,
         checkpoint: Checkpoint | None = None,
+        paid: Budget | None = None,
     ):
-        """``checkpoint`` is what it goes on from, if it is not new. Raises OSError and UserError."""
+        """``checkpoint`` is what it goes on from, if it is not new; ``paid`` counts what a server is paid for.
+
+        Raises OSError and UserError.
+        """
         self.config, self.folder, self.engine, self.splits, self.recipe = config, folder, engine, splits, recipe
-        self.resumed = checkpoint
+        self.resumed, self.paid = checkpoint, paid
+        self.end: str | None = None  # why it ends before its last step
         self.history, self.signal = History(), StopSignal()
         self.controller, self.curriculum = recipe.controller(), course(config, splits["train"])
         self.checkpoints = Checkpoints(folder / CHECKPOINTS, config.checkpoint.keep)
@@ -135,6 +149,8 @@ class Run:
 
         def look_around() -> None:
             self.view.say(f"{config.algorithm.name} on {config.task} with {config.model}; the run is in {self.folder}")
+            if self.paid is not None:
+                self.paid.begin(self.folder)
             if plan is not None and plan.shrunk:
                 self.view.say(f"made smaller to fit into memory, without effect on results: {plan}")
             history.before = rate = self.record_look("test", 0, before)
@@ -151,9 +167,13 @@ class Run:
         assert checkpoint is not None
 
         def restore() -> None:
+            if self.paid is not None:
+                self.paid.allow_going_on(checkpoint.step)
             for remark in remarks:
                 self.view.say(remark)
             self._restore(checkpoint)
+            if self.paid is not None:
+                self.paid.try_out(self.splits["train"])
             self.view.say(f"going on with {self.folder} after {self.done} of {self.config.steps} steps")
             (self.folder / layout.SUMMARY).unlink(missing_ok=True)
             write_config(self.folder, self.config)
@@ -179,7 +199,7 @@ class Run:
                 curriculum=self.curriculum,
                 controller=self.controller,
                 start=self.done,
-                stopped=lambda: self.signal.heard,
+                stopped=lambda: self.signal.heard or self.end is not None,
                 on_sampled=self.on_sampled,
                 on_step=self.on_step,
             )
@@ -193,22 +213,33 @@ class Run:
 
     def on_sampled(self, step: int, episodes: Sequence[Episode]) -> Row:
         """What a server was paid for is on the disk before the update, which may fail; credit follows after it."""
-        if self.config.engine == "tinker":
+        if self.paid is not None:
             self.recorder.step(step, {}, episodes)
+            self.paid.enter(step)
         return {}
 
     def on_step(self, step: int, row: Row, episodes: Sequence[Episode]) -> None:
         self.done = done = step + 1
+        if self.paid is not None:
+            row = {**row, **self.paid.row}
         self.history.rows.append(row)
         self.sinks.step(step, row, episodes)
         self.record({"kind": "train", **row})
-        last, better = done == self.config.steps, False
-        if done % self.config.evaluation.every == 0 or last:
-            self.view.examples(episodes[:: self.config.rollout.group_size])
-            better = self.validate(done)
+        last, looks = done == self.config.steps, done % self.config.evaluation.every == 0
+        better = self.look(done, episodes) if looks or last else False
+        if not last and self.paid is not None:
+            self.end = self.paid.reason_to_end(done)
+            last = self.end is not None
+            if last and not looks:
+                better = self.look(done, episodes)
         if last or better or self.pace.due(done):
             self.checkpoint()
         refuse_skipping(self.history.rows, self.config.optimizer.max_skipped)
+
+    def look(self, done: int, episodes: Sequence[Episode]) -> bool:
+        """Show some of the step's ``episodes``, and ``validate``."""
+        self.view.examples(episodes[:: self.config.rollout.group_size])
+        return self.validate(done)
 
     def validate(self, steps: int) -> bool:
         """Look at the validation problems, and remember the adapter if it has never done better, which is returned."""
@@ -251,8 +282,13 @@ class Run:
         rows = closing_table(self.history, self.folder, self.config, train_seconds, seconds)
         self.metrics.sync()
         write_report([self.folder], self.folder / layout.REPORT)
-        write_whole(self.folder / layout.SUMMARY, json.dumps(summary(self.history, train_seconds), indent=2) + "\n")
+        figures = summary(self.history, train_seconds)
+        if self.paid is not None:
+            rows, figures = [*rows, self.paid.line], {**figures, **self.paid.row}
+        write_whole(self.folder / layout.SUMMARY, json.dumps(figures, indent=2) + "\n")
         self.view.table("done", rows)
+        if self.end is not None:
+            self.view.say(f"ended early: {self.end}; with a higher one it goes on: {how_to_resume(self.folder)}")
         for sentence in last_lines(examine(self.folder)):
             self.view.say(sentence)
 
@@ -262,6 +298,8 @@ class Run:
         row["solved"] = look.solved
         self.sinks.evaluated(steps, split, row, look.episodes)
         self.record(row)
+        if self.paid is not None:
+            self.paid.enter(steps)
         return rate
 
     def record(self, row: dict[str, Any]) -> None:

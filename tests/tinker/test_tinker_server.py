@@ -184,7 +184,7 @@ def test_a_run_has_the_same_folder_and_can_be_asked_afterwards(tinker_server, no
     assert main(["train", *RUN, *flags]) == 0
     names = {"config.json", "versions.json", "metrics.jsonl", "learning_curve.png", "summary.json", "adapter"}
     assert {p.name for p in run.iterdir()} == names | {
-        "rollouts", "evals", "checkpoints", "report.html", "log.txt", ".lock",
+        "rollouts", "evals", "checkpoints", "report.html", "log.txt", ".lock", "ledger.jsonl",
     }  # fmt: skip
     assert json.loads((run / "versions.json").read_text())["tinker"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -192,6 +192,7 @@ def test_a_run_has_the_same_folder_and_can_be_asked_afterwards(tinker_server, no
     assert [row["step"] for row in steps] == [0, 1]
     assert all(row["surprisal"] > 0 and "entropy" not in row for row in steps)
     assert steps[0]["on_policy_gap_max"] < 1e-4
+    assert steps[0]["tokens_spent"] < steps[1]["tokens_spent"]
     kept = [json.loads((run / "checkpoints" / name / "server.json").read_text())["path"] for name in KEPT]
     assert all(path.startswith("tinker://") for path in kept)
     assert len(set(kept)) == 2

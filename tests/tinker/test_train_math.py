@@ -1,5 +1,6 @@
 r"""The command train_math, against a stand-in for the server: its flags, files, money, and how it goes on."""
 
+import errno
 import json
 import math
 import os
@@ -87,6 +88,8 @@ def test_help_needs_neither_the_sdk_nor_a_key():
 def test_a_mistyped_flag_is_one_sentence(capsys):
     assert main(["--group-sise", "4"]) == 2
     assert "did you mean --group-size?" in capsys.readouterr().err
+    assert main(["--max-steps"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
 
 
 def test_full_is_the_recipe_full_under_importance_sampling():
@@ -260,6 +263,44 @@ def test_a_run_goes_on_with_the_settings_it_was_begun_with(problems, tmp_path):
         run(settings(problems, tmp_path / "run", lr=0.5, resume=True), server)
     run(settings(problems, tmp_path / "run", max_steps=8, resume=True), server)
     assert [row["step"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == list(range(8))
+
+
+def test_half_a_line_that_a_crash_left_in_any_file_is_no_obstacle(problems, tmp_path):
+    server = Server()
+    with pytest.raises(RuntimeError, match="gone"):
+        run(settings(problems, tmp_path / "run"), server, fail_at=3)
+    for name in ("metrics", "evals", "checkpoints", "ledger", "emergence/steps", "emergence/generations"):
+        with (tmp_path / "run" / f"{name}.jsonl").open("a") as file:
+            file.write('{"step": 3, "na')
+    for steps in (6, 7):
+        run(settings(problems, tmp_path / "run", resume=True, max_steps=steps), server)
+    assert [row["step"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == list(range(7))
+
+
+def test_a_folder_in_which_another_process_is_at_work_is_left_alone(problems, tmp_path):
+    server = run(settings(problems, tmp_path / "run"))
+    other = "import sys; from pathlib import Path; from textpolicy.lock import RunLock\n"
+    other += "with RunLock(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", other, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(UserError, match="is at work on the run"):
+            run(settings(problems, tmp_path / "run", resume=True, max_steps=8), server)
+        process.stdin.close()
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 6
+
+
+def test_a_disk_that_is_full_is_one_sentence(problems, tmp_path, monkeypatch, capsys):
+    from textpolicy.tinker import train_math
+
+    def full(self, *_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+
+    monkeypatch.setattr("textpolicy.tinker.progress.RunFolder.append", full)
+    monkeypatch.setattr(train_math.train, "__defaults__", (lambda asked, resume: FakeRemote(Server(), resume),))
+    small = ["--max-steps=2", "--max-tokens=64", "--eval-every=0", "--batch-size=2", "--group-size=2"]
+    assert main([f"--data={problems}", f"--log-dir={tmp_path / 'run'}", *small]) == 2
+    assert "(No space left on device: metrics.jsonl); mend that, and go on with --resume" in capsys.readouterr().err
 
 
 def test_a_session_is_closed_by_how_it_ended(problems, tmp_path):

@@ -63,7 +63,7 @@ class TinkerEngine:
     A sampler is taken anew after every update, and only the newest one is used.
     """
 
-    packages = ("tinker",)
+    packages: tuple[str, ...] = ("tinker",)
 
     def __init__(
         self,

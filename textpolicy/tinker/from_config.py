@@ -11,6 +11,7 @@ from ..algorithms.gtpo import ShapeByEntropy
 from ..algorithms.top_entropy import KeepTopEntropy
 from ..config import Config, changed
 from ..errors import UserError
+from .budget import MeteredRun
 from .engine import Adam, TinkerEngine
 from .loss import tinker_loss
 
@@ -18,7 +19,7 @@ ALPHA = 32.0  # of every LoRA on the service; its output is scaled by alpha / ra
 _OF_THE_SERVICE = ("kind", "rank", "alpha")  # settings of the adapter that it takes, or that must be as they are there
 
 
-def build(config: Config, recipe: Algorithm) -> tuple[TinkerEngine, Any]:
+def build(config: Config, recipe: Algorithm) -> tuple[MeteredRun, Any]:
     """The engine with a fresh LoRA, or the one that is resumed, and the model's tokenizer. Raises UserError."""
     refuse_unhonoured(config, recipe)
     asked, optimizer = config.tinker, config.optimizer
@@ -34,7 +35,7 @@ def build(config: Config, recipe: Algorithm) -> tuple[TinkerEngine, Any]:
         untempered=asked.untempered,
         patience=asked.patience,
     )
-    return engine, engine.tokenizer
+    return MeteredRun(engine), engine.tokenizer
 
 
 def kept(config: Config, adapter: Path) -> TinkerEngine:

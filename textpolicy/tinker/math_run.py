@@ -14,22 +14,18 @@ from ..algorithms.sepa import SEPAController
 from ..analysis.emergence import EmergenceLogger
 from ..engine import Engine, Sampling
 from ..environment.text_generation import TextGenerationEnv
-from ..errors import ServiceError
 from ..evaluation import Rate, evaluate
 from ..loop import Schedule, train
 from ..metrics import Row
-from ..on_policy import measure
-from ..rollout.collect import collect
 from ..tasks import Problem, Task
 from ..types import Episode
 from .advantages import surprisal_statistics
 from .money import Metered, Tokens, Workload
+from .preflight import preflight
 from .progress import Progress, RunFolder
 
 if TYPE_CHECKING:
     from .train_math import TrainMathArguments
-
-MAX_GAP = 1.0  # nats, mean, between sampler and learner in the preflight: 0.1 is half precision, more a misalignment
 
 
 class Remote(Engine, Protocol):
@@ -74,13 +70,14 @@ class MathRun:
     def train(self) -> None:
         """All steps that are left, within the limits. Raises UserError and ServiceError."""
         preflight(self.engine, self.env, self.asked.temperature)
-        self.folder.begin(self.asked.model_dump(mode="json"), self.begun)
-        self._introduce()
-        self._look_if_missed()
-        self._stop_before(self.work.step)
-        self._steps()
-        if self.end is not None:
-            self._say(f"ended early: {self.end}; --resume goes on with higher limits")
+        with self.folder.claim():
+            self.folder.begin(self.asked.model_dump(mode="json"), self.begun)
+            self._introduce()
+            self._look_if_missed()
+            self._stop_before(self.work.step)
+            self._steps()
+            if self.end is not None:
+                self._say(f"ended early: {self.end}; --resume goes on with higher limits")
 
     def _steps(self) -> None:
         asked = self.asked
@@ -194,8 +191,7 @@ class MathRun:
             )
 
     def _write_down(self, step: int) -> None:
-        """What is spent, so that a run that dies here knows it when it goes on."""
-        self.folder.append("ledger.jsonl", {"step": step, "spent": self.engine.spent.as_dict()})
+        self.folder.enter(step, self.engine.spent)
 
     def _stop_before(self, coming: Tokens) -> None:
         self.end = self.asked.limits.reason_to_stop(self.engine.spent, coming, self.asked.prices)
@@ -209,20 +205,6 @@ def workload(asked: TrainMathArguments, prompt_tokens: int, problems: int) -> Wo
     return Workload(
         asked.max_steps, asked.batch_size, asked.group_size, prompt_tokens, asked.max_tokens, problems, asked.looks
     )
-
-
-def preflight(engine: Metered, env: TextGenerationEnv, temperature: float) -> None:
-    """A few tokens there and back: the server samples, says when it stopped, and its learner sees what was sampled.
-
-    Raises UserError and ServiceError.
-    """
-    [episode] = collect(engine, env, [0], 1, Sampling(min(16, env.max_tokens), temperature), pieces=False)
-    gap = measure(engine, [episode])
-    if not gap.mean <= MAX_GAP:
-        raise ServiceError(
-            f"the server's learner and sampler differ by {gap.mean:.3g} nats on average over {gap.tokens} tokens: no "
-            "run on it would be on-policy; check that both serve the same weights"
-        )
 
 
 def _environment(task: Task, problems: Sequence[Problem], tokenizer: Any, max_tokens: int) -> TextGenerationEnv:

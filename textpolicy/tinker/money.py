@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from ..losses import Surrogate
 from ..types import Batch, Completion
 
 MILLION = 1_000_000
+TEMPLATE_TOKENS = 30  # of a chat template, in a guess
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,19 +116,25 @@ def quote(work: Workload, prices: Prices, length: int | None = None) -> list[str
         f"{work.steps} steps of {work.prompts} prompts x {work.group_size} completions, "
         f"and {work.looks} looks at {work.problems} held-out problems",
         f"prompts of {work.prompt_tokens} tokens; a completion has at most {work.max_tokens}",
-        _priced("at most", work.run, prices),
+        priced("at most", work.run, prices),
     ]
     if length is not None:
-        lines.append(_priced(f"with {length} tokens each", replace(work, max_tokens=length).run, prices))
+        lines.append(priced(f"with {length} tokens each", replace(work, max_tokens=length).run, prices))
     if not prices.known:
         lines.append("no prices are given; say --price-prefill, --price-sample and --price-train, per million tokens")
     return lines
 
 
-def _priced(what: str, tokens: Tokens, prices: Prices) -> str:
+def priced(what: str, tokens: Tokens, prices: Prices) -> str:
+    """``what`` takes so many ``tokens``, by kind, and their cost where prices are known."""
     parts = ", ".join(f"{n:,} {name}" for name, n in tokens.as_dict().items())
     cost = f": {prices.cost(tokens):,.2f}" if prices.known else ""
     return f"{what}: {tokens.total:,} tokens ({parts}){cost}"
+
+
+def guessed_prompt_tokens(texts: Iterable[str]) -> int:
+    """Of the longest prompt, by its characters: 3 for a token, and the chat template."""
+    return max(map(len, texts)) // 3 + TEMPLATE_TOKENS
 
 
 class Metered:

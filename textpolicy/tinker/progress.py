@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from ..durable import write_whole
 from ..errors import UserError
+from ..lock import RunLock
 from .money import Tokens
 
 Line = Mapping[str, Any]
+LEDGER = "ledger.jsonl"  # tokens spent so far, as they are spent
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +62,30 @@ class RunFolder:
         _refuse_changes(json.loads(written.read_text(encoding="utf-8")), settings, free)
         lines = self.lines("checkpoints.jsonl")
         progress = Progress.of(lines[-1]) if lines else Progress()
-        paid = [Tokens(**line["spent"]) for line in self.lines("ledger.jsonl")]  # also for steps that are cut off
-        return replace(progress, spent=max([progress.spent, *paid], key=lambda tokens: tokens.total))
+        return replace(progress, spent=max(progress.spent, self.paid(), key=lambda tokens: tokens.total))
+
+    def paid(self) -> Tokens:
+        """All tokens so far by the ledger, those of steps that are cut off, too."""
+        entries = [Tokens(**line["spent"]) for line in self.lines(LEDGER)]
+        return max(entries, key=lambda tokens: tokens.total, default=Tokens())
+
+    def enter(self, step: int, spent: Tokens) -> None:
+        """Write down what is spent, so that a run that dies here knows it when it goes on."""
+        self.append(LEDGER, {"step": step, "spent": spent.as_dict()})
+
+    def claim(self) -> RunLock:
+        """The folder, made where it is not there, for this process alone as long as the lock is a context."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return RunLock(self.path)
 
     def begin(self, settings: Line, progress: Progress) -> None:
-        """Make the folder, or cut it back to ``progress``: later lines move to files that end in ``.cut.jsonl``."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        """Write the settings, and cut the rest back to ``progress``: later lines move to ``.cut.jsonl`` files."""
+        write_whole(self.path / "config.json", json.dumps(settings, indent=2) + "\n")
         for name in ("metrics.jsonl", "emergence/steps.jsonl", "emergence/generations.jsonl"):
             self._cut(name, progress.step)
         self._cut("evals.jsonl", progress.step + 1)  # a look is after so many steps
+        for name in ("checkpoints.jsonl", LEDGER):
+            self.mend(name)
 
     def lines(self, name: str) -> list[Any]:
         """The lines of a file, none if it is not there; the last is left out if it was cut off in writing."""
@@ -83,7 +101,11 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def _cut(self, name: str, step: int) -> None:
+    def mend(self, name: str) -> None:
+        """Drop half a line at the end, so that what is appended is a line of its own."""
+        self._cut(name, math.inf)
+
+    def _cut(self, name: str, step: float) -> None:
         """Move the lines of ``step`` and later to a file of their own, and drop half a line at the end."""
         path, lines = self.path / name, self.lines(name)
         if not path.exists():

@@ -85,7 +85,19 @@ def _make(base: str, folder: Path) -> None:
             _run(uv, "pip", "install", "--python", str(python), "--no-deps", "-r", str(pins))
         else:
             _run(base, "-m", "venv", str(new))
-            _run(str(python), "-m", "pip", "install", "--quiet", "--only-binary", ":all:", "--no-deps", "-r", str(pins))
+            _run(
+                str(python),
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--no-compile",
+                "--only-binary",
+                ":all:",
+                "--no-deps",
+                "-r",
+                str(pins),
+            )
         new.rename(folder)
 
 

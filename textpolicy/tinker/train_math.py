@@ -26,11 +26,10 @@ from ..tasks import Task, load_task
 from ..tasks.mathematics import math_task_of
 from .advantages import recipe
 from .math_run import MathRun, Remote, workload
-from .money import Limits, Prices, quote
+from .money import Limits, Prices, guessed_prompt_tokens, quote
 from .progress import RunFolder
 
 ALGORITHMS = {"grpo": ("grpo", "none"), "full": ("maxrl", "gtpo_sepa_hicra")}  # advantage mode, transform mode
-TEMPLATE_TOKENS = 30  # of a chat template, in a guess
 _FREE = ("log_dir", "max_steps", "save_every", "eval_every", "resume", "dry_run", "expected_tokens", "base_url",
          "price_prefill", "price_sample", "price_train", "max_tokens_total", "max_cost")  # fmt: skip
 
@@ -213,8 +212,7 @@ def load_key(path: Path = Path(".env")) -> None:
 def dry_run(asked: TrainMathArguments) -> list[str]:
     """What the run may cost, line by line, without a server: prompts are counted by their characters."""
     task = task_of(asked)
-    texts = ["\n".join(m["content"] for m in task.prompt(p.question)) for p in task.train]
-    longest = max(map(len, texts)) // 3 + TEMPLATE_TOKENS
+    longest = guessed_prompt_tokens("\n".join(m["content"] for m in task.prompt(p.question)) for p in task.train)
     work = workload(asked, longest, len(task.test[: asked.eval_problems or None]))
     lines = [f"{task.name}: {len(task.train)} training problems", *quote(work, asked.prices, asked.expected_tokens)]
     return [*lines, "prompt tokens are a guess, 3 characters each and the chat template; no server was asked"]
@@ -248,6 +246,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             train(asked)
     except TextPolicyError as error:
         print(f"train_math: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        what = f"{error.strerror or error}{'' if error.filename is None else f': {error.filename}'}"
+        print(
+            f"train_math: the run in {asked.log_dir} cannot write or read its files ({what}); mend that, and go on "
+            "with --resume",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("train_math: stopped by Ctrl-C; --resume goes on from the last checkpoint", file=sys.stderr)

@@ -1,0 +1,282 @@
+"""textpolicy train --engine tinker and money: a quote, limits that end a run in order, a ledger; without a server."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from fake_remote import FakeRemote, Server
+
+from textpolicy.cli import main
+from textpolicy.config import check_config
+from textpolicy.errors import ServiceError, UserError
+from textpolicy.recipe import configure
+from textpolicy.run import run
+from textpolicy.tasks import TASKS, Problem, Task
+from textpolicy.tinker.budget import RunWork
+from textpolicy.tinker.engine import TinkerEngine
+
+STEPS = 5
+WORDS = len("let me check. \\boxed{10}") + 1  # tokens of the longest answer
+
+
+class FakeRun(FakeRemote):
+    """With what a run with checkpoints asks for; counts what it was sent."""
+
+    packages = ("numpy",)
+    platform = {"device": "none"}  # noqa: RUF012
+
+    def __init__(self, server):
+        super().__init__(server)
+        self.sent = {"prefill": 0, "sampled": 0, "trained": 0}
+
+    def sample(self, prompts, n, sampling):
+        out = super().sample(prompts, n, sampling)
+        self.sent["prefill"] += sum(map(len, prompts))
+        self.sent["sampled"] += sum(len(c.tokens) for group in out for c in group)
+        return out
+
+    def score(self, batch, *, reference=False):
+        self.sent["prefill"] += int(batch.lengths.sum())
+        return super().score(batch, reference=reference)
+
+    def update(self, batch, surrogate, learning_rate):
+        rows = ((batch.weights != 0) & (batch.advantages != 0)).any(axis=1)
+        self.sent["trained"] += int(batch.lengths[rows].sum())
+        return super().update(batch, surrogate, learning_rate)
+
+    def save(self, path):
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "tinker.json").write_text(json.dumps({"state": self.weights()}))
+
+    def weights(self):
+        return self.save_state("kept")
+
+    def restore(self, weights):
+        self.skill = self.server.states[weights]
+
+    def write_weights(self, weights, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "server.json").write_text(json.dumps(weights))
+
+    def read_weights(self, folder):
+        return json.loads((folder / "server.json").read_text())
+
+    def write_state(self, folder):
+        self.write_weights(self.weights(), folder)
+
+    def read_state(self, folder):
+        self.restore(self.read_weights(folder))
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """The engines that runs have connected to, on one server; and a task for them."""
+    made, server = [], Server()
+
+    def connect(*_, **__):
+        made.append(FakeRun(server))
+        return made[-1]
+
+    def reward(prompt, completion, example, **kwargs):
+        right = f"\\boxed{{{example['answer']}}}" in completion
+        return {"reward": float(right), "is_correct": right}
+
+    problems = [Problem(f"{a} + {b}?", str(a + b)) for a in range(2, 6) for b in range(1, 6)]
+    parts = (tuple(problems[:12]), tuple(problems[12:15]), tuple(problems[15:]))
+    task = Task("sums", "adding", *parts, lambda q: [{"role": "user", "content": q}], reward)
+    monkeypatch.setitem(TASKS, "sums", lambda: task)
+    monkeypatch.setattr(TinkerEngine, "connect", connect)
+    monkeypatch.setattr("textpolicy.run.plot_learning", lambda *_: None)  # pictures of these runs are nobody's
+    monkeypatch.setattr("textpolicy.html_report.page.write_report", lambda *_: None)
+    return made
+
+
+def settings(folder, **tinker):
+    return check_config(
+        {
+            "engine": "tinker",
+            "model": "any",
+            "task": "sums",
+            "steps": STEPS,
+            "output": folder,
+            "rollout": {"prompts_per_step": 2, "group_size": 4, "max_tokens": WORDS},
+            "optimizer": {"warmup_steps": 0},
+            "evaluation": {"every": 2},
+            "checkpoint": {"every": 1},
+            "on_policy": {"every": 3},
+            "tinker": tinker,
+        },
+        "here",
+    )
+
+
+def work_of(folder):
+    config = settings(folder)
+    return RunWork.of(config, configure(config), TASKS["sums"](), len("4 + 3?\n"), WORDS)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def ledger(folder):
+    return [line["spent"] for line in lines(folder / "ledger.jsonl")]
+
+
+def steps_of(folder):
+    return [row["step"] for row in lines(folder / "metrics.jsonl") if row["kind"] == "train"]
+
+
+def test_tokens_are_counted_as_they_were_sent_and_stay_below_the_quote(engines, tmp_path):
+    run(settings(tmp_path / "run", price_sample=2.0))
+    [engine] = engines
+    assert ledger(tmp_path / "run")[-1] == engine.sent
+    bound = work_of(tmp_path).run
+    assert all(engine.sent[kind] <= most for kind, most in bound.as_dict().items())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["tokens_spent"] == sum(engine.sent.values())
+    assert summary["cost"] == pytest.approx(2e-6 * engine.sent["sampled"])
+
+
+def test_the_quote_is_what_a_run_sends_in_which_nothing_is_shorter_than_it_may_be(engines, tmp_path, monkeypatch):
+    """Every prompt has the same length, no answer ends early, and the completions of a group differ in reward."""
+    turns = iter(range(10_000))
+    problem = [Problem(f"1 + {b}?", str(1 + b)) for b in range(1, 9)]
+    same = replace(
+        TASKS["sums"](),
+        train=tuple(problem[:4]),
+        validation=tuple(problem[4:6]),
+        test=tuple(problem[6:]),
+        reward=lambda prompt, completion, example, **_: (next(turns) % 2, True),
+    )
+    monkeypatch.setitem(TASKS, "sums", lambda: same)
+    config = settings(tmp_path / "run")
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_tokens": 9})})
+    run(config)
+    work = RunWork.of(config, configure(config), same, len("1 + 1?\n"), 9)
+    sent, most = engines[0].sent, work.run.as_dict()
+    # the last token of a sequence predicts nothing: in the preflight, two checks before and after an update, updates
+    assert sent == {
+        "prefill": most["prefill"] - 1 - 2 * 2 * 8,
+        "sampled": most["sampled"],
+        "trained": most["trained"] - STEPS * 8,
+    }
+
+
+def test_a_limit_ends_a_run_in_order_and_is_never_passed(engines, tmp_path, capsys):
+    work, folder = work_of(tmp_path), tmp_path / "run"
+    limit = (work.opening + work.step(0) + work.step(1) + work.closing).total + 40
+    run(settings(folder, max_tokens_total=limit))
+    done = steps_of(folder)
+    assert done
+    assert len(done) < STEPS
+    assert sum(ledger(folder)[-1].values()) <= limit
+    assert {"adapter", "summary.json"} <= {p.name for p in folder.iterdir()}
+    said = capsys.readouterr().out
+    assert f"could pass max_tokens_total ({limit:,}); with a higher one it goes on: textpolicy train --resume" in said
+
+
+def test_a_run_that_a_limit_ended_goes_on_with_a_higher_one_and_what_was_paid_counts(engines, tmp_path, capsys):
+    work, folder = work_of(tmp_path), tmp_path / "run"
+    limit = (work.opening + work.step(0) + work.closing).total + 40
+    run(settings(folder, max_tokens_total=limit))
+    before, done = ledger(folder)[-1], steps_of(folder)
+    assert main(["train", f"--resume={folder}"]) == 2
+    assert "could pass max_tokens_total" in capsys.readouterr().err
+    assert engines[-1].sent["sampled"] == 0
+    assert (ledger(folder)[-1], steps_of(folder)) == (before, done)
+    assert main(["train", f"--resume={folder}", "--tinker.max-tokens-total=100000"]) == 0
+    assert steps_of(folder) == list(range(STEPS))
+    assert ledger(folder)[-1] == {kind: before[kind] + n for kind, n in engines[-1].sent.items()}
+
+
+def test_steps_that_a_crash_cut_off_stay_paid(engines, tmp_path):
+    folder = tmp_path / "run"
+    connect = TinkerEngine.connect
+
+    def failing(*_, **__):
+        engine = connect()
+        engine.fail_at, engine.error = 3, ServiceError("the server is gone")
+        return engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TinkerEngine, "connect", failing)
+        with pytest.raises(ServiceError):
+            run(settings(folder))
+    with (folder / "ledger.jsonl").open("a") as file:
+        file.write('{"step": 3, "spe')  # the power went
+    run(settings(folder))
+    both = {kind: sum(engine.sent[kind] for engine in engines) for kind in engines[0].sent}
+    assert engines[0].sent["sampled"] > 0
+    assert ledger(folder)[-1]["sampled"] == both["sampled"]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_again_and_stays_paid(engines, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeRun, "write_state", lambda self, folder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(settings(folder))
+    run(settings(folder))
+    assert engines[0].sent["sampled"] > 0
+    assert ledger(folder)[-1] == {kind: n + engines[1].sent[kind] for kind, n in engines[0].sent.items()}
+
+
+def test_a_limit_without_room_for_a_step_is_refused_before_anything_is_spent(engines, tmp_path):
+    for limit in ({"max_tokens_total": 500}, {"max_cost": 1e-6, "price_sample": 1.0}):
+        with pytest.raises(UserError, match="raise it, or make the run smaller"):
+            run(settings(tmp_path / "run", **limit))
+        assert not any(engines[-1].sent.values())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_learner_that_does_not_see_what_was_sampled_ends_a_run_after_a_few_tokens(engines, tmp_path, monkeypatch):
+    monkeypatch.setattr(FakeRun, "score", lambda self, batch, reference=False: batch.logprobs - 3)
+    with pytest.raises(ServiceError, match="differ by 3 nats"):
+        run(settings(tmp_path / "run"))
+    assert engines[-1].sent["sampled"] <= 16
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_step_of_a_task_with_tools_reads_every_turn_and_a_kl_in_the_reward_scores_every_row():
+    config = check_config(
+        {
+            "engine": "tinker",
+            "rollout": {"prompts_per_step": 2, "group_size": 3, "max_tokens": 10, "max_turns": 4},
+            "on_policy": {"every": 0},
+        },
+        "here",
+    )
+    work = RunWork(config, prompt_tokens=100, said=40, turns=4, draws=2, scored=True)
+    step = work.step(0)
+    assert step.trained == 6 * 140
+    assert step.sampled == 2 * 6 * 40
+    assert step.prefill == 2 * (2 * 100 + 6 * 3 * 140) + 6 * 140
+
+
+# ---- the command
+
+
+def test_a_dry_run_prices_a_run_without_a_server_or_a_key(no_tinker_account, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = ["train", "--engine=tinker", "--model=any", "--steps=3", "--dry-run", "--tinker.price-sample=1000"]
+    assert main([*asked, "--expected-tokens=2"]) == 0
+    said = capsys.readouterr().out
+    assert "3 steps of 16 prompts x 8 completions, 100 validation and 200 test problems" in said
+    sampled = 3 * 128 * 8 + 2 * 300 * 8 + 8
+    assert f"{sampled:,} sampled" in said
+    assert f": {sampled / 1000:,.2f}" in said
+    assert "with 2 tokens each" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(capsys):
+    assert main(["train", "--engine=tinker", "--dry-run", "--adapter.kind=dora"]) == 2
+    assert "adapter.kind is dora" in capsys.readouterr().err
+    assert main(["train", "--dry-run"]) == 2
+    assert "dry_run is for engine tinker" in capsys.readouterr().err
+
+
+def test_a_limit_on_cost_needs_a_price(capsys):
+    assert main(["train", "--engine=tinker", "--tinker.max-cost=3"]) == 2
+    assert "max_cost is 3 and no price is given" in capsys.readouterr().err

@@ -34,6 +34,10 @@ class RewardError(TextPolicyError, RuntimeError):
     """A reward function raised, or returned something that is not a number."""
 
 
+class RewardResultError(RewardError, ValueError):
+    """A reward function returned something that is no reward."""
+
+
 class WorkerError(TextPolicyError, RuntimeError):
     """A worker process died, took too long, or could not do what it was asked."""
 

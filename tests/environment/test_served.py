@@ -45,6 +45,15 @@ def test_a_session_only_grows(tokenizer, session):
     )
 
 
+def test_half_a_character_is_read_as_a_question_mark_and_is_the_same_when_it_is_sent_again(tokenizer, session):
+    session.take([USER], [])
+    answer = session.say(said(tokenizer, "hello"), 0)
+    half = {"role": "user", "content": "a\ud800b"}
+    assert "a?b" in tokenizer.decode(session.take([USER, answer, half], []))
+    again = session.say(said(tokenizer, "hello"), 1)
+    session.take([USER, answer, half, again, USER], [])
+
+
 @pytest.mark.parametrize(
     "messages",
     [

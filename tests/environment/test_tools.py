@@ -293,6 +293,21 @@ def test_mistakes_are_answered_and_the_policy_may_try_again():
     assert episode.reward == 1.0
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_a_character_that_a_call_spells_comes_back_as_a_question_mark(family):
+    """JSON can escape one, and neither a tokenizer nor a file takes it."""
+
+    def echo(text: str) -> str:
+        """Say it again."""
+        return text
+
+    tokenizer = chat_tokenizer(family)
+    half = r'<tool_call>{"name": "echo", "arguments": {"text": "a\ud800b"}}</tool_call>'
+    episode, _ = play(tokenizer, half, "answer", tools=[echo])
+    assert [line.split("] ")[1] for line in results(episode)] == ["a?b"]
+    assert episode.text.encode()
+
+
 def test_calls_without_end_are_truncated():
     episode, engine = play(chat_tokenizer("chatml"), *[call("add", a=1)] * 3, max_turns=3)
     assert episode.truncated

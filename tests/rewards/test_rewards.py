@@ -88,13 +88,23 @@ def test_registering_a_name_again_warns_and_replaces(caplog):
     assert get_reward_function("length_reward") is mine
 
 
-def test_a_function_with_fewer_than_three_parameters_is_registered_with_a_warning(caplog):
+def test_a_function_that_does_not_take_the_three_parameters_by_name_is_registered_with_a_warning(caplog):
     @reward
     def short(prompt, completion):
         return 0.0
 
-    assert "'short' takes fewer than the three parameters" in caplog.text
-    assert get_reward_function("short") is short
+    @reward
+    def renamed(question, answer, row):
+        return 0.0
+
+    @reward
+    def batched(prompts, completions, examples):
+        return [0.0 for _ in prompts]
+
+    assert "reward 'short' cannot score completions: 'short' does not take example" in caplog.text
+    assert "'renamed' does not take completion, example, prompt" in caplog.text
+    assert "batched" not in caplog.text
+    assert [get_reward_function(name) for name in ("short", "renamed")] == [short, renamed]
 
 
 def test_an_unknown_name_gives_none_and_logs_the_known_ones(caplog):
@@ -174,8 +184,9 @@ def test_none_and_nan_say_that_a_completion_could_not_be_scored(result):
     ],
 )
 def test_a_result_that_is_no_finite_number_is_an_error(result):
-    with pytest.raises(RewardError, match=r"reward 'scorer' returned .* prompt 'p' and completion 'c'"):
+    with pytest.raises(RewardError, match=r"reward 'scorer' returned .* prompt 'p' and completion 'c'") as caught:
         scored(result)
+    assert isinstance(caught.value, ValueError)
 
 
 def test_a_reward_that_raises_is_an_error_that_names_it_and_keeps_the_cause():

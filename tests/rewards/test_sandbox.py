@@ -136,6 +136,8 @@ NETWORK = [
 OTHERS = [
     "import os; os.kill(os.getppid(), 0)",
     "import os; os.kill(-1, 0)",
+    "import time; time.clock_settime(time.CLOCK_REALTIME, time.time())",
+    "import socket; socket.sethostname(socket.gethostname())",
     "import os; os.pidfd_open(os.getppid())",
     "import os; os.setpriority(os.PRIO_PROCESS, 0, 5)",
     "import resource; resource.setrlimit(resource.RLIMIT_AS, (10**12, 10**12))",
@@ -212,6 +214,20 @@ def test_with_writes_a_program_has_a_folder_of_its_own_up_to_a_size():
     assert run_python(small, limits=limits).stdout == "True\n"
     assert "File too large" in run_python(large, limits=limits).stderr
     assert "PermissionError" in run_python("open('../program.py', 'w')", limits=limits).stderr
+
+
+@confined
+def test_the_ways_of_emptying_a_file_that_older_landlocks_leave_open_are_refused_by_seccomp():
+    """Shown where Landlock allows them: in the program's own folder. Writing there empties as usual."""
+    program = (
+        "import ctypes, os\nopen('a', 'w').write('x')\nlib = ctypes.CDLL(None)\n"
+        "ways = [lambda: os.truncate('a', 0), lambda: os.open('a', os.O_RDONLY | os.O_TRUNC)]\n"
+        "ways += [lambda: os.open('a', os.O_ACCMODE | os.O_TRUNC)]\n"
+        "ways += [lambda: os.open('a', os.O_TRUNC, dir_fd=os.open('.', 0))]\n"
+        "for way in ways:\n  try: way()\n  except PermissionError as error: print(error.errno, end=' ')\n"
+        "print(lib.open(b'a', os.O_TRUNC), open('a').read(), open('a', 'r+').truncate(0), open('a', 'w').write('yz'))"
+    )
+    assert run_python(program, limits=Limits(writes=True)).stdout == "1 1 1 1 -1 x 0 2\n"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may always start processes; only the confined sandbox refuses")

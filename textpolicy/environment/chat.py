@@ -130,6 +130,11 @@ def question(i: int, prompt: Any) -> str:
     return text
 
 
+def whole(text: str) -> str:
+    """``text`` with ? for each half of a character, which JSON can carry and no tokenizer or file takes."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def as_messages(prompt: Prompt) -> list[Message]:
     """The prompt as messages; a string is a user's."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)

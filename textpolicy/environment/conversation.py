@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Protocol
 
-from .chat import ChatCodec, Message, Schema
+from .chat import ChatCodec, Message, Schema, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +105,13 @@ class Conversation:
 
     def _go_on(self, before: Sequence[Message], reply: Reply) -> None:
         last = self.turns[-1][-1] if self.turns[-1] else None
-        added = self.codec.continuation(before, reply.messages, last, self.tools)
+        messages = [{k: whole(v) if isinstance(v, str) else v for k, v in m.items()} for m in reply.messages]
+        added = self.codec.continuation(before, messages, last, self.tools)
         needed = len(joined(self.turns, self.added)) + len(added) + self.limits.turn_tokens
         if self.limits.tokens is not None and needed > self.limits.tokens:
             self._end(truncated=True)
             return
-        self.said += reply.messages
+        self.said += messages
         self.added.append(added)
 
     def _end(self, truncated: bool) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from ..errors import UserError
 from ..types import Completion, Episode
-from .chat import ChatCodec, Message, Schema
+from .chat import ChatCodec, Message, Schema, whole
 from .conversation import joined
 from .multi_turn import with_tools
 from .tools import ParseCalls, ToolCall
@@ -228,8 +228,8 @@ def _normal(message: Message) -> dict[str, Any]:
 def _text(content: Any) -> str:
     """The text of a content, which may be None or a list of parts."""
     if isinstance(content, list):
-        return "".join(part.get("text", "") for part in content)
-    return content or ""
+        return whole("".join(part.get("text", "") for part in content))
+    return whole(content or "")
 
 
 def _shown(message: Message, codec: ChatCodec) -> Message:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import RewardError
+from ..errors import RewardError, RewardResultError
 from .contract import Fitted, Request, Scored, read_result
 from .workers import TooSlowError, WorkerDiedError, WorkerRaisedError
 
@@ -83,7 +83,9 @@ class Call:
             listed = []
         if len(listed) != expected:
             returned = f"returned {_excerpt.repr(result)}, which is not {expected} results"
-            raise RewardError(f"reward {self.part.name!r} {returned} {self.where}; mend it to return one for each")
+            raise RewardResultError(
+                f"reward {self.part.name!r} {returned} {self.where}; mend it to return one for each"
+            )
         return listed
 
     def _read(self, result: Any) -> Outcome:
@@ -92,7 +94,7 @@ class Call:
         except (TypeError, ValueError, OverflowError) as error:
             returned = f"returned {_excerpt.repr(result)}, which is not a finite number,"
             advice = "mend it to return a number"
-            raise RewardError(f"reward {self.part.name!r} {returned} {self.where}; {advice}") from error
+            raise RewardResultError(f"reward {self.part.name!r} {returned} {self.where}; {advice}") from error
 
     # ---- what goes wrong
 

@@ -26,6 +26,9 @@ REFUSED = {
         "limits": (160, 302, 141, 144, 203, 251),  # setrlimit, prlimit64, setpriority, sched_set*, ioprio_set
         "metadata": (90, 91, 92, 93, 94, 132, 188, 189, 190, 197, 198, 199, 235, 260, 261, 268, 280, 452),  # chmod, ...
         "kernel": (155, 161, 165, 166, 169, 175, 246, 248, 249, 250, 272, 298, 308, 313, 321, 323, 425, 426, 427),
+        "kernel of root": (103, 163, 167, 168, 176, 179, 304, 320, *range(428, 434), 442, 443),  # swapon, mounts, ...
+        "clock and names": (159, 164, 170, 171, 172, 173, 227, 305),  # what root could set for the whole system
+        "truncation": (76, 437),  # truncate, which Landlock before Linux 6.2 leaves open; openat2, for the same
     },
     "aarch64": {
         "network": (198, 199, 200, 203),
@@ -35,14 +38,19 @@ REFUSED = {
         "limits": (164, 261, 140, 119, 122, 30),
         "metadata": (5, 6, 7, 14, 15, 16, 52, 53, 54, 55, 88, 452),
         "kernel": (39, 40, 41, 51, 97, 104, 105, 142, 217, 218, 219, 241, 268, 273, 280, 282, 425, 426, 427),
+        "kernel of root": (116, 89, 224, 225, 106, 60, 265, 294, *range(428, 434), 442, 443),
+        "clock and names": (112, 161, 162, 170, 171, 266),
+        "truncation": (45, 437),
     },
 }
+OPENS = {"x86_64": {2: 1, 257: 2}, "aarch64": {56: 2}}  # open and openat, and which argument holds the flags
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 X32 = 0x40000000  # x86_64 numbers from here on are the same calls once more
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # Landlock, on every architecture
 READ = 1 << 2 | 1 << 3  # of files and folders
 WRITE_BY_VERSION = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF}  # all rights that Landlock knows, in version 5 0xFFFF
 SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/dev/null", "/dev/zero", "/dev/urandom")
+EPERM = 0x00050001  # the call fails with error 1
 READY = b"ready"
 
 
@@ -78,14 +86,21 @@ def leave_files(readable: Sequence[str], writable: Sequence[str]) -> None:
 
 
 def leave_calls() -> None:
-    """Make the refused system calls fail with EPERM; a call of another architecture ends the process."""
+    """Make the refused system calls fail with EPERM; a call of another architecture ends the process.
+
+    So does opening a file to read with O_TRUNC, which empties it: Landlock before Linux 6.2 sees the reading alone.
+    """
     machine = platform.machine()
     numbers = [n for group in REFUSED[machine].values() for n in group]
-    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
+    load, equal, at_least, mask, give = 0x20, 0x15, 0x35, 0x54, 0x06
+    empties = [step for number, flags in OPENS[machine].items() for step in (
+        (equal, 0, 5, number), (load, 0, 0, 16 + 8 * flags), (mask, 0, 0, os.O_TRUNC | os.O_ACCMODE),
+        (equal, 1, 0, os.O_TRUNC), (equal, 0, 1, os.O_TRUNC | os.O_ACCMODE), (give, 0, 0, EPERM),
+    )]  # fmt: skip
     steps = [(load, 0, 0, 4), (equal, 1, 0, AUDIT_ARCH[machine]), (give, 0, 0, 0x80000000), (load, 0, 0, 0)]
-    steps += [(at_least, len(numbers) + 1, 0, X32)]
-    steps += [(equal, len(numbers) - i, 0, n) for i, n in enumerate(numbers)]
-    steps += [(give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x00050001)]  # allow; fail with error 1, EPERM
+    steps += [(at_least, len(numbers) + len(empties) + 1, 0, X32)]
+    steps += [(equal, len(numbers) + len(empties) - i, 0, n) for i, n in enumerate(numbers)]
+    steps += [*empties, (give, 0, 0, 0x7FFF0000), (give, 0, 0, EPERM)]  # allow
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
     program = struct.pack("HxxxxxxP", len(steps), ctypes.addressof(code))
     _checked(_libc().prctl(22, 2, program, 0, 0))

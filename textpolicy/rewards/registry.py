@@ -78,9 +78,10 @@ def _registrar(registry: dict[str, Any], kind: str, target: Any, name: str | Non
 
 
 def _register(registry: dict[str, Any], kind: str, name: str, fn: Function) -> Function:
-    keywords = accepted_keywords(fn)
-    if keywords is not None and len(keywords) < 3:
-        logger.warning("%s %r takes fewer than the three parameters prompt, completion, example", kind, name)
+    try:
+        Fitted.of(fn)
+    except UserError as error:  # it is registered all the same: a test may call it in a way of its own
+        logger.warning("%s %r cannot score completions: %s", kind, name, error)
     if name in registry:
         logger.warning("%s %r was already registered; the new function replaces it", kind, name)
     registry[name] = fn

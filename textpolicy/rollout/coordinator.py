@@ -108,11 +108,7 @@ class RolloutCoordinator:
 
     def get_rollout_generation_profile(self) -> dict[str, float]:
         """Seconds of generation and their share of the total; {} without ``profile`` or with workers."""
-        seconds = self.get_rollout_timing()
-        if not seconds:
-            return {}
-        share = seconds["generation"] / seconds["total"] if seconds["total"] else 0.0
-        return {"generation_seconds": seconds["generation"], "generation_share": share}
+        return {} if self.runner is None else self.runner.get_generation_profile()
 
     def _in_batches(self, runner: RolloutRunner) -> Buffer:
         """As many episodes as one call of ``collect`` allows, ``batch_size`` at a time."""

@@ -48,6 +48,14 @@ class RolloutRunner:
         """Seconds so far in total, env_reset, generation, env_step and buffer_store; {} without ``profile``."""
         return self.clock.seconds()
 
+    def get_generation_profile(self) -> dict[str, float]:
+        """Seconds of generation so far, and their share of the total; {} without ``profile``."""
+        seconds = self.get_timing()
+        if not seconds:
+            return {}
+        share = seconds["generation"] / seconds["total"] if seconds["total"] else 0.0
+        return {"generation_seconds": seconds["generation"], "generation_share": share}
+
     def reset_timing(self) -> None:
         """Begin to count anew."""
         self.clock.reset()

@@ -164,8 +164,8 @@ def metrics(folder: Path) -> list[dict]:
 def outcome(folder: Path) -> dict:
     """All that must be equal between a run in one go and one that was cut short: bytes, or rows."""
     summary = json.loads((folder / "summary.json").read_text())
-    kept = {k: v for k, v in summary.items() if k not in ("train_seconds", "peak_memory_bytes")}
+    summary = {k: v for k, v in summary.items() if k not in ("train_seconds", "peak_memory_bytes")}
     files = {f"adapter/{p.name}": p.read_bytes() for p in sorted((folder / "adapter").iterdir())}
-    for kept in ("rollouts", "evals"):
-        files |= {f"{kept}/{p.name}": p.read_bytes() for p in sorted(folder.glob(f"{kept}/[!.]*"))}
-    return {"metrics": metrics(folder), "summary": kept, **files}
+    for place in ("rollouts", "evals"):
+        files |= {f"{place}/{p.name}": p.read_bytes() for p in sorted(folder.glob(f"{place}/[!.]*"))}
+    return {"metrics": metrics(folder), "summary": summary, **files}

@@ -86,7 +86,7 @@ def parse(
     """The ``arguments`` as a ``kind``; flags override ``defaults``. Every mistake is one sentence."""
     source: CliSettingsSource[Any] = CliSettingsSource(
         kind,  # type: ignore[arg-type]  # any model will do, and CliApp says so
-        cli_prog_name=f"{program} {command}",
+        cli_prog_name=f"{program} {command}".strip(),
         cli_kebab_case=True,
         cli_exit_on_error=False,
         cli_avoid_json=True,

@@ -18,7 +18,7 @@ def script(
 ) -> int:
     """Run one script; a request that cannot work is one sentence on stderr and exit code 2."""
     try:
-        return run(parse(kind, joined(argv, lists), name))
+        return run(parse(kind, joined(argv, lists), "", program=name))
     except TextPolicyError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2

@@ -40,7 +40,7 @@ format: venv
 # In an environment of its own, made by the Python of .venv: the site needs none of the package's dependencies.
 docs: .venv-docs/made
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
-	@echo "the site is in site/; open site/index.html"
+	@echo "the site is in site/: open site/index.html, or, with the search, python3 -m http.server --bind 127.0.0.1 -d site"
 
 .venv-docs/made: constraints-docs.txt | venv
 	.venv/bin/python -m venv .venv-docs

@@ -31,7 +31,7 @@ GROUPS: dict[str, list[str]] = {
     "Rollouts": ["rollout", "buffer"],
     "Training": ["training", "loop", "config", "run", "evaluation"],
     "Algorithms": ["algorithms", "algorithms.grpo", "algorithms.gspo", "algorithms.maxrl", "algorithms.hicra",
-                   "algorithms.length", "algorithms.sepa", "algorithms.selection", "losses"],
+                   "algorithms.length", "algorithms.sepa", "algorithms.selection", "environment.pieces", "losses"],
     "Records and engines": ["types", "engine", "sinks", "errors"],
     "After a run": ["analysis", "doctor", "validate"],
 }  # fmt: skip

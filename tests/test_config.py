@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from textpolicy.assembly import schedule
 from textpolicy.cli import main
 from textpolicy.config import Config, check_config, read_config
 from textpolicy.errors import UserError
@@ -48,7 +49,6 @@ def test_the_json_of_a_config_reads_back_equal():
         ("[machine]\nmemory_limit_gb = 0", "machine.memory_limit_gb is 0; input should be greater than 0"),
         ('steps = "many"', "steps is many; input should be a valid integer"),
         ('[algorithm]\nname = "grop"', "there is no algorithm 'grop'; did you mean 'grpo'?"),
-        ("steps = 2", "optimizer.warmup_steps is 3 and steps is 2; set the warm-up to at most the steps"),
         ('[adapter]\nkind = "tinylor"', "adapter.kind is tinylor; input should be 'lora', 'dora', 'qlora'"),
         ('[adapter]\nkind = "full"\nrank = 4', "an adapter of the kind full has no use for rank; leave it out"),
         ("[adapter]\nu = 4", "an adapter of the kind lora has no use for u; leave it out"),
@@ -65,6 +65,12 @@ def test_a_mistake_is_one_sentence_that_names_it(tmp_path, text, sentence):
 
 def test_the_example_file_spells_out_the_defaults():
     assert read_config(Path(__file__).parents[1] / "examples" / "train.toml") == Config()
+
+
+def test_a_run_of_fewer_steps_than_the_warm_up_climbs_to_the_peak():
+    asked = check_config({"steps": 2, "optimizer": {"learning_rate": 1e-3}}, "here")
+    assert asked.optimizer.warmup_steps == 3
+    assert [schedule(asked)(step) for step in range(2)] == [5e-4, 1e-3]
 
 
 def test_a_missing_file_is_named(tmp_path):

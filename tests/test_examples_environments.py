@@ -3,16 +3,11 @@
 import re
 
 import pytest
-from running import ROOT, run_script
+from running import run_script
 
 
 def run(script, folder, *arguments):
     return run_script(f"examples/{script}", folder, *arguments).stdout
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
-def test_an_example_fits_on_a_screen_or_two(path):
-    assert len(path.read_text().splitlines()) < 80
 
 
 def test_example_03_sums_two_rewards_over_a_batch(tmp_path):

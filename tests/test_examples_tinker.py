@@ -1,13 +1,7 @@
 """The script that trains on either engine does, on a Tinker server that it starts itself."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from running import run_script
 
 
 @pytest.mark.slow
@@ -15,14 +9,7 @@ ROOT = Path(__file__).parents[1]
 def test_one_script_trains_on_both_engines(engine, tmp_path, tinker_server_can_run):
     pytest.importorskip("tinker", reason="the Tinker SDK is not installed (textpolicy[tinker])")
     small = ["--steps", "1", "--prompts", "1", "--test", "2"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "15_tinker.py"), *engine, *small],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_script("examples/15_tinker.py", tmp_path, *engine, *small, warnings="default")
     printed = done.stdout.splitlines()
     assert [line.split()[0] for line in printed if line[:4] in ("befo", "step", "afte")] == [
         "before:",

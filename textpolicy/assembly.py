@@ -174,7 +174,7 @@ def course(config: Config, env: TextGenerationEnv) -> Curriculum | None:
 def schedule(config: Config) -> Schedule:
     o = config.optimizer
     peak = o.learning_rate or config.adapter.chosen().learning_rate
-    return Schedule(peak, config.steps, o.warmup_steps, o.final_fraction)
+    return Schedule(peak, config.steps, min(o.warmup_steps, config.steps), o.final_fraction)
 
 
 def training_sampling(config: Config) -> Sampling:

@@ -231,7 +231,7 @@ class OptimizerSettings(Section):
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     """Peak learning rate; if not given 0.0003, but for full 0.00002, lora_xs 0.001, tinylora 0.005."""
     warmup_steps: NonNegativeInt = 3
-    """Steps until the peak."""
+    """Steps until the peak; a shorter run climbs to its end."""
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Learning rate of the last step, as a share of the peak."""
     weight_decay: NonNegative = 0.0
@@ -392,15 +392,6 @@ class Config(Section):
     def _tinker_is_meant(self) -> Self:
         if self.engine != "tinker" and (given := changed(self.tinker)):
             raise ValueError(f"tinker.{given[0]} is set and engine is {self.engine}; set engine to tinker")
-        return self
-
-    @model_validator(mode="after")
-    def _warmup_fits(self) -> Self:
-        if self.optimizer.warmup_steps > self.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps is {self.optimizer.warmup_steps} and steps is {self.steps}; "
-                "set the warm-up to at most the steps"
-            )
         return self
 
 

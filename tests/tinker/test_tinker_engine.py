@@ -241,6 +241,28 @@ def test_an_unknown_reduction_is_refused():
         listening(reduction="median")
 
 
+# ---- what is kept
+
+
+def test_a_save_whose_answer_was_lost_is_kept_under_another_name():
+    tinker, names = pytest.importorskip("tinker"), []
+
+    class Taken(Listening):
+        def save_state(self, name):
+            names.append(name)
+            return "save_state", SimpleNamespace(path=f"tinker://run/weights/{name}")
+
+        def wait(self, pending, doing):
+            if len(names) == 1:
+                lost = tinker.ConflictError.__new__(tinker.ConflictError)
+                raise ServiceError("saving the state failed (409)") from lost
+            return super().wait(pending, doing)
+
+    server = Taken()
+    assert TinkerEngine(server, server, "model").save_state("step_2") == "tinker://run/weights/step_2-again-1"
+    assert names == ["step_2", "step_2-again-1"]
+
+
 # ---- waiting
 
 
@@ -253,6 +275,8 @@ def test_a_server_that_has_gone_ends_the_wait_and_one_that_is_slow_does_not(monk
         service.wait(SimpleNamespace(future=Future), "sampling")
     slow, looks = Future(), []
     monkeypatch.setattr(
-        module, "answers", lambda url: looks.append(url) or (len(looks) > 3 and slow.set_result("done")) or True
+        module,
+        "answers",
+        lambda url, seconds=5.0: looks.append(url) or (len(looks) > 3 and slow.set_result("done")) or True,
     )
     assert service.wait(SimpleNamespace(future=lambda: slow), "sampling") == "done"

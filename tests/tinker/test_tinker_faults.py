@@ -25,10 +25,11 @@ PROMPTS = [e.tokens[~e.mask].tolist() for e in fixed_episodes()[::4]]
 
 
 def one_step(engine):
-    """What a step samples, and the log-probs after its update."""
+    """What a step samples, and the log-probs after its update, kept and put back."""
     completions = [c for group in engine.sample(PROMPTS, 4, Sampling(max_tokens=6, seed=1)) for c in group]
     batch = HOW.credit(fixed_episodes(1))
     engine.update(batch, HOW.surrogate, 1e-2)
+    engine.restore(engine.weights())
     return [c.tokens.tolist() for c in completions], engine.score(batch)
 
 
@@ -45,6 +46,7 @@ def now_and_then(path, before):
         ("optim_step", 1): Fault(lost=True),
         ("retrieve_future", 2): Fault(drop=True),
         ("retrieve_future", 4): Fault(status=429),
+        ("load_weights", 0): Fault(lost=True),
     }.get((name, before))
 
 
@@ -54,7 +56,7 @@ def test_a_server_that_delays_drops_and_fails_now_and_then_changes_nothing(tinke
     with FaultyProxy(tinker_server.url, now_and_then) as proxy:
         completions, logprobs = one_step(tinker(base_url=proxy.url))
     met = {(path.rsplit("/", 1)[-1], fault) for path, fault in proxy.faults}
-    assert len(met) >= 8
+    assert len(met) >= 9
     assert completions == expected[0]
     np.testing.assert_array_equal(logprobs, expected[1])
 

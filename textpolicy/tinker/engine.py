@@ -190,7 +190,18 @@ class TinkerEngine:
     # ---- what is kept on the server
 
     def save_state(self, name: str) -> str:
-        """Keep weights and optimiser on the server under ``name`` (letters, digits, _ and -); its path there."""
+        """Keep weights and optimiser on the server under ``name`` (letters, digits, _ and -); its path there.
+
+        A save whose answer was lost is asked for again, and finds its name taken: then it gets another one.
+        """
+        try:
+            return self._keep(name)
+        except ServiceError as error:
+            if not isinstance(error.__cause__, sdk().ConflictError):
+                raise
+            return self._keep(self._name(f"{name}-again"))
+
+    def _keep(self, name: str) -> str:
         with self.service.telling(f"saving the state {name}"):
             pending = self._trainer.save_state(name)
         return str(self.service.wait(pending, f"saving the state {name}").path)

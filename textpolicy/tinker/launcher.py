@@ -101,7 +101,7 @@ def answer_newer_calls(api: Any) -> None:
     """Sampling names its sequences, a session can be finished, and a model can begin from a checkpoint."""
     from fastapi import Depends, HTTPException, Request
     from skyrl.tinker import types
-    from skyrl.tinker.db_models import ModelDB
+    from skyrl.tinker.db_models import FutureDB, ModelDB
 
     in_session = Depends(api.get_session)
     mine = {"/api/v1/asample", "/api/v1/load_weights"}
@@ -122,6 +122,9 @@ def answer_newer_calls(api: Any) -> None:
                 await api.create_future(session, types.RequestType.UNLOAD_MODEL, model.model_id, unload)
         await session.commit()
 
+    def pending(number: int) -> dict[str, str]:
+        return {"future_id": str(number), "status": "pending", "request_id": str(number)}
+
     async def load_weights(request, http, session=in_session):  # type: ignore[no-untyped-def]
         if request.get("session_id") is None:
             return await api.load_weights(api.LoadWeightsRequest.model_validate(request), http, session)
@@ -132,6 +135,11 @@ def answer_newer_calls(api: Any) -> None:
         source = await api.get_model(session, path.primary_id)
         lora = types.LoraConfig.model_validate(source.lora_config)
         model = f"{request['session_id']}:train:{request['model_seq_id']}"
+        asked_before = api.select(FutureDB).where(
+            FutureDB.model_id == model, FutureDB.request_type == types.RequestType.LOAD_WEIGHTS
+        )
+        if (known := (await session.exec(asked_before)).first()) is not None:  # its answer was lost on the way
+            return pending(known.request_id)
         create = types.CreateModelInput(lora_config=lora)
         created = await api.create_future(session, types.RequestType.CREATE_MODEL, model, create)
         session.add(
@@ -151,7 +159,7 @@ def answer_newer_calls(api: Any) -> None:
         )
         loaded = await api.create_future(session, types.RequestType.LOAD_WEIGHTS, model, load)
         await session.commit()
-        return {"future_id": str(loaded), "status": "pending", "request_id": str(loaded)}
+        return pending(loaded)
 
     # FastAPI reads types at run time, and these names exist in here only
     asample.__annotations__ = {"request": api.SampleRequest, "http": Request}

@@ -49,7 +49,7 @@ class Service:
         self.url = (base_url or os.environ.get("TINKER_BASE_URL") or "").rstrip("/") or None
         self.patience = patience
         self._key = _key(self.url)
-        if self.url is not None and not answers(self.url):
+        if self.url is not None and not answers(self.url) and not answers(self.url, seconds=min(30.0, patience)):
             raise ServiceError(
                 f"no Tinker server answers at {self.url}; start one with 'textpolicy tinker-server', or mend the "
                 "address"
@@ -115,10 +115,10 @@ class Service:
         return None if self._key is not None and self._key in str(error) else error
 
 
-def answers(url: str) -> bool:
-    """Whether the server at ``url`` says that it is well."""
+def answers(url: str, seconds: float = 5.0) -> bool:
+    """Whether the server at ``url`` says within so many ``seconds`` that it is well."""
     try:
-        with urlopen(f"{url}/api/v1/healthz", timeout=5) as reply:
+        with urlopen(f"{url}/api/v1/healthz", timeout=seconds) as reply:
             return bool(reply.status == 200)
     except HTTPError as error:
         return error.code < 500  # it lives, and knows no such page

@@ -52,7 +52,7 @@ def start(tmp_path, request):
 def test_a_campaign_on_tinker_is_killed_and_finished_without_repeating_a_run(start, tmp_path):
     root = tmp_path / "out"
     first = start()
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 300
     while not (root / "runs" / "full" / "seed0" / "metrics.jsonl").exists():
         assert first.poll() is None, first.communicate()[0] + logs(root)
         assert time.monotonic() < deadline, logs(root)

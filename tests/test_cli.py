@@ -114,7 +114,20 @@ def test_train_help_shows_every_leaf_with_its_meaning(capsys):
 def test_the_module_runs_as_a_command():
     done = subprocess.run([sys.executable, "-m", "textpolicy", "nonsense"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "there is no command 'nonsense'" in done.stderr
+    assert "there is no command 'nonsense'; run 'textpolicy --help' for the list" in done.stderr
+
+
+def test_an_unknown_command_names_the_near_one(capsys):
+    assert "there is no command 'trian'; did you mean 'train'? run" in refused(capsys, "trian")
+
+
+@pytest.mark.parametrize("flag", ["--rollout.top-p=0.9", "--rollout.repetition-penalty=1.2", "--rollout.min-p=0.1"])
+def test_sampling_that_training_refuses_has_no_flag_and_says_why(capsys, flag):
+    assert f"{flag}; training samples from the whole distribution" in refused(capsys, "train", flag)
+
+
+def test_a_section_is_not_what_was_meant_by_a_flag(capsys):
+    assert "; did you mean --rollout.max-turns?" in refused(capsys, "train", "--rollout.max-turn=3")
 
 
 def test_a_package_that_is_missing_is_named_with_the_install_line(capsys, monkeypatch):

@@ -37,6 +37,7 @@ def test_the_json_of_a_config_reads_back_equal():
         ("stepz = 3", "there is no setting 'stepz'; did you mean 'steps'?"),
         ("[rollout]\ngroupsize = 3", "there is no setting 'rollout.groupsize'; did you mean 'group_size'?"),
         ("[rollout]\nzzz = 3", "there is no setting 'rollout.zzz'; choose one of prompts_per_step, group_size"),
+        ("[rollout]\ntop_p = 0.9", "there is no setting 'rollout.top_p'; training samples from the whole distribution"),
         ("[rollout]\ngroup_size = 1", "rollout.group_size is 1; input should be greater than or equal to 2"),
         ("[rollout]\nmax_tokens = 0", "rollout.max_tokens is 0; input should be greater than or equal to 1"),
         ("[rollout]\ntemperature = 0", "rollout.temperature is 0; input should be greater than 0"),
@@ -159,3 +160,18 @@ def test_a_config_that_is_not_text_is_refused(tmp_path):
         read_config(tmp_path / "run.toml")
     with pytest.raises(UserError, match="cannot read the config"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "instead"),
+    [
+        ('[tracking]\nuri = "https://me:planted-7f3a@host/x"', "MLFLOW_TRACKING_PASSWORD"),
+        ('[tracking]\nuri = "postgresql://me:planted-7f3a@host/x"', "MLFLOW_TRACKING_PASSWORD"),
+        ('engine = "tinker"\n[tinker]\nbase_url = "http://me:planted-7f3a@host"', "TINKER_API_KEY"),
+    ],
+)
+def test_a_password_in_an_address_is_refused_and_not_repeated(tmp_path, text, instead):
+    with pytest.raises(UserError, match="would stand in the run's folder") as error:
+        read_config(write(tmp_path, text))
+    assert instead in str(error.value)
+    assert "planted" not in str(error.value)

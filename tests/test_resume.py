@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,6 +188,11 @@ def test_a_changed_setting_is_refused_with_the_difference_unless_it_is_named(con
 def test_a_finished_run_says_so_and_can_be_trained_further(config, whole, tmp_path, capsys):
     assert "is finished, with 5 steps" in refused(capsys, "train", str(config), f"--output={whole}")
     assert "steps is 4 and the run in" in refused(capsys, "train", f"--resume={whole}", "--steps=4", "--allow=steps")
+    folder = shutil.copytree(whole, tmp_path / "run")
+    assert main(["train", f"--resume={folder}", "--steps=6", "--allow=steps"]) == 0
+    rows = {name: [r for r in metrics(place) if r["kind"] == "train"] for name, place in (("5", whole), ("6", folder))}
+    assert rows["6"][:5] == rows["5"]
+    assert [row["step"] for row in rows["6"]] == list(range(6))
 
 
 def test_another_platform_is_said(config, tmp_path, capsys, monkeypatch):
@@ -241,6 +247,37 @@ def test_a_signal_ends_a_run_where_it_can_go_on(config, whole, tmp_path, capfd, 
     assert said[0].startswith("textpolicy: stopping at the end of what is being computed")
     assert said[1].startswith(f"textpolicy: stopped by {number.name} after 2 of 5 steps; go on with: textpolicy train")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert main(["train", f"--resume={folder}"]) == 0
+    assert outcome(folder) == outcome(whole)
+
+
+IMPATIENT = """
+import os, signal, sys
+sys.path.insert(0, {chaos!r})
+import pytest, toy_run
+from textpolicy import run
+from textpolicy.cli import main
+toy_run.quickly(pytest.MonkeyPatch())
+true = run.Run.on_step
+def on_step(self, step, row, episodes):
+    true(self, step, row, episodes)
+    if step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        print("still here")
+run.Run.on_step = on_step
+main(["train", {config!r}, "--output={folder}"])
+"""
+
+
+def test_a_second_signal_ends_the_process_at_once_and_damages_nothing(config, whole, tmp_path):
+    folder = tmp_path / "run"
+    chaos = os.path.join(os.path.dirname(__file__), "chaos")
+    script = IMPATIENT.format(chaos=chaos, config=str(config), folder=folder)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == -signal.SIGINT, done.stderr
+    assert "once more, and it stops at once" in done.stderr
+    assert "still here" not in done.stdout
     assert main(["train", f"--resume={folder}"]) == 0
     assert outcome(folder) == outcome(whole)
 

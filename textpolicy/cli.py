@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import CliApp, CliPositionalArg, CliSettingsSource, SettingsError
 
-from .config import AlgorithmSettings, Section, explain, read_values
+from .config import AlgorithmSettings, Section, explain, read_values, untrainable
 from .errors import StoppedError, TextPolicyError, UserError
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"textpolicy {_version()}")
         return 0
     if name not in COMMANDS:
-        return _refuse(f"there is no command {name!r}; run 'textpolicy --help' for the list")
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return _refuse(f"there is no command {name!r}; {hint}run 'textpolicy --help' for the list")
     try:
         return COMMANDS[name](arguments)
     except StoppedError as error:
@@ -102,11 +104,15 @@ def parse(
 
 
 def _unrecognised(message: str, source: CliSettingsSource[Any]) -> str:
-    """argparse's words, with the flag that was probably meant."""
-    flags = list(source.root_parser._option_string_actions)
-    unknown = next((word for word in message.split() if word.startswith("--")), "")
-    near = [flag for flag in difflib.get_close_matches(unknown.split("=")[0], flags, n=1) if flag not in message]
-    return message.removeprefix("error parsing CLI: ") + (f"; did you mean {near[0]}?" if near else "")
+    """argparse's words, with the flag that was probably meant, or why there is none."""
+    all_flags = list(source.root_parser._option_string_actions)
+    flags = [flag for flag in all_flags if not any(other.startswith(f"{flag}.") for other in all_flags)]  # no sections
+    unknown = next((word for word in message.split() if word.startswith("--")), "").split("=")[0]
+    said = message.removeprefix("error parsing CLI: ")
+    if why := untrainable(unknown.rpartition(".")[2].replace("-", "_")):
+        return f"{said}; {why}"
+    near = [flag for flag in difflib.get_close_matches(unknown, flags, n=1) if flag not in message]
+    return said + (f"; did you mean {near[0]}?" if near else "")
 
 
 def train(arguments: list[str]) -> int:

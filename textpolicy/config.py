@@ -6,6 +6,7 @@ import difflib
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -17,6 +18,7 @@ from .rewards.scoring import OnFailure
 from .types import Aggregation
 
 COLDEST = 0.01  # temperature of sampling, in training
+_UNTRAINABLE = ("top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 _LONGEST = 60  # characters of a wrong value that are shown
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -295,6 +297,17 @@ class MachineSettings(Section):
 MONEY = ("price_prefill", "price_sample", "price_train", "max_tokens_total", "max_cost")  # of TinkerSettings
 
 
+def _without_password(address: str | None, instead: str) -> str | None:
+    """Raises ValueError for an address with a password, which the run's folder would keep."""
+    try:
+        kept = urlsplit(address or "").password
+    except ValueError:  # no address at all; whoever connects says so
+        return address
+    if kept:
+        raise ValueError(f"an address with a password would stand in the run's folder; leave it out and set {instead}")
+    return address
+
+
 class TinkerSettings(Section):
     """With engine tinker: which server, and how it differs from the hosted service."""
 
@@ -325,6 +338,11 @@ class TinkerSettings(Section):
             raise ValueError(f"max_cost is {self.max_cost:g} and no price is given; say what a million tokens cost")
         return self
 
+    @field_validator("base_url")
+    @classmethod
+    def _keeps_no_secret(cls, address: str | None) -> str | None:
+        return _without_password(address, "TINKER_API_KEY, or TINKER_BASE_URL")
+
 
 class TrackingSettings(Section):
     """Where figures go besides the run's folder; docs/trackers.md."""
@@ -339,6 +357,11 @@ class TrackingSettings(Section):
     """wandb: keep everything in the run's folder, for `wandb sync`."""
     uri: str | None = None
     """MLflow: a tracking server or store; files in the run's folder if not given."""
+
+    @field_validator("uri")
+    @classmethod
+    def _keeps_no_secret(cls, address: str | None) -> str | None:
+        return _without_password(address, "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
 
 
 class Config(Section):
@@ -426,6 +449,8 @@ def explain(error: ValidationError, kind: type[BaseModel]) -> list[str]:
 def _explain_one(error: Any, kind: type[BaseModel]) -> str:
     path = [str(part) for part in error["loc"]]
     if error["type"] == "extra_forbidden":
+        if why := untrainable(path[-1]):
+            return f"there is no setting {'.'.join(path)!r}; {why}"
         known = _fields_at(kind, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
@@ -436,6 +461,15 @@ def _explain_one(error: Any, kind: type[BaseModel]) -> str:
         return f"{'.'.join(path)} is missing; give it"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{'.'.join(path)} is {_shown(error['input'])}; {message}"
+
+
+def untrainable(name: str) -> str:
+    """Why a run has no setting of this name, if it is one of sampling that training refuses; else ""."""
+    if name not in _UNTRAINABLE:
+        return ""
+    return (
+        "training samples from the whole distribution, as the update scores; leave it out, or set rollout.temperature"
+    )
 
 
 def _shown(value: Any) -> str:

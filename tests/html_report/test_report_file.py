@@ -110,6 +110,14 @@ def test_it_has_the_curves_the_runs_and_the_prompts(written):
     assert SCRIPT in text or IMAGE in text
 
 
+def test_bands_are_spoken_of_where_there_are_some(runs, written, tmp_path):
+    assert "Bands are 95% intervals over seeds" in written
+    write_report(runs[:1], tmp_path / "one.html")
+    alone = (tmp_path / "one.html").read_text()
+    assert "Bands are" not in alone
+    assert "A faint line" not in alone  # few steps, so none
+
+
 def test_charts_take_the_colours_of_the_page(written):
     inside = "".join(re.findall(r"<svg.*?</svg>", written, re.DOTALL))
     assert "var(--c0)" in inside

@@ -40,6 +40,7 @@ def line_chart(curves: Sequence[Series], label: str, *, smooth: bool = False, sh
         for curve, colour in zip(curves, _repeated(len(curves)), strict=True):
             _draw_curve(axes, curve, colour, smooth)
         axes.set(xlabel="step", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if share:
             axes.set_ylim(-0.03, 1.03)
         if len(curves) > 1:
@@ -65,7 +66,7 @@ def stacked_bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], lab
 
 def _draw_curve(axes: Any, curve: Series, colour: str, smooth: bool) -> None:
     few = len(curve.steps) <= 30
-    width = max(1, len(curve.steps) // _WINDOW) if smooth else 1
+    width = running_over(len(curve.steps)) if smooth else 1
     axes.plot(
         curve.steps, curve.mean, color=colour, lw=1 if width > 1 else 1.6, alpha=0.3 if width > 1 else 1,
         ls="-" if curve.joined else "none", marker="o" if few else None, ms=3 if curve.joined else 5,
@@ -75,6 +76,11 @@ def _draw_curve(axes: Any, curve: Series, colour: str, smooth: bool) -> None:
         axes.plot(curve.steps, running_mean(curve.mean, width), color=colour, lw=1.6, label=curve.name)
     if curve.low is not None and curve.high is not None:
         axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.15, lw=0)
+
+
+def running_over(steps: int) -> int:
+    """Over how many values the running mean of so many goes; 1 is none."""
+    return max(1, steps // _WINDOW)
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:

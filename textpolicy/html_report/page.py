@@ -18,7 +18,7 @@ from ..record import layout
 from ..record.prompts import PromptRow, compare, halves
 from ..record.reader import RecordedRun, load_run
 from .arms import Arm, Series, arms_of, by_look, by_step, differences, flat, series
-from .charts import line_chart, stacked_bars
+from .charts import line_chart, running_over, stacked_bars
 
 _HERE = Path(__file__).parent
 _PROMPTS = 5  # of each kind: best, worst, most changed
@@ -80,6 +80,8 @@ def report_html(folders: Sequence[Path]) -> str:
         runs=[run_facts(run) for run in runs],
         differing=differences([flat(run.config) for run in runs]),
         charts=[(title, Markup(svg)) for title, svg in charts(arms)],
+        bands=any(len(arm.runs) > 1 for arm in arms),
+        smoothed=any(running_over(sum(row["kind"] == "train" for row in run.rows)) > 1 for run in runs),
         prompts=[told for run in runs if (told := prompts_told(run)) is not None],
     )
 

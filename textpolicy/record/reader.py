@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import pyarrow.compute as pc
 
 _LOOKS = ("eval", "eval_sampled")
+_NEEDED = {"train": ("step",), "eval": ("step", "accuracy", "problems"), "eval_sampled": ("step",)}  # numbers
+_LONGEST = 200  # characters of a file that are shown
 
 
 @dataclass(frozen=True)
@@ -83,20 +86,55 @@ def load_run(run: Path | str) -> RecordedRun:
 def read_completions(
     files: Sequence[Path], columns: Sequence[str] | None = None, where: pc.Expression | None = None
 ) -> pa.Table:
-    """The same of the Parquet ``files``."""
+    """The same of the Parquet ``files``. Raises UserError for one that is damaged."""
+    import pyarrow as pa
     import pyarrow.dataset as ds
 
     if not files:
         empty = layout.schema().empty_table()
         return empty if columns is None else empty.select(list(columns))
-    data = ds.dataset([str(path) for path in files], schema=layout.schema(), format="parquet")
-    return data.to_table(columns=None if columns is None else list(columns), filter=where)
+    try:
+        data = ds.dataset([str(path) for path in files], schema=layout.schema(), format="parquet")
+        return data.to_table(columns=None if columns is None else list(columns), filter=where)
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(f"a file in {files[0].parent}", error) from error
+
+
+def damaged(what: str, error: Exception) -> UserError:
+    """The sentence on completions that cannot be read."""
+    said = " ".join(str(error).split())[:_LONGEST]
+    return UserError(f"{what} is no sound Parquet file of completions ({said}); remove it, or put it back")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON Lines file; a last line without its end, which is still being written, is left out."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n") and line.strip()]
+    """The records of a metrics.jsonl; a last line without its end, which is still being written, is left out.
+
+    Raises UserError for a line that no run writes.
+    """
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    return [_row(line, f"line {n} of {path}") for n, line in enumerate(whole.splitlines(), 1) if line.strip()]
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({error}); remove the line") from error
+    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
+        raise UserError(f"{where} is no row of a run (an object with a kind); remove the line")
+    needed = {name: row.get(name) for name in _NEEDED.get(row["kind"], ())}
+    if wrong := [name for name, v in needed.items() if not _is_number(v) or not math.isfinite(v)]:
+        raise UserError(f"{where} has no number as its {wrong[0]}; remove the line")
+    if row["kind"] == "train" and (odd := [name for name, v in row.items() if name != "kind" and not _is_number(v)]):
+        raise UserError(f"{where} has a figure that is no number ({odd[0][:_LONGEST]!r}); remove the line")
+    if row["kind"] in _LOOKS and not isinstance(row.get("split"), str):
+        raise UserError(f"{where} does not say of which split it is; remove the line")
+    return row
+
+
+def _is_number(value: object) -> bool:
+    """Also one that is not finite, which a step may come to."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def as_table(rows: Iterable[dict[str, Any]]) -> pa.Table:
@@ -112,6 +150,9 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); the run folder is damaged") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object; the run folder is damaged")
+    return values

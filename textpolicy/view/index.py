@@ -14,6 +14,7 @@ import numpy as np
 from ..config import Section
 from ..errors import UserError
 from ..record import layout
+from ..record.reader import damaged
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -184,12 +185,18 @@ def _figures(path: Path, number: int) -> pa.Table:
 
 
 def _read(path: Path, columns: Sequence[str] | None) -> pa.Table:
-    """Of one file, columns in the order asked for."""
+    """Of one file, columns in the order asked for. Raises UserError for one that is damaged."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
-        table = file.read(columns=None if columns is None else list(columns), use_threads=False)
-    return table if columns is None else table.select(list(columns))
+    schema = layout.schema()
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read(columns=None if columns is None else list(columns), use_threads=False)
+        names = schema.names if columns is None else list(columns)
+        return table.select(names).cast(pa.schema([schema.field(name) for name in names]))
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise damaged(str(path), error) from error
 
 
 def _empty() -> pa.Table:

@@ -1,0 +1,110 @@
+"""Run folders that are damaged: doctor, report and viewer say what is wrong in one sentence."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from textpolicy.cli import main
+from textpolicy.errors import UserError
+from textpolicy.record.reader import load_run
+
+sys.path.append(str(Path(__file__).parents[1] / "view"))
+from made_run import make_run
+
+
+def after(name, content):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes() + content)
+
+
+def instead(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def halved(name):
+    return lambda folder: (folder / name).write_bytes(
+        (folder / name).read_bytes()[: (folder / name).stat().st_size // 2]
+    )
+
+
+def another_table(folder):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"step": ["one"], "text": [7]}), folder / "rollouts" / "step-000002.parquet")
+
+
+ROWS = {
+    "half a line in the middle": (b'{"kind": "tr\n', "is not JSON"),
+    "bytes of nothing": (b"\0" * 64 + b"\n", "is not JSON"),
+    "no text": (b"\xff\xfe\n", "is not JSON"),
+    "a list": (b"[1, 2]\n", "is no row of a run"),
+    "no kind": (b'{"step": 3}\n', "is no row of a run"),
+    "a step of text": (b'{"kind": "train", "step": "3"}\n', "has no number as its step"),
+    "a figure of text": (b'{"kind": "train", "step": 9, "loss": "low"}\n', "a figure that is no number ('loss')"),
+    "a look without a figure": (b'{"kind": "eval", "step": 9, "split": "test"}\n', "has no number as its accuracy"),
+}
+DAMAGES = {
+    **{name: (after("metrics.jsonl", line), said) for name, (line, said) in ROWS.items()},
+    "settings cut off": (instead("config.json", b'{"seed"'), "config.json is not JSON"),
+    "settings that are a list": (instead("config.json", b"[1]"), "config.json is not a JSON object"),
+    "completions cut off": (halved("rollouts/step-000002.parquet"), "is no sound Parquet file of completions"),
+    "completions of nothing": (instead("rollouts/step-000002.parquet", b""), "is no sound Parquet file of completions"),
+    "another table": (another_table, "is no sound Parquet file of completions"),
+}
+
+
+def doctor(folder):
+    return main(["doctor", str(folder)])
+
+
+def report(folder):
+    return main(["report", str(folder)])
+
+
+OF_SETTINGS = [name for name in DAMAGES if "settings" in name]  # which the doctor does not read here
+OTHERS = [name for name in DAMAGES if name not in OF_SETTINGS]
+
+
+@pytest.mark.parametrize(
+    ("command", "damage"), [*((report, name) for name in DAMAGES), *((doctor, name) for name in OTHERS)]
+)
+def test_a_damaged_run_folder_is_one_sentence(tmp_path, capsys, damage, command):
+    spoil, sentence = DAMAGES[damage]
+    folder = make_run(tmp_path / "run", steps=4)
+    spoil(folder)
+    assert command(folder) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("damage", OTHERS)
+def test_the_viewer_says_the_same_on_its_page(tmp_path, damage):
+    from starlette.testclient import TestClient
+
+    from textpolicy.view.server import make_app
+
+    spoil, sentence = DAMAGES[damage]
+    folder = make_run(tmp_path / "run", steps=4)
+    spoil(folder)
+    answer = TestClient(make_app([folder], "token"), base_url="http://127.0.0.1").get("/token/")
+    assert 400 <= answer.status_code < 500
+    assert sentence.replace("'", "&#39;") in answer.text
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path):
+    folder = make_run(tmp_path / "run", steps=2)
+    rows = load_run(folder).rows
+    after("metrics.jsonl", b'{"kind": "tra')(folder)
+    assert load_run(folder).rows == rows
+
+
+def test_a_figure_that_is_not_finite_is_one(tmp_path):
+    folder = make_run(tmp_path / "run", steps=2)
+    after("metrics.jsonl", json.dumps({"kind": "train", "step": 2, "loss": float("nan")}).encode() + b"\n")(folder)
+    assert load_run(folder).metrics.num_rows == 3
+    after("metrics.jsonl", b'{"kind": "train", "step": 1e400}\n')(folder)
+    with pytest.raises(UserError, match="has no number as its step"):
+        _ = load_run(folder).rows

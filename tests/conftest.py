@@ -11,11 +11,15 @@ from dataclasses import replace
 # One BLAS thread, here and in processes that tests start: two wait for each other where the machine is busy.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import hypothesis
 import numpy as np
 import pytest
 
 import textpolicy.mlx  # noqa: F401  (before mlx, which thereby gets its fast BLAS)
 from textpolicy.types import Completion, Episode
+
+hypothesis.settings.register_profile("patient", deadline=None)  # a busy machine makes no example wrong
+hypothesis.settings.load_profile("patient")
 
 VOCABULARY = 300
 ENVIRONMENT_LIMIT = 1800  # seconds, for making what the Tinker server runs in

@@ -106,10 +106,11 @@ def train(
 
 
 def _followed(curriculum: Curriculum | None, asked: Sequence[int], episodes: Sequence[Episode]) -> Row:
-    """Tell the curriculum what came of the prompts; its state as metrics."""
+    """Tell the curriculum what came of the prompts, if anything could be scored; its state as metrics."""
     if curriculum is None:
         return {}
-    curriculum.observe([(asked[e.group], e.is_correct) for e in episodes if e.is_correct is not None])
+    if not all(np.isnan(e.reward) for e in episodes):
+        curriculum.observe([(asked[e.group], e.is_correct) for e in episodes if e.is_correct is not None])
     return curriculum.row
 
 

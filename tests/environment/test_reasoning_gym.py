@@ -104,7 +104,7 @@ def test_a_time_limit_holds_against_an_answer_without_end():
     )
     assert good.is_correct
     assert np.isnan(endless.reward)
-    assert time.perf_counter() - started < 20
+    assert time.perf_counter() - started < 120  # of which 3 s are the limit, and the rest the start of processes
 
 
 @pytest.mark.parametrize(

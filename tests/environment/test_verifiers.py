@@ -12,11 +12,13 @@ from two_steps import two_steps
 
 from textpolicy.engine import Sampling
 from textpolicy.environment import ToolCall, verifiers_env
+from textpolicy.environment.verifiers import put_uv_on_the_path
 from textpolicy.errors import UserError
 from textpolicy.rollout.collect import collect
 from textpolicy.types import Completion
 
 vf = pytest.importorskip("verifiers.v1", reason="verifiers is an extra: pip install 'textpolicy[verifiers]'")
+put_uv_on_the_path()
 if shutil.which("uv") is None:
     pytest.skip("verifiers' harnesses are installed by uv, which is not here", allow_module_level=True)
 
@@ -115,6 +117,17 @@ def test_what_the_engine_raises_reaches_the_caller():
     env = verifiers_env("tp_sums", tokenizer=tokenizer, limit=1)
     with pytest.raises(ZeroDivisionError, match="in the engine"):
         collect(Broken(tokenizer, str), env, [0], 1, Sampling(4))
+
+
+def test_the_uv_beside_this_python_is_found_without_an_activated_environment(monkeypatch, tmp_path):
+    (tmp_path / "uv").write_text("")
+    (tmp_path / "uv").chmod(0o755)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    put_uv_on_the_path()
+    assert os.environ["PATH"] == f"/nowhere{os.pathsep}{tmp_path}"
+    put_uv_on_the_path()
+    assert os.environ["PATH"] == f"/nowhere{os.pathsep}{tmp_path}"
 
 
 def test_a_taskset_that_is_not_there_is_one_sentence():

@@ -96,19 +96,29 @@ def test_training_with_a_curriculum_goes_to_what_can_be_learned():
     assert rows[-1]["curriculum_seen"] == 1.0
 
 
+def one_step(reward):
+    """A curriculum of one prompt, after a step whose completions were scored by ``reward``."""
+    curriculum = PassRateCurriculum(1)
+    train(
+        make_tiny_engine(vocabulary=16),
+        TextGenerationEnv(["1 2"], reward, max_tokens=2, tokenizer=Numbers()),
+        algorithm("grpo"),
+        schedule=Schedule(1e-3, steps=1),
+        prompts_per_step=1,
+        group_size=2,
+        sampling=Sampling(2),
+        curriculum=curriculum,
+    )
+    return curriculum
+
+
 def test_a_reward_that_says_nothing_of_correctness_cannot_steer_one():
-    env = TextGenerationEnv(["1 2"], lambda prompt, completion, example: 1.0, max_tokens=2, tokenizer=Numbers())
     with pytest.raises(UserError, match="the reward never says so"):
-        train(
-            make_tiny_engine(vocabulary=16),
-            env,
-            algorithm("grpo"),
-            schedule=Schedule(1e-3, steps=1),
-            prompts_per_step=1,
-            group_size=2,
-            sampling=Sampling(2),
-            curriculum=PassRateCurriculum(1),
-        )
+        one_step(lambda prompt, completion, example: 1.0)
+
+
+def test_a_step_in_which_nothing_could_be_scored_tells_a_curriculum_nothing():
+    assert one_step(lambda prompt, completion, example: None).seen.sum() == 0
 
 
 # ---- by level

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
+import shutil
+import sysconfig
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -92,6 +95,7 @@ class VerifiersEnv(DrivenEnv):
         self.parse, self.is_correct = parse, is_correct
         self._codec = ChatCodec.of(tokenizer)
         self._pieces = Pieces(self._codec.decode)
+        put_uv_on_the_path()
 
     def __len__(self) -> int:
         """The number of tasks."""
@@ -243,6 +247,16 @@ class _Answering:
             request.reply({"role": "assistant", "content": ""}, "length", (len(tokens), 0))
             return None
         return tokens
+
+
+def put_uv_on_the_path() -> None:
+    """Let verifiers' processes find the uv beside this Python, whose folder is on the PATH in an activated one only.
+
+    Without any, verifiers would fetch one from the network.
+    """
+    beside = sysconfig.get_path("scripts")
+    if shutil.which("uv") is None and shutil.which("uv", path=beside) is not None:
+        os.environ["PATH"] = os.pathsep.join(filter(None, [os.environ.get("PATH"), beside]))
 
 
 def _refuse_all_failed(traces: Sequence[Any]) -> None:

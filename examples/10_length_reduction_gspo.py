@@ -3,6 +3,10 @@
 GSPO has one ratio for a whole completion, clipped to a narrow band; it shows where a step makes several updates.
 
 python examples/10_length_reduction_gspo.py
+
+It printed, on a Linux CPU (the same seeds may draw other words elsewhere):
+before: 30.9 tokens on average, right 28.1% [12.3%, 52.1%]
+after: 9.1 tokens on average, right 68.8% [39.8%, 88.0%]
 """
 
 import argparse

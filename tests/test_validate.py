@@ -87,11 +87,22 @@ def test_a_slow_blas_is_advice_and_no_failure(monkeypatch, capsys):
     from textpolicy.mlx import probe
 
     monkeypatch.setattr(probe, "matmul_gflops", lambda: 6.04)
+    monkeypatch.setattr(probe, "blas_threads", lambda: 0)
     monkeypatch.setattr(validate, "CHECKS", {"mlx": validate.CHECKS["mlx"]})
     assert main([]) == 0
     out = capsys.readouterr().out
     assert "not fast" in out
     assert "advice: matrix products are slow; import textpolicy before mlx, with OpenBLAS" in out
+
+
+def test_slow_products_below_openblas_are_not_blamed_on_a_missing_one(monkeypatch):
+    from textpolicy.mlx import probe
+
+    monkeypatch.setattr(probe, "matmul_gflops", lambda: 6.04)
+    monkeypatch.setattr(probe, "blas_threads", lambda: 2)
+    advice = probe.describe_mlx()["advice"]
+    assert advice.startswith("matrix products are slow; OpenBLAS is in place")
+    assert "install" not in advice
 
 
 def test_what_is_optional_and_missing_is_advice_with_an_install_line(monkeypatch):

@@ -18,6 +18,7 @@ SLOW_ADVICE = (
     "import textpolicy before mlx, with OpenBLAS (pip install cmeel-openblas) "
     "and its Fortran runtime (Debian: apt-get install libgfortran5) installed"
 )
+BUSY_ADVICE = "OpenBLAS is in place, so look again when no other program has this machine's cores"
 
 
 def import_mlx() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .blas import SLOW_ADVICE, SLOW_GFLOPS, matmul_gflops
+from .blas import BUSY_ADVICE, SLOW_ADVICE, SLOW_GFLOPS, blas_threads, matmul_gflops
 
 
 def describe_mlx() -> dict[str, Any]:
@@ -21,7 +21,8 @@ def describe_mlx() -> dict[str, Any]:
         "matmul_gflops": round(rate, 1),
         "fast": rate >= SLOW_GFLOPS,
     }
-    return facts if facts["fast"] else {**facts, "advice": f"matrix products are slow; {SLOW_ADVICE}"}
+    remedy = BUSY_ADVICE if blas_threads() else SLOW_ADVICE
+    return facts if facts["fast"] else {**facts, "advice": f"matrix products are slow; {remedy}"}
 
 
 def describe_models() -> dict[str, Any]:

@@ -73,6 +73,7 @@ def test_a_game_of_gymnasium_trains_on_policy(fresh_smollm_engine):
         tokenizer=tokenizer,
         instructions="We play blackjack. Answer 1 to take a card, 0 to stop.",
         describe=lambda o: f"You have {o[0]}, the dealer shows {o[1]}.",
+        read_action=lambda text: int(len(text) % 3 > 0),  # whatever the model says, some take a card
         max_tokens=20,
         max_turns=3,
     )

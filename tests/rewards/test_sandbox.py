@@ -17,9 +17,10 @@ WAYS = [pytest.param(True, marks=confined), False]
 
 
 def own_sessions():
-    """Processes started by the sandbox that still run, by their command line."""
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listed.splitlines() if confine.__file__ in line]
+    """Processes that this one's sandbox started and that still run, by their command line; orphans belong to 1."""
+    listed = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(maxsplit=1) for line in listed.splitlines() if confine.__file__ in line]
+    return [what for parent, what in rows if int(parent) in (1, os.getpid())]
 
 
 @pytest.fixture(autouse=True)

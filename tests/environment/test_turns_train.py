@@ -71,9 +71,9 @@ def test_a_game_of_gymnasium_trains_on_policy(fresh_smollm_engine):
         "Blackjack-v1",
         4,
         tokenizer=tokenizer,
-        instructions="We play blackjack. Answer 1 to take a card, 0 to stop.",
+        instructions="We play blackjack. Answer yes.",  # which this model does briefly
         describe=lambda o: f"You have {o[0]}, the dealer shows {o[1]}.",
-        read_action=lambda text: int(len(text) % 3 > 0),  # whatever the model says, some take a card
+        read_action=lambda text: 1,
         max_tokens=20,
         max_turns=3,
     )

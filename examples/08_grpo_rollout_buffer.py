@@ -1,6 +1,6 @@
 """GRPO in its parts: a coordinator that collects, a buffer that keeps, a trainer that selects from it and learns.
 
-python examples/08_grpo_rollout_buffer.py --steps 12
+python examples/08_grpo_rollout_buffer.py --steps 8
 """
 
 import argparse
@@ -21,8 +21,9 @@ QUESTIONS = ["What do people eat?", "What is in a kitchen?", "Which animals live
 
 @tp.reward
 def lists(prompt: str, completion: str, example: dict, **kwargs) -> float:
-    """A third for each comma, up to three: the model is to name several things."""
-    return min(1.0, completion.count(",") / 3)
+    """A third for each further thing that is named, up to three; to say the same again earns nothing."""
+    things = {part.strip().lower() for part in completion.split(",")} - {""}
+    return min(1.0, max(0, len(things) - 1) / 3)
 
 
 def main(steps: int) -> None:
@@ -61,5 +62,5 @@ def main(steps: int) -> None:
 
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--steps", type=int, default=12)
+parser.add_argument("--steps", type=int, default=8)
 main(parser.parse_args().steps)

@@ -147,6 +147,7 @@ def test_two_runs_are_compared_on_one_prompt(page, runs):
         page.click("text=Compare prompts")
         assert fits(page)
         page.click("tbody a >> nth=0")
+        page.wait_for_selector(".pair h2")
         headings = page.locator(".pair h2").all_inner_texts()
         assert headings[0].startswith("first")
         assert headings[1].startswith("second")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,9 +34,8 @@ from .exponentials import substitutes
 from .lora import adapters_off, save_adapter, trainable
 from .scoring import logprobs_of, micro_batches
 from .state import read_arrays, restore_training_state, training_state, write_arrays
-from .steady import Steps, computes_in
+from .steady import Steps
 from .substitutes import substituted
-from .together import View
 
 
 class MLXEngine:
@@ -83,23 +82,9 @@ class MLXEngine:
         if not prompts:
             return []
         rows = [np.asarray(p, np.int32) for p in prompts for _ in range(n)]
-        steps = self._steps if self._steps is not None and self._steps.view.shows(self.model) else None
-        with substituted(self.model, substitutes()), self._joined() as model:
-            flat = decode(model, rows, sampling, self.stop, self.decode_rows, steps=steps)
+        with substituted(self.model, substitutes()):
+            flat = decode(self.model, rows, sampling, self.stop, self.decode_rows, steps=self._steps)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
-
-    @contextmanager
-    def _joined(self) -> Iterator[nn.Module]:
-        """The model to sample from: on a CPU its layers that read the same input run as one, LoRAs included."""
-        if self._view is None or not self._view.shows(self.model):
-            yield self.model
-            return
-        with self._view.using(self._view.adapters(computes_in(self.model)), {}):
-            yield self._view.model
-
-    @cached_property
-    def _view(self) -> View | None:
-        return View.of(self.model) if mx.default_device() == mx.Device(mx.cpu) else None
 
     @cached_property
     def _steps(self) -> Steps | None:

@@ -35,7 +35,7 @@ def with_child(module: Any, path: Path, make: Callable[[Any], Any]) -> Any:
     return twin
 
 
-def child(module: Any, path: tuple[str | int, ...]) -> Any:
+def child(module: Any, path: Path) -> Any:
     """What is at ``path``."""
     for name in path:
         module = module[name]

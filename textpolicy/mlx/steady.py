@@ -186,7 +186,7 @@ class Steps:
     def refresh(self) -> None:
         """Read the trained parameters: call it when they have changed."""
         self.trained = {n: v for n, v in trainable(self.model).items() if n not in self.view.consumed}
-        self.adapters = self.view.adapters(computes_in(self.model))
+        self.adapters = self.view.adapters(_dtype(self.model))
         mx.eval(self.adapters)
 
     def read(self, tree: PromptTree) -> Context:
@@ -361,7 +361,7 @@ def _joined(a: tuple[Arrays, ...], b: tuple[Arrays, ...]) -> tuple[Arrays, ...]:
     return tuple([mx.concatenate(list(pair)) for pair in zip(x, y, strict=True)] for x, y in zip(a, b, strict=True))
 
 
-def computes_in(model: nn.Module) -> mx.Dtype:
+def _dtype(model: nn.Module) -> mx.Dtype:
     """What the model computes in: the type of its norms and biases, as a quantised weight does not say."""
     tokens = mx.zeros((1, 1), mx.int32)
     return model(tokens).dtype

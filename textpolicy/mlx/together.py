@@ -17,7 +17,7 @@ from mlx_lm.tuner.lora import LoRALinear
 from . import cuda
 from .attach import WRAPPERS
 from .low_rank import LowRankLinear
-from .parts import StandIn, child, exchanged
+from .parts import StandIn, exchanged
 
 Where = tuple[str | int, ...]  # from the model to a module in it
 
@@ -114,7 +114,6 @@ class View:
 
     model: nn.Module
     groups: tuple[Together, ...]
-    places: tuple[tuple[Where, nn.Module], ...]  # where the layers of the groups stand in the model it is of
     consumed: frozenset[str]  # names of the trained parameters that ``adapters`` holds
 
     @classmethod
@@ -134,12 +133,7 @@ class View:
 
         loras = [".".join(map(str, where)) for where, (t, i) in places.items() if isinstance(t.layers[i], LoRALinear)]
         names = frozenset(f"{name}.lora_{x}" for name in loras for x in "ab")
-        placed = tuple((where, t.layers[i]) for where, (t, i) in places.items())
-        return cls(exchanged(model, stand_in), tuple(together), placed, names)
-
-    def shows(self, model: nn.Module) -> bool:
-        """Whether ``model`` still has the layers that were joined, which it has not while its adapters are off."""
-        return all(child(model, where) is layer for where, layer in self.places)
+        return cls(exchanged(model, stand_in), tuple(together), names)
 
     def adapters(self, dtype: mx.Dtype) -> list[list[mx.array]]:
         """What the LoRAs say now: arrays to hand to ``using``."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -31,3 +33,20 @@ def restore_streams(state: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, np.array(keys, np.uint32), position, has_gauss, cached))
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """Both are afterwards where they were, whatever other threads draw: SDKs space their retries by chance.
+
+    In another thread than the main one, whose rewards may be drawing meanwhile, nothing is put back.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -16,11 +16,16 @@ confined = pytest.mark.skipif(not confine.can_confine(), reason="needs Linux wit
 WAYS = [pytest.param(True, marks=confined), False]
 
 
-def own_sessions():
-    """Processes that this one's sandbox started and that still run, by their command line; orphans belong to 1."""
-    listed = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout
+def sandboxed(*parents):
+    """Programs in a sandbox of one of the processes ``parents``, by their command line."""
+    listed = subprocess.run(["ps", "-ww", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout
     rows = [line.split(maxsplit=1) for line in listed.splitlines() if confine.__file__ in line]
-    return [what for parent, what in rows if int(parent) in (1, os.getpid())]
+    return [what for parent, what in rows if int(parent) in parents]
+
+
+def own_sessions():
+    """Those that this process has started and that still run; orphans belong to 1."""
+    return sandboxed(1, os.getpid())
 
 
 @pytest.fixture(autouse=True)
@@ -269,6 +274,25 @@ def test_an_interrupt_kills_the_program(monkeypatch):
     monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_python("import time; time.sleep(60)", limits=Limits(confined=False))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process of its parent's end")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_program_does_not_outlive_the_process_that_runs_it(way):
+    call = f"run_python('import time; time.sleep(60)', limits=Limits(seconds=60, confined={way}))"
+    program = f"from textpolicy.rewards.sandbox import Limits, run_python; {call}"
+    runner = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        assert waited_for(lambda: sandboxed(runner.pid))
+    finally:
+        runner.kill()
+        runner.wait()
+    assert waited_for(lambda: not own_sessions())
+
+
+def waited_for(what):
+    """Whether ``what`` becomes true in 30 seconds."""
+    return any(what() or time.sleep(0.05) for _ in range(600))
 
 
 # ---- the reward

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import struct
 import sys
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,14 @@ READY = b"ready"
 def can_confine() -> bool:
     """Whether this system has what refuses files, the network and other processes, beyond resource limits."""
     return sys.platform == "linux" and platform.machine() in REFUSED and _landlock_version() > 0
+
+
+def end_with(parent: int) -> None:
+    """End as soon as the process ``parent``, which started this one, has ended, if only by a kill; on Linux alone."""
+    if sys.platform == "linux":
+        _checked(_libc().prctl(1, signal.SIGKILL, 0, 0, 0))
+        if os.getppid() != parent:
+            sys.exit("the process that started this one has ended")
 
 
 def limit(limits: Mapping[str, int]) -> None:
@@ -123,6 +132,7 @@ def _checked(result: int) -> int:
 def main() -> None:
     """Read settings from the first argument, confine this process, say so, and run the program."""
     settings = json.loads(sys.argv[1])
+    end_with(settings["parent"])
     with open(settings["program"], encoding="utf-8", errors="surrogateescape") as file:
         text = file.read()
     readable = [sys.prefix, sys.base_prefix, *SYSTEM_FOLDERS, settings["folder"]]

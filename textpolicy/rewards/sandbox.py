@@ -79,6 +79,7 @@ def _settings(program: Path, folder: Path, limits: Limits) -> dict[str, Any]:
     return {
         "program": str(program),
         "folder": str(folder),
+        "parent": os.getpid(),
         "writes": limits.writes,
         "confined": limits.confined,
         "limits": {

@@ -13,6 +13,7 @@ from urllib.request import urlopen
 
 from .._extras import extra
 from ..errors import ServiceError, TextPolicyError, UserError, unknown_name
+from ..streams import untouched
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 _LOCAL_KEY = "tml-local"  # servers on this machine look at its form alone
@@ -61,7 +62,7 @@ class Service:
         """The result of ``pending``, a future of the SDK; ``doing`` names it in an error. Raises ServiceError."""
         future, gone_since = pending.future(), None
         while True:
-            with self.telling(doing):
+            with self.telling(doing), untouched():
                 try:
                     return future.result(timeout=_LOOK if self.patience >= _LOOK else self.patience)
                 except TimeoutError:

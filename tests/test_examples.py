@@ -113,6 +113,13 @@ def test_example_14_trains_with_an_advantage_and_a_stage_of_its_own(tmp_path):
     assert re.findall(r"(before|after): \d+\.\d% \[", said) == ["before", "after"]
 
 
+@pytest.mark.slow
+def test_example_16_trains_on_a_task_of_its_own(tmp_path):
+    said = run("16_own_task.py", tmp_path, "2")
+    assert re.search(r"lists of five: \d+% of held-out questions before, \d+% after", said)
+    assert (tmp_path / "runs" / "16_own_task-grpo-seed0" / "task.py").is_file()
+
+
 def test_the_algorithm_of_example_14_fits_in_30_lines():
     lines = (ROOT / "examples/14_own_algorithm.py").read_text(encoding="utf-8").splitlines()
     [last] = [n for n, line in enumerate(lines) if line.startswith("MINE = ")]

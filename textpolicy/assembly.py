@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -25,6 +26,7 @@ from .record import layout
 from .rewards.scoring import Scorer
 from .tasks import Problem, Task, load_task
 from .tasks.curriculum import Curriculum, PassRateCurriculum
+from .tasks.own import short_name, task_file
 
 if TYPE_CHECKING:
     from .mlx.engine import MLXEngine
@@ -189,7 +191,10 @@ def claim_folder(config: Config) -> Path:
     """Make the run's folder: the one asked for, or the first free name under runs/."""
     if config.output is not None:
         return _make_folder(config.output)
-    name, n = re.sub(r"[^\w+.-]", "-", f"{config.task}-{config.algorithm.name}-seed{config.seed}").lstrip("."), 1
+    name, n = (
+        re.sub(r"[^\w+.-]", "-", f"{short_name(config.task)}-{config.algorithm.name}-seed{config.seed}").lstrip("."),
+        1,
+    )
     while True:
         path = Path("runs") / (name if n == 1 else f"{name}-{n}")
         if not path.exists():
@@ -206,8 +211,10 @@ def _make_folder(path: Path) -> Path:
 
 
 def write_setup(folder: Path, config: Config, engine: ResumableEngine) -> None:
-    """The resolved settings, and the versions that ran them. Raises OSError."""
-    write_whole(folder / layout.VERSIONS, json.dumps(versions(engine), indent=2) + "\n")
+    """The resolved settings, the versions that ran them, and the file of a task of one's own. Raises OSError."""
+    if (own := task_file(config.task)) is not None:
+        write_whole(folder / layout.TASK, own[0].read_text(encoding="utf-8"))
+    write_whole(folder / layout.VERSIONS, json.dumps(versions(engine, config.task), indent=2) + "\n")
     write_config(folder, config)
 
 
@@ -216,8 +223,10 @@ def write_config(folder: Path, config: Config) -> None:
     write_whole(folder / layout.CONFIG, config.model_dump_json(indent=2) + "\n")
 
 
-def versions(engine: ResumableEngine) -> dict[str, str]:
+def versions(engine: ResumableEngine, task: str) -> dict[str, str]:
     """All that the last bits of a run depend on, its settings aside."""
     packages = ("textpolicy", *engine.packages, "numpy", "transformers")
     found = {name: importlib.metadata.version(name) for name in packages}
-    return {**found, "python": platform.python_version(), "platform": platform.platform(), **engine.platform}
+    own = task_file(task)
+    code = {} if own is None else {own[0].name: hashlib.sha256(own[0].read_bytes()).hexdigest()[:16]}
+    return {**found, **code, "python": platform.python_version(), "platform": platform.platform(), **engine.platform}

@@ -225,6 +225,8 @@ class RewardSettings(Section):
     """Call it in worker processes, which are killed when late and replaced when they die (textpolicy[workers])."""
     on_failure: OnFailure = "raise"
     """A call that is late, raises or gives no number stops the run, or makes its completion unscorable."""
+    correct_from: float | None = None
+    """A completion with this reward or more counts as correct, where the reward itself does not say which are."""
 
 
 class OptimizerSettings(Section):
@@ -370,7 +372,7 @@ class Config(Section):
     model: str = "smollm2-135m"
     """Built-in name, folder, .gguf file or hub id such as Qwen/Qwen3-0.6B."""
     task: str = "largest"
-    """What to learn, e.g. largest, countdown or reasoning_gym:chain_sum; `textpolicy tasks` lists them."""
+    """What to learn: largest, reasoning_gym:chain_sum, your own FILE.py:FUNCTION; `textpolicy tasks` lists them."""
     steps: PositiveInt = 64
     """Training steps."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -103,7 +103,7 @@ class Evaluation:
                 )
             raise UserError(
                 "the reward never says whether a completion is correct; "
-                'return {"reward": ..., "is_correct": ...} from it to measure accuracy'
+                'return {"reward": ..., "is_correct": ...} from it to measure accuracy, or set rewards.correct_from'
             )
         return list(answers.values())
 

@@ -18,10 +18,15 @@ from .config import MONEY, Config, PositiveInt, check_config
 from .errors import UserError
 from .faults import how_to_resume
 from .lock import LOCK, RunLock
-from .record.layout import CONFIG, SUMMARY, VERSIONS
+from .record.layout import CONFIG, SUMMARY, TASK, VERSIONS
 
 CHECKPOINTS = "checkpoints"
-_FIRST = {LOCK, VERSIONS, f".{VERSIONS}.new", f".{CONFIG}.new"}  # what a folder holds before its config
+_FIRST = {
+    LOCK,
+    TASK,
+    VERSIONS,
+    *(f".{name}.new" for name in (TASK, VERSIONS, CONFIG)),
+}  # what a folder holds before its config
 _FREE = ("output", "quiet", *(f"tinker.{name}" for name in MONEY))  # settings that say nothing about the numbers
 
 
@@ -120,7 +125,8 @@ def changed_versions(then: Mapping[str, str], now: Mapping[str, str]) -> str | N
     if not differing:
         return None
     return (
-        f"not the same platform as before ({', '.join(differing)}): from here on bits may differ from a run in one go"
+        f"not the same code or platform as before ({', '.join(differing)}): from here on bits may differ from a run "
+        "in one go"
     )
 
 

@@ -331,7 +331,7 @@ class Run:
             "streams": streams(),
             "seconds": {"all": now - self.started, "training": now - self.trained},
             "config": json.loads(self.config.model_dump_json()),
-            "versions": versions(self.engine),
+            "versions": versions(self.engine, self.config.task),
             "metrics_bytes": self.metrics.sync(),
         }
 
@@ -351,7 +351,7 @@ class Run:
         now, seconds = time.perf_counter(), state["seconds"]
         self.started, self.trained = now - seconds["all"], now - seconds["training"]
         self.done = self.saved = checkpoint.step
-        if remark := changed_versions(state["versions"], versions(self.engine)):
+        if remark := changed_versions(state["versions"], versions(self.engine, self.config.task)):
             self.view.say(remark)
 
     def _stopped(self, number: int) -> StoppedError:

@@ -13,7 +13,7 @@ import pytest
 from textpolicy.cli import main
 from textpolicy.errors import UserError
 from textpolicy.html_report.arms import arms_of, by_step, series
-from textpolicy.html_report.charts import running_mean
+from textpolicy.html_report.charts import running_mean, stacked_bars
 from textpolicy.html_report.page import write_report
 from textpolicy.record.reader import load_run
 
@@ -146,3 +146,11 @@ def test_a_report_that_cannot_be_written_is_refused_in_a_sentence(runs, tmp_path
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another with --out"):
         write_report(runs[:1], tmp_path / "file" / "report.html")
+
+
+def test_settings_that_differ_at_length_leave_room_for_the_bars():
+    names = [f"model /a/folder/{'of/many/levels/' * 12}, task examples/16_own_task.py, seed {n}" for n in range(3)]
+    svg = stacked_bars(names, {"rollouts": [1.0, 2.0, 3.0], "updates": [1.0, 1.0, 1.0]}, "seconds")
+    [across] = re.findall(r'<rect x="[\d.]+" y="[\d.]+" width="([\d.]+)"', svg)
+    [whole] = re.findall(r'viewBox="0 0 ([\d.]+) ', svg)
+    assert float(across) > 0.5 * float(whole)

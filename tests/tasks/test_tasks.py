@@ -226,7 +226,10 @@ def test_the_hubs_problems_are_read_shuffled_and_split(hub):
 
 
 def test_an_unknown_task_names_the_known_ones():
-    with pytest.raises(UserError, match=r"did you mean 'countdown'\? choose one of addition, .*reasoning_gym:DATA_SET"):
+    with pytest.raises(
+        UserError,
+        match=r"did you mean 'countdown'\? choose one of FILE.py:FUNCTION, addition, .*reasoning_gym:DATA_SET",
+    ):
         load_task("countdwn")
 
 

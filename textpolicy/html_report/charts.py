@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -52,16 +53,25 @@ def line_chart(curves: Sequence[Series], label: str, *, smooth: bool = False, sh
 def stacked_bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], label: str) -> str:
     """One horizontal bar per name, made of ``parts``."""
 
+    labels, places = [_in_lines(name, 26) for name in names], np.arange(len(names))  # names may be equal once cut
+    lines = max(label.count("\n") + 1 for label in labels)
+
     def draw(axes: Any) -> None:
         left = np.zeros(len(names))
         for (part, values), colour in zip(parts.items(), _repeated(len(parts)), strict=True):
-            axes.barh(names, values, left=left, color=colour, height=0.6, label=part)
+            axes.barh(places, values, left=left, color=colour, height=0.6, label=part)
             left += np.asarray(values)
+        axes.set_yticks(places, labels)
         axes.invert_yaxis()
         axes.set(xlabel=label)
         axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(parts))
 
-    return _svg(draw, label, height=0.9 + 0.35 * len(names))
+    return _svg(draw, label, height=0.9 + (0.2 + 0.15 * lines) * len(names))
+
+
+def _in_lines(name: str, width: int) -> str:
+    """``name`` in lines of so many characters, at most three of them: what settings differ in can be long."""
+    return textwrap.fill(name, width, max_lines=3, placeholder=" ...", break_on_hyphens=False)
 
 
 def _draw_curve(axes: Any, curve: Series, colour: str, smooth: bool) -> None:
@@ -70,10 +80,10 @@ def _draw_curve(axes: Any, curve: Series, colour: str, smooth: bool) -> None:
     axes.plot(
         curve.steps, curve.mean, color=colour, lw=1 if width > 1 else 1.6, alpha=0.3 if width > 1 else 1,
         ls="-" if curve.joined else "none", marker="o" if few else None, ms=3 if curve.joined else 5,
-        label=None if width > 1 else curve.name,
+        label=None if width > 1 else _in_lines(curve.name, 40),
     )  # fmt: skip
     if width > 1:
-        axes.plot(curve.steps, running_mean(curve.mean, width), color=colour, lw=1.6, label=curve.name)
+        axes.plot(curve.steps, running_mean(curve.mean, width), color=colour, lw=1.6, label=_in_lines(curve.name, 40))
     if curve.low is not None and curve.high is not None:
         axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.15, lw=0)
 

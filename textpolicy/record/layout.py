@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 METRICS, CONFIG, VERSIONS, SUMMARY, LOG = "metrics.jsonl", "config.json", "versions.json", "summary.json", "log.txt"
 REPORT = "report.html"
+TASK = "task.py"  # a copy of the file that the task is from, if it is one of the user's own
 ROLLOUTS, EVALS = "rollouts", "evals"  # folders of Parquet files, docs/run_folder.md lists their columns
 
 

@@ -39,6 +39,7 @@ class Scorer:
         concurrency: int = 1,
         on_failure: OnFailure = "raise",
         processes: bool = False,
+        correct_from: float | None = None,
     ) -> None:
         """Functions and names have weight 1 and no verifiers; a ``RewardConfig`` says more of a registered reward.
 
@@ -50,7 +51,8 @@ class Scorer:
 
         A call fails when it raises, is late, or returns no finite number. ``on_failure="raise"`` makes that
         a RewardError; with "unscorable" a warning is logged and the completion's reward is NaN, from which
-        nothing is learnt. Raises UserError for settings that cannot work, MissingDependencyError without cloudpickle.
+        nothing is learnt. Where no reward says what is correct, a sum of ``correct_from`` or more is. Raises UserError
+        for settings that cannot work, MissingDependencyError without cloudpickle.
         """
         listed = [rewards] if callable(rewards) or isinstance(rewards, RewardConfig | str) else list(rewards)
         _refuse_unusable(listed, time_limit, concurrency, on_failure)
@@ -58,7 +60,7 @@ class Scorer:
             cloudpickle()  # now rather than at the first call
         self.parts = _named_apart([_part(r) for r in listed])
         self.time_limit, self.concurrency, self.on_failure = time_limit, concurrency, on_failure
-        self.processes = processes
+        self.processes, self.correct_from = processes, correct_from
         self._workers: Workers | None = None
 
     @classmethod
@@ -101,11 +103,15 @@ class Scorer:
         scored = [(part, o) for part, o in zip(self.parts, outcomes, strict=True) if o is not None]
         verdicts = [o.is_correct for _, o in scored if o.is_correct is not None]
         terms = [part.weight * o.reward for part, o in scored if part.weight]
+        reward = math.fsum(terms) if terms else math.nan
         return Scored(
-            math.fsum(terms) if terms else math.nan,
-            all(verdicts) if verdicts else None,
+            reward,
+            all(verdicts) if verdicts else self._verdict(reward),
             {part.name: o.reward for part, o in scored} if len(self.parts) > 1 else _own_scores(outcomes[0]),
         )
+
+    def _verdict(self, reward: float) -> bool | None:
+        return None if self.correct_from is None or math.isnan(reward) else reward >= self.correct_from
 
     def _run(self, calls: Sequence[Call]) -> list[list[Outcome]]:
         apart = self.time_limit is not None or self.concurrency > 1 or self.processes

@@ -11,6 +11,8 @@ from .base import Task as Task
 from .countdown_game import countdown_task, countdown_tool_task
 from .largest import largest_task
 from .mathematics import generated_math_task, hub_math_task, math_task
+from .own import own_task, task_file
+from .own import task_from_rows as task_from_rows
 
 TASKS: dict[str, Callable[[], Task]] = {
     "largest": largest_task,
@@ -27,12 +29,15 @@ REASONING_GYM = "reasoning_gym:"  # and the name of a data set
 def load_task(name: str) -> Task:
     """The task called ``name``; an unknown name is a ``UserError`` that lists the known ones.
 
-    "reasoning_gym:chain_sum" is the data set chain_sum of reasoning-gym, and so for the others.
+    "reasoning_gym:chain_sum" is the data set chain_sum of reasoning-gym, and so for the others. "FILE.py:FUNCTION" is
+    what that function returns, which is ``task`` if only the file is named.
     """
+    if (named := task_file(name)) is not None:
+        return own_task(*named)
     if name.startswith(REASONING_GYM):
         from .from_reasoning_gym import reasoning_gym_task
 
         return reasoning_gym_task(name.removeprefix(REASONING_GYM))
     if name not in TASKS:
-        raise unknown_name("task", name, [*TASKS, f"{REASONING_GYM}DATA_SET"])
+        raise unknown_name("task", name, [*TASKS, f"{REASONING_GYM}DATA_SET", "FILE.py:FUNCTION"])
     return TASKS[name]()

@@ -58,13 +58,8 @@ def math_task_of(path: Path) -> Task:
     A solution's answer is its last \boxed{}. A fifth of the problems, at most 200, is the test split and a tenth, at
     most 100, the validation split, whatever the seed of a run. Raises UserError.
     """
-    read = [_of_file(row, n, path) for n, row in enumerate(read_rows(path), 1)]
-    problems = list({p.question: p for p in read}.values())
-    if len(problems) < 3:
-        raise UserError(f"{path} holds {len(problems)} problems; give 3 or more, for training and for judging")
-    random.Random(_SPLIT_SEED).shuffle(problems)
-    test, validation = min(TEST, max(1, len(problems) // 5)), min(VALIDATION, max(1, len(problems) // 10))
-    return _task("math_file", f"the problems of {path.name}", Splits.cut(problems, test, validation))
+    splits = Splits.drawn((_of_file(row, n, path) for n, row in enumerate(read_rows(path), 1)), str(path))
+    return _task("math_file", f"the problems of {path.name}", splits)
 
 
 def _of_file(row: Mapping[str, Any], number: int, path: Path) -> Problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,6 +12,8 @@ from ..errors import UserError
 from .base import Problem
 
 Made = TypeVar("Made")
+_TEST, _VALIDATION = 200, 100  # at most, of problems that somebody brings
+_SEED = 2026
 
 
 def distinct(made: Iterable[Made], key: Callable[[Made], Hashable], count: int, tries: int = 20) -> list[Made]:
@@ -36,3 +39,19 @@ class Splits:
         """The first problems go to ``test``, the next to ``validation``: they stay when training grows."""
         judged = test + validation
         return cls(tuple(problems[judged:]), tuple(problems[test:judged]), tuple(problems[:test]))
+
+    @classmethod
+    def drawn(cls, problems: Iterable[Problem], source: str) -> Self:
+        """A fifth, at most 200, to ``test`` and a tenth, at most 100, to ``validation``, drawn always alike.
+
+        Of equal questions the first is kept. Raises UserError, naming the ``source``, for fewer than 3.
+        """
+        first: dict[str, Problem] = {}
+        for problem in problems:
+            first.setdefault(problem.question, problem)
+        kept = list(first.values())
+        n = len(kept)
+        if n < 3:
+            raise UserError(f"{source} holds {n} different problems; give 3 or more, for training and for judging")
+        random.Random(_SEED).shuffle(kept)
+        return cls.cut(kept, min(_TEST, max(1, n // 5)), min(_VALIDATION, max(1, n // 10)))

@@ -1,0 +1,169 @@
+"""Tasks of one's own: from a Python file, from rows; what is refused, and a run of one that is resumed."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "chaos"))
+from toy_run import metrics, quickly, settings
+
+from textpolicy.cli import main
+from textpolicy.errors import UserError
+from textpolicy.rewards import Scorer
+from textpolicy.tasks import load_task, task_from_rows
+from textpolicy.tasks.own import short_name
+
+ROWS = [{"question": f"q{i}", "answer": i, "level": i % 3} for i in range(40)]
+
+
+def level(prompt, completion, example, **kwargs):
+    return float(example["level"])
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Writes a file in an empty folder that is the current one, and forgets what was imported of it."""
+    monkeypatch.chdir(tmp_path)
+    path, modules = list(sys.path), set(sys.modules)
+
+    def write(text, name="my_task.py"):
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    yield write
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in sys.modules[name].__file__:
+            del sys.modules[name]
+
+
+LETTERS = """
+from helpers import COUNT
+from textpolicy.tasks import task_from_rows
+
+def letters(prompt, completion, example, **kwargs):
+    return sum(c.isalpha() for c in completion) / 6
+
+def task():
+    return task_from_rows([{"question": f"Type {n}"} for n in range(COUNT)], letters, max_tokens=6)
+
+def other():
+    return "no task"
+
+def broken():
+    raise KeyError("x")
+
+def leaky():
+    from dataclasses import replace
+    whole = task()
+    return replace(whole, test=whole.train[:1])
+"""
+
+
+@pytest.fixture
+def letters(own):
+    own("COUNT = 30", "helpers.py")
+    return own(LETTERS)
+
+
+# ---- rows
+
+
+def test_rows_are_split_once_and_for_all_and_reach_the_reward_whole():
+    task = task_from_rows([*ROWS, {"question": "q3", "answer": "another"}], level)
+    assert (len(task.test), len(task.validation), len(task.train)) == (8, 4, 28)
+    assert {p.question for p in (*task.test, *task.validation, *task.train)} == {r["question"] for r in ROWS}
+    assert task.train == task_from_rows(ROWS, level).train
+    third = next(p for p in (*task.test, *task.validation, *task.train) if p.question == "q3")
+    assert third.example == {"question": "q3", "answer": "3", "level": 0} | {"answer": 3}
+    assert third.answer == "3"
+    assert task.prompt("q3") == [{"role": "user", "content": "q3"}]
+
+
+def test_rows_of_a_file_with_columns_of_other_names(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"ask": r["question"], "level": 1}) + "\n" for r in ROWS))
+    task = task_from_rows(path, level, question="ask", prompt=lambda q: [{"role": "system", "content": q}])
+    assert len(task.train) == 28
+    assert task.train[0].answer == ""
+    assert task.prompt("x") == [{"role": "system", "content": "x"}]
+    with pytest.raises(UserError, match=rf"row 1 of {path} has no 'question' but ask, level; name the column"):
+        task_from_rows(path, level)
+
+
+def test_too_few_rows_are_refused():
+    with pytest.raises(UserError, match="the rows holds 2 different problems; give 3 or more"):
+        task_from_rows([*ROWS[:2], ROWS[0]], level)
+
+
+# ---- files
+
+
+class CutError(Exception):
+    """Stands for the end of the process."""
+
+
+def test_a_file_is_a_task_by_its_own_function_or_another(letters):
+    assert len(load_task("my_task.py").train) == 21
+    assert load_task(f"{letters}:task").test == load_task("my_task.py").test
+    assert short_name("folder/my_task.py") == short_name("my_task.py:task") == "my_task"
+    assert short_name("my_task.py:other") == "my_task-other"
+    assert short_name("reasoning_gym:chain_sum") == "reasoning_gym:chain_sum"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nothing.py", "there is no file nothing.py with the task; check the path"),
+        ("my_task.py:tusk", "there is no function in my_task.py called 'tusk'; did you mean 'task'"),
+        ("my_task.py:other", r"other\(\) of my_task.py returned a str; return a textpolicy.tasks.Task"),
+        ("my_task.py:broken", r"broken\(\) of my_task.py raised KeyError in line 15 \('x'\); mend it"),
+        ("my_task.py:leaky", r"'Type \d+' stands in two splits of the task of my_task.py; keep it in one"),
+        ("json.py", "the file json.py has the name of another module, json; rename it"),
+        ("this.py", "the file this.py cannot be imported as 'this'; give it a name that no other module has"),
+        ("wrong.py", r"wrong.py raised SyntaxError .*; mend it"),
+        ("bad.py", r"bad.py raised ZeroDivisionError in line 2 \(division by zero\); mend it"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_sentence(letters, own, name, said):
+    own("", "json.py")
+    own("", "this.py")
+    own("def task(:", "wrong.py")
+    own("\n1 / 0", "bad.py")
+    with pytest.raises(UserError, match=said) as error:
+        load_task(name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags", [[], ["--rewards.processes"]])
+def test_a_run_of_an_own_task_keeps_its_file_and_says_when_it_changed(letters, monkeypatch, capsys, flags):
+    from textpolicy import run as run_module
+
+    quickly(monkeypatch)
+    config, folder = settings(letters.parent), letters.parent / "run"
+    arguments = ["--task=my_task.py", "--rewards.correct-from=0.5", *flags]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.Run, "finish", lambda *arguments: (_ for _ in ()).throw(CutError()))
+        with pytest.raises(CutError):
+            main(["train", str(config), f"--output={folder}", *arguments])
+    assert (folder / "task.py").read_text() == LETTERS
+    rows = [row for row in metrics(folder) if row["kind"] == "train"]
+    assert 0 < sum(row["accuracy"] for row in rows) < len(rows)
+    letters.write_text(LETTERS + "\n# another")
+    assert main(["train", f"--resume={folder}"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "not the same code or platform as before (my_task.py " in said
+
+
+# ---- which completions are correct
+
+
+@pytest.mark.parametrize(
+    ("reward", "correct"), [(0.4, False), (0.5, True), (float("nan"), None), ((0.1, True), True), ((0.9, False), False)]
+)
+def test_a_reward_that_does_not_say_what_is_correct_is_measured_by_a_bound(reward, correct):
+    scorer = Scorer(lambda prompt, completion, example: reward, correct_from=0.5)
+    assert scorer("", "", {}).is_correct is correct
+    assert Scorer(lambda prompt, completion, example: 0.4)("", "", {}).is_correct is None

@@ -1,0 +1,143 @@
+"""Tasks of your own: a function in a Python file, "FILE.py:FUNCTION", and problems made of rows of data."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..environment.rows import read_rows
+from ..errors import UserError, unknown_name
+from ..rewards.contract import RewardFunction
+from .base import Message, Problem, Task
+from .splits import Splits
+
+DEFAULT = "task"  # the function, where the name is a file alone
+
+
+def task_from_rows(
+    rows: str | Path | Iterable[Mapping[str, Any]],
+    reward: RewardFunction,
+    *,
+    question: str = "question",
+    answer: str = "answer",
+    prompt: Callable[[str], list[Message]] | None = None,
+    name: str = "rows",
+    max_tokens: int | None = None,
+    tools: Sequence[Callable[..., Any]] = (),
+) -> Task:
+    """A task whose problems are ``rows``: mappings, or a .jsonl, .csv or .parquet file of them.
+
+    ``question`` and ``answer`` name columns; without an answer there it is "". The reward gets the whole row as
+    ``example``. ``prompt`` makes chat messages of a question, by default one of the user with it alone. Of rows with
+    the same question the first is kept. A fifth of the problems, at most 200, is the test split and a tenth, at most
+    100, the validation split, whatever the seed of a run. Raises UserError.
+    """
+    source = f"{rows}" if isinstance(rows, str | Path) else "the rows"
+    read = read_rows(rows) if isinstance(rows, str | Path) else list(rows)
+    splits = Splits.drawn([_problem(row, n, source, question, answer) for n, row in enumerate(read, 1)], source)
+    return Task(
+        name=name,
+        summary=f"{len(read)} rows",
+        train=splits.train,
+        validation=splits.validation,
+        test=splits.test,
+        prompt=prompt or _ask,
+        reward=reward,
+        tools=tuple(tools),
+        max_tokens=max_tokens,
+    )
+
+
+def _problem(row: Mapping[str, Any], number: int, source: str, question: str, answer: str) -> Problem:
+    if row.get(question) is None:
+        raise UserError(
+            f"row {number} of {source} has no {question!r} but {', '.join(map(str, row))}; name the column to ask with "
+            "question=..."
+        )
+    return Problem(str(row[question]), "" if row.get(answer) is None else str(row[answer]), dict(row))
+
+
+def _ask(question: str) -> list[Message]:
+    return [{"role": "user", "content": question}]
+
+
+# ---- a function in a file
+
+
+def task_file(name: str) -> tuple[Path, str] | None:
+    """The file and the function that ``name`` means, as "FILE.py:FUNCTION" or "FILE.py"; None if it means neither."""
+    path, separator, function = name.rpartition(":")
+    if separator and path.endswith(".py"):
+        return Path(path), function
+    return (Path(name), DEFAULT) if name.endswith(".py") else None
+
+
+def short_name(name: str) -> str:
+    """What a folder is called after: of a file without its folder, ending and default function."""
+    named = task_file(name)
+    if named is None:
+        return name
+    path, function = named
+    return path.stem if function == DEFAULT else f"{path.stem}-{function}"
+
+
+def own_task(path: Path, function: str) -> Task:
+    """What ``function`` of the Python file ``path`` returns; the file can import others beside it. Raises UserError."""
+    module = _imported(path)
+    made = getattr(module, function, None)
+    if not callable(made):
+        own = [k for k, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+        raise unknown_name(f"function in {path} called", function, own or ["(it defines none)"])
+    try:
+        task = made()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{function}() of {path} raised {_told(error, path)}; mend it") from error
+    if not isinstance(task, Task):
+        raise UserError(f"{function}() of {path} returned a {type(task).__name__}; return a textpolicy.tasks.Task")
+    _refuse_unsound(task, path)
+    return task
+
+
+def _imported(path: Path) -> ModuleType:
+    """The file as the module of its name, so that worker processes can import it too."""
+    if not path.is_file():
+        raise UserError(f"there is no file {path} with the task; check the path, which is taken from where you are")
+    file, name = path.resolve(), path.stem
+    if (loaded := sys.modules.get(name)) is not None:
+        if Path(getattr(loaded, "__file__", None) or "").resolve() != file:
+            raise UserError(f"the file {path} has the name of another module, {name}; rename it")
+        return loaded
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    spec = None if "." in name else importlib.util.find_spec(name)
+    if spec is None or Path(spec.origin or "").resolve() != file:
+        raise UserError(f"the file {path} cannot be imported as {name!r}; give it a name that no other module has")
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise UserError(f"{path} raised {_told(error, path)}; mend it") from error
+
+
+def _told(error: Exception, path: Path) -> str:
+    """The error with the line of ``path`` that it comes from."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path.resolve()]
+    at = f" in line {lines[-1]}" if lines else ""
+    return f"{type(error).__name__}{at} ({' '.join(str(error).split())})"
+
+
+def _refuse_unsound(task: Task, path: Path) -> None:
+    splits = {"train": task.train, "validation": task.validation, "test": task.test}
+    for name, problems in splits.items():
+        if not problems:
+            raise UserError(f"the task of {path} has no problems in its {name} split; give it one at least")
+    train, validation, test = ({p.question for p in problems} for problems in splits.values())
+    if both := (train & validation) | (train & test) | (validation & test):
+        raise UserError(f"{min(both)[:80]!r} stands in two splits of the task of {path}; keep it in one")

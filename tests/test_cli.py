@@ -5,7 +5,10 @@ import sys
 
 import pytest
 
-from textpolicy.cli import COMMANDS, main
+from textpolicy.assembly import sized
+from textpolicy.cli import COMMANDS, main, parse
+from textpolicy.resume import TrainArguments
+from textpolicy.tasks import load_task
 
 
 def refused(capsys, *argv):
@@ -154,3 +157,18 @@ def test_ctrl_c_exits_with_130(capsys, monkeypatch):
     monkeypatch.setitem(COMMANDS, "tasks", interrupted)
     assert main(["tasks"]) == 130
     assert capsys.readouterr().err == "textpolicy: stopped by Ctrl-C\n"
+
+
+def test_one_flag_of_a_section_leaves_the_others_to_the_task():
+    flags = ["--rollout.group-size=6", "--algorithm.kl.coefficient=0.1", "--quiet"]
+    asked = parse(TrainArguments, flags, "train", steps=3, rollout={"temperature": 0.5}, task="countdown")
+    assert asked.model_fields_set == {"steps", "rollout", "task", "algorithm", "quiet"}
+    assert asked.config.rollout.model_fields_set == {"group_size", "temperature"}
+    assert asked.config.algorithm.kl.model_fields_set == {"coefficient"}
+    assert asked.config.algorithm.model_fields_set == {"kl"}
+    assert sized(asked.config, load_task("countdown")).rollout.max_tokens == 64
+
+
+def test_a_flag_that_gives_the_default_is_given():
+    asked = parse(TrainArguments, ["--rollout.max-tokens=8", "--task=countdown"], "train")
+    assert sized(asked.config, load_task("countdown")).rollout.max_tokens == 8

@@ -332,3 +332,4 @@ def test_evaluation_of_a_split_without_verdicts_says_so(config, tmp_path, capsys
     with_reward(monkeypatch, lambda prompt, completion, example: float(len(completion)))
     said, _ = stopped(capsys, "train", str(config), f"--output={tmp_path / 'run'}")
     assert "the reward never says whether a completion is correct" in said
+    assert not (tmp_path / "run").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -96,11 +96,23 @@ def parse(
         cli_implicit_flags=True,
     )
     try:
-        return CliApp.run(kind, cli_args=arguments, cli_settings_source=source, **defaults)
+        parsed = CliApp.run(kind, cli_args=arguments, cli_settings_source=source, **defaults)
     except ValidationError as error:
         raise UserError("; ".join(explain(error, kind))) from error
     except SettingsError as error:
         raise UserError(_unrecognised(str(error), source)) from error
+    _forget_defaults(parsed, [tuple(flag.split(".")) for flag in source.env_vars], defaults)
+    return parsed
+
+
+def _forget_defaults(section: BaseModel, flags: Sequence[tuple[str, ...]], values: Mapping[str, Any]) -> None:
+    """Leave in ``model_fields_set`` what a flag or a value gave: one flag of a section sets all defaults there."""
+    for name, value in section:
+        inside, given = [flag[1:] for flag in flags if flag[0] == name], values.get(name)
+        if not inside and name not in values:
+            section.model_fields_set.discard(name)
+        elif isinstance(value, BaseModel) and () not in inside:
+            _forget_defaults(value, inside, given if isinstance(given, Mapping) else {})
 
 
 def _unrecognised(message: str, source: CliSettingsSource[Any]) -> str:
@@ -350,7 +362,10 @@ def _task_lines(name: str, show: int) -> list[str]:
     lines = [f"{name}: {task.summary} ({sizes})"]
     lines += [f"tools: {', '.join(tool.__name__ for tool in task.tools)}"] if task.tools else []
     for n, problem in enumerate(task.train[:show], 1):
-        lines += ["", f"-- problem {n}, whose answer is {problem.answer}"]
+        lines += [
+            "",
+            f"-- problem {n}, " + (f"whose answer is {problem.answer}" if problem.answer else "without an answer"),
+        ]
         lines += [f"{m['role']}: {m['content']}" for m in task.prompt(problem.question)]
     return lines
 

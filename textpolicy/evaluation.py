@@ -103,7 +103,8 @@ class Evaluation:
                 )
             raise UserError(
                 "the reward never says whether a completion is correct; "
-                'return {"reward": ..., "is_correct": ...} from it to measure accuracy, or set rewards.correct_from'
+                'return {"reward": ..., "is_correct": ...} from it to measure accuracy, or set rewards.correct_from to '
+                "the reward that is enough"
             )
         return list(answers.values())
 

@@ -99,6 +99,7 @@ def run(config: Config, allow: Sequence[str] = ()) -> Path:
             paid.try_out(splits["train"])
         started = time.perf_counter()
         before = evaluate(engine, splits["test"], greedy(config))
+        before.judged()  # or there is nothing to measure by, which is said while nothing has been made
         folder = resumed.folder if resumed else claim_folder(config)
         if resumed is None:
             held.enter_context(RunLock(folder))

@@ -3,7 +3,7 @@
     textpolicy train --task examples/16_own_task.py --rewards.correct-from 1
 
 trains on what ``task`` below returns. Questions can come from a file as well: task_from_rows("questions.jsonl", ...).
-Run as a script this trains a few steps and prints how many held-out questions got a list of five different things.
+Run as a script this trains for some minutes and prints what the first and the last steps earned.
 """
 
 import json
@@ -20,11 +20,9 @@ KINDS = (
 
 
 def five_things(prompt: str, completion: str, example: dict, **kwargs) -> float:
-    """A fifth for each different thing between commas, up to 1; a repeated one takes a fifth away."""
+    """A fifth for each different thing of one or two words between commas, up to 1."""
     things = [thing.strip(" .\n").lower() for thing in completion.split(",")]
-    named = [thing for thing in things if 0 < len(thing.split()) <= 2]
-    different = len(set(named))
-    return max(0.0, min(5, different) - (len(named) - different)) / 5
+    return min(5, len({thing for thing in things if 0 < len(thing.split()) <= 2})) / 5
 
 
 def task() -> Task:
@@ -33,7 +31,7 @@ def task() -> Task:
     return task_from_rows(rows, five_things, name="five_things", max_tokens=24)
 
 
-def main(steps: int = 8) -> None:
+def main(steps: int = 12) -> None:
     folder = run(
         Config(
             task=__file__,
@@ -44,8 +42,9 @@ def main(steps: int = 8) -> None:
             quiet=True,
         )
     )
-    found = json.loads((folder / "summary.json").read_text())
-    print(f"lists of five: {found['test_before']:.0%} of held-out questions before, {found['test_after']:.0%} after")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    earned = [row["reward_mean"] for row in rows if row["kind"] == "train"]
+    print(f"reward: {earned[0]:.2f} in the first step, {earned[-1]:.2f} in the last")
     print(f"look at every one: textpolicy view {folder}")
 
 

@@ -604,12 +604,22 @@ def test_every_kind_is_known_by_its_name():
         (lambda: attach(tiny_llama(9), QLoRA(bits=7, group_size=32)), "cannot be quantised to 7 bits"),
         (lambda: attach(quantised(8), QLoRA(bits=4)), "quantised to 8 bits and bits is 4"),
         (lambda: attach(quantised(8), Full()), "cannot be trained in full"),
+        (
+            lambda: attach(of_norms_alone(), LoRA()),
+            "blocks of this RMSNorm hold no linear module; train it in full",
+        ),
         (lambda: attach(quantised(6), DoRA()), "cannot sit on weights of 6 bits"),
     ],
 )
 def test_what_cannot_work_is_refused_in_a_sentence(call, says):
     with pytest.raises(UserError, match=says):
         call()
+
+
+def of_norms_alone():
+    model = tiny_llama(9)
+    model.model.layers = [nn.RMSNorm(32), nn.RMSNorm(32)]
+    return model
 
 
 def quantised(bits):

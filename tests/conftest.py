@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 
 # One BLAS thread, here and in processes that tests start: two wait for each other where the machine is busy.
@@ -65,6 +67,17 @@ def random_episodes(rng: np.random.Generator, groups: int = 4, size: int = 4) ->
             reward = float(rng.random() < 0.5)
             out.append(Episode.from_completion(prompt, completion, reward=reward, group=g, pieces=pieces))
     return out
+
+
+@contextmanager
+def files_of_at_most(size: int):
+    """No file of this process may grow beyond ``size`` bytes, as where a disk is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def recipe(name: str):

@@ -129,6 +129,20 @@ def test_a_checkpoint_of_another_format_or_under_another_name_is_not_sound(tmp_p
         read(tmp_path / "step-000009")
 
 
+def test_a_checkpoint_whose_list_lacks_the_state_is_passed_over(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    older = checkpoints.write(1, {"n": 1}, fill("a"))
+    newer = checkpoints.write(2, {"n": 2}, fill("b"))
+    manifest = json.loads((newer.path / "manifest.json").read_text())
+    del manifest["files"]["state.json"]
+    (newer.path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UnsoundError, match=r"it lacks state\.json"):
+        read(newer.path)
+    found = checkpoints.latest()
+    assert found.checkpoint == older
+    assert len(found.faults) == 1
+
+
 def test_unsound_ones_are_set_aside_and_never_chosen_again(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     for step in (1, 2):

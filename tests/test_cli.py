@@ -77,6 +77,7 @@ def test_an_unknown_command_is_refused(capsys):
         (["eval", "--model", "smollm2-135m", "--task", "largest", "--pass-at", "4"], "pass_at is 4 and samples 1"),
         (["generate", "--model", "smollm2-135m", "--top-p", "0", "hello"], "top_p is 0"),
         (["generate", "--model", "smollm2-135m", "--repetition-penalty", "0", "hello"], "repetition_penalty is 0"),
+        (["generate", "--run", "a", "--model", "b", "hello"], "give either --run RUN or --model NAME, not both"),
         (["generate", "--run", "a", "--adapter", "b", "hello"], "--adapter b stands beside --run"),
     ],
 )

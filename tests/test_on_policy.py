@@ -79,6 +79,15 @@ def test_the_gap_is_that_of_the_logprobs_stored(tiny_engine):
     assert gap.tokens == sum(int(e.mask.sum()) for e in episodes)
 
 
+def test_completions_without_a_token_have_no_gap(tiny_engine):
+    env = TextGenerationEnv(["1 2"], lambda **_: 0.0, max_tokens=6, tokenizer=Numbers())
+    [episode] = collect(tiny_engine, env, [0], 1, Sampling(max_tokens=6))
+    silent = replace(episode, mask=np.zeros_like(episode.mask))
+    gap = measure(tiny_engine, [silent, silent])
+    assert (gap.mean, gap.maximum, gap.kl, gap.tokens) == (0, 0, 0, 0)
+    assert measure(tiny_engine, [silent, episode]).tokens == episode.mask.sum()
+
+
 def ignore_temperature(monkeypatch):
     exact = scoring.token_logprobs
 

@@ -16,7 +16,10 @@ from toy_run import metrics, outcome, quickly, settings
 
 from textpolicy import run as run_module
 from textpolicy.cli import main
+from textpolicy.errors import UserError
 from textpolicy.lock import RunLock
+from textpolicy.metrics_file import MetricsFile
+from textpolicy.resume import changed_versions
 from textpolicy.streams import restore_streams, seed_streams, streams
 
 
@@ -127,6 +130,25 @@ def test_rows_after_the_checkpoint_and_half_a_line_are_cut_off(config, whole, tm
     assert metrics(folder) == metrics(whole)
 
 
+@pytest.mark.parametrize("line", [b"{", b"7", b"[1, 2]", b'{"step": 0}', b"\xff\xfe"])
+def test_a_metrics_file_with_a_line_that_is_no_row_is_damaged(line, tmp_path):
+    rows = b'{"kind": "train", "step": 0, "loss": 0.5}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(rows + line + b"\n")
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", len(rows) + len(line) + 1)
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged \(.*\); put it back, or begin the run again"):
+        metrics.rows("train")
+    metrics.close()
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", len(rows))  # a checkpoint before it cuts it off
+    assert metrics.rows("train") == [{"step": 0, "loss": 0.5}]
+    metrics.close()
+
+
+def test_only_what_differs_is_said_of_versions():
+    then = {"mlx": "0.30.0", "python": "3.12.1", "gone": "1"}
+    assert changed_versions(then, dict(then)) is None
+    assert "(gone 1 -> None, mlx 0.30.0 -> 0.31.0)" in changed_versions(then, {"mlx": "0.31.0", "python": "3.12.1"})
+
+
 def test_lost_metrics_are_said_and_not_made_up(config, tmp_path, capsys):
     folder = tmp_path / "run"
     cut_short(config, folder, 3)
@@ -199,7 +221,7 @@ def test_another_platform_is_said(config, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     cut_short(config, folder, 3)
     true = run_module.versions
-    monkeypatch.setattr(run_module, "versions", lambda engine: {**true(engine), "mlx": "0.99.0"})
+    monkeypatch.setattr(run_module, "versions", lambda *asked: {**true(*asked), "mlx": "0.99.0"})
     assert main(["train", f"--resume={folder}"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "-> 0.99.0): from here on bits may differ from a run in one go" in said

@@ -643,6 +643,15 @@ def test_what_is_neither_buffer_nor_dict_is_refused(model):
         trainer(model).train([1.0])
 
 
+def test_a_buffer_of_nothing_but_empty_completions_is_refused(model):
+    buffer, empty, before = Buffer(), np.zeros(0, np.float32), weights(model)
+    for reward in (0.0, 1.0):
+        buffer.add(np.array([5], np.int32), [], reward, empty, True, logprob=empty, group=0)
+    with pytest.raises(UserError, match="every completion in the buffer is empty; collect some that hold tokens"):
+        trainer(model).train(buffer)
+    assert all(np.array_equal(value, before[name]) for name, value in weights(model).items())
+
+
 def test_an_empty_buffer_is_refused(model):
     with pytest.raises(UserError, match="collect some rollouts"):
         trainer(model).train(Buffer())

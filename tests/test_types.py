@@ -71,3 +71,14 @@ def test_logprobs_that_are_not_finite_are_refused(value):
 def test_no_episodes_is_an_error_that_says_so():
     with pytest.raises(UserError, match="at least one episode"):
         pack([])
+
+
+def test_advantages_are_one_array_for_each_episode_and_one_finite_number_for_each_token():
+    episodes = [episode(), episode()]
+    five = np.ones(5, np.float32)
+    with pytest.raises(UserError, match="2 episodes have 1 arrays of advantages; give one each"):
+        Batch.pack(episodes, [five])
+    with pytest.raises(UserError, match=r"5 tokens have advantages of shape \(3,\); give one number per token"):
+        Batch.pack(episodes, [five, five[:3]])
+    with pytest.raises(UserError, match="advantages are not finite"):
+        Batch.pack(episodes, [five, np.full(5, np.nan)])

@@ -9,6 +9,7 @@ import pytest
 
 from textpolicy import validate
 from textpolicy.environment.text_generation import TextGenerationEnv
+from textpolicy.errors import MissingDependencyError
 from textpolicy.validate import main, validate_installation
 
 CHECKS = ["python", "mlx", "mlx_lm", "gymnasium", "model", "environment_contract"]
@@ -132,3 +133,24 @@ def test_a_missing_mlx_fails_with_the_install_line():
     assert report["checks"]["environment_contract"] == {"ok": True}
     assert len(report["errors"]) == 1
     assert "pip install 'textpolicy[mlx]'" in report["errors"][0]
+
+
+def test_a_model_that_cannot_be_looked_at_is_advice_and_no_failure(monkeypatch):
+    def lacking():
+        raise ModuleNotFoundError("No module named 'gguf'", name="gguf")
+
+    monkeypatch.setattr("textpolicy.mlx.probe.describe_models", lacking)
+    report = validate_installation(verbose=False)
+    assert report["status"] == "ok"
+    assert report["checks"]["model"] == {
+        "available": False,
+        "advice": "to load models (No module named 'gguf'): pip install 'textpolicy[mlx]'",
+    }
+
+
+def test_where_mlx_cannot_be_used_it_alone_is_the_error(monkeypatch):
+    def lacking():
+        raise MissingDependencyError("mlx is not installed; install it with: pip install 'textpolicy[mlx]'")
+
+    monkeypatch.setattr("textpolicy.mlx.probe.describe_models", lacking)
+    assert validate.CHECKS["model"]() == {"available": False}

@@ -38,12 +38,12 @@ class MetricsFile:
         return self.file.tell()
 
     def rows(self, kind: str) -> list[dict[str, Any]]:
-        """Those of one kind so far, without the key that says which. Raises UserError for a line that is no JSON."""
+        """Those of one kind so far, without the key that says which. Raises UserError for a line that is no row."""
         try:
-            lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-        except ValueError as error:
+            lines = [dict(json.loads(line)) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            return [{k: v for k, v in row.items() if k != "kind"} for row in lines if row["kind"] == kind]
+        except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{self.path} is damaged ({error}); put it back, or begin the run again") from error
-        return [{k: v for k, v in row.items() if k != "kind"} for row in lines if row["kind"] == kind]
 
     def close(self) -> None:
         self.file.close()

@@ -82,6 +82,20 @@ def test_what_is_detectable_is_found_with_the_power_asked_for():
     assert analysis.detectable_by_sign_flips(5) == analysis.detectable_by_labels(3) == inf
 
 
+def test_from_eleven_pairs_and_seven_runs_on_power_is_that_of_t():
+    assert analysis.power_of_sign_flips(1.0, 11) == analysis.power_of_pairs(1.0, 11)
+    assert analysis.power_of_labels(1.0, 7) == analysis.power_of_runs(1.0, 7)
+    assert analysis.power_of_sign_flips(1.0, 11) == pytest.approx(analysis.power_of_sign_flips(1.0, 10), abs=0.1)
+    assert analysis.power_of_labels(1.0, 7) == pytest.approx(analysis.power_of_labels(1.0, 6), abs=0.12)
+
+
+def test_what_many_runs_can_detect_is_found_with_the_power_asked_for():
+    assert analysis.power_of_sign_flips(analysis.detectable_by_sign_flips(12), 12) == pytest.approx(0.8, abs=0.001)
+    assert analysis.power_of_labels(analysis.detectable_by_labels(9, power=0.9), 9) == pytest.approx(0.9, abs=0.001)
+    assert analysis.detectable_by_sign_flips(12) < analysis.detectable_by_sign_flips(10)
+    assert analysis.detectable_by_labels(9) < analysis.detectable_by_labels(6)
+
+
 def test_the_pairs_needed_are_the_fewest():
     pairs = analysis.pairs_needed_by_sign_flips(1.3)
     assert analysis.power_of_sign_flips(1.3, pairs) >= 0.8 > analysis.power_of_sign_flips(1.3, pairs - 1)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -154,6 +155,43 @@ def test_without_sentence_transformers_the_install_line_is_given(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'textpolicy\[mining\]'"):
         mine_strategic_grams(solutions())
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """sentence-transformers of one class, which loads what is in a list and writes down what it was asked for."""
+    asked, there = [], []
+
+    class SentenceTransformer:
+        def __init__(self, name):
+            asked.append(name)
+            if name not in there:
+                raise OSError(f"{name} is not a local folder.\nSee the hub.")
+
+        def encode(self, phrases, **how):
+            assert how["normalize_embeddings"] is True
+            return by_meaning(phrases)
+
+    monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=SentenceTransformer))
+    return SimpleNamespace(asked=asked, there=there)
+
+
+def test_the_folder_inside_an_installed_package_is_what_is_loaded(pretended, tmp_path, monkeypatch):
+    files = tmp_path / "my_phrase_model" / "files"
+    files.mkdir(parents=True)
+    (files / "modules.json").write_text("[]")
+    (tmp_path / "my_phrase_model" / "__init__.py").write_text("raise RuntimeError('not to be imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    pretended.there.append(str(files))
+    assert mine_clusters(solutions(), "my-phrase-model") == mine_clusters(solutions(), by_meaning)
+    assert pretended.asked == [str(files)]
+
+
+@pytest.mark.parametrize("name", ["no/such-model", "json"])  # of the hub; of a package that carries no model
+def test_a_model_that_does_not_load_is_named_in_one_sentence(pretended, name):
+    with pytest.raises(UserError, match=f"model '{name}' cannot be loaded \\({name} is not a local folder\\); give"):
+        sentence_embedder(name)
+    assert pretended.asked == [name]
 
 
 @pytest.fixture

@@ -167,3 +167,8 @@ def test_an_arm_has_runs_of_the_same_weight(tmp_path):
     found = analysis.aggregate_group_stats(runs)
     assert (found.runs, found.generations, found.gen_correct_rate) == (2, 80, pytest.approx(0.3))
     assert isnan(found.gen_gram_entropy_delta)
+
+
+def test_an_arm_without_a_run_is_refused():
+    with pytest.raises(UserError, match="there is no run to aggregate; give at least one"):
+        analysis.aggregate_group_stats([])

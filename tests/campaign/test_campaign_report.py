@@ -53,6 +53,29 @@ def test_too_few_seeds_are_said_with_how_many_are_lacking(tmp_path):
     assert verdict.endswith("Recommendation: insufficient_statistical_evidence.")
 
 
+def test_enough_seeds_without_evidence_say_what_they_could_have_found(tmp_path):
+    settings = made(tmp_path / "c", [0.1, -0.1, 0.2, -0.2, 0.1, 0.0])
+    found = found_in(tmp_path / "c", settings)
+    detectable = found.contrasts[0].comparison.detectable
+    assert f"6 seeds find a difference of {100 * detectable:.1f} points 80% of the time." in found.verdict
+    assert found.recommendation == "insufficient_statistical_evidence"
+
+
+def test_an_anytime_campaign_may_add_the_seeds_that_are_lacking(tmp_path):
+    settings = made(tmp_path / "c", [0.1, -0.1, 0.3], seeds=3, stopping="anytime")
+    found = found_in(tmp_path / "c", settings)
+    further = found.contrasts[0].comparison.further_runs
+    assert further > 0
+    assert f"you need {further} more, and may add them here" in found.verdict
+
+
+def test_arms_that_score_alike_differ_by_nothing_in_words(tmp_path):
+    settings = made(tmp_path / "c", [0.0] * 6)
+    verdict = found_in(tmp_path / "c", settings).verdict
+    assert verdict.startswith("new scored exactly as much as old in accuracy on the held-out validation problems")
+    assert verdict.endswith("Recommendation: insufficient_statistical_evidence.")
+
+
 def test_one_seed_says_what_it_cannot_conclude(tmp_path):
     settings = made(tmp_path / "c", [0.5], seeds=1)
     found = found_in(tmp_path / "c", settings)
@@ -70,9 +93,10 @@ def test_a_campaign_that_is_not_finished_decides_nothing(tmp_path):
     assert found.recommendation == "insufficient_statistical_evidence"
 
 
-def test_a_half_written_run_does_not_count(tmp_path):
+@pytest.mark.parametrize("half", [b'{"test_aft', '{"task": "d\u00e9'.encode()[:-1]])  # the second within a letter
+def test_a_half_written_run_does_not_count(tmp_path, half):
     settings = made(tmp_path / "c")
-    (tmp_path / "c" / "runs" / "new" / "seed5" / "summary.json").write_text('{"test_aft')
+    (tmp_path / "c" / "runs" / "new" / "seed5" / "summary.json").write_bytes(half)
     assert len(found_in(tmp_path / "c", settings).arms[1].outcomes) == 5
 
 
@@ -99,6 +123,16 @@ def test_runs_on_other_problems_are_refused(tmp_path):
     path = tmp_path / "c" / "runs" / "new" / "seed2" / "metrics.jsonl"
     path.write_text(path.read_text().replace('"problems": 10', '"problems": 7'))
     with pytest.raises(UserError, match=r"judged on \[7, 10\] problems"):
+        found_in(tmp_path / "c", settings)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_run_that_never_looked_at_held_out_problems_is_refused(tmp_path, split):
+    settings = made(tmp_path / "c")
+    path = tmp_path / "c" / "runs" / "new" / "seed2" / "metrics.jsonl"
+    rows = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line).get("split") != split]
+    path.write_text("".join(rows))
+    with pytest.raises(UserError, match="seed2 has no look at held-out problems; run it again, with some"):
         found_in(tmp_path / "c", settings)
 
 
@@ -188,6 +222,41 @@ def test_a_report_with_one_seed_and_no_marks_still_has_every_part(tmp_path):
     assert "too few pairs" in page
     assert "no price given" in page
     write_report(found_in(root, settings), root)
+
+
+def test_one_run_an_arm_is_compared_by_mcnemars_test(tmp_path):
+    root = tmp_path / "c"
+    settings = made(root, [0.6], seeds=1)  # solves all ten, where the other one solves four of them
+    page = markdown(found_in(root, settings))
+    [row] = [line for line in page.splitlines() if "McNemar" in line and line.startswith("| new |")]
+    same = found_in(root, settings).contrasts[0].same_models
+    assert same.mcnemar_p == 2 / 2**6  # six problems changed sides, all in one direction
+    assert "| new | +60.00 |" in row
+    assert "McNemar p 0.03125, Newcombe +" in row
+
+
+def test_analyze_prints_the_verdict_and_writes_it_down(tmp_path, capsys):
+    root = tmp_path / "c"
+    settings = made(root)
+    assert main(["campaign", "analyze", str(root)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == found_in(root, settings).verdict
+    assert said[1] == f"written to {root / 'analysis' / 'analysis.json'}"
+    assert json.loads((root / "analysis" / "analysis.json").read_text())["recommendation"] == (
+        "statistically_significant_improvement"
+    )
+
+
+def test_status_says_what_failed(tmp_path, capsys):
+    made(tmp_path / "c", [], seeds=1)
+    rows = [("old", 0, 1.5), ("new", 3, 2.0)]
+    with (tmp_path / "c" / "progress.jsonl").open("w") as file:
+        for arm, code, seconds in rows:
+            file.write(json.dumps({"arm": arm, "seed": 0, "returncode": code, "seconds": seconds}) + "\n")
+    write_run(tmp_path / "c" / "runs" / "old" / "seed0", [0.1, 0.2])
+    assert main(["campaign", "status", str(tmp_path / "c")]) == 0
+    states = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert states == {"old-seed0": "finished in 2 s", "new-seed0": "failed (3)"}
 
 
 def test_status_says_what_is_finished_and_what_is_to_come(tmp_path, capsys):

@@ -11,6 +11,8 @@ import pytest
 from tiny_folder import SMALL, write_tiny_model
 
 from textpolicy.campaign.jobs import Job, carry_out, read_attempts
+from textpolicy.campaign.plan import finished
+from textpolicy.cli import main
 from textpolicy.errors import UserError
 
 RUN = """
@@ -100,6 +102,108 @@ def test_one_campaign_at_a_time_works_in_a_folder(tmp_path, module, monkeypatch)
 
     quietly([job(root, module, "a")], root, enough=second)
     assert held
+
+
+def test_what_failed_runs_left_is_kept_side_by_side(tmp_path, module):
+    root = tmp_path / "c"
+    for _ in range(3):
+        quietly([job(root, module, "a", 0, 0.0, "fail")], root)
+    left = sorted(p.name for p in (root / "runs" / "a").iterdir())
+    assert left == ["seed0", "seed0.unfinished1", "seed0.unfinished2"]
+
+
+STUBBORN = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN if sys.argv[2:] == ["stubborn"] else signal.SIG_DFL)
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir()
+(folder / "began").write_text("")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("how", "ended_by"), [((), signal.SIGTERM), (("stubborn",), signal.SIGKILL)])
+def test_ctrl_c_leaves_no_run_behind(tmp_path, module, monkeypatch, how, ended_by):
+    root = tmp_path / "c"
+    (tmp_path / "pretended_run.py").write_text(STUBBORN)
+    if how:
+        monkeypatch.setattr("textpolicy.campaign.jobs._PATIENCE", 0.3)
+    folders = [root / "runs" / arm / "seed0" for arm in ("a", "b")]
+    started, popen = [], subprocess.Popen
+
+    def noted(*arguments, **keywords):
+        started.append(popen(*arguments, **keywords))
+        return started[-1]
+
+    def interrupted(text):
+        if text.startswith("b-seed0"):
+            wait_for(folders[0] / "began")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", noted)
+    jobs = [Job(f.parent.name, 0, f, (module, str(f), *how), lambda folder: False) for f in folders]
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(jobs, root, parallel=2, say=interrupted)
+    assert [process.poll() for process in started] == [-ended_by]
+    assert not folders[1].exists()
+
+
+# ---- the command, with runs that only write what they would have learned
+
+
+TRAINED = """
+import pathlib, sys
+from made_runs import write_run
+if sys.argv[2] == "fails":
+    sys.exit(3)
+write_run(pathlib.Path(sys.argv[1]), [0.1, float(sys.argv[2])])
+"""
+DUEL = "seeds = [0]\n[arms.old]\n[arms.new]\nsteps = 9\n"
+
+
+@pytest.fixture
+def duel(tmp_path, module, monkeypatch):
+    """``duel(old, new)``: the exit code of the command, with what either arm learns, or "fails"."""
+    (tmp_path / "pretended_run.py").write_text(TRAINED)
+    here = os.path.dirname(__file__)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.environ["PYTHONPATH"], here]))
+    (tmp_path / "duel.toml").write_text(DUEL)
+
+    def run(*learns, source=tmp_path / "duel.toml", words=(f"--output={tmp_path / 'c'}",)):
+        def jobs(settings, root):
+            folders = {arm: root / "runs" / arm / "seed0" for arm in settings.arms}
+            pairs = zip(folders.items(), learns, strict=True)
+            return [Job(arm, 0, f, (module, str(f), str(learnt)), finished) for (arm, f), learnt in pairs]
+
+        monkeypatch.setattr("textpolicy.campaign.commands.jobs_of", jobs)
+        return main(["campaign", "run", str(source), *words])
+
+    return run
+
+
+def test_a_campaign_that_is_finished_ends_with_its_report(tmp_path, duel, capsys):
+    assert duel(0.3, 0.5) == 0
+    said = capsys.readouterr().out
+    assert "new scored 20.0 points above old" in said
+    assert f"written to {tmp_path / 'c' / 'analysis'}" in said
+    assert json.loads((tmp_path / "c" / "manifest.json").read_text())["status"] == "completed"
+
+
+def test_a_campaign_in_which_a_run_failed_says_so_and_goes_on_by_the_same_command(tmp_path, duel, capsys):
+    assert duel("fails", 0.5) == 1
+    assert "failed: the same command goes on with what is not finished" in capsys.readouterr().out
+    assert json.loads((tmp_path / "c" / "manifest.json").read_text())["status"] == "failed"
+    assert not (tmp_path / "c" / "runs" / "new").exists()
+    assert duel(0.3, 0.5, source=tmp_path / "c", words=()) == 0  # by its folder, which knows the plan
+    assert "new scored 20.0 points above old" in capsys.readouterr().out
+
+
+def test_a_campaign_by_its_folder_takes_no_other_plan(tmp_path, duel, capsys):
+    assert main(["campaign", "plan", str(tmp_path / "duel.toml"), f"--output={tmp_path / 'c'}"]) == 0
+    for words in (["--seeds=1"], [f"--output={tmp_path / 'd'}"]):
+        assert duel(0.3, 0.5, source=tmp_path / "c", words=words) == 2
+        assert "is planned already; give its TOML file beside --output to change it" in capsys.readouterr().err
+    assert not (tmp_path / "c" / "runs").exists()
 
 
 def test_less_than_one_at_a_time_is_refused(tmp_path):

@@ -192,7 +192,24 @@ def test_a_sepa_campaign_that_cannot_work_leaves_nothing(tmp_path, capsys, words
     assert not (tmp_path / "c").exists()
 
 
+def test_a_sepa_campaign_that_is_not_finished_says_that_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sepa_campaign, "carry_out", lambda *_, **__: [])
+    assert sepa(tmp_path / "c", "--seeds", "1", "2", "--execute") == 1
+    assert capsys.readouterr().out == f"partial: {tmp_path / 'c'}; the same command goes on\n"
+    assert read(tmp_path / "c" / "manifest.json")["status"] == "partial"
+    assert not (tmp_path / "c" / "analysis").exists()
+
+
 # ---- words
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sepa_campaign, "carry_out", interrupted)
+    assert sepa(tmp_path / "c", "--execute") == 130
+    assert capsys.readouterr().err == "sepa: stopped by Ctrl-C; the same command goes on\n"
 
 
 def test_lists_may_stand_word_by_word():

@@ -297,3 +297,24 @@ def test_the_weights_of_rewards_follow_from_their_sum():
     [finding] = [f for f in examine(facts(episodes=two_rewards(0.01))).findings if f.name == "one_part_dominates"]
     assert finding.evidence == pytest.approx({"spread/right": 0.5, "spread/bare": 0.005})
     assert "bare (1.0% of its spread)" in finding.what
+
+
+def episodes_of(reward):
+    """Right and bare as above, and a reward made of them in some way."""
+    pairs = [(g, i, i % 2, i // 2 % 2) for g in range(8) for i in range(4)]
+    return [episode(f"{g} {i}", reward(r, b), g, bool(r), right=float(r), bare=float(b)) for g, i, r, b in pairs]
+
+
+def test_where_the_reward_is_no_sum_of_its_parts_none_is_said_to_decide():
+    assert "one_part_dominates" in found(facts(episodes=episodes_of(lambda r, b: r + 0.01 * b)))
+    for other in (lambda r, b: r * b, lambda r, b: float("nan")):  # of parts multiplied, and where nothing was scored
+        report = examine(facts(episodes=episodes_of(other)))
+        assert "one_part_dominates" in report.looked
+        assert "one_part_dominates" not in [finding.name for finding in report.findings]
+
+
+def test_every_rule_says_what_it_looks_for_in_a_sentence():
+    for rule in RULES:
+        assert rule.summary[0].isupper()
+        assert rule.summary.endswith(".")
+        assert "\n" not in rule.summary

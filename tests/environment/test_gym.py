@@ -1,5 +1,7 @@
 """Gymnasium's environments, the real ones: one by one, side by side, and played by a language model."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 from chat_tokenizers import ScriptedEngine, chat_tokenizer
@@ -68,6 +70,37 @@ def test_a_clone_has_the_same_settings_and_its_own_state():
     assert clone.reset()[0] == 0
     assert clone.step(DOWN)["observation"] == 4
     assert env.step(DOWN)["observation"] == 8
+
+
+def test_what_it_renders_is_the_games_own_picture_and_a_closed_one_is_closed():
+    closed = []
+
+    class Drawn(gymnasium.Env):
+        observation_space = action_space = gymnasium.spaces.Discrete(2)
+        metadata: ClassVar = {"render_modes": ["ansi"], "render_fps": 4}
+
+        def __init__(self, render_mode=None):
+            self.render_mode = render_mode
+
+        def reset(self, *, seed=None, options=None):
+            return 0, {}
+
+        def render(self):
+            return "a lake"
+
+        def close(self):
+            closed.append(True)
+
+    gymnasium.register("Drawn-v0", Drawn)
+    try:
+        env = GymAdapter("Drawn-v0", render_mode="ansi")
+        env.reset()
+        assert env.render() == "a lake"
+        assert closed == []
+        env.close()
+        assert closed == [True]
+    finally:
+        gymnasium.registry.pop("Drawn-v0")
 
 
 def test_a_runner_collects_from_one():

@@ -86,6 +86,9 @@ def test_other_files_that_cannot_be_read_are_one_sentence_too(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes('{"a": "ü"}'.encode("latin-1"))
     with pytest.raises(UserError, match=r"latin\.jsonl is not UTF-8"):
         read_rows(tmp_path / "latin.jsonl")
+    (tmp_path / "long.csv").write_text("a,b\n1," + "x" * 200_000 + "\n")
+    with pytest.raises(UserError, match=r"long\.csv is no sound CSV file \(field larger than field limit"):
+        read_rows(tmp_path / "long.csv")
     pytest.importorskip("pyarrow", reason="Parquet is an extra: pip install 'textpolicy[data]'")
     (tmp_path / "no.parquet").write_text("no")
     with pytest.raises(UserError, match=r"no\.parquet is no Parquet file"):

@@ -10,6 +10,7 @@ from chat_tokenizers import SPECIAL, ScriptedEngine, chat_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
+from toy_tokenizers import Letters
 
 from textpolicy.engine import Sampling
 from textpolicy.environment import Tool, ToolCall, ToolEnv, parse_calls
@@ -262,6 +263,14 @@ def test_a_system_message_and_the_tools_share_one_message():
     assert "<tool_call>" in with_system
     assert "<tool_call>" in without
     assert env.prompt_text(0) == env.prompt_text(1) == "the user"
+
+
+def test_without_a_chat_template_the_tools_stand_in_front_of_the_prompt():
+    env = ToolEnv(["the user"], [add], answered, tokenizer=Letters())
+    text = Letters().decode(env.prompt_ids(0))
+    assert text.count('"Add two numbers."') == 1
+    assert "<tool_call>" in text
+    assert text.endswith("\n\nthe user")
 
 
 def test_a_way_of_calling_of_ones_own_is_described_in_ones_own_words_or_not_at_all():

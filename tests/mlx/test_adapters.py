@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from dataclasses import replace
 
 import mlx_lm.tuner.utils
@@ -13,7 +14,7 @@ import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below m
 # isort: split
 import mlx.core as mx
 import mlx.nn as nn
-from conftest import VOCABULARY, random_episodes, recipe, tiny_llama
+from conftest import VOCABULARY, files_of_at_most, random_episodes, recipe, tiny_llama
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen3_moe
 
@@ -208,6 +209,70 @@ def test_a_folder_of_mlx_lm_is_read_and_can_be_saved_again(kind, tmp_path):
     np.testing.assert_array_equal(logprobs(again), logprobs(loaded))
 
 
+def written_by_mlx_lm(path, arrays, **config):
+    path.mkdir()
+    mx.save_safetensors(str(path / "adapters.safetensors"), arrays)
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_weights_that_mlx_lm_trained_in_full_are_read(tmp_path):
+    theirs = tiny_llama(VOCABULARY)
+    moved = {"model.layers.1.mlp.up_proj.weight": mx.random.normal((64, 32))}
+    theirs.load_weights(list(moved.items()), strict=False)
+    folder = written_by_mlx_lm(tmp_path / "theirs", moved, fine_tune_type="full", num_layers=1)
+    loaded = load_adapter(tiny_llama(VOCABULARY), folder)
+    np.testing.assert_array_equal(logprobs(loaded), logprobs(theirs))
+    assert attached(loaded).adapter == Full()
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"rank": 3, "scale": 5.0, "dropout": 0.0, "keys": ["input_layernorm"]}, "RMSNorm"),
+        ({"rank": 3, "scale": 5.0, "keys": ["self_attn.q_proj"]}, r"KeyError\('dropout'\)"),
+        (
+            {"rank": 0, "scale": 5.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]},
+            "the LoRA rank is 0; set it to 1 or more",
+        ),
+    ],
+)
+def test_a_folder_of_mlx_lm_that_cannot_be_put_on_the_model_leaves_the_base_as_it_was(how, says, tmp_path):
+    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": how}
+    folder = written_by_mlx_lm(tmp_path / "theirs", {"a": mx.zeros((3, 3))}, **config)
+    base = tiny_llama(VOCABULARY)
+    before = arrays(base)
+    with pytest.raises(UserError, match=says):
+        load_adapter(base, folder)
+    assert arrays(base).keys() == before.keys()
+    assert attached(base) is None
+
+
+def test_values_are_read_again_neither_from_mlx_lm_nor_from_another_base(tmp_path):
+    model = adapted("lora")
+    theirs = written_by_mlx_lm(
+        tmp_path / "theirs", trainable(model), fine_tune_type="lora", lora_parameters={"rank": 4, "scale": 2.0}
+    )
+    save_adapter(attach(tiny_llama(VOCABULARY, seed=1), LoRA(rank=4)), tmp_path / "other")
+    before = logprobs(model)
+    with pytest.raises(UserError, match="was not written by textpolicy; load it on a fresh base"):
+        reread_adapter(model, theirs)
+    with pytest.raises(UserError, match="is a llama of this size with other weights, the base of the adapter"):
+        reread_adapter(model, tmp_path / "other")
+    assert np.array_equal(logprobs(model), before)
+
+
+def test_an_adapter_on_a_quantised_base_is_read_onto_the_same_one(tmp_path):
+    base = tiny_llama(VOCABULARY)
+    nn.quantize(base, 32, 4)
+    model = attach(base, TinyLoRA())
+    model.load_weights([(n, v + 0.5) for n, v in trainable(model).items()], strict=False)
+    save_adapter(model, tmp_path / "adapter")
+    again = tiny_llama(VOCABULARY)
+    nn.quantize(again, 32, 4)
+    assert np.array_equal(logprobs(load_adapter(again, tmp_path / "adapter")), logprobs(model))
+
+
 def test_the_same_base_quantised_takes_the_adapter_with_a_warning(tmp_path, caplog):
     save_adapter(adapted("lora"), tmp_path / "adapter")
     base = tiny_llama(VOCABULARY)
@@ -327,6 +392,54 @@ def test_an_interrupted_save_leaves_the_older_adapter(tmp_path, monkeypatch):
     assert {p.name for p in tmp_path.iterdir()} <= {"adapter", "adapter.safetensors", "cache"}
     for place in ("adapter", "adapter.safetensors"):
         assert np.array_equal(logprobs(load_adapter(tiny_llama(VOCABULARY), tmp_path / place)), logprobs(model))
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_a_rename_that_fails_brings_the_older_adapter_back(error, tmp_path, monkeypatch):
+    model, rename = adapted("lora"), os.replace
+    save_adapter(model, tmp_path / "adapter")
+
+    def failing(source, target):
+        if source.name == "adapter" and source.parent != tmp_path:  # the new one, into its place
+            raise error
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    for name in ("adapter", "first"):
+        with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt) as raised:
+            save_adapter(adapted("lora", seed=5), tmp_path / name)
+        if isinstance(error, OSError):
+            assert f"cannot write the adapter to {tmp_path / name} (Input/output error);" in str(raised.value)
+    monkeypatch.undo()
+    assert {p.name for p in tmp_path.iterdir()} <= {"adapter", "cache"}
+    assert np.array_equal(logprobs(load_adapter(tiny_llama(VOCABULARY), tmp_path / "adapter")), logprobs(model))
+
+
+@pytest.mark.parametrize("place", ["adapter", "adapter.safetensors"])
+def test_a_disk_without_room_is_one_sentence_and_leaves_the_older_adapter(place, tmp_path):
+    model = adapted("lora")
+    save_adapter(model, tmp_path / place)
+    with (
+        files_of_at_most(1000),
+        pytest.raises(UserError, match=r"cannot write the adapter to .*; choose another"),
+    ):
+        save_adapter(adapted("lora", seed=5), tmp_path / place)
+    assert {p.name for p in tmp_path.iterdir()} <= {place, "cache"}
+    assert np.array_equal(logprobs(load_adapter(tiny_llama(VOCABULARY), tmp_path / place)), logprobs(model))
+
+
+def test_an_adapter_below_a_file_cannot_be_written(tmp_path):
+    (tmp_path / "results.txt").write_text("a year's work")
+    with pytest.raises(UserError, match=r"cannot write the adapter to .*adapter .*; choose another place"):
+        save_adapter(adapted("lora"), tmp_path / "results.txt" / "adapter")
+    assert (tmp_path / "results.txt").read_text() == "a year's work"
+
+
+def test_the_file_in_a_folder_stands_for_the_folder(tmp_path):
+    model = adapted("lora")
+    save_adapter(model, tmp_path / "adapter")
+    again = load_adapter(tiny_llama(VOCABULARY), tmp_path / "adapter" / "adapters.safetensors")
+    assert np.array_equal(logprobs(again), logprobs(model))
 
 
 @pytest.mark.parametrize(
@@ -491,12 +604,22 @@ def test_every_kind_is_known_by_its_name():
         (lambda: attach(tiny_llama(9), QLoRA(bits=7, group_size=32)), "cannot be quantised to 7 bits"),
         (lambda: attach(quantised(8), QLoRA(bits=4)), "quantised to 8 bits and bits is 4"),
         (lambda: attach(quantised(8), Full()), "cannot be trained in full"),
+        (
+            lambda: attach(of_norms_alone(), LoRA()),
+            "blocks of this RMSNorm hold no linear module; train it in full",
+        ),
         (lambda: attach(quantised(6), DoRA()), "cannot sit on weights of 6 bits"),
     ],
 )
 def test_what_cannot_work_is_refused_in_a_sentence(call, says):
     with pytest.raises(UserError, match=says):
         call()
+
+
+def of_norms_alone():
+    model = tiny_llama(9)
+    model.model.layers = [nn.RMSNorm(32), nn.RMSNorm(32)]
+    return model
 
 
 def quantised(bits):
@@ -536,6 +659,10 @@ def test_a_cache_that_cannot_be_written_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("TEXTPOLICY_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="set TEXTPOLICY_CACHE to a folder"):
         attach(tiny_llama(9), TinyLoRA())
+    monkeypatch.setenv("TEXTPOLICY_CACHE", str(tmp_path / "small"))
+    with files_of_at_most(1000), pytest.raises(UserError, match="set TEXTPOLICY_CACHE to a folder with room"):
+        attach(tiny_llama(9), TinyLoRA())
+    assert [p for p in (tmp_path / "small").rglob("*") if p.is_file()] == []
 
 
 def test_an_adapter_depends_on_its_seed_alone():

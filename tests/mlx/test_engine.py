@@ -1,14 +1,16 @@
 """The MLX engine against naive oracles: one sequence at a time, nothing shared."""
 
 import dataclasses
+import errno
 from functools import partial
 from itertools import chain
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import VOCABULARY, random_episodes, recipe
+from conftest import VOCABULARY, files_of_at_most, random_episodes, recipe, tiny_llama
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
@@ -16,7 +18,7 @@ from textpolicy.algorithms import ALGORITHMS
 from textpolicy.engine import Sampling
 from textpolicy.errors import UserError
 from textpolicy.losses import Surrogate, policy_objective
-from textpolicy.mlx.engine import _objective_with_stats
+from textpolicy.mlx.engine import MLXEngine, _objective_with_stats
 from textpolicy.mlx.lora import attach_lora, trainable
 from textpolicy.mlx.scoring import arrays
 from textpolicy.types import Episode
@@ -219,3 +221,59 @@ def test_a_fresh_adapter_changes_nothing_and_is_fixed_by_its_seed():
     again = attach_lora(llama.Model(args), rank=2, seed=11)
     for name, value in trainable(adapted).items():
         np.testing.assert_array_equal(np.array(value), np.array(trainable(again)[name]))
+
+
+# ---- the state of a run
+
+
+def trained_engine(rank=4, layers=2, optimizer=None, vocabulary=VOCABULARY):
+    model = attach_lora(tiny_llama(vocabulary, layers=layers), rank=rank)
+    engine = MLXEngine(model, stop=[0], optimizer=optimizer)
+    engine.update(recipe("grpo").credit(random_episodes(np.random.default_rng(0))), Surrogate(), 1e-2)
+    return engine
+
+
+def test_an_engine_goes_on_from_its_state_as_if_it_had_not_stopped(tmp_path):
+    engine, other = trained_engine(), trained_engine()
+    batch = recipe("grpo").credit(random_episodes(np.random.default_rng(5)))
+    other.update(batch, Surrogate(), 1e-1)
+    engine.write_state(tmp_path)
+    other.read_state(tmp_path)
+    for e in (engine, other):
+        e.update(batch, Surrogate(), 1e-2)
+    for (name, a), b in zip(engine.weights().items(), other.weights().values(), strict=True):
+        assert np.array_equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"rank": 2}, r"lora_\w is \(.*\) mlx\.core\.float32 and the model's \("),
+        ({"layers": 1}, r"this model has no weights\.model\.layers\.1\."),
+        ({"layers": 3}, r"it lacks weights\.model\.layers\.2\."),
+        ({"optimizer": optim.SGD(1e-3)}, r"this model has no optimizer\."),
+    ],
+)
+def test_the_state_of_another_model_or_optimiser_is_refused_and_changes_nothing(other, says, tmp_path):
+    trained_engine().write_state(tmp_path)
+    engine = trained_engine(**other)
+    before, key = engine.weights(), np.array(mx.random.state[0])
+    with pytest.raises(UserError, match=says) as raised:
+        engine.read_state(tmp_path)
+    assert "is of another model or optimiser" in str(raised.value)
+    for name, value in engine.weights().items():
+        assert np.array_equal(value, before[name]), name
+    assert np.array_equal(mx.random.state[0], key)
+
+
+def test_a_state_that_there_is_no_room_for_is_an_error_of_the_disk(tmp_path):
+    engine = trained_engine()
+    with files_of_at_most(1000), pytest.raises(OSError, match="Unable to write") as raised:
+        engine.write_state(tmp_path)
+    assert raised.value.errno in (errno.EIO, errno.ENOSPC)
+    assert raised.value.filename == str(tmp_path / "engine.safetensors")
+
+
+def test_fewer_blocks_than_none_cannot_be_recomputed(tiny_engine):
+    with pytest.raises(UserError, match=r"checkpoint_every is -1; set it to 0 \(keep all activations\) or more"):
+        MLXEngine(tiny_engine.model, stop=[0], checkpoint_every=-1)

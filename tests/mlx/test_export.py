@@ -14,6 +14,7 @@ import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below m
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+from conftest import files_of_at_most
 from gguf import GGMLQuantizationType as Kind
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -487,6 +488,7 @@ def edited_base(tmp_path, **changes):
     ("to", "changes", "sentence"),
     [
         ("hf", {"model_type": "mixtral"}, "of type 'mixtral', whose weights mlx-lm may keep in a layout of its own"),
+        ("gguf", {"model_type": "qwen2"}, "--to gguf writes llama and mistral models and this is a 'qwen2'"),
         ("gguf", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "writes the plain rotation"),
         ("gguf", {"sliding_window": 16}, "has a sliding window"),
         ("gguf", {"max_position_embeddings": None}, "no max_position_embeddings"),
@@ -518,6 +520,15 @@ def test_tokenizers_that_gguf_cannot_name_are_refused(capsys, tmp_path, change, 
     assert sentence in refused(capsys, f"--model={base}", "--to=gguf", f"--out={tmp_path / 'out.gguf'}")
 
 
+def test_a_tokenizer_that_is_no_file_of_rust_is_refused(capsys, tmp_path, monkeypatch):
+    base = edited_base(tmp_path)
+    loaded = load_model(base)
+    (base / "tokenizer.json").unlink()
+    monkeypatch.setattr("textpolicy.mlx.models.load_model", lambda *_: loaded)
+    said = refused(capsys, f"--model={base}", "--to=gguf", f"--out={tmp_path / 'out.gguf'}")
+    assert "has no tokenizer.json, which --to gguf reads; use --to mlx or hf" in said
+
+
 def test_a_number_beyond_float16_is_refused(capsys, tmp_path):
     def huge(weights):
         weights["blk.0.ffn_up.weight"][3, 3] = 1e6
@@ -547,6 +558,17 @@ def test_an_export_that_stops_half_way_leaves_nothing(capsys, tmp_path, monkeypa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "small.gguf"]
     if code == 2:
         assert "cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["mlx", "hf", "peft", "gguf"])
+def test_a_disk_without_room_is_one_sentence(capsys, tmp_path, to):
+    run = run_folder(tmp_path)
+    find_model(tmp_path / "small.gguf")  # in the cache before the disk is full
+    base = ["--base=a/b"] if to == "peft" else []
+    with files_of_at_most(4096):
+        said = refused(capsys, run, f"--to={to}", *base, f"--out={tmp_path / 'out'}")
+    assert f"cannot write {tmp_path / 'out'} (" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "small.gguf"]
 
 
 def test_the_line_at_the_end_says_what_and_how_to_load_it(capsys, tmp_path):

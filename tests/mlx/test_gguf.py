@@ -71,9 +71,18 @@ def tensors(tied=True):
     return {name: array.astype(np.float32) for name, array in weights.items()}
 
 
-def write(path, kind=Kind.F32, embedding=None, architecture="llama", tied=True, edit=None, **metadata):
+def write(
+    path,
+    kind=Kind.F32,
+    embedding=None,
+    architecture="llama",
+    tied=True,
+    edit=None,
+    endianess=gguf.GGUFEndian.LITTLE,
+    **metadata,
+):
     """A small GGUF file; ``metadata`` overrides an entry (``__`` for a dot), None leaves it out."""
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, endianess=endianess)
     for key, value in (METADATA | {name.replace("__", "."): value for name, value in metadata.items()}).items():
         add_value(writer, key, value)
     weights = tensors(tied)
@@ -286,6 +295,16 @@ REFUSED = {
     "endless layers": ({"llama__block_count": 4_000_000_000}, "4000000000 layers"),
     "a merge of three": ({"tokenizer__ggml__merges": ["h e l"]}, "not a pair"),
     "a merge of unknowns": ({"tokenizer__ggml__merges": ["he xyzzy"]}, "do not fit"),
+    "merges that are no text": (
+        {"tokenizer__ggml__merges": [1, 2]},
+        "something else than str in tokenizer.ggml.merges",
+    ),
+    "a list of lists": ({"general__tags": [[1, 2], [3]]}, "'general.tags' is a nested array"),
+    "the other byte order": ({"endianess": gguf.GGUFEndian.BIG}, "byte order is not that of this machine"),
+    "a tensor of five dimensions": (
+        {"edit": replaced("five.weight", (1, 1, 1, 1, 8))},
+        r"has the shape \[8, 1, 1, 1, 1\]",
+    ),
     "token types missing": ({"tokenizer__ggml__token_type": [1]}, "1 token types"),
     "a tensor missing": ({"edit": without("blk.1.ffn_up.weight")}, "lacks the tensor blk.1.ffn_up.weight"),
     "a tensor too many": ({"edit": replaced("rope_freqs.weight", 8)}, r"'rope_freqs\.weight' .* is not known"),
@@ -330,6 +349,24 @@ def test_sizes_that_lie_are_refused(tmp_path):
             path.write_bytes(original[:place] + struct.pack("<Q", lie) + original[place + 8 :])
             with pytest.raises(UserError, match=r"lie\.gguf"):
                 read_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "there", "instead", "says"),
+    [
+        (b"tokenizer.ggml.model", b"gpt2", b"gp\xff2", "has text that is not UTF-8 in tokenizer.ggml.model"),
+        (b"tokenizer.ggml.tokens", b"hello", b"hell\xff", "has text that is not UTF-8 in tokenizer.ggml.tokens"),
+        (b"output_norm.weight", b"\x40\0\0\0\0\0\0\0\0\0\0\0", b"\x40\0\0\0\0\0\0\0\0\0\0\0\x07", "lies at the offset"),
+    ],
+)
+def test_bytes_that_are_wrong_within_a_value_are_named(place, there, instead, says, tmp_path):
+    content = write(tmp_path / "m.gguf").read_bytes()
+    at = content.index(there, content.index(place))
+    path = tmp_path / "lie.gguf"
+    path.write_bytes(content[:at] + instead + content[at + len(instead) :])
+    with pytest.raises(UserError, match=says) as caught:
+        read_gguf(path)
+    assert "\n" not in str(caught.value)
 
 
 TORTURE = """

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import gguf
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+from conftest import files_of_at_most
 from gguf import GGMLQuantizationType as Kind
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -173,6 +175,14 @@ def test_a_built_in_that_is_not_installed_says_how_to_install_it(monkeypatch):
         load_model("smollm2-135m")
 
 
+def test_a_built_in_whose_package_lost_its_file_says_how_to_install_it_again(tmp_path, monkeypatch):
+    (tmp_path / "hollow_model.py").write_text("raise RuntimeError('not to be imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(MODELS, "smollm2-135m", replace(MODELS["smollm2-135m"], package="hollow_model"))
+    with pytest.raises(UserError, match=r"package of the model 'smollm2-135m' lacks .*; install it again with: pip"):
+        load_model("smollm2-135m")
+
+
 def test_the_built_ins_package_is_found_without_being_imported(smollm):
     assert MODELS["smollm2-135m"].package not in sys.modules
 
@@ -306,6 +316,40 @@ def test_a_hub_id_offline_is_one_sentence_at_once():
     assert time.monotonic() - started < 30
 
 
+def test_what_the_hub_gives_is_looked_at_like_any_folder(small, tmp_path, monkeypatch):
+    folder, asked = find_model(small), []
+
+    def snapshot(name, allow_patterns):
+        asked.append(name)
+        return str(folder if name == "some-one/good.model" else tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert find_model("some-one/good.model") == folder
+    with pytest.raises(UserError, match=r"has no config\.json; give the folder of a Hugging Face or MLX model"):
+        find_model("some-one/data-only")
+    assert asked == ["some-one/good.model", "some-one/data-only"]
+
+
+@pytest.mark.parametrize("kind", ["no network", "no access", "no name"])
+def test_what_the_hub_refuses_is_one_sentence(kind, monkeypatch):
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    errors = {
+        "no network": LocalEntryNotFoundError("cannot reach the hub\nand three more lines"),
+        "no access": PermissionError("a gated repository\nask for access"),
+        "no name": HFValidationError("not a repository's name"),
+    }
+
+    def refuse(name, **how):
+        raise errors[kind]
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(UserError, match="'some-one/model' is not a folder here, and the hub did not give it") as raised:
+        find_model("some-one/model")
+    assert str(errors[kind]).splitlines()[0] in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
 def python(code, **environment):
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -374,3 +418,7 @@ def test_a_cache_that_cannot_be_written_says_so(small, tmp_path, monkeypatch):
     monkeypatch.setenv("TEXTPOLICY_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="set TEXTPOLICY_CACHE to a folder"):
         find_model(small)
+    monkeypatch.setenv("TEXTPOLICY_CACHE", str(tmp_path / "small"))
+    with files_of_at_most(50_000), pytest.raises(UserError, match="set TEXTPOLICY_CACHE to a folder with room"):
+        find_model(small)
+    assert [p for p in (tmp_path / "small" / "models").iterdir() if p.is_dir()] == []

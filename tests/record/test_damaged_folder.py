@@ -43,6 +43,10 @@ ROWS = {
     "no kind": (b'{"step": 3}\n', "is no row of a run"),
     "a step of text": (b'{"kind": "train", "step": "3"}\n', "has no number as its step"),
     "a figure of text": (b'{"kind": "train", "step": 9, "loss": "low"}\n', "a figure that is no number ('loss')"),
+    "a look at nothing": (
+        b'{"kind": "eval", "step": 9, "accuracy": 0.5, "problems": 2}\n',
+        "does not say of which split it is",
+    ),
     "a look without a figure": (b'{"kind": "eval", "step": 9, "split": "test"}\n', "has no number as its accuracy"),
 }
 DAMAGES = {

@@ -183,6 +183,17 @@ def test_metrics_have_a_column_for_every_name_and_the_line_being_written_is_left
     assert loaded.metrics.to_pandas()["entropy"].iloc[1] == 1.5
 
 
+def test_versions_and_summary_are_those_of_the_files_and_empty_without_them(run):
+    (run / "metrics.jsonl").write_text("")
+    assert (load_run(run).versions, load_run(run).summary, load_run(run).config) == ({}, {}, {})
+    (run / "versions.json").write_text('{"mlx": "0.30"}')
+    (run / "summary.json").write_text('{"kept_step": 3}')
+    assert (load_run(run).versions, load_run(run).summary) == ({"mlx": "0.30"}, {"kept_step": 3})
+    (run / "summary.json").write_text('"done"')
+    with pytest.raises(UserError, match=r"summary\.json is not a JSON object; the run folder is damaged"):
+        load_run(run).summary  # noqa: B018
+
+
 def test_another_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="is no run folder"):
         load_run(tmp_path)

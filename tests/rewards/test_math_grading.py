@@ -320,6 +320,36 @@ def test_a_child_that_was_killed_idle_or_at_work_is_replaced_and_the_request_rep
     assert grade_math_answer("x+1", "1+x")
 
 
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="finds children by pgrep")
+def test_a_process_that_is_killed_every_time_is_said_with_the_answer(monkeypatch):
+    answered, asked = grading._Grader.answered, []
+
+    def killed(self, given, reference, timeout):
+        asked.append(given)
+        children = children_of(self.process.pid)
+        self.process.kill()
+        self.process.wait()
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        return answered(self, given, reference, timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grading._Grader, "answered", killed)
+        with pytest.raises(RewardError, match=r"killed twice at the answer 'x\+1'; look for what kills it"):
+            grade_math_answer("x+1", "1+x")
+    assert asked == ["x+1", "x+1"]
+    assert grade_math_answer("x+1", "1+x")
+
+
+def test_an_answer_whose_child_is_killed_every_time_equals_nothing(monkeypatch):
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(grading._Grader, "answered", lambda self, *_: asked.append(1) or grading.KILLED)
+        assert not grade_math_answer("x+1", "1+x")
+    assert asked == [1, 1]
+    assert grade_math_answer("x+1", "1+x")
+
+
 def test_a_late_answer_costs_its_limit_and_no_start():
     assert grade_math_answer("x+1", "1+x")
     assert 0.2 <= seconds(lambda: grade_math_answer(SLOW, "5", timeout=0.2)) < 0.4

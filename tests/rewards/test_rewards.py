@@ -1,5 +1,6 @@
 """Rewards: the registry, the one call, the built-in formulas worked by hand, the verifiers."""
 
+import inspect
 import logging
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from textpolicy.rewards import (
     verifier,
 )
 from textpolicy.rewards.contract import Fitted
+from textpolicy.rewards.length import plateau
 
 pytestmark = pytest.mark.usefixtures("registries")
 
@@ -398,3 +400,23 @@ def test_a_verified_reward_keeps_its_verdict_and_its_errors():
 def test_a_number_of_another_array_library_is_read_through_float():
     number = type("Scalar", (SimpleNamespace,), {"__float__": lambda self: 0.75})()
     assert scored(number) == Scored(0.75)
+
+
+# ---- for the number of words
+
+
+def test_a_plateau_falls_by_a_share_for_each_word_too_few_or_too_many():
+    assert [plateau(n, 3, 5, 0.5) for n in (0, 1, 2, 3, 5, 6, 8)] == [0, 0.25, 0.5, 1, 1, 0.5, 0.125]
+    assert (plateau(0, low=0), plateau(15), plateau(25)) == (0, 1, 1)
+    assert plateau(26) == plateau(14) == 0.95
+
+
+# ---- functions that say nothing of their arguments
+
+
+def test_a_function_without_a_signature_is_given_all_that_there_is():
+    with pytest.raises(ValueError, match="no signature"):
+        inspect.signature(getattr)
+    fitted = Fitted.of(getattr)
+    assert (fitted.keywords, fitted.batched, fitted.is_async) == (None, False, False)
+    assert fitted.taken({"prompt": "p", "scale": 2}) == {"prompt": "p", "scale": 2}

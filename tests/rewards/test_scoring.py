@@ -29,6 +29,7 @@ from textpolicy.rewards import (
     reward,
     verifier,
 )
+from textpolicy.rewards.background import in_time
 from textpolicy.rollout.collect import collect
 from textpolicy.rollout.dynamic import Rollouts
 from textpolicy.types import Completion, Episode
@@ -274,6 +275,58 @@ def test_a_reward_that_raises_shows_the_prompt_and_the_completion():
         assert isinstance(caught.value.__cause__, KeyError)
 
 
+def test_a_reward_that_says_itself_what_is_wrong_keeps_its_words():
+    def strict(prompt, completion, example):
+        raise RewardError("the example has no label; mend the data")
+
+    with pytest.raises(RewardError) as caught:
+        rewards(strict, "c")
+    assert str(caught.value) == "the example has no label; mend the data"
+
+
+def test_a_scorer_inside_an_async_reward_is_refused_where_it_would_wait_for_itself():
+    async def nested(prompt, completion, example):
+        return rewards(slow_letters, completion)[0]
+
+    with pytest.raises(
+        RewardError, match=r"'nested' raised UserError .*await that reward's own work instead"
+    ) as caught:
+        rewards(nested, "c")
+    assert str(caught.value.__cause__).startswith("a Scorer was called inside an async reward;")
+    assert rewards(slow_letters, "ab") == [2]  # the loop goes on
+
+
+def test_an_async_reward_that_cancels_itself_is_a_failure_like_another():
+    async def gives_up(prompt, completion, example):
+        raise asyncio.CancelledError
+
+    with pytest.raises(RewardError, match=r"raised RuntimeError \('it cancelled itself'\)"):
+        rewards(gives_up, "c")
+    assert np.isnan(rewards(Scorer(gives_up, on_failure="unscorable"), "a")).all()
+
+
+def test_who_no_longer_waits_for_a_reward_cancels_it():
+    seen = []
+
+    async def endlessly():
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            seen.append("cancelled")
+            raise
+
+    async def interrupted():
+        waiting = asyncio.create_task(in_time(endlessly(), None))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(interrupted(), 30))
+    assert seen == ["cancelled"]
+
+
 def test_with_the_policy_unscorable_a_failure_is_nan_and_a_warning_and_the_others_are_scored(caplog):
     def picky(prompt, completion, example):
         return 1 / len(completion)
@@ -437,6 +490,28 @@ def test_a_reward_that_kills_its_worker_every_time_is_a_clear_error_within_five_
     with pytest.raises(RewardError, match="ended its worker process, twice, for prompt 'p' and completion 'a'"):
         rewards(made(lambda prompt, completion, example: os.kill(os.getpid(), signal.SIGKILL)), "a")
     assert time.perf_counter() - started < 5
+
+
+def test_a_worker_that_cannot_start_says_where_to_look(made, monkeypatch):
+    monkeypatch.setattr("textpolicy._processes.interpreter", lambda: ["false"])
+    with pytest.raises(RewardError, match="a worker process for rewards ended at its start; what it wrote to"):
+        rewards(made(letters), "a")
+
+
+def test_a_worker_that_leaves_a_process_with_its_pipe_is_noticed(made, tmp_path):
+    def leaves(prompt, completion, example):
+        if child := os.fork():
+            (tmp_path / str(child)).touch()
+        else:
+            time.sleep(60)
+        os._exit(0)
+
+    with pytest.raises(RewardError, match="ended its worker process, twice"):
+        rewards(made(leaves), "a")
+    children = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(children) == 2
+    for child in children:
+        os.kill(child, signal.SIGKILL)  # which are still there
 
 
 def test_what_a_reward_raises_in_a_worker_is_told_with_its_traceback(made):

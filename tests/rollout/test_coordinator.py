@@ -1,6 +1,7 @@
 """RolloutCoordinator: what it collects, in this process and in others, and what happens when a worker dies."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -214,6 +215,34 @@ def test_a_worker_killed_while_it_works_is_an_error_within_five_seconds(make, ho
         coordinator.collect()
     assert time.perf_counter() - seen["at"] < 5
     killer.join()
+
+
+def test_a_worker_that_leaves_says_its_code_though_a_process_of_its_own_lives_on(make, tmp_path):
+    def leaves(obs, deterministic=False):
+        if child := os.fork():
+            (tmp_path / "child").write_text(str(child))
+            os._exit(3)
+        time.sleep(60)  # and holds the pipe open
+        os._exit(0)
+
+    coordinator = make(Steps, lambda: leaves, workers=1)
+    with pytest.raises(WorkerError, match=r"worker 0 .* died: it ended with code 3; the next"):
+        coordinator.collect()
+    os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)  # which is still there
+
+
+def test_a_worker_that_no_longer_listens_is_ended(make, monkeypatch):
+    def deaf(obs, deterministic=False):
+        os.closerange(3, 256)  # its pipe with them
+        time.sleep(60)
+
+    monkeypatch.setattr("textpolicy.rollout.workers.PATIENCE", 0.2)
+    coordinator = make(Steps, lambda: deaf, workers=1)
+    with pytest.raises(WorkerError, match=r"worker 0 .* died: it does not answer") as raised:
+        coordinator.collect()
+    pid = int(re.search(r"process (\d+)", str(raised.value))[1])
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_a_dead_worker_is_replaced_and_the_others_live_on(make):

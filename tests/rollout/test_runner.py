@@ -283,3 +283,9 @@ def test_an_agent_stands_for_policy_and_strategy():
 def test_a_runner_that_cannot_run_is_refused(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         RolloutRunner(Corridor(), **settings)
+
+
+def test_less_than_one_episode_cannot_be_collected():
+    with pytest.raises(UserError, match="max_episodes is 0; set it to 1 or more"):
+        runner(Corridor()).collect(0)
+    assert runner(Corridor(), max_steps=100).collect(1).episode_count == 1

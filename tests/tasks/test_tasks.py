@@ -1,5 +1,6 @@
 """Tasks: nothing judged is trained on, answers are right, and the reward wants the bare number."""
 
+import itertools
 import re
 import sys
 import time
@@ -19,6 +20,7 @@ from textpolicy.tasks.countdown import evaluate_expression, is_solvable
 from textpolicy.tasks.countdown_game import calculate, solve_countdown
 from textpolicy.tasks.hub import reachable
 from textpolicy.tasks.number import number_reward
+from textpolicy.tasks.splits import distinct
 
 ANSWER = {"addition": sum, "largest": max}  # worked out here from the question's text
 OFFLINE = sorted({*TASKS} - {"math", "math_hub"})
@@ -243,3 +245,9 @@ def test_a_data_set_of_reasoning_gym_is_a_task():
         assert call_reward(task.reward, "", f"<answer>{problem.answer}</answer>", problem.example).is_correct
     with pytest.raises(UserError, match="did you mean 'chain_sum'"):
         load_task("reasoning_gym:chain_sums")
+
+
+def test_fewer_different_problems_than_asked_for_are_refused():
+    assert distinct([1, 2, 1, 3], lambda n: n, 3) == [1, 2, 3]
+    with pytest.raises(UserError, match="only 2 of 3 problems differ; ask for fewer, or for a wider range"):
+        distinct(itertools.cycle([1, 2]), lambda n: n, 3)

@@ -280,3 +280,9 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(capsys):
 def test_a_limit_on_cost_needs_a_price(capsys):
     assert main(["train", "--engine=tinker", "--tinker.max-cost=3"]) == 2
     assert "max_cost is 3 and no price is given" in capsys.readouterr().err
+
+
+def test_a_dry_run_without_prices_says_which_flags_give_them(no_tinker_account, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--engine=tinker", "--model=any", "--dry-run"]) == 0
+    assert "no prices are given; say --tinker.price-prefill" in capsys.readouterr().out

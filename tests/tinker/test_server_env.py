@@ -34,6 +34,28 @@ def test_without_a_python_that_is_new_enough_it_says_which(empty_cache, monkeypa
     assert not server_env.environment_folder().exists()
 
 
+def executable(path, script):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_the_first_python_that_works_is_taken_wherever_it_comes_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "pyenv"))
+    monkeypatch.setattr(sys, "executable", executable(tmp_path / "this", "exit 1"))
+    monkeypatch.setattr(server_env.shutil, "which", lambda name: None)
+    assert server_env.base_python() is None
+    executable(tmp_path / "pyenv" / "versions" / "3.12.1" / "bin" / "python", "exit 1")
+    executable(tmp_path / "pyenv" / "versions" / "3.11.9" / "bin" / "python", "exit 0")  # too old to be asked
+    of_uv = executable(tmp_path / "of_uv", "exit 0")
+    uv = executable(tmp_path / "uv", f"echo {of_uv}")
+    monkeypatch.setattr(server_env.shutil, "which", lambda name: uv if name == "uv" else None)
+    assert server_env.base_python() == of_uv
+    of_pyenv = executable(tmp_path / "pyenv" / "versions" / "3.13.0" / "bin" / "python", "exit 0")
+    assert server_env.base_python() == of_pyenv
+
+
 @pytest.mark.parametrize("uv", [None, "/tools/uv"])
 def test_it_is_made_by_pip_or_by_uv_from_the_pins_alone_and_only_once(empty_cache, monkeypatch, uv):
     called = []
@@ -49,8 +71,11 @@ def test_it_is_made_by_pip_or_by_uv_from_the_pins_alone_and_only_once(empty_cach
     monkeypatch.setattr(server_env, "base_python", lambda: "/tools/python3.12")
     monkeypatch.setattr(server_env, "_run", run)
     monkeypatch.setattr(server_env.shutil, "which", lambda name: uv)
+    left = server_env.environment_folder().with_name(f"{server_env.environment_folder().name}.tmp-killed")
+    left.mkdir(parents=True)
     said = []
     python = server_env.server_python(said.append)
+    assert not left.exists()
     assert python == server_env.environment_folder() / "bin" / "python"
     assert len(said) == 1
     assert ["pip" in command for command in called] == [False, True]

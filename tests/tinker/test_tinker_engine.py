@@ -2,7 +2,7 @@
 
 from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -207,6 +207,36 @@ def test_without_any_signal_nothing_is_sent():
     assert (row["updated"], server.log) == (0, [])
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_advantages_that_are_not_finite_are_never_sent(value):
+    server, engine = listening()
+    batch = credited()
+    spoilt = replace(batch, advantages=np.where(batch.weights != 0, value, 0).astype(np.float32))
+    with pytest.raises(UserError, match=r"advantages of a datum has shape .* or is not finite; mend the batch"):
+        engine.update(spoilt, Surrogate(), 1e-3)
+    assert server.log == []
+
+
+def test_a_batch_in_which_nothing_was_sampled_is_scored_without_asking_the_server():
+    server, engine = listening()
+    batch = credited()
+    scored = engine.score(replace(batch, weights=np.zeros_like(batch.weights)))
+    assert scored.shape == batch.targets.shape
+    assert not scored.any()
+    assert server.log == []
+
+
+def test_a_tokenizer_without_an_end_of_sequence_needs_stop_tokens():
+    class Endless(Listening):
+        def get_tokenizer(self):
+            return SimpleNamespace(eos_token_id=None)
+
+    server = Endless()
+    with pytest.raises(UserError, match="names no end of sequence; give stop"):
+        TinkerEngine(server, server, "model")
+    assert TinkerEngine(server, server, "model", stop=[9, 4]).stop.tolist() == [4, 9]
+
+
 def test_metrics_are_those_of_the_local_engine():
     server, engine = listening()
     row = engine.update(credited(), Surrogate(), 1e-3)
@@ -261,6 +291,33 @@ def test_a_save_whose_answer_was_lost_is_kept_under_another_name():
     server = Taken()
     assert TinkerEngine(server, server, "model").save_state("step_2") == "tinker://run/weights/step_2-again-1"
     assert names == ["step_2", "step_2-again-1"]
+
+
+def test_a_save_that_fails_otherwise_is_not_tried_again():
+    names = []
+
+    class Full(Listening):
+        def save_state(self, name):
+            names.append(name)
+            return "save_state", None
+
+        def wait(self, pending, doing):
+            raise ServiceError("saving the state failed (507)") from OSError("no room")
+
+    server = Full()
+    with pytest.raises(ServiceError, match="507"):
+        TinkerEngine(server, server, "model").save_state("step_2")
+    assert names == ["step_2"]
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", "[]"])
+def test_a_checkpoint_that_does_not_say_where_the_server_keeps_it_is_refused(content, tmp_path):
+    _, engine = listening()
+    if content is not None:
+        (tmp_path / "server.json").write_text(content)
+    for read in (engine.read_state, engine.read_weights):
+        with pytest.raises(UserError, match=r"server\.json does not say where the server keeps it; remove"):
+            read(tmp_path)
 
 
 # ---- waiting

@@ -1,13 +1,17 @@
 """--engine tinker: what it refuses before anything is spent, and that no key is ever shown."""
 
+import socket
+import threading
+from contextlib import contextmanager
+
 import pytest
 
 from textpolicy.cli import main
 from textpolicy.config import Config, check_config
 from textpolicy.errors import ServiceError, UserError
 from textpolicy.recipe import configure
-from textpolicy.tinker.from_config import refuse_unhonoured
-from textpolicy.tinker.service import Service
+from textpolicy.tinker.from_config import kept, refuse_unhonoured
+from textpolicy.tinker.service import Service, answers
 
 
 def settings(**sections):
@@ -97,3 +101,54 @@ def test_the_hosted_service_without_a_key_is_one_sentence(no_tinker_account, mon
 def test_no_server_is_one_sentence(capsys):
     assert main(["train", "--engine=tinker", "--tinker.base-url=http://127.0.0.1:9"]) == 2
     assert "no Tinker server answers at http://127.0.0.1:9; start one with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ["http://[::1", "http://localhost:port", "http://my host:8000", "localhost:8000"])
+def test_what_is_no_address_is_one_sentence_too(address, no_tinker_account, capsys):
+    assert main(["train", "--engine=tinker", f"--tinker.base-url={address}"]) == 2
+    said = capsys.readouterr().err
+    assert f"no Tinker server answers at {address}; start one with" in said
+    assert len(said.splitlines()) == 1
+
+
+@contextmanager
+def saying(answer):
+    """The address of something that says just this to whoever asks first."""
+
+    def serve():
+        caller, _ = listener.accept()
+        with caller:
+            caller.recv(4096)
+            caller.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("answer", "lives"),
+    [
+        (b"HTTP/1.0 200 OK\r\n\r\n", True),
+        (b"HTTP/1.0 404 Not Found\r\n\r\n", True),  # a server without such a page
+        (b"HTTP/1.0 503 Service Unavailable\r\n\r\n", False),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", False),
+        (b"", False),
+    ],
+)
+def test_a_server_lives_if_it_answers_as_one(answer, lives):
+    with saying(answer) as address:
+        assert answers(address) is lives
+
+
+# ---- a run's adapter
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", "[]", "null"])
+def test_an_adapter_folder_that_does_not_say_where_the_server_keeps_it_is_refused(content, tmp_path):
+    if content is not None:
+        (tmp_path / "tinker.json").write_text(content)
+    with pytest.raises(UserError, match=r"tinker\.json does not say where the server keeps the adapter"):
+        kept(settings(), tmp_path)

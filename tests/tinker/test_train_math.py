@@ -15,6 +15,7 @@ from fake_remote import FakeRemote, Server
 from textpolicy.algorithms import algorithm
 from textpolicy.errors import ServiceError, UserError
 from textpolicy.losses import ImportanceSampling, Surrogate
+from textpolicy.tasks import load_task
 from textpolicy.tinker.train_math import TrainMathArguments, dry_run, grams_of, load_key, main, recipe_of, train
 
 DOCUMENTED = {
@@ -118,6 +119,24 @@ def test_settings_reach_the_parts_of_the_recipe():
 def test_grams_that_are_no_list_of_strings_are_refused(text):
     with pytest.raises(UserError, match="strategic_grams is"):
         grams_of(text)
+
+
+def test_grams_may_stand_in_a_file(tmp_path):
+    path = tmp_path / "grams.json"
+    path.write_text('["let me check", "so then"]')
+    assert recipe_of(TrainMathArguments(strategic_grams=str(path))).grams.phrases == ("let me check", "so then")
+
+
+def test_problems_come_from_a_file_or_a_task_and_not_from_both(problems, capsys):
+    assert main([f"--data={problems}", "--task=addition"]) == 2
+    assert "sums.jsonl and task is addition; leave one of them out" in capsys.readouterr().err
+
+
+def test_a_task_with_tools_is_refused_before_anything_is_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("textpolicy.tinker.train_math.load_task", lambda name: replace(load_task(name), tools=(len,)))
+    assert main(["--task=addition", f"--log-dir={tmp_path / 'run'}"]) == 2
+    assert "has tools, which this command does not; take 'textpolicy train'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_algorithm_and_modes_exclude_each_other(capsys):
@@ -312,6 +331,15 @@ def test_a_session_is_closed_by_how_it_ended(problems, tmp_path):
         assert server.closed == [status]
 
 
+def test_ctrl_c_says_how_to_go_on(problems, tmp_path, monkeypatch, capsys):
+    def interrupted(asked):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("textpolicy.tinker.train_math.train", interrupted)
+    assert main([f"--data={problems}", f"--log-dir={tmp_path / 'run'}"]) == 130
+    assert capsys.readouterr().err == ("train_math: stopped by Ctrl-C; --resume goes on from the last checkpoint\n")
+
+
 def test_a_learner_that_does_not_see_what_was_sampled_stops_the_run_before_it_begins(problems, tmp_path):
     class Shifted(FakeRemote):
         def __init__(self):
@@ -355,6 +383,14 @@ def test_a_limit_on_tokens_ends_a_run_in_order_and_is_never_passed(problems, tmp
     assert max(sum(line["spent"].values()) for line in lines(tmp_path / "run" / "ledger.jsonl")) <= 40_000
     assert rows[-1]["tokens_spent"] <= 40_000
     assert lines(tmp_path / "run" / "checkpoints.jsonl")[-1]["name"] == "final"
+
+
+def test_a_look_that_a_limit_leaves_no_room_for_is_left_out_and_said(problems, tmp_path, capsys):
+    few = {"max_steps": 1, "batch_size": 1, "group_size": 2, "eval_every": 1, "eval_problems": 6, "max_tokens": 512}
+    run(settings(problems, tmp_path / "run", max_tokens_total=3600, **few))  # a look may take 6 x (41 + 512)
+    assert [row["step"] for row in lines(tmp_path / "run" / "evals.jsonl")] == [0]
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1
+    assert "no look at held-out problems after 1 steps: " in capsys.readouterr().out
 
 
 def test_a_limit_on_cost_counts_what_was_spent_before_a_resume(problems, tmp_path):
@@ -432,7 +468,7 @@ def test_the_environment_goes_before_the_file(tmp_path, monkeypatch):
     [
         ([{"problem": "1 + 1?"}], "row 1 of .* lacks a problem or its answer"),
         ([{"answer": 2}], "row 1 of .* lacks a problem or its answer"),
-        ([{"problem": "1 + 1?", "answer": 2}], "holds 1 problems"),
+        ([{"problem": "1 + 1?", "answer": 2}], "holds 1 different problems"),
     ],
 )
 def test_a_file_without_problems_and_answers_is_refused(rows, what, tmp_path):

@@ -241,6 +241,14 @@ def test_a_page_asks_nothing_of_another_machine_and_runs_no_script(one):
         assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", page)
 
 
+def test_a_page_brings_its_own_style(one):
+    page, _ = one.get("")
+    [address] = re.findall(r'<link rel="?stylesheet"? href="?([^" >]+)', page)
+    style, headers = one.get(address.rpartition("/")[2])
+    assert headers["Content-Type"].startswith("text/css")
+    assert re.search(r"body\s*\{", style)
+
+
 def test_without_the_token_and_from_another_host_there_is_nothing(one):
     for token in ("", "wrong", TOKEN + "x"):
         assert one.refused(token=token)[0] == 404

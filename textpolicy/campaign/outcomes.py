@@ -89,9 +89,10 @@ def _looks(folder: Path) -> _Looks:
     of_math = read_rows(folder / "evals.jsonl")
     rows = of_math or [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "eval"]
     during = of_math or [row for row in rows if row["split"] == "validation"]
-    if not during:
+    after = [row for row in rows if row["split"] == "test"]
+    if not during or not after:
         raise UserError(f"{folder} has no look at held-out problems; run it again, with some")
-    return _Looks(during, [row for row in rows if row["split"] == "test"][-1])
+    return _Looks(during, after[-1])
 
 
 def solved_by_run(outcomes: Sequence[Outcome]) -> np.ndarray | None:

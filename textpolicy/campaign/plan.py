@@ -34,7 +34,7 @@ def finished(folder: Path) -> bool:
     """Whether a run came to its end: summary.json is the last file that it writes, and it is whole."""
     try:
         json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return False
     return True
 

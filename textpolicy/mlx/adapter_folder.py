@@ -20,7 +20,7 @@ from ..errors import UserError
 from .attach import Attached, attach, attached, detach, lora_parameters, remember, trainable, wrapped
 from .base import Base
 from .low_rank import in_the_models_type
-from .sound import load_arrays
+from .sound import load_arrays, save_arrays
 from .tinylora import Factors, SVDLinear
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
@@ -60,13 +60,12 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     saved = read_adapter(path)
     if attached(model) is not None:
         raise UserError(f"the model has an adapter already; load the base again for the one in {path}")
-    if saved.record is None:
-        _attach_of_mlx_lm(model, saved)
-    else:
-        _check_base(saved, Base.of(model))
-        record = saved.record
-        attach(model, record.adapter, None, factors=_blank, quantise=record.quantised is not None)
     try:
+        if (record := saved.record) is None:
+            _attach_of_mlx_lm(model, saved)
+        else:
+            _check_base(saved, Base.of(model))
+            attach(model, record.adapter, None, factors=_blank, quantise=record.quantised is not None)
         fill(model, saved)
     except UserError:
         detach(model)
@@ -134,7 +133,7 @@ def _config(record: Attached) -> dict[str, Any]:
 
 
 def _write_file(arrays: dict[str, mx.array], config: dict[str, Any], workspace: Path, path: Path) -> None:
-    mx.save_safetensors(str(workspace / WEIGHTS), arrays, metadata={_METADATA: json.dumps(config)})
+    save_arrays(workspace / WEIGHTS, arrays, {_METADATA: json.dumps(config)})
     os.replace(workspace / WEIGHTS, path)
 
 
@@ -143,15 +142,15 @@ def _write_folder(arrays: dict[str, mx.array], config: dict[str, Any], workspace
         raise UserError(f"{path} holds something else than an adapter; choose another folder, or empty this one")
     new = workspace / "adapter"
     new.mkdir()
-    mx.save_safetensors(str(new / WEIGHTS), arrays)
+    save_arrays(new / WEIGHTS, arrays)
     (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     old = workspace / "old"
-    if path.exists():
-        os.replace(path, old)
     try:
+        if path.exists():
+            os.replace(path, old)
         os.replace(new, path)
-    except OSError:
-        if old.exists():
+    except BaseException:  # Ctrl-C must not lose the older one either
+        if old.exists() and not path.exists():
             os.replace(old, path)
         raise
 

@@ -16,6 +16,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader
 
 from ..errors import UserError
+from .sound import save_arrays
 from .tokenizer import TokenizerData, save_tokenizer
 
 GROUP_SIZE = 32  # values per scale in Q4_0, Q4_1 and Q8_0
@@ -67,7 +68,7 @@ def convert(path: str | Path, folder: str | Path) -> None:
     save_tokenizer(model.tokenizer, folder, model.config["max_position_embeddings"])
     config = model.config | ({"quantization": model.quantization} if model.quantization else {})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    mx.save_safetensors(str(folder / "model.safetensors"), model.weights, metadata={"format": "mlx"})
+    save_arrays(folder / "model.safetensors", model.weights, {"format": "mlx"})
 
 
 # The header

@@ -1,7 +1,10 @@
-"""Safetensors files from anywhere: the header is checked against the file before MLX trusts it."""
+"""Safetensors files from anywhere: the header is checked against the file before MLX trusts it; and their writing."""
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +34,12 @@ def check_safetensors(path: Path, advice: str) -> int:
             return len(file.keys())
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a sound safetensors file ({error}); {advice}") from error
+
+
+def save_arrays(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
+    """Write the safetensors file ``path``. Raises OSError."""
+    try:
+        mx.save_safetensors(str(path), dict(arrays), metadata=dict(metadata or {}))
+    except RuntimeError as error:  # mlx does not say why; a full disk is the usual reason
+        full = os.statvfs(path.parent).f_bavail == 0
+        raise OSError(errno.ENOSPC if full else errno.EIO, f"{error}", str(path)) from error

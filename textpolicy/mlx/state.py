@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,18 +15,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import UserError
 from .attach import trainable
-from .sound import load_arrays
+from .sound import load_arrays, save_arrays
 
 _WEIGHTS, _OPTIMIZER, _RANDOM = "weights.", "optimizer.", "random"
 
 
 def write_arrays(path: Path, arrays: Mapping[str, mx.array], notes: Mapping[str, Any]) -> None:
     """``arrays`` and JSON ``notes`` as the safetensors file ``path``. Raises OSError."""
-    try:
-        mx.save_safetensors(str(path), dict(arrays), metadata={"notes": json.dumps(dict(notes))})
-    except RuntimeError as error:  # mlx does not say why; a full disk is the usual reason
-        room = os.statvfs(path.parent).f_bavail == 0
-        raise OSError(errno.ENOSPC if room else errno.EIO, f"{error}", str(path)) from error
+    save_arrays(path, arrays, {"notes": json.dumps(dict(notes))})
 
 
 def read_arrays(path: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import UserError
 from .cache import cache_folder
+from .sound import save_arrays
 from .tinylora import Factors, dense_weight, truncated_svd
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,9 @@ def _keep(factors: Mapping[str, Factors], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".svd-", dir=path.parent) as workspace:
-            mx.save_safetensors(f"{workspace}/factors.safetensors", arrays)
-            os.replace(f"{workspace}/factors.safetensors", path)
+            new = Path(workspace) / "factors.safetensors"
+            save_arrays(new, arrays)
+            os.replace(new, path)
     except OSError as error:
         raise UserError(
             f"cannot keep the factors of the weights in {path.parent} ({error.strerror or error}); "

@@ -45,11 +45,6 @@ class PromptTree:
             last=np.array([p[-1] for p in prompts], np.int32),
         )
 
-    @property
-    def size(self) -> int:
-        """Padded tokens that reading the prompts costs."""
-        return len(self.header) + self.rests.size
-
     def read(self, model: nn.Module, spare: int = 0) -> Context:
         """Run header and prompts; returns a context of U rows, one per distinct prompt.
 

@@ -96,6 +96,8 @@ class Workers:
 
     def _dead(self, worker: _Worker) -> WorkerError:
         code = worker.ended_within(PATIENCE)
+        worker.process.kill()  # one that closed its pipe and lives
+        worker.end()
         self._workers[worker.index] = None
         return WorkerError(
             f"rollout worker {worker.index} (process {worker.process.pid}) died: {_reason(code)}; "

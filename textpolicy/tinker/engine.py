@@ -417,11 +417,12 @@ def _end_of_sequence(tokenizer: Any) -> list[int]:
 
 def _refuse_uneven(batch: Batch, how: Surrogate) -> None:
     """The service's ratio per sequence is GSPO-token's, which is GSPO's only where A is one per completion."""
+    if how.ratio != "sequence":
+        return
     live = batch.weights != 0
-    spread = np.where(live, batch.advantages, -np.inf).max(axis=1) - np.where(live, batch.advantages, np.inf).min(
-        axis=1
-    )
-    if how.ratio == "sequence" and spread.max() > 0:
+    highest = np.where(live, batch.advantages, -np.inf).max(axis=1)
+    lowest = np.where(live, batch.advantages, np.inf).min(axis=1)
+    if (highest > lowest).any():
         raise UserError(
             "a ratio per sequence meets advantages that differ from token to token, for which the Tinker service has "
             "no loss; set algorithm.ratio to sequence-token, or take --engine mlx"

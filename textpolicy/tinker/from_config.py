@@ -43,7 +43,7 @@ def kept(config: Config, adapter: Path) -> TinkerEngine:
     path = adapter / "tinker.json"
     try:
         state = json.loads(path.read_text(encoding="utf-8"))["state"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not say where the server keeps the adapter; give the folder of a run") from error
     return TinkerEngine.connect(
         config.model, base_url=config.tinker.base_url, resume=state, patience=config.tinker.patience

@@ -6,8 +6,9 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from typing import Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
@@ -123,7 +124,7 @@ def answers(url: str, seconds: float = 5.0) -> bool:
             return bool(reply.status == 200)
     except HTTPError as error:
         return error.code < 500  # it lives, and knows no such page
-    except (URLError, OSError):
+    except (OSError, HTTPException, ValueError):  # nobody there, something else than a web server, no address
         return False
 
 
@@ -134,4 +135,11 @@ def _key(url: str | None) -> str | None:
         if not key.startswith("tml-") and key.count(".") != 2:
             raise UserError("TINKER_API_KEY holds no key of Tinker, which begins with tml-; set it to yours")
         return key
-    return _LOCAL_KEY if url is not None and urlsplit(url).hostname in LOCAL else None
+    return _LOCAL_KEY if url is not None and _host(url) in LOCAL else None
+
+
+def _host(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:  # no address; that no server answers there is said next
+        return None

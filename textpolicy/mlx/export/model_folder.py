@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..attach import attached, wrapped
 from ..lora import merge_adapters
+from ..sound import save_arrays
 from .files import DTYPES, check_layout, read_config, write_json, written_whole
 
 BITS = {"q4": 4, "q8": 8}  # of MLX's own affine quantization
@@ -142,12 +143,12 @@ def _write_weights(model: nn.Module, folder: Path, kind: str) -> None:
     weights = dict(tree_flatten(model.parameters()))
     shards = make_shards(weights)
     if len(shards) == 1:
-        mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": kind})
+        save_arrays(folder / "model.safetensors", weights, {"format": kind})
         return
     files: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        mx.save_safetensors(str(folder / file), shard, metadata={"format": kind})
+        save_arrays(folder / file, shard, {"format": kind})
         files |= dict.fromkeys(shard, file)
     total = {"total_size": sum(array.nbytes for array in weights.values())}
     write_json({"metadata": total, "weight_map": files}, folder / "model.safetensors.index.json")

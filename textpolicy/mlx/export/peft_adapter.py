@@ -21,6 +21,7 @@ from ...errors import UserError
 from ..attach import wrapped
 from ..low_rank import LowRankLinear
 from ..models import MODELS
+from ..sound import save_arrays
 from ..tinylora import SVDLinear
 from .files import DTYPES, check_layout, read_config, write_json, written_whole
 
@@ -77,7 +78,7 @@ def export_peft(model: nn.Module, source: Path, out: Path, base: str, *, dtype: 
     with written_whole(out) as folder:
         folder.mkdir()
         cast = {name: mx.contiguous(array.astype(DTYPES[dtype])) for name, array in arrays.items()}
-        mx.save_safetensors(str(folder / "adapter_model.safetensors"), cast, metadata={"format": "pt"})
+        save_arrays(folder / "adapter_model.safetensors", cast, {"format": "pt"})
         write_json(settings, folder / "adapter_config.json")
 
 

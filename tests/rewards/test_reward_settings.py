@@ -75,13 +75,19 @@ def test_worker_processes_call_the_reward_and_all_splits_share_them():
 
 
 def test_every_setting_is_a_flag_of_train():
-    flags = ["--rewards.time-limit=5", "--rewards.concurrency=3", "--rewards.on-failure=unscorable"]
+    flags = [
+        "--rewards.time-limit=5",
+        "--rewards.concurrency=3",
+        "--rewards.on-failure=unscorable",
+        "--rewards.correct-from=0.5",
+    ]
     given = parse(Config, [*flags, "--rewards.processes"], "train").rewards
     assert given.model_dump() == {
         "time_limit": 5.0,
         "concurrency": 3,
         "processes": True,
         "on_failure": "unscorable",
+        "correct_from": 0.5,
     }
 
 

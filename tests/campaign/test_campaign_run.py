@@ -303,6 +303,8 @@ def test_a_real_campaign_killed_in_the_middle_is_finished_by_the_same_command(tm
     manifest = json.loads((root / "manifest.json").read_text())
     assert manifest["status"] == "completed"
     assert [run["finished"] for run in manifest["runs"]] == [True] * 2
+    for run in manifest["runs"]:
+        assert run["config"] == json.loads((root / run["folder"] / "config.json").read_text())
     values = json.loads((root / "analysis" / "analysis.json").read_text())
     assert values["arms"][0]["cost"]["trained_tokens"] > values["arms"][0]["cost"]["sampled_tokens"] > 0
     assert all(len(o["solved"]) == 6 for arm in values["arms"] for o in arm["outcomes"])

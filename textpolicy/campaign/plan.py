@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..record.layout import CONFIG
 from .jobs import Job, read_attempts, write_whole
 from .settings import CampaignSettings, check_campaign
 
@@ -101,11 +102,20 @@ def _run_row(settings: CampaignSettings, root: Path, job: Job) -> dict[str, Any]
         "folder": str(job.folder.relative_to(root)),
         "command": ["textpolicy", *job.words[1:]],
         "overrides": settings.arms[job.arm],
-        "config": settings.config(job.arm, job.seed).model_dump(mode="json"),
+        "config": _config(settings, job),
         "finished": job.done,
         "returncode": attempts[-1].returncode if attempts else None,
         "seconds": attempts[-1].seconds if attempts else None,
     }
+
+
+def _config(settings: CampaignSettings, job: Job) -> dict[str, Any]:
+    """All settings of a run; once it has begun those that it wrote down, which have what its task decides."""
+    try:
+        own: dict[str, Any] = json.loads((job.folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return settings.config(job.arm, job.seed).model_dump(mode="json")
+    return own
 
 
 def read_manifest(root: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .algorithms import Algorithm
 from .checkpoint import Checkpoint
 from .config import Config
-from .durable import write_whole
+from .durable import fill_whole, write_whole
 from .engine import ResumableEngine, Sampling
 from .environment.multi_turn import ToolEnv
 from .environment.text_generation import TextGenerationEnv
@@ -213,7 +213,8 @@ def _make_folder(path: Path) -> Path:
 def write_setup(folder: Path, config: Config, engine: ResumableEngine) -> None:
     """The resolved settings, the versions that ran them, and the file of a task of one's own. Raises OSError."""
     if (own := task_file(config.task)) is not None:
-        write_whole(folder / layout.TASK, own[0].read_text(encoding="utf-8"))
+        code = own[0].read_bytes()
+        fill_whole(folder / layout.TASK, lambda file: file.write(code))
     write_whole(folder / layout.VERSIONS, json.dumps(versions(engine, config.task), indent=2) + "\n")
     write_config(folder, config)
 

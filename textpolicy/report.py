@@ -12,7 +12,6 @@ from typing import Any
 from .config import Config
 from .evaluation import Rate
 from .metrics import Row
-from .tasks import load_task
 
 
 @dataclass
@@ -46,9 +45,9 @@ def _counts(rate: Rate) -> list[int]:
 
 
 def closing_table(
-    history: History, folder: Path, config: Config, train_seconds: float, seconds: float
+    history: History, folder: Path, question: str, train_seconds: float, seconds: float
 ) -> list[tuple[str, str]]:
-    """(name, value) lines."""
+    """(name, value) lines; ``question`` is one that the model can be asked."""
     assert history.before is not None
     assert history.after is not None
     gain = 100 * (history.after.value - history.before.value)
@@ -67,7 +66,7 @@ def closing_table(
         ("learning curve", str(folder / "learning_curve.png")),
         ("report", str(folder / "report.html")),
         ("look at it", f"textpolicy view {folder}"),
-        ("talk to it", f'textpolicy generate --run {folder} "{load_task(config.task).test[0].question}"'),
+        ("talk to it", f'textpolicy generate --run {folder} "{question}"'),
     ]
 
 

@@ -132,6 +132,7 @@ class Run:
         self.controller, self.curriculum = recipe.controller(), course(config, splits["train"])
         self.checkpoints = Checkpoints(folder / CHECKPOINTS, config.checkpoint.keep)
         self.pace = Pace(config.checkpoint.every)
+        self.versions = versions(engine, config.task)  # now: the file of a task may be edited or moved later
         self.done = 0  # training steps
         self.saved: int | None = None  # of them, in the last checkpoint
         self.best: Any = None  # what is trained, at its best on the validation problems
@@ -280,7 +281,8 @@ class Run:
         from .html_report.page import write_report
 
         plot_learning(self.history, self.folder / "learning_curve.png", self.config)
-        rows = closing_table(self.history, self.folder, self.config, train_seconds, seconds)
+        question = self.splits["test"].examples[0]["question"]
+        rows = closing_table(self.history, self.folder, question, train_seconds, seconds)
         self.metrics.sync()
         write_report([self.folder], self.folder / layout.REPORT)
         figures = summary(self.history, train_seconds)
@@ -332,7 +334,7 @@ class Run:
             "streams": streams(),
             "seconds": {"all": now - self.started, "training": now - self.trained},
             "config": json.loads(self.config.model_dump_json()),
-            "versions": versions(self.engine, self.config.task),
+            "versions": self.versions,
             "metrics_bytes": self.metrics.sync(),
         }
 
@@ -352,7 +354,7 @@ class Run:
         now, seconds = time.perf_counter(), state["seconds"]
         self.started, self.trained = now - seconds["all"], now - seconds["training"]
         self.done = self.saved = checkpoint.step
-        if remark := changed_versions(state["versions"], versions(self.engine, self.config.task)):
+        if remark := changed_versions(state["versions"], self.versions):
             self.view.say(remark)
 
     def _stopped(self, number: int) -> StoppedError:

@@ -157,6 +157,23 @@ def test_a_run_of_an_own_task_keeps_its_file_and_says_when_it_changed(letters, m
     assert "not the same code or platform as before (my_task.py " in said
 
 
+def test_a_run_goes_on_to_its_end_when_its_file_has_gone(letters, monkeypatch):
+    from textpolicy.mlx.engine import MLXEngine
+
+    true = MLXEngine.update
+
+    def update(*arguments):
+        letters.unlink(missing_ok=True)
+        return true(*arguments)
+
+    monkeypatch.setattr(MLXEngine, "update", update)
+    quickly(monkeypatch)
+    config, folder = settings(letters.parent), letters.parent / "run"
+    assert main(["train", str(config), f"--output={folder}", "--task=my_task.py", "--rewards.correct-from=0.5"]) == 0
+    assert (folder / "summary.json").exists()
+    assert (folder / "task.py").read_text() == LETTERS
+
+
 # ---- which completions are correct
 
 

@@ -281,7 +281,8 @@ class Run:
         from .html_report.page import write_report
 
         plot_learning(self.history, self.folder / "learning_curve.png", self.config)
-        question = self.splits["test"].examples[0]["question"]
+        test = self.splits["test"]
+        question = test.examples[0].get("question", test.prompt_text(0))
         rows = closing_table(self.history, self.folder, question, train_seconds, seconds)
         self.metrics.sync()
         write_report([self.folder], self.folder / layout.REPORT)

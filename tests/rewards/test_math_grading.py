@@ -326,6 +326,8 @@ def test_a_process_that_is_killed_every_time_is_said_with_the_answer(monkeypatch
 
     def killed(self, given, reference, timeout):
         asked.append(given)
+        os.kill(self.process.pid, signal.SIGSTOP)  # it says ready before it forks; stopped, it forks no more
+        os.waitpid(self.process.pid, os.WUNTRACED)
         children = children_of(self.process.pid)
         self.process.kill()
         self.process.wait()

@@ -14,6 +14,7 @@ from worker import Gate, Task, load_openblas, reward_of
 
 load_openblas()
 
+import mlx.core as mx  # noqa: E402
 import mlx.optimizers as optim  # noqa: E402
 import mlx_lm  # noqa: E402
 from mlx_lm_lora.trainer import grpo_trainer  # noqa: E402
@@ -25,7 +26,7 @@ def main() -> None:
     model, tokenizer = mlx_lm.load(task.model)
     tokenizer.eos_token_ids = set()  # nothing ends a completion
     attach_lora(model, task)
-    gate.watch(weights_sum(model))
+    gate.watch(weights_sum(model), mx.get_peak_memory if task.on_gpu else None)
     time_generation(gate)
     if task.variant == "wide":
         widen(task.rows)

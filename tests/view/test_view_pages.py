@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from made_run import IMAGE, PROMPTS, SAMPLES, SCRIPT, STEPS, add_step, make_run, spell
+from trained_run import train_run
 
 pytest.importorskip("starlette", reason="the viewer is textpolicy[view]")
 uvicorn = pytest.importorskip("uvicorn", reason="the viewer is textpolicy[view]")
@@ -326,3 +327,9 @@ def test_a_port_in_use_and_a_folder_that_is_no_run_are_refused_in_a_sentence(two
     assert f"port {port} cannot be used (Address already in use); choose another" in capsys.readouterr().err
     assert main(["view", str(tmp_path)]) == 2
     assert "is no run folder" in capsys.readouterr().err
+
+
+def test_a_run_whose_examples_have_no_question_ends_with_a_prompt_to_ask(tmp_path):
+    ended = train_run(tmp_path / "run")
+    said = (ended / "log.txt").read_text()
+    assert f'textpolicy generate --run {ended} "1 2"' in " ".join(said.split())

@@ -36,7 +36,7 @@ from textpolicy.losses import Surrogate, policy_objective
 from textpolicy.mlx.engine import MLXEngine
 from textpolicy.mlx.lora import attach_lora
 from textpolicy.mlx.memory import Costs, Workload
-from textpolicy.mlx.scoring import arrays
+from textpolicy.mlx.scoring import arrays, micro_batches
 from textpolicy.types import Batch, Completion, Episode
 
 RESULTS = Path(__file__).parent / "results" / "update_memory.jsonl"
@@ -44,11 +44,12 @@ LEARNING_RATE = 1e-5
 PATHS = {  # the engine's settings; None is the naive path
     "naive": None,
     "textpolicy": {},
+    "all rows in one pass": {"micro_batch_tokens": 2**30},
     "micro-batches of one row": {"micro_batch_tokens": 1},
     "every block checkpointed": {"checkpoint_every": 1},
     "held to its prediction": {},
 }
-HELD = "held to its prediction"  # MLX's limit on memory is what a run is told that the update takes
+HELD = "held to its prediction"  # MLX's limit on memory is what passes of that many rows are said to take
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {
         "hidden_size": 256,
@@ -126,14 +127,15 @@ def in_a_process_of_its_own(asked: Asked, path: str) -> dict[str, Any]:
 def measure(asked: Asked, path: str) -> dict[str, Any]:
     """Of several updates: the optimiser's state comes with the first, and a GPU's compiled pass with the second."""
     model, batch = made_up_model(asked), made_up_batch(asked)
-    predicted = None
+    predicted, rows = None, asked.rows
     if (settings := PATHS[path]) is None:
         step, engine = NaiveStep(model), None
     else:
         engine = MLXEngine(model, stop=(), **settings)
         costs = Costs.measure(model, checkpoint_every=engine.checkpoint_every, compiled=engine.compiled)
         work = Workload(1, asked.rows, asked.prompt, asked.completion)
-        predicted = costs.update(work, engine.micro_batch_tokens)
+        rows = max(len(rows) for rows, _ in micro_batches(batch, engine.micro_batch_tokens))
+        predicted = costs.update(work, rows * work.row)
         if path == HELD:
             mx.set_memory_limit(int(predicted))
     results, seconds = [], []
@@ -146,6 +148,7 @@ def measure(asked: Asked, path: str) -> dict[str, Any]:
         "peak_bytes": max(r["peak_memory_bytes"] for r in results),
         "peaks": [r["peak_memory_bytes"] for r in results],
         "predicted_bytes": predicted,
+        "rows_at_once": rows,
         "weights_bytes": sum(value.nbytes for _, value in tree_flatten(model.parameters())),
         "loss": results[0]["loss"],
         "grad_norm": results[0]["grad_norm"],

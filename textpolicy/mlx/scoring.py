@@ -7,7 +7,7 @@ token reach the model's head (see logprobs.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,20 +101,15 @@ def _hidden(context: Context, reader: Split, part: Pass) -> mx.array:
 def micro_batches(batch: Batch, max_tokens: int, max_rows: int | None = None) -> Iterator[tuple[np.ndarray, Layout]]:
     """Rows of one prompt side by side, at most ``max_tokens`` padded tokens (prompts too), or one row, at a time.
 
-    Which rows of the batch they are, (R,) int, and their layout; ``max_rows`` of them at most, if given. Any
-    split has the same gradient.
+    Which rows of the batch they are, (R,) int, and their layout; ``max_rows`` of them at most, if given. As few
+    passes as that takes, and these as even as they can be, because the largest decides on memory. Any split has
+    the same gradient.
     """
     order = _by_prompt(batch)
-    lengths = batch.lengths[order]
-    start = 0
-    while start < len(order):
-        stop, width = start + 1, int(lengths[start])
-        last = len(order) if max_rows is None else min(len(order), start + max_rows)
-        while stop < last and max(width, lengths[stop]) * (stop + 1 - start) <= max_tokens:
-            width = max(width, int(lengths[stop]))
-            stop += 1
-        yield order[start:stop], Layout.build(batch.take(order[start:stop], width))
-        start = stop
+    lengths = batch.lengths[order].tolist()
+    for start, stop in _even_runs(lengths, max_tokens, len(lengths) if max_rows is None else max_rows):
+        rows = order[start:stop]
+        yield rows, Layout.build(batch.take(rows, max(lengths[start:stop])))
 
 
 def logprobs_of(model: nn.Module, batch: Batch, max_tokens: int, max_rows: int | None = None) -> np.ndarray:
@@ -144,6 +139,32 @@ def _by_prompt(batch: Batch) -> np.ndarray:
     prompts = [p.tobytes() for p in prompt_rows(batch)]
     first = {key: i for i, key in reversed(list(enumerate(prompts)))}
     return np.lexsort((-batch.lengths, np.array([first[p] for p in prompts])))
+
+
+def _runs(lengths: Sequence[int], max_tokens: int, max_rows: int) -> list[tuple[int, int]]:
+    """Consecutive runs of ``lengths``, each as long as it may be: (start, stop) of each."""
+    runs, start, width = [], 0, 0
+    for i, length in enumerate(lengths):
+        if i > start and (i - start == max_rows or max(width, length) * (i + 1 - start) > max_tokens):
+            runs.append((start, i))
+            start, width = i, 0
+        width = max(width, length)
+    return [*runs, (start, len(lengths))] if lengths else []
+
+
+def _even_runs(lengths: Sequence[int], max_tokens: int, max_rows: int) -> list[tuple[int, int]]:
+    """As many runs as ``_runs`` makes, of which the largest is as small as it can be."""
+    runs = _runs(lengths, max_tokens, max_rows)
+    largest = max((max(lengths[a:b]) * (b - a) for a, b in runs), default=0)
+    too_few, enough = 0, min(largest, max_tokens)  # tokens, for so many runs
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        narrower = _runs(lengths, middle, max_rows)
+        if len(narrower) > len(runs):
+            too_few = middle
+        else:
+            runs, enough = narrower, middle
+    return runs
 
 
 def _left_aligned(batch: Batch) -> Batch:

@@ -15,12 +15,14 @@ from textpolicy.loop import Schedule, train
 from textpolicy.metrics import Row
 from textpolicy.mlx.engine import MLXEngine
 from textpolicy.mlx.lora import attach_lora
+from textpolicy.mlx.memory import limit_memory
 from textpolicy.mlx.models import load_model
 from textpolicy.types import Episode
 
 
 def main() -> None:
     task, gate = Task.from_command_line(), Gate()
+    limit_memory()  # as a run does
     model, tokenizer = load_model(task.model)
     attach_lora(model, task.rank, task.alpha)
     wide = {"decode_rows": task.rows, "micro_batch_tokens": 16384} if task.on_gpu else {}

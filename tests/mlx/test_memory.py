@@ -44,9 +44,10 @@ ABOVE = {
 @pytest.fixture(autouse=True)
 def limits():
     """What the tests set is put back."""
-    before = mx.set_memory_limit(2**40)
+    before, kept = mx.set_memory_limit(2**40), mx.set_cache_limit(2**25)
     yield
     mx.set_memory_limit(before)
+    mx.set_cache_limit(kept)
 
 
 def model_of(kind):
@@ -274,9 +275,19 @@ def test_a_container_sees_its_own_share_of_the_machine(tmp_path, monkeypatch):
 
 
 def test_the_limit_that_is_set_is_the_one_returned():
-    assert limit_memory(5e9) == 5e9
-    assert mx.set_memory_limit(2**40) == 5_000_000_000
-    assert limit_memory() == usable_memory()
+    assert limit_memory(1.6e9) == 1.5e9
+    assert mx.set_memory_limit(2**40) == 1_500_000_000
+    assert limit_memory() == pytest.approx(15 / 16 * usable_memory())
+
+
+def test_arrays_and_the_freed_buffers_that_are_kept_stay_within_the_limit():
+    """MLX keeps what it is told to beside its limit on arrays."""
+    limit_memory(64e6)
+    for n in range(40, 50):
+        arrays = [mx.ones(1000 * n) for _ in range(100)]
+        mx.eval(arrays)
+        del arrays
+    assert 3e6 < mx.get_cache_memory() <= 4e6
 
 
 def test_costs_are_measured_with_no_work_ahead_where_a_gpu_would_be_handed_some(monkeypatch):

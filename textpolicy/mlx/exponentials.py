@@ -10,6 +10,7 @@ import mlx.core as mx
 # exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln 2 / 2; ln 2 in two parts, so that r is exact (Cody, Waite).
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 _TO_WHOLE = 12582912.0  # 1.5 * 2^23: added and taken away, it rounds to a whole number, which a compiler can vectorise
+_LOWEST = -3.4e38  # a score that is hidden; a row of nothing else would not become NaN
 _TERMS = [1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2]  # of exp(r) = 1 + r + r^2 (1/2 + r (1/6 + ...))
 
 
@@ -82,9 +83,68 @@ def _swiglu_backward(primals: Any, slopes: Any, outputs: Any) -> tuple[mx.array,
     return by_gate, by_x
 
 
+@mx.compile
+def _by_scores(mass: mx.array, slope: mx.array, mean: mx.array) -> mx.array:
+    return mass * (slope - mean)
+
+
+def attention(queries: Any, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: Any = None) -> mx.array:
+    """softmax(scale q k^T) v of queries (B, H, L, D), keys (B, G, S, D) and values (B, G, S, E), with its gradient.
+
+    Float32 under no mask, "causal" or booleans alike for all heads; all else as mlx-lm does it.
+    """
+    if sinks is not None or not _is_plain(mask) or any(a.dtype != mx.float32 for a in (queries, keys, values)):
+        from mlx_lm.models.base import scaled_dot_product_attention as theirs
+
+        return theirs(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+    length, slots = queries.shape[2], keys.shape[2]
+    if isinstance(mask, str):
+        mask = mx.arange(slots) <= mx.arange(slots - length, slots)[:, None]
+    elif mask is not None and mask.ndim == 4:
+        mask = mask[:, :, None]  # (B, 1, 1, L, S), for the heads of a group
+    out: Any = _attention(scale, mask)(queries, keys, values)
+    return out[0]
+
+
+def _is_plain(mask: Any) -> bool:
+    if not isinstance(mask, mx.array):
+        return mask is None or mask == "causal"
+    return mask.dtype == mx.bool_ and mask.ndim <= 4 and (mask.ndim == 2 or mask.shape[-3] == 1)
+
+
+def _attention(scale: float, mask: mx.array | None) -> Callable[..., Any]:
+    """The heads that share keys are rows of one product; what the softmax adds up is kept for the backward pass."""
+
+    def by_group(a: mx.array, keys: mx.array) -> mx.array:
+        return a.reshape(a.shape[0], keys.shape[1], -1, a.shape[-1])  # (B, G, H / G L, ...)
+
+    @mx.custom_function
+    def attend(queries: mx.array, keys: mx.array, values: mx.array) -> list[mx.array]:
+        scores = (scale * by_group(queries, keys)) @ keys.swapaxes(-1, -2)
+        if mask is not None:
+            (b, g, rows, slots), length = scores.shape, queries.shape[2]
+            seen = mx.where(mask, scores.reshape(b, g, rows // length, length, slots), _LOWEST)
+            scores = seen.reshape(b, g, rows, slots)
+        mass = exp(scores - scores.max(axis=-1, keepdims=True))
+        total = mass.sum(axis=-1, keepdims=True)
+        return [((mass @ values) / total).reshape(*queries.shape[:-1], -1), mass, total]
+
+    @attend.vjp
+    def backward(primals: Any, slopes: Any, outputs: Any) -> tuple[mx.array, mx.array, mx.array]:
+        queries, keys, values = primals
+        out, mass, total = outputs
+        slope = by_group(slopes[0], keys) / total
+        mean = (slope * by_group(out, keys)).sum(axis=-1, keepdims=True)
+        by_scores = _by_scores(mass, slope @ values.swapaxes(-1, -2), mean)
+        by_keys = by_scores.swapaxes(-1, -2) @ (scale * by_group(queries, keys))
+        return (scale * (by_scores @ keys)).reshape(queries.shape), by_keys, mass.swapaxes(-1, -2) @ slope
+
+    return attend
+
+
 def substitutes() -> Mapping[str, Callable[..., Any]]:
     """What models are to call instead of mlx-lm's functions on the default device, by name."""
-    return {"swiglu": swiglu} if _on_cpu() else {}
+    return {"swiglu": swiglu, "scaled_dot_product_attention": attention} if _on_cpu() else {}
 
 
 def _on_cpu() -> bool:

@@ -34,6 +34,7 @@ _SPARE = 64  # slots by which keys and values grow while decoding
 _BLOCK = {mx.cpu: 1, mx.gpu: 256}  # slots are allocated in these
 _LOGITS = 11 * 4  # bytes per logit while a token is drawn from float32 ones
 _SHARE = {mx.cpu: 0.8, mx.gpu: 0.9}  # of the device's memory that a run may plan with
+_KEPT = 1 / 16  # of that, on a CPU, for freed buffers, which MLX keeps beyond its limit on arrays
 _MARGIN = 1.05  # on what is predicted: MLX allocates some steps ahead
 _CGROUP = Path("/sys/fs/cgroup/memory.max")  # a container's share of the machine, on Linux
 _WIRED = "max_recommended_working_set_size"  # what Metal calls the memory that a GPU may use
@@ -266,16 +267,21 @@ def _host_memory() -> int:
 
 
 def limit_memory(limit: float | None = None) -> float:
-    """Set MLX's limits for a run and return the one on memory: ``limit`` bytes, or ``usable_memory()``.
+    """Set MLX's limits for a run within ``limit`` bytes, or ``usable_memory()``; returns the one on arrays.
 
     On Metal the model stays resident, and freed buffers that MLX keeps are bounded, since all else on the machine
-    lives in the same memory. Elsewhere MLX gives them back by itself when the limit is near.
+    lives in the same memory. On a CPU a part of the limit is for such buffers, more than the 32 MB of MLX's default,
+    since what goes back to the system comes again page by page. On CUDA MLX gives them back when the limit is near.
     """
     budget, info = limit or usable_memory(), mx.device_info()
-    mx.set_memory_limit(int(budget))
-    if mx.default_device() == mx.gpu and _WIRED in info:
+    if mx.default_device() == mx.cpu:
+        kept = _KEPT * budget
+        mx.set_cache_limit(int(kept))
+        budget -= kept
+    elif _WIRED in info:
         mx.set_cache_limit(int(budget / 4))
         mx.set_wired_limit(int(min(budget, info[_WIRED])))
+    mx.set_memory_limit(int(budget))
     return budget
 
 

@@ -166,10 +166,14 @@ def adapted(name, **changes):
     return model
 
 
-def decoding_error(model, max_rows=100, steps=None):
-    """The largest difference of a decoded log-prob from that of its sequence read at once, alone, without a cache."""
-    prompts = [np.array(p, np.int32) for p in PROMPTS for _ in range(2)]
-    completions = decode(model, prompts, Sampling(max_tokens=9, seed=1), np.array([0, 1, 2]), max_rows, steps=steps)
+def decoding_error(model, max_rows=100, steps=None, view=None):
+    """The largest difference of a decoded log-prob from that of its sequence read at once, alone, without a cache.
+
+    ``view`` is decoded with, if given.
+    """
+    prompts, sampling = [np.array(p, np.int32) for p in PROMPTS for _ in range(2)], Sampling(max_tokens=9, seed=1)
+    decoded = model if view is None else view
+    completions = decode(decoded, prompts, sampling, np.array([0, 1, 2]), max_rows, steps=steps)
     worst = 0.0
     for prompt, c in zip(prompts, completions, strict=True):
         logits = model(mx.array([[*prompt.tolist(), *c.tokens.tolist()]]))[0, len(prompt) - 1 : -1]

@@ -22,7 +22,7 @@ from textpolicy.adapters import LoRA, TinyLoRA
 from textpolicy.engine import Sampling
 from textpolicy.errors import UserError
 from textpolicy.losses import Surrogate
-from textpolicy.mlx import memory
+from textpolicy.mlx import host, memory
 from textpolicy.mlx.engine import MLXEngine
 from textpolicy.mlx.lora import attach, attach_lora
 from textpolicy.mlx.memory import Costs, Curve, Workload, fit, limit_memory, preflight, usable_memory
@@ -266,7 +266,7 @@ def test_an_engine_gets_smaller_sizes_and_the_same_gradients():
 
 def test_a_container_sees_its_own_share_of_the_machine(tmp_path, monkeypatch):
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(memory, "_CGROUP", limit)
+    monkeypatch.setattr(host, "_CGROUP", limit)
     whole = usable_memory()
     limit.write_text("max\n")
     assert usable_memory() == whole

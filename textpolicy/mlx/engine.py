@@ -30,6 +30,7 @@ from . import cuda, exponentials, masks
 from .blas import blas_threads
 from .compiled import Gradients, Objective, OptimizerStep
 from .decode import decode
+from .folded import folded
 from .lora import adapters_off, save_adapter, trainable
 from .scoring import logprobs_of, micro_batches
 from .state import read_arrays, restore_training_state, training_state, write_arrays
@@ -82,7 +83,8 @@ class MLXEngine:
             return []
         rows = [np.asarray(p, np.int32) for p in prompts for _ in range(n)]
         with substituted(self.model, exponentials.substitutes()):
-            flat = decode(self.model, rows, sampling, self.stop, self.decode_rows, steps=self._steps)
+            model = folded(self.model, min(len(rows), self.decode_rows))
+            flat = decode(model, rows, sampling, self.stop, self.decode_rows, steps=self._steps)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
 
     @cached_property

@@ -7,11 +7,9 @@ Sizes are in bytes, GB are 10^9 of them.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Self
 
 import mlx.core as mx
@@ -20,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..errors import UserError
-from . import cuda
+from . import cuda, folded, host
 from .context import Context
 from .engine import MLXEngine
 from .logprobs import Split, token_logprobs, tokens_at_once
@@ -36,7 +34,6 @@ _LOGITS = 11 * 4  # bytes per logit while a token is drawn from float32 ones
 _SHARE = {mx.cpu: 0.8, mx.gpu: 0.9}  # of the device's memory that a run may plan with
 _KEPT = 1 / 16  # of that, on a CPU, for freed buffers, which MLX keeps beyond its limit on arrays
 _MARGIN = 1.05  # on what is predicted: MLX allocates some steps ahead
-_CGROUP = Path("/sys/fs/cgroup/memory.max")  # a container's share of the machine, on Linux
 _WIRED = "max_recommended_working_set_size"  # what Metal calls the memory that a GPU may use
 
 
@@ -101,6 +98,7 @@ class Costs:
     head_trained: float  # the part of ``trained`` that the head uses
     scored: float  # of each of these tokens
     logits: float  # of a row from which a token is drawn
+    folded: float = 0.0  # copies of weights that a rollout makes
 
     @classmethod
     def measure(cls, model: nn.Module, *, checkpoint_every: int = 0, compiled: bool = False) -> Self:
@@ -128,6 +126,7 @@ class Costs:
             head_trained=_bytes(Split.of(model).trained().values()),
             scored=3 * hidden.nbytes,  # as they come, joined, and with their slopes
             logits=_LOGITS * vocabulary,
+            folded=folded.copies(model),
         )
         mx.clear_cache()
         return costs
@@ -171,7 +170,7 @@ class Costs:
         context = n * (_slots(work) * self.cache + self.state)
         entering = max(reading, context)  # rows that fork, leave or join: what they read is there twice for a while
         peak = entering + context if rows < work.rows else max(reading, 2 * context)
-        return _MARGIN * (self.fixed + n * self.logits + peak)
+        return _MARGIN * (self.fixed + self.folded + n * self.logits + peak)
 
 
 def _slots(work: Workload) -> int:
@@ -257,13 +256,7 @@ def usable_memory() -> float:
     """What a run may plan with: most of the default device's memory, or of this container's share of it."""
     info, device = mx.device_info(), mx.default_device().type
     known = [int(info[name]) for name in (_WIRED, "total_memory", "memory_size") if name in info]
-    return _SHARE[device] * (known[0] if known and device == mx.gpu else _host_memory())
-
-
-def _host_memory() -> int:
-    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _CGROUP.read_text().strip() if _CGROUP.is_file() else "max"
-    return installed if limit == "max" else min(installed, int(limit))
+    return _SHARE[device] * (known[0] if known and device == mx.gpu else host.memory())
 
 
 def limit_memory(limit: float | None = None) -> float:

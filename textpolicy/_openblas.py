@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib.abc
 import os
+import platform
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -40,7 +41,10 @@ def preload() -> None:
 
 
 def find_openblas() -> Path | None:
-    """The shared library of the ``cmeel-openblas`` package, or None if it is not installed."""
+    """The shared library of the package for this kind of machine, or None if it is not installed."""
+    if platform.machine() == "x86_64":  # the one of cmeel-openblas is for CPUs with AVX-512 alone and ends others
+        folder = _distribution_path("ngsolve-openblas", "ngsolve_openblas")
+        return next(folder.glob("libopenblas*.so*"), None) if folder else None
     return _distribution_path("cmeel-openblas", "cmeel.prefix/lib/libopenblas.so")
 
 

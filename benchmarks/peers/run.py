@@ -45,7 +45,7 @@ from machine import describe  # noqa: E402
 RESULTS = HERE.parent / "results" / "peers.jsonl"
 ENVS = Path(user_cache_dir("textpolicy")) / "peers"
 
-MLX = ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2", "cmeel-openblas==0.3.31", "transformers==5.23.0")
+MLX = ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2", "ngsolve-openblas==0.3.33.post1", "transformers==5.23.0")
 TRL = ("torch==2.13.0", "trl==1.16.0", "peft==0.21.2", "transformers==5.23.0", "accelerate==1.15.0")
 
 

@@ -2,10 +2,13 @@
 
 import ctypes
 import importlib
+import platform
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -65,6 +68,26 @@ def test_no_warning_when_mlx_comes_first_but_a_fast_blas_came_before_it():
 
 
 @linux_cpu
+def test_openblas_has_kernels_for_every_processor_of_its_kind():
+    """One for AVX-512 alone ends the program on a CPU without it."""
+    config = ctypes.CDLL(None).openblas_get_config
+    config.restype = ctypes.c_char_p
+    assert b"DYNAMIC_ARCH" in config() or platform.machine() != "x86_64"
+
+
+@pytest.mark.parametrize(("core", "expected"), [(b"SkylakeX", True), (b"Haswell", False), (b"Zen", False)])
+def test_small_products_need_avx_512(core, expected, monkeypatch):
+    library = SimpleNamespace(openblas_get_corename=Mock(return_value=core))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    assert blas.has_small_products() is expected
+
+
+def test_another_blas_has_no_small_products(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert blas.has_small_products() is False
+
+
+@linux_cpu
 def test_openblas_finds_the_fortran_runtime_of_mlxs_wheel():
     ran = python("import textpolicy._openblas as b, ctypes; print(b._load_fortran()); ctypes.CDLL('libgfortran.so.5')")
     assert (ran.returncode, ran.stdout.strip()) == (0, "True"), ran.stderr
@@ -100,7 +123,7 @@ def test_a_missing_openblas_is_said_only_when_products_are_slow(monkeypatch, uni
     monkeypatch.setattr(blas, "runs_on_linux_cpu", lambda: True)
     monkeypatch.setattr(blas, "_openblas_is_loaded", lambda: False)
     monkeypatch.setattr(blas, "matmul_gflops", lambda repeats: 6.0)
-    with pytest.warns(RuntimeWarning, match=r"OpenBLAS was not found.* at 6 GFLOP/s .*pip install cmeel-openblas"):
+    with pytest.warns(RuntimeWarning, match=rf"OpenBLAS was not found.* at 6 GFLOP/s .*pip install {blas._PACKAGE}"):
         blas.import_mlx()
     monkeypatch.setattr(blas, "matmul_gflops", lambda repeats: 200.0)
     with warnings.catch_warnings():

@@ -27,6 +27,7 @@ FEW, MANY = 4, 100  # rows, of which the first get small products
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch):
     monkeypatch.setattr(module, "blas_threads", lambda: 2)
+    monkeypatch.setattr(module, "has_small_products", lambda: True)
 
 
 @pytest.fixture
@@ -79,10 +80,12 @@ def test_many_rows_are_left_to_the_layer_where_small_products_are_made(at_once):
     assert product.weight is None
 
 
-def test_small_products_are_for_one_or_two_cores(monkeypatch):
+def test_small_products_are_for_one_or_two_cores_whose_blas_has_them(monkeypatch):
     model = adapted("llama")
-    for threads, rows, expected in ((1, FEW, True), (2, FEW, True), (2, MANY, False), (3, FEW, False)):
+    cases = ((1, FEW, True, True), (2, FEW, True, True), (2, MANY, True, False), (3, FEW, True, False))
+    for threads, rows, has_them, expected in (*cases, (2, FEW, False, False)):
         monkeypatch.setattr(module, "blas_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(module, "has_small_products", lambda has_them=has_them: has_them)
         down = folded(model, rows).model.layers[0].mlp.down_proj
         assert isinstance(down, StandIn)
         assert bool(down.call.width) is expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import platform
 import sys
 import time
 import warnings
@@ -13,9 +14,10 @@ from pathlib import Path
 from .._openblas import runs_on_linux_cpu
 from ..errors import MissingDependencyError, UserError
 
+_PACKAGE = "ngsolve-openblas" if platform.machine() == "x86_64" else "cmeel-openblas"
 SLOW_GFLOPS = 20.0  # the reference BLAS reaches about 6, OpenBLAS 80 or more per core
 SLOW_ADVICE = (
-    "import textpolicy before mlx, with OpenBLAS (pip install cmeel-openblas) "
+    f"import textpolicy before mlx, with OpenBLAS (pip install {_PACKAGE}) "
     "and its Fortran runtime (Debian: apt-get install libgfortran5) installed"
 )
 BUSY_ADVICE = "OpenBLAS is in place, so look again when no other program has this machine's cores"
@@ -52,6 +54,16 @@ def blas_threads() -> int:
     if not _openblas_is_loaded():
         return 0
     return int(ctypes.CDLL(None).openblas_get_num_threads())
+
+
+def has_small_products() -> bool:
+    """Whether OpenBLAS multiplies small matrices as they lie in memory here: it does so with AVX-512."""
+    try:
+        core = ctypes.CDLL(None).openblas_get_corename
+    except AttributeError:
+        return False
+    core.restype = ctypes.c_char_p
+    return core().decode().lower() in ("skylakex", "cooperlake", "sapphirerapids")
 
 
 def matmul_gflops(n: int = 512, repeats: int = 5) -> float:

@@ -30,7 +30,7 @@ from . import cuda, exponentials, masks
 from .blas import blas_threads
 from .compiled import Gradients, Objective, OptimizerStep
 from .decode import decode
-from .folded import folded
+from .folded import copies, folded
 from .lora import adapters_off, save_adapter, trainable
 from .scoring import logprobs_of, micro_batches
 from .state import read_arrays, restore_training_state, training_state, write_arrays
@@ -197,7 +197,11 @@ class MLXEngine:
         """What the last bits of its numbers depend on, the versions of packages aside."""
         info = mx.device_info()
         names = [str(info[name]) for name in ("device_name", "architecture") if name in info]
-        return {"device": f"{mx.default_device()} {' '.join(names)}".strip(), "blas_threads": str(blas_threads())}
+        return {
+            "device": f"{mx.default_device()} {' '.join(names)}".strip(),
+            "blas_threads": str(blas_threads()),
+            "copies": str(copies(self.model)),  # bytes; whether rollouts make them depends on the machine's memory
+        }
 
 
 def _substitutes() -> Mapping[str, Callable[..., Any]]:

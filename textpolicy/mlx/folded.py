@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
 from .attach import WRAPPERS
-from .blas import blas_threads
+from .blas import blas_threads, has_small_products
 from .host import memory
 from .low_rank import LowRankLinear
 from .parts import StandIn, exchanged
@@ -26,12 +26,12 @@ def folded(model: nn.Module, rows: int) -> nn.Module:
     """``model``, to decode up to ``rows`` rows with: a view of it, which holds the copies, or itself if none pay.
 
     A LoRA of rank 16 takes a sixth of a step of eight rows. Few rows on few cores get copies laid out for small
-    products, which takes a third off the time of these. What trains goes on adding the LoRA to the product, so
-    the log-probs of the two differ by float32's rounding.
+    products, which take less time. What trains goes on adding the LoRA to the product, so the log-probs of the two
+    differ by float32's rounding.
     """
     if not copies(model):
         return model
-    few = rows <= _FEW and 0 < blas_threads() <= _CORES
+    few = rows <= _FEW and 0 < blas_threads() <= _CORES and has_small_products()
 
     def stand_in(where: tuple[str | int, ...], module: nn.Module) -> StandIn | nn.Module | None:
         if _suits(module) and (few or isinstance(module, LoRALinear)):

@@ -274,15 +274,31 @@ def test_a_container_sees_its_own_share_of_the_machine(tmp_path, monkeypatch):
     assert usable_memory() == pytest.approx(0.8e6)
 
 
+def test_copies_are_left_out_before_anything_is_made_smaller_for_them():
+    costs = Costs.measure(model_of("lora"))
+    assert costs.folded > 0
+    without = costs.decode(WORK, WORK.rows, copies=False)
+    need = max(without, costs.update(WORK, 8192))
+    room = {"micro_batch_tokens": 8192, "decode_rows": 128}
+    roomy, tight = (fit(costs, WORK, budget, **room) for budget in (need + 2 * costs.folded, need))
+    assert (roomy.copies, roomy.shrunk) == (True, ())
+    assert roomy.decode_bytes > without
+    assert tight.shrunk == ()
+    lean = replace(costs, folded=2 * need)
+    assert fit(lean, WORK, need, **room).copies is False
+    assert fit(lean, WORK, need, **room).decode_bytes == without
+
+
 def test_the_limit_that_is_set_is_the_one_returned():
-    assert limit_memory(1.6e9) == 1.5e9
-    assert mx.set_memory_limit(2**40) == 1_500_000_000
+    assert limit_memory(5e9) == 5e9
+    assert mx.set_memory_limit(2**40) == 5_000_000_000
     assert limit_memory() == pytest.approx(15 / 16 * usable_memory())
 
 
-def test_arrays_and_the_freed_buffers_that_are_kept_stay_within_the_limit():
+def test_arrays_and_the_freed_buffers_that_are_kept_stay_within_what_may_be_used(monkeypatch):
     """MLX keeps what it is told to beside its limit on arrays."""
-    limit_memory(64e6)
+    monkeypatch.setattr(memory, "usable_memory", lambda: 64e6)
+    assert limit_memory() == 60e6
     for n in range(40, 50):
         arrays = [mx.ones(1000 * n) for _ in range(100)]
         mx.eval(arrays)

@@ -72,6 +72,7 @@ class MLXEngine:
         self.max_grad_norm = max_grad_norm
         self.micro_batch_tokens, self.decode_rows = micro_batch_tokens, decode_rows
         self.checkpoint_every, self.compiled = checkpoint_every, compiled
+        self.copies = True  # rollouts on a CPU may fold LoRAs into copies of the weights
         self._gradients = Gradients(model, checkpoint_every=checkpoint_every, compiled=compiled)
         self._optimizer_step = OptimizerStep(model, self.optimizer, compiled=compiled)
 
@@ -83,7 +84,7 @@ class MLXEngine:
             return []
         rows = [np.asarray(p, np.int32) for p in prompts for _ in range(n)]
         with substituted(self.model, exponentials.substitutes()):
-            model = folded(self.model, min(len(rows), self.decode_rows))
+            model = folded(self.model, min(len(rows), self.decode_rows)) if self.copies else self.model
             flat = decode(model, rows, sampling, self.stop, self.decode_rows, steps=self._steps)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
 
@@ -177,7 +178,7 @@ class MLXEngine:
 
     def write_state(self, folder: Path) -> None:
         """Write all that updates change, and the sizes of passes, into ``folder``, bit for bit. Raises OSError."""
-        sizes = {"micro_batch_tokens": self.micro_batch_tokens, "decode_rows": self.decode_rows}
+        sizes = {"micro_batch_tokens": self.micro_batch_tokens, "decode_rows": self.decode_rows, "copies": self.copies}
         notes = {**sizes, "shapes_seen": self._gradients.seen}
         write_arrays(folder / "engine.safetensors", training_state(self.model, self.optimizer), notes)
 
@@ -187,6 +188,7 @@ class MLXEngine:
         restore_training_state(self.model, self.optimizer, arrays, folder)
         self.micro_batch_tokens = min(self.micro_batch_tokens, notes["micro_batch_tokens"])
         self.decode_rows = min(self.decode_rows, notes["decode_rows"])
+        self.copies = self.copies and notes.get("copies", True)
         self._gradients.seen = notes["shapes_seen"]
 
     def close(self, status: str = "success") -> None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import mlx.core as mx
@@ -32,6 +33,7 @@ _SPARE = 64  # slots by which keys and values grow while decoding
 _BLOCK = {mx.cpu: 1, mx.gpu: 256}  # slots are allocated in these
 _LOGITS = 11 * 4  # bytes per logit while a token is drawn from float32 ones
 _SHARE = {mx.cpu: 0.8, mx.gpu: 0.9}  # of the device's memory that a run may plan with
+_CACHED = 2**25  # bytes of freed buffers that MLX keeps on a CPU if it is not told otherwise
 _KEPT = 1 / 16  # of that, on a CPU, for freed buffers, which MLX keeps beyond its limit on arrays
 _MARGIN = 1.05  # on what is predicted: MLX allocates some steps ahead
 _WIRED = "max_recommended_working_set_size"  # what Metal calls the memory that a GPU may use
@@ -163,14 +165,14 @@ class Costs:
         waiting = 2 * max(0.0, chunks - _CHUNKS[-1]) * self.head_trained  # gradients of chunks, to be added up
         return float(np.interp(chunks, _CHUNKS, self.head)) + waiting
 
-    def decode(self, work: Workload, rows: int) -> float:
-        """The peak of decoding ``rows`` completions side by side."""
+    def decode(self, work: Workload, rows: int, copies: bool = True) -> float:
+        """The peak of decoding ``rows`` completions side by side, with copies of weights or without."""
         prompts, p, n = work.spanned(rows), work.prompt_tokens, size_up(rows) if self.compiled else rows
         reading = self.reading(prompts * p, prompts * p * p)
         context = n * (_slots(work) * self.cache + self.state)
         entering = max(reading, context)  # rows that fork, leave or join: what they read is there twice for a while
         peak = entering + context if rows < work.rows else max(reading, 2 * context)
-        return _MARGIN * (self.fixed + self.folded + n * self.logits + peak)
+        return _MARGIN * (self.fixed + copies * self.folded + n * self.logits + peak)
 
 
 def _slots(work: Workload) -> int:
@@ -190,6 +192,7 @@ class Plan:
     decode_bytes: float
     budget: float
     shrunk: tuple[str, ...]  # the settings that are smaller than was asked for
+    copies: bool = True  # whether rollouts may make copies of weights
 
     def __str__(self) -> str:
         return (
@@ -215,21 +218,28 @@ def fit(
     def update(tokens: int) -> float:
         return costs.update(training, tokens)
 
-    def decode(rows: int) -> float:
-        return max(costs.decode(work, min(rows, work.rows)) for work in decoded)
+    def decode(rows: int, copies: bool) -> float:
+        return max(costs.decode(work, min(rows, work.rows), copies) for work in decoded)
 
+    copies = decode(decode_rows, copies=True) <= budget  # before anything is made smaller for them
+    side = partial(decode, copies=copies)
     rows = range(min(training.rows, micro_batch_tokens // training.row), 0, -1)
     tokens = _largest([micro_batch_tokens, *(n * training.row for n in rows)], update, budget)
-    side_by_side = _largest(
-        [decode_rows, *range(min(decode_rows, max(w.rows for w in decoded)), 0, -1)], decode, budget
-    )
-    for what, size, peak in (("an update", tokens, update), ("decoding", side_by_side, decode)):
+    side_by_side = _largest([decode_rows, *range(min(decode_rows, max(w.rows for w in decoded)), 0, -1)], side, budget)
+    for what, size, peak in (("an update", tokens, update), ("decoding", side_by_side, side)):
         if peak(size) > budget:
             raise UserError(_does_not_fit(what, peak(size), budget, training))
     asked = {"micro_batch_tokens": micro_batch_tokens, "decode_rows": decode_rows}
     sizes = {"micro_batch_tokens": tokens, "decode_rows": side_by_side}
     shrunk = tuple(name for name, size in sizes.items() if size < asked[name])
-    return Plan(**sizes, update_bytes=update(tokens), decode_bytes=decode(side_by_side), budget=budget, shrunk=shrunk)
+    return Plan(
+        **sizes,
+        update_bytes=update(tokens),
+        decode_bytes=side(side_by_side),
+        budget=budget,
+        shrunk=shrunk,
+        copies=copies,
+    )
 
 
 def preflight(
@@ -249,6 +259,7 @@ def preflight(
     budget -= max(0.0, mx.get_active_memory() - costs.weights) + copies * costs.trained
     plan = fit(costs, training, budget, engine.micro_batch_tokens, engine.decode_rows, evaluation)
     engine.micro_batch_tokens, engine.decode_rows = plan.micro_batch_tokens, plan.decode_rows
+    engine.copies = engine.copies and plan.copies
     return plan
 
 
@@ -263,13 +274,14 @@ def limit_memory(limit: float | None = None) -> float:
     """Set MLX's limits for a run within ``limit`` bytes, or ``usable_memory()``; returns the one on arrays.
 
     On Metal the model stays resident, and freed buffers that MLX keeps are bounded, since all else on the machine
-    lives in the same memory. On a CPU a part of the limit is for such buffers, more than the 32 MB of MLX's default,
-    since what goes back to the system comes again page by page. On CUDA MLX gives them back when the limit is near.
+    lives in the same memory. On a CPU a part of ``usable_memory()`` is for such buffers, since what goes back to the
+    system comes again page by page; with a ``limit`` MLX keeps its default of 32 MB of them, beside what was asked
+    for. On CUDA MLX gives them back when the limit is near.
     """
     budget, info = limit or usable_memory(), mx.device_info()
     if mx.default_device() == mx.cpu:
-        kept = _KEPT * budget
-        mx.set_cache_limit(int(kept))
+        kept = 0.0 if limit else _KEPT * budget
+        mx.set_cache_limit(int(kept or _CACHED))
         budget -= kept
     elif _WIRED in info:
         mx.set_cache_limit(int(budget / 4))

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from machine import describe
 
-from textpolicy.adapters import KINDS, make_adapter
 from textpolicy.algorithms import algorithm
+from textpolicy.config.adapters import KINDS, make_adapter
 from textpolicy.losses import Surrogate
 from textpolicy.types import Batch, Completion, Episode
 
@@ -56,8 +56,8 @@ def measure(kind: str) -> dict[str, Any]:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
+    from textpolicy.mlx.adapters.merging import attach, save_adapter, trainable
     from textpolicy.mlx.engine import MLXEngine
-    from textpolicy.mlx.lora import attach, save_adapter, trainable
     from textpolicy.mlx.models import load_model
 
     adapter = make_adapter(kind, {})

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from machine import describe
 
-from textpolicy.adapters import KINDS
-from textpolicy.checkpoint import Checkpoints, link_tree, read
+from textpolicy.config.adapters import KINDS
+from textpolicy.mlx.adapters.merging import attach
 from textpolicy.mlx.engine import MLXEngine
-from textpolicy.mlx.lora import attach
 from textpolicy.mlx.models import load_model
+from textpolicy.run.checkpoint import Checkpoints, link_tree, read
 
 REPEATS = 5
 STEP_SECONDS = 3.4  # of a training step with the defaults, RESULTS.md

@@ -37,8 +37,8 @@ import mlx.nn as nn
 from textpolicy.algorithms import algorithm
 from textpolicy.engine import Sampling
 from textpolicy.losses import Surrogate
+from textpolicy.mlx.adapters.merging import attach_lora
 from textpolicy.mlx.engine import MLXEngine
-from textpolicy.mlx.lora import attach_lora
 from textpolicy.mlx.memory import Workload, preflight
 from textpolicy.mlx.models import load_model
 from textpolicy.types import Completion, Episode

@@ -25,12 +25,12 @@ from machine import describe
 import textpolicy as tp
 from textpolicy.engine import Sampling
 from textpolicy.mlx import engine
+from textpolicy.mlx.adapters.merging import attach_lora
+from textpolicy.mlx.decode.sampling import Sampler
 from textpolicy.mlx.engine import MLXEngine
-from textpolicy.mlx.exponentials import substitutes
-from textpolicy.mlx.lora import attach_lora
-from textpolicy.mlx.sampling import Sampler
-from textpolicy.mlx.substitutes import substituted
-from textpolicy.mlx.tree import PromptTree
+from textpolicy.mlx.kernels.exponentials import substitutes
+from textpolicy.mlx.kernels.patching import substituted
+from textpolicy.mlx.read.tree import PromptTree
 
 import mlx.core as mx  # isort: skip  (after textpolicy, which gives it a fast BLAS)
 import mlx.nn as nn  # isort: skip

@@ -27,7 +27,7 @@ import numpy as np
 import tiny
 from machine import describe
 
-from textpolicy.config import check_config
+from textpolicy.config.settings import check_config
 from textpolicy.tasks import TASKS, Problem, Task, load_task
 
 RESULTS = Path(__file__).parent / "results" / "doctor.jsonl"
@@ -336,7 +336,7 @@ def main() -> None:
 def train(name: str, folder: Path) -> None:
     """The run ``name``; what it needs is slow to start, so it is imported here."""
     import textpolicy.mlx  # noqa: F401  (before mlx, which thereby gets its fast BLAS)
-    from textpolicy import run as runs
+    from textpolicy.run import training_run as runs
 
     case = CASES[name]
     TASKS["doctor"] = case.task
@@ -349,9 +349,9 @@ def train(name: str, folder: Path) -> None:
 
 def apart(work: Callable[[], None]) -> int:
     """Do ``work`` in a fork of this process, which has imported everything and computed nothing; its exit code."""
-    import textpolicy.mlx.lora
-    import textpolicy.report
-    import textpolicy.run  # noqa: F401
+    import textpolicy.mlx.adapters.merging
+    import textpolicy.run.summary
+    import textpolicy.run.training_run  # noqa: F401
 
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -365,9 +365,9 @@ def apart(work: Callable[[], None]) -> int:
 
 
 def tiny_engine(config: Any, recipe: Any) -> tuple[Any, Any]:
-    """As ``textpolicy.assembly.build_engine``, with the tiny model."""
+    """As ``textpolicy.run.assembly.build_engine``, with the tiny model."""
+    from textpolicy.mlx.adapters.merging import attach
     from textpolicy.mlx.engine import MLXEngine
-    from textpolicy.mlx.lora import attach
 
     model, tokenizer = tiny.load(), tiny.Tokenizer()
     attach(model, config.adapter.chosen(), config.seed)

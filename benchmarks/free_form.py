@@ -14,11 +14,11 @@ from pathlib import Path
 
 from machine import describe
 
-from textpolicy.assembly import build_engine, environment, greedy
-from textpolicy.config import Config
+from textpolicy.config.settings import Config
 from textpolicy.engine import Sampling
-from textpolicy.environment.text_generation import TextGenerationEnv
-from textpolicy.evaluation import evaluate
+from textpolicy.environment.single_turn import TextGenerationEnv
+from textpolicy.loop.evaluation import evaluate
+from textpolicy.run.assembly import build_engine, environment, greedy
 from textpolicy.tasks import TASKS, load_task
 
 RESULTS = Path(__file__).parent / "results" / "free_form.jsonl"

@@ -20,7 +20,7 @@ from machine import describe
 
 from textpolicy.algorithms.grams import DEFAULT_STRATEGIC_GRAMS
 from textpolicy.algorithms.planning import PlanningGrams, planning_masks
-from textpolicy.environment.pieces import Pieces, text_decode
+from textpolicy.environment.text.pieces import Pieces, text_decode
 from textpolicy.mlx.models import load_model
 
 RESULTS = Path(__file__).parent / "results" / "planning_mask.jsonl"

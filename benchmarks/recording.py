@@ -21,12 +21,12 @@ from typing import Any
 
 from machine import describe
 
-from textpolicy.assembly import build_engine, environment, schedule, training_sampling
-from textpolicy.config import Config
-from textpolicy.loop import train
-from textpolicy.metrics import Row
-from textpolicy.recipe import configure
+from textpolicy.config.recipe import configure
+from textpolicy.config.settings import Config
+from textpolicy.loop.metrics import Row
+from textpolicy.loop.train import train
 from textpolicy.record.recorder import Recorder
+from textpolicy.run.assembly import build_engine, environment, schedule, training_sampling
 from textpolicy.tasks import load_task
 from textpolicy.types import Episode
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from machine import describe
 
-from textpolicy.serving import served_model
-from textpolicy.tinker.server import LocalServer, ServerSettings
+from textpolicy.cli.tinker_server import served_model
+from textpolicy.tinker.server.server import LocalServer, ServerSettings
 
 RESULTS = Path(__file__).parent / "results" / "tinker_local.jsonl"
 RANK, ROWS = 16, 16  # of the LoRA; sequences in one pass of the server

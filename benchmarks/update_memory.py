@@ -33,10 +33,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
 
 from textpolicy.losses import Surrogate, policy_objective
+from textpolicy.mlx.adapters.merging import attach_lora
 from textpolicy.mlx.engine import MLXEngine
-from textpolicy.mlx.lora import attach_lora
 from textpolicy.mlx.memory import Costs, Workload
-from textpolicy.mlx.scoring import arrays, micro_batches
+from textpolicy.mlx.score.micro_batches import arrays, micro_batches
 from textpolicy.types import Batch, Completion, Episode
 
 RESULTS = Path(__file__).parent / "results" / "update_memory.jsonl"

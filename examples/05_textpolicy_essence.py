@@ -3,9 +3,9 @@
 import textpolicy as tp
 from textpolicy.algorithms import algorithm
 from textpolicy.engine import Sampling
+from textpolicy.loop.collect import collect
+from textpolicy.mlx.adapters.merging import attach_lora
 from textpolicy.mlx.engine import MLXEngine
-from textpolicy.mlx.lora import attach_lora
-from textpolicy.rollout.collect import collect
 
 
 @tp.reward

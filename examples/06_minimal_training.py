@@ -13,7 +13,7 @@ import mlx.optimizers as optim
 
 from textpolicy.algorithms import grpo
 from textpolicy.environment import TextGenerationEnvironment
-from textpolicy.mlx.lora import attach_lora
+from textpolicy.mlx.adapters.merging import attach_lora
 from textpolicy.rollout import RolloutRunner, create_strategy
 
 

@@ -12,7 +12,7 @@ import textpolicy as tp  # before mlx, to which it gives a fast BLAS
 import mlx.optimizers as optim
 
 from textpolicy.algorithms import grpo
-from textpolicy.mlx.lora import attach_lora
+from textpolicy.mlx.adapters.merging import attach_lora
 from textpolicy.rollout import RolloutCoordinator
 
 GROUP = 8  # completions of each prompt

@@ -12,10 +12,10 @@ from statistics import mean
 import textpolicy as tp
 from textpolicy.algorithms import algorithm
 from textpolicy.engine import Sampling
-from textpolicy.evaluation import evaluate
-from textpolicy.loop import Schedule, train
+from textpolicy.loop.evaluation import evaluate
+from textpolicy.loop.train import Schedule, train
+from textpolicy.mlx.adapters.merging import attach_lora
 from textpolicy.mlx.engine import MLXEngine
-from textpolicy.mlx.lora import attach_lora
 
 THINGS = (
     "cat river clock violin bridge apple doctor desert engine candle library planet bicycle teacher "

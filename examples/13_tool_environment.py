@@ -7,10 +7,10 @@ import textpolicy as tp
 from textpolicy.algorithms import algorithm
 from textpolicy.engine import Sampling
 from textpolicy.environment import ToolCall, ToolEnv
-from textpolicy.evaluation import evaluate
-from textpolicy.loop import Schedule, train
+from textpolicy.loop.evaluation import evaluate
+from textpolicy.loop.train import Schedule, train
+from textpolicy.mlx.adapters.merging import attach_lora
 from textpolicy.mlx.engine import MLXEngine
-from textpolicy.mlx.lora import attach_lora
 from textpolicy.tasks.countdown import countdown_reward_with_info, generate_countdown_problems
 from textpolicy.tasks.countdown_game import calculate  # (expression: str) -> str, exact
 

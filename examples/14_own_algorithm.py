@@ -13,10 +13,10 @@ import textpolicy as tp
 from textpolicy.algorithms import Algorithm, Credit
 from textpolicy.algorithms.rewards import Rewards
 from textpolicy.engine import Sampling
-from textpolicy.evaluation import evaluate
-from textpolicy.loop import Schedule, train
+from textpolicy.loop.evaluation import evaluate
+from textpolicy.loop.train import Schedule, train
+from textpolicy.mlx.adapters.merging import attach_lora
 from textpolicy.mlx.engine import MLXEngine
-from textpolicy.mlx.lora import attach_lora
 from textpolicy.tasks import load_task
 
 

@@ -12,15 +12,15 @@ from pathlib import Path
 import textpolicy as tp
 from textpolicy.algorithms import algorithm
 from textpolicy.engine import Sampling
-from textpolicy.evaluation import evaluate
-from textpolicy.loop import Schedule, train
+from textpolicy.loop.evaluation import evaluate
+from textpolicy.loop.train import Schedule, train
 from textpolicy.tasks import load_task
 
 
 def here(model):
     """An engine in this process, and its tokenizer."""
+    from textpolicy.mlx.adapters.merging import attach_lora
     from textpolicy.mlx.engine import MLXEngine
-    from textpolicy.mlx.lora import attach_lora
 
     model, tokenizer = tp.load_model(model)
     return MLXEngine(attach_lora(model, rank=16), stop=tokenizer.eos_token_ids), tokenizer
@@ -61,8 +61,8 @@ def run(engine, tokenizer, args):
 
 def served(args):
     """The same on SkyRL's Tinker API, which is started on this machine and ends with the program."""
-    from textpolicy.serving import served_model
-    from textpolicy.tinker.server import LocalServer, ServerSettings
+    from textpolicy.cli.tinker_server import served_model
+    from textpolicy.tinker.server.server import LocalServer, ServerSettings
 
     settings = ServerSettings(model=served_model(args.model), folder=Path(tempfile.mkdtemp()), rank=16)
     with LocalServer(settings, say=print) as server:

@@ -9,8 +9,8 @@ Run as a script this trains for some minutes and prints what the first and the l
 import json
 import sys
 
-from textpolicy.config import Config
-from textpolicy.run import run
+from textpolicy.config.settings import Config
+from textpolicy.run.training_run import run
 from textpolicy.tasks import Task, task_from_rows
 
 KINDS = (

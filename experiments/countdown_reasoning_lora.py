@@ -13,9 +13,9 @@ import textpolicy as tp  # before mlx, to which it gives a fast BLAS
 # isort: split
 import mlx.optimizers as optim
 
-from textpolicy.adapters import TinyLoRA
 from textpolicy.algorithms.grams import get_countdown_strategic_grams
-from textpolicy.mlx.lora import attach, trainable
+from textpolicy.config.adapters import TinyLoRA
+from textpolicy.mlx.adapters.merging import attach, trainable
 from textpolicy.rollout import RolloutRunner, create_strategy
 from textpolicy.tasks.countdown import countdown_reward_with_info, generate_countdown_problems
 

@@ -10,15 +10,15 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_settings.sources.types import _CliPositionalArg as Positional
 
-from textpolicy.campaign.commands import COMMANDS as CAMPAIGN
-from textpolicy.cli import COMMANDS, AlgorithmsArguments, DoctorArguments, TasksArguments
-from textpolicy.config import Config
-from textpolicy.export import ExportArguments
-from textpolicy.html_report.page import ReportArguments
-from textpolicy.inference import EvalArguments, GenerateArguments
-from textpolicy.resume import TrainArguments
-from textpolicy.serving import ServerArguments
-from textpolicy.view.server import ViewArguments
+from textpolicy.cli.campaign import COMMANDS as CAMPAIGN
+from textpolicy.cli.main import COMMANDS, AlgorithmsArguments, DoctorArguments, TasksArguments
+from textpolicy.cli.tinker_server import ServerArguments
+from textpolicy.config.settings import Config
+from textpolicy.report.page import ReportArguments
+from textpolicy.report.view.server import ViewArguments
+from textpolicy.run.export import ExportArguments
+from textpolicy.run.inference import EvalArguments, GenerateArguments
+from textpolicy.run.resume import TrainArguments
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "09_cli.md"
 MARK = "<!-- written by scripts/cli_page.py: {} -->"

@@ -2,8 +2,8 @@
 
 import sys
 
-from textpolicy.campaign.scripts import script
-from textpolicy.campaign.sepa_campaign import SEPACampaignArguments, run
+from textpolicy.campaign.presets.scripts import script
+from textpolicy.campaign.presets.sepa import SEPACampaignArguments, run
 
 if __name__ == "__main__":
     sys.exit(script("scripts/sepa_campaign.py", SEPACampaignArguments, run, ["--seeds"], sys.argv[1:]))

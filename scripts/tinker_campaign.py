@@ -2,8 +2,8 @@
 
 import sys
 
-from textpolicy.campaign.math_campaign import MathCampaignArguments, run
-from textpolicy.campaign.scripts import script
+from textpolicy.campaign.presets.scripts import script
+from textpolicy.campaign.presets.tinker_math import MathCampaignArguments, run
 
 if __name__ == "__main__":
     sys.exit(script("scripts/tinker_campaign.py", MathCampaignArguments, run, ["--seeds"], sys.argv[1:]))

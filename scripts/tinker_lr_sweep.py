@@ -2,8 +2,8 @@
 
 import sys
 
-from textpolicy.campaign.lr_sweep import SweepArguments, run
-from textpolicy.campaign.scripts import script
+from textpolicy.campaign.presets.lr_sweep import SweepArguments, run
+from textpolicy.campaign.presets.scripts import script
 
 if __name__ == "__main__":
     lists = ["--seeds", "--lr-values", "--algorithms"]

@@ -12,10 +12,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from textpolicy._extras import extra
+from textpolicy._system.extras import extra
 from textpolicy.errors import TextPolicyError
-from textpolicy.trackers import INSTALL
-from textpolicy.trackers.follow import Follower, follow, log_new
+from textpolicy.record.trackers import INSTALL
+from textpolicy.record.trackers.follow import Follower, follow, log_new
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -41,11 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     The first time, whichever of those comes first also waits for the server's environment (800 MB).
     """
-    from textpolicy.tinker.server_env import environment_folder
+    from textpolicy.tinker.server.environment import environment_folder
 
     made = environment_folder().exists()
     for item in items:
-        served = "tinker_server" in getattr(item, "fixturenames", ()) or item.path.parent.name == "tinker"
+        served = "tinker_server" in getattr(item, "fixturenames", ()) or "tinker" in item.path.parts
         item.add_marker(pytest.mark.xdist_group("tinker" if served else item.path.stem))
         if not made and (served or "tinker" in item.nodeid):
             item.add_marker(pytest.mark.timeout(ENVIRONMENT_LIMIT))
@@ -97,8 +97,8 @@ def make_tiny_engine(vocabulary: int):
     """As the fixture, with a vocabulary of one's own."""
     import mlx.core as mx
 
+    from textpolicy.mlx.adapters.merging import attach_lora
     from textpolicy.mlx.engine import MLXEngine
-    from textpolicy.mlx.lora import attach_lora
 
     model = attach_lora(tiny_llama(vocabulary), rank=4)
     for module in model.modules():
@@ -140,8 +140,8 @@ def smollm():
 @pytest.fixture
 def fresh_smollm_engine():
     """The built-in model with a fresh adapter behind the engine, and its tokenizer; a test may train it."""
+    from textpolicy.mlx.adapters.merging import attach_lora
     from textpolicy.mlx.engine import MLXEngine
-    from textpolicy.mlx.lora import attach_lora
     from textpolicy.mlx.models import load_model
 
     model, tokenizer = load_model("smollm2-135m")
@@ -168,7 +168,7 @@ TINKER_RANK = 4
 @pytest.fixture(scope="session")
 def tinker_server_can_run():
     """Skips where there is no Python for the server; its environment is made where it is not there yet."""
-    from textpolicy.tinker.server_env import base_python, environment_folder, server_python
+    from textpolicy.tinker.server.environment import base_python, environment_folder, server_python
 
     if not environment_folder().exists() and base_python() is None:
         pytest.skip("the Tinker server needs Python 3.12 or 3.13, and there is none here")
@@ -178,7 +178,7 @@ def tinker_server_can_run():
 @pytest.fixture(scope="session")
 def tinker_settings(tmp_path_factory, tinker_server_can_run):
     """``tinker_settings(name)``: what the tests serve, in a folder of that name."""
-    from textpolicy.tinker.server import ServerSettings, tiny_model_folder
+    from textpolicy.tinker.server.server import ServerSettings, tiny_model_folder
 
     root = tmp_path_factory.mktemp("tinker")
     return lambda name: ServerSettings(model=tiny_model_folder(), folder=root / name, rank=TINKER_RANK)
@@ -187,7 +187,7 @@ def tinker_settings(tmp_path_factory, tinker_server_can_run):
 @pytest.fixture(scope="session")
 def tinker_server(tinker_settings):
     """A server for all tests that leave it alive."""
-    from textpolicy.tinker.server import LocalServer
+    from textpolicy.tinker.server.server import LocalServer
 
     with LocalServer(tinker_settings("shared")) as running:
         yield running

@@ -63,7 +63,7 @@ assert apply_hicra([1.0, 1.0], [1, 0]) == [1.2, 1.0]
 
 
 COMMANDS_WITHOUT_MLX = """
-from textpolicy.cli import main
+from textpolicy.cli.main import main
 from textpolicy.tinker import train_math
 
 assert [main([name]) for name in ("algorithms", "tasks")] == [0, 0]
@@ -129,7 +129,13 @@ def test_the_wheel_holds_the_package_its_templates_and_the_licence_and_nothing_e
         names = set(files.namelist())
     package = {name for name in names if name.startswith("textpolicy/")}
     assert package == in_git("textpolicy")
-    for name in ("py.typed", "view/style.css", "view/base.html", "html_report/report.html", "tinker/engine.py"):
+    for name in (
+        "py.typed",
+        "report/view/style.css",
+        "report/view/base.html",
+        "report/report.html",
+        "tinker/engine.py",
+    ):
         assert f"textpolicy/{name}" in package
     assert {name.split("/")[1] for name in names - package} == {
         "METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses", "top_level.txt",

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from textpolicy import validate
-from textpolicy.environment.text_generation import TextGenerationEnv
+from textpolicy.environment.single_turn import TextGenerationEnv
 from textpolicy.errors import MissingDependencyError
 from textpolicy.validate import main, validate_installation
 

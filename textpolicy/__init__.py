@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ._openblas import await_mlx
+from ._system.lazy import lazy_names
+from ._system.openblas import await_mlx
 
 if TYPE_CHECKING:  # for type checkers and editors; the table below says the same to Python
     from .algorithms.grpo import apply_entropy_weighting as apply_entropy_weighting
@@ -35,22 +36,22 @@ if TYPE_CHECKING:  # for type checkers and editors; the table below says the sam
     from .buffer import Buffer as Buffer
     from .environment import TextGenerationEnv as TextGenerationEnv
     from .environment import TextGenerationEnvironment as TextGenerationEnvironment
-    from .environment.pieces import identify_planning_tokens as identify_planning_tokens
+    from .environment.text.pieces import identify_planning_tokens as identify_planning_tokens
+    from .generation.lora import apply_lora as apply_lora
+    from .generation.lora import create_lora_setup as create_lora_setup
+    from .generation.lora import create_qlora_setup as create_qlora_setup
+    from .generation.lora import extract_params as extract_params
+    from .generation.lora import freeze_base as freeze_base
+    from .generation.lora import merge_weights as merge_weights
+    from .generation.mlx_generation import create_policy as create_policy
+    from .generation.mlx_generation import decode as decode
+    from .generation.mlx_generation import encode as encode
+    from .generation.mlx_generation import generate_tokens as generate_tokens
+    from .generation.reload import create_auto_reload_setup as create_auto_reload_setup
+    from .generation.reload import create_reloadable_policy as create_reloadable_policy
+    from .generation.reload import reload_model as reload_model
+    from .generation.reload import save_adapters as save_adapters
     from .mlx.models import load_model as load_model
-    from .mlx.policy import create_policy as create_policy
-    from .mlx.policy import decode as decode
-    from .mlx.policy import encode as encode
-    from .mlx.policy import generate_tokens as generate_tokens
-    from .mlx.reload import create_auto_reload_setup as create_auto_reload_setup
-    from .mlx.reload import create_reloadable_policy as create_reloadable_policy
-    from .mlx.reload import reload_model as reload_model
-    from .mlx.reload import save_adapters as save_adapters
-    from .mlx.setup import apply_lora as apply_lora
-    from .mlx.setup import create_lora_setup as create_lora_setup
-    from .mlx.setup import create_qlora_setup as create_qlora_setup
-    from .mlx.setup import extract_params as extract_params
-    from .mlx.setup import freeze_base as freeze_base
-    from .mlx.setup import merge_weights as merge_weights
     from .rewards import accuracy_reward as accuracy_reward
     from .rewards import keyword_reward as keyword_reward
     from .rewards import length_reward as length_reward
@@ -79,7 +80,7 @@ _HOME = {  # public name -> the module it lives in
     "apply_entropy_weighting": "algorithms.grpo",
     "apply_hicra_amplification": "algorithms.hicra",
     "apply_length_shaping": "algorithms.length",
-    "apply_lora": "mlx.setup",
+    "apply_lora": "generation.lora",
     "boost_entropy_with_planning": "algorithms.hicra",
     "build_gtpo_hicra_transform": "training",
     "build_gtpo_transform": "training",
@@ -93,33 +94,33 @@ _HOME = {  # public name -> the module it lives in
     "compute_metrics": "algorithms.grpo",
     "compute_prompt_group_stats": "algorithms.selection",
     "compute_token_entropy": "algorithms.grpo",
-    "create_auto_reload_setup": "mlx.reload",
+    "create_auto_reload_setup": "generation.reload",
     "create_gspo_policy_loss": "algorithms.gspo",
-    "create_lora_setup": "mlx.setup",
-    "create_policy": "mlx.policy",
-    "create_qlora_setup": "mlx.setup",
-    "create_reloadable_policy": "mlx.reload",
+    "create_lora_setup": "generation.lora",
+    "create_policy": "generation.mlx_generation",
+    "create_qlora_setup": "generation.lora",
+    "create_reloadable_policy": "generation.reload",
     "create_strategy": "rollout",
-    "decode": "mlx.policy",
-    "encode": "mlx.policy",
-    "extract_params": "mlx.setup",
+    "decode": "generation.mlx_generation",
+    "encode": "generation.mlx_generation",
+    "extract_params": "generation.lora",
     "filter_informative_prompts": "algorithms.selection",
-    "freeze_base": "mlx.setup",
-    "generate_tokens": "mlx.policy",
+    "freeze_base": "generation.lora",
+    "generate_tokens": "generation.mlx_generation",
     "gtpo_loss": "algorithms.grpo",
-    "identify_planning_tokens": "environment.pieces",
+    "identify_planning_tokens": "environment.text.pieces",
     "keyword_reward": "rewards",
     "length_reward": "rewards",
     "load_model": "mlx.models",
-    "merge_weights": "mlx.setup",
+    "merge_weights": "generation.lora",
     "normalize_gtpo_advantages": "algorithms.grpo",
     "perplexity_reward": "rewards",
     "policy_loss": "algorithms.grpo",
     "policy_loss_sequence": "algorithms.gspo",
     "policy_loss_token": "algorithms.gspo",
-    "reload_model": "mlx.reload",
+    "reload_model": "generation.reload",
     "reward": "rewards",
-    "save_adapters": "mlx.reload",
+    "save_adapters": "generation.reload",
     "select_all_data": "algorithms.selection",
     "select_informative_data": "algorithms.selection",
     "select_recent_data": "algorithms.selection",
@@ -129,6 +130,8 @@ _HOME = {  # public name -> the module it lives in
 
 __all__ = [*_HOME]
 
+_public = lazy_names(__name__, {name: f".{module}" for name, module in _HOME.items()})
+
 await_mlx()
 
 
@@ -137,11 +140,7 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("textpolicy")
-    if name not in _HOME:
-        raise AttributeError(f"module 'textpolicy' has no attribute {name!r}", name=name)
-    from importlib import import_module
-
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    return _public(name)
 
 
 def __dir__() -> list[str]:

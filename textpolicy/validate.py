@@ -124,7 +124,7 @@ def _environment_contract() -> Check:
 
 def _play_one_episode() -> None:
     """Raises unless ``reset`` and ``step`` of a tiny environment keep their promises."""
-    from .environment.text_generation import TextGenerationEnv
+    from .environment.single_turn import TextGenerationEnv
     from .rollout.base import STEP_KEYS, checked_step
 
     def length(prompt: str, completion: str, example: Any, **_: Any) -> float:

@@ -1,4 +1,4 @@
-"""This checkout, through ``textpolicy.loop.train``."""
+"""This checkout, through ``textpolicy.loop.train.train``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from worker import Gate, Task, reward_of
 import textpolicy  # noqa: F401  (before mlx: it loads OpenBLAS)
 from textpolicy.algorithms import algorithm
 from textpolicy.engine import Sampling
-from textpolicy.environment.text_generation import TextGenerationEnv
-from textpolicy.loop import Schedule, train
-from textpolicy.metrics import Row
+from textpolicy.environment.single_turn import TextGenerationEnv
+from textpolicy.loop.metrics import Row
+from textpolicy.loop.train import Schedule, train
+from textpolicy.mlx.adapters.merging import attach_lora
 from textpolicy.mlx.engine import MLXEngine
-from textpolicy.mlx.lora import attach_lora
 from textpolicy.mlx.memory import limit_memory
 from textpolicy.mlx.models import load_model
 from textpolicy.types import Episode

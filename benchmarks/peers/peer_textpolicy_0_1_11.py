@@ -20,9 +20,9 @@ from mlx_model import linear_names, weights_sum  # noqa: E402
 
 import textpolicy as tp  # noqa: E402
 from textpolicy.algorithms import grpo  # noqa: E402
-from textpolicy.environment.text_generation import TextGenerationEnv  # noqa: E402
+from textpolicy.environment.single_turn import TextGenerationEnv  # noqa: E402
 from textpolicy.rollout import RolloutCoordinator  # noqa: E402
-from textpolicy.training import Trainer  # noqa: E402
+from textpolicy.training.trainer import Trainer  # noqa: E402
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ from textpolicy.algorithms import ALGORITHMS
 from textpolicy.algorithms.hicra import amplify
 from textpolicy.algorithms.sepa import pool_execution
 from textpolicy.losses import KL, Clip, Correction, Surrogate, policy_objective
+from textpolicy.mlx.adapters.merging import trainable
 from textpolicy.mlx.engine import _objective_with_stats
-from textpolicy.mlx.lora import trainable
-from textpolicy.mlx.scoring import arrays
+from textpolicy.mlx.score.micro_batches import arrays
 
 EVERY = pytest.mark.parametrize("name", ALGORITHMS)
 SEEDS = st.integers(0, 10**6)

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from textpolicy.analysis.emergence import EmergenceLogger
+from textpolicy.analysis.sepa.emergence import EmergenceLogger
 from textpolicy.buffer import Episode as BufferedEpisode
 from textpolicy.errors import UserError
 from textpolicy.types import Completion, Episode

@@ -8,13 +8,7 @@ import numpy as np
 import pytest
 
 from textpolicy.algorithms.grams import document_frequency
-from textpolicy.analysis.mining import (
-    Mining,
-    load_generations,
-    mine_clusters,
-    mine_strategic_grams,
-    sentence_embedder,
-)
+from textpolicy.analysis.mining import Mining, load_generations, mine_clusters, mine_strategic_grams, sentence_embedder
 from textpolicy.errors import MissingDependencyError, UserError
 
 CHECKING = ("Let me check this", "I want to verify that", "We should confirm it")

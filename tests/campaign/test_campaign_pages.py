@@ -59,7 +59,7 @@ def test_the_commands_of_a_page_run_as_written(page, tmp_path):
 
 
 def test_every_flag_of_the_campaign_script_is_in_its_table():
-    from textpolicy.campaign.math_campaign import MathCampaignArguments
+    from textpolicy.campaign.presets.tinker_math import MathCampaignArguments
 
     page = (ROOT / "docs/13_tinker_campaigns.md").read_text(encoding="utf-8")
     flags = {f"--{name.replace('_', '-')}" for name in MathCampaignArguments.model_fields}

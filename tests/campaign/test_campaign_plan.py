@@ -9,8 +9,9 @@ import pytest
 
 from textpolicy.campaign.plan import flags_of, jobs_of, planned, write_plan
 from textpolicy.campaign.settings import check_campaign, merged, read_campaign
-from textpolicy.cli import main, parse
-from textpolicy.config import Config, check_config
+from textpolicy.cli.main import main
+from textpolicy.config.flags import parse
+from textpolicy.config.settings import Config, check_config
 from textpolicy.errors import UserError
 
 ARMS = {"grpo": {"algorithm": {"name": "grpo"}}, "full": {"algorithm": {"name": "full", "hicra_alpha": 0.3}}}

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from made_runs import write_run
 
-from textpolicy.campaign.commands import enough
 from textpolicy.campaign.findings import curve_of, find, pooled, same_models
 from textpolicy.campaign.plan import jobs_of, write_plan
 from textpolicy.campaign.report import markdown, write_report
 from textpolicy.campaign.settings import check_campaign
-from textpolicy.cli import main
+from textpolicy.cli.campaign import enough
+from textpolicy.cli.main import main
 from textpolicy.errors import UserError
 
 GAINS = [0.1, 0.2, 0.1, 0.3, 0.2, 0.1]

@@ -12,7 +12,7 @@ from tiny_folder import SMALL, write_tiny_model
 
 from textpolicy.campaign.jobs import Job, carry_out, read_attempts
 from textpolicy.campaign.plan import finished
-from textpolicy.cli import main
+from textpolicy.cli.main import main
 from textpolicy.errors import UserError
 
 RUN = """
@@ -175,7 +175,7 @@ def duel(tmp_path, module, monkeypatch):
             pairs = zip(folders.items(), learns, strict=True)
             return [Job(arm, 0, f, (module, str(f), str(learnt)), finished) for (arm, f), learnt in pairs]
 
-        monkeypatch.setattr("textpolicy.campaign.commands.jobs_of", jobs)
+        monkeypatch.setattr("textpolicy.cli.campaign.jobs_of", jobs)
         return main(["campaign", "run", str(source), *words])
 
     return run

@@ -8,8 +8,19 @@ from pathlib import Path
 import pytest
 from made_runs import write_run
 
-from textpolicy.campaign import lr_sweep, math_campaign, math_words, sepa_campaign
-from textpolicy.campaign.scripts import joined, script
+from textpolicy.campaign.presets import (
+    lr_sweep,
+)
+from textpolicy.campaign.presets import (
+    math_jobs as math_words,
+)
+from textpolicy.campaign.presets import (
+    sepa as sepa_campaign,
+)
+from textpolicy.campaign.presets import (
+    tinker_math as math_campaign,
+)
+from textpolicy.campaign.presets.scripts import joined, script
 
 HERE = Path(__file__).parent
 

@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [
     str(ROOT),
-    *(str(ROOT / p) for p in ("benchmarks", "tests/chaos", "tests/mlx", "tests/rewards", "tests")),
+    *(str(ROOT / p) for p in ("benchmarks", "tests/chaos", "tests/rewards", "tests")),
 ]
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -180,9 +180,9 @@ CHANGES = st.lists(st.tuples(st.integers(0, 500), VALUES), min_size=1, max_size=
 
 def config(folder: Path) -> Target:
     """Settings as JSON or TOML would bring them, through the recipe and the adapter."""
-    from textpolicy.config import Config, check_config
-    from textpolicy.recipe import configure
-    from textpolicy.resume import _leaves
+    from textpolicy.config.recipe import configure
+    from textpolicy.config.settings import Config, check_config
+    from textpolicy.run.resume import _leaves
 
     whole = json.loads(Config().model_dump_json())
     names = [name for name, _ in _leaves(whole)]
@@ -205,7 +205,7 @@ def config(folder: Path) -> Target:
 
 def toml(folder: Path) -> Target:
     """A config file whose bytes were changed."""
-    from textpolicy.config import read_config
+    from textpolicy.config.settings import read_config
 
     sound, path = (ROOT / "examples" / "train.toml").read_bytes(), folder / "run.toml"
 
@@ -262,7 +262,7 @@ def mathematics(folder: Path) -> Target:
 
 def checkpoints(folder: Path) -> Target:
     """Checkpoints of which a file was changed: never found sound unless they say the same."""
-    from textpolicy.checkpoint import Checkpoints, UnsoundError, read
+    from textpolicy.run.checkpoint import Checkpoints, UnsoundError, read
 
     state = {"seconds": {"all": 1.5}, "sepa": None, "streams": list(range(20))}
     written = Checkpoints(folder).write(1, state, lambda new: (new / "weights").write_bytes(bytes(range(256))) and None)
@@ -290,9 +290,9 @@ def adapters(folder: Path) -> Target:
     # isort: split
     from conftest import tiny_llama
 
-    from textpolicy.adapters import LoRA, TinyLoRA
-    from textpolicy.mlx.adapter_folder import CONFIG, WEIGHTS, load_adapter, read_adapter, save_adapter
-    from textpolicy.mlx.attach import attach, attached, detach
+    from textpolicy.config.adapters import LoRA, TinyLoRA
+    from textpolicy.mlx.adapters.attach import attach, attached, detach
+    from textpolicy.mlx.adapters.saving import CONFIG, WEIGHTS, load_adapter, read_adapter, save_adapter
 
     sound = []
     for n, kind in enumerate((LoRA(rank=2), TinyLoRA(u=3))):
@@ -328,7 +328,7 @@ def safetensors(folder: Path) -> Target:
     import numpy as np
     from safetensors.numpy import save
 
-    from textpolicy.mlx.sound import load_arrays
+    from textpolicy.mlx.files.safetensors import load_arrays
 
     sound = save({"a": np.zeros((3, 4), np.float32), "b": np.ones(5, np.float16), "c": np.zeros((), np.int64)})
     path = folder / "a.safetensors"
@@ -344,7 +344,7 @@ def gguf(folder: Path) -> Target:
     """GGUF files whose bytes, most of them of the header, were changed."""
     from test_gguf import write
 
-    from textpolicy.mlx.gguf import read_gguf
+    from textpolicy.mlx.files.gguf import read_gguf
 
     sound, path = write(folder / "sound.gguf").read_bytes(), folder / "a.gguf"
 

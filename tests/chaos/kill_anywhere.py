@@ -53,7 +53,7 @@ def child(argv: list[str], folder: Path, pipe: int, prepare: Callable[[], None])
         toy_run.register()
         _probe(pipe)
         prepare()
-        from textpolicy.cli import main
+        from textpolicy.cli.main import main
 
         code = main(argv)
     except BaseException:  # noqa: BLE001 (this is the end of a process, which must not become its parent)
@@ -67,11 +67,11 @@ def child(argv: list[str], folder: Path, pipe: int, prepare: Callable[[], None])
 
 def _probe(pipe: int) -> None:
     """Tell the parent of every phase."""
-    import textpolicy.run as run
-    from textpolicy.checkpoint import Checkpoints
-    from textpolicy.metrics_file import MetricsFile
+    import textpolicy.run.training_run as run
     from textpolicy.mlx.engine import MLXEngine
+    from textpolicy.record.metrics_file import MetricsFile
     from textpolicy.rewards.scoring import Scorer
+    from textpolicy.run.checkpoint import Checkpoints
 
     def wrap(place: Any, name: str, phase: str) -> None:
         true = getattr(place, name)
@@ -331,8 +331,8 @@ def warm_up() -> None:
     import scipy.stats  # noqa: F401
     import transformers.models.auto.tokenization_auto  # noqa: F401
 
-    import textpolicy.config
-    import textpolicy.report  # noqa: F401
+    import textpolicy.config.settings
+    import textpolicy.run.summary  # noqa: F401
 
     if "mlx.core" in sys.modules:
         raise RuntimeError("mlx is imported before the fork")

@@ -24,8 +24,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import toy_run  # noqa: E402
 
-from textpolicy import run  # noqa: E402
-from textpolicy.cli import main as textpolicy  # noqa: E402
+from textpolicy.cli.main import main as textpolicy  # noqa: E402
+from textpolicy.run import training_run as run  # noqa: E402
 
 SMALL = [
     "--rollout.prompts-per-step=2",

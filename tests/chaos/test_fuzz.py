@@ -1,14 +1,9 @@
 """A few thousand executions of every target of fuzz.py; a million are in benchmarks/results/fuzz.jsonl."""
 
-import os
-import sys
 import warnings
 
 import pytest
-
-HERE = os.path.dirname(__file__)
-sys.path[:0] = [HERE, *(os.path.join(HERE, "..", name) for name in ("mlx", "rewards"))]
-from fuzz import SHARES, fuzz  # noqa: E402
+from fuzz import SHARES, fuzz
 
 FEW = {"mathematics": 10, "gguf": 50, "models": 20, "adapters": 200}
 

@@ -149,7 +149,7 @@ def quickly(patch: Any) -> None:
 
     patch.setitem(TASKS, "toy", toy_task)
     patch.setattr("textpolicy.mlx.memory.preflight", as_asked)
-    patch.setattr("textpolicy.run.plot_learning", lambda *arguments: None)
+    patch.setattr("textpolicy.run.training_run.plot_learning", lambda *arguments: None)
 
 
 TIMES = ("sample_seconds", "update_seconds", "tokens_per_second", "peak_memory_bytes")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from textpolicy.cli import main
+from textpolicy.cli.main import main
 from textpolicy.doctor import RULES, Completions, Example, Facts, Finding, Report, examine
 from textpolicy.doctor.words import as_json, full, last_lines
 

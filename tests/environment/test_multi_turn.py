@@ -9,10 +9,10 @@ from toy_tokenizers import Letters, Numbers
 
 from textpolicy.engine import Sampling
 from textpolicy.environment import MultiTurnEnv, Reply
-from textpolicy.environment.conversation import Conversation
+from textpolicy.environment.text.conversation import Conversation
 from textpolicy.errors import UserError
+from textpolicy.loop.collect import collect
 from textpolicy.rollout import RolloutRunner, create_strategy
-from textpolicy.rollout.collect import collect
 from textpolicy.types import Batch
 
 FAMILIES = sorted(SPECIAL)

@@ -15,7 +15,7 @@ from toy_tokenizers import Letters
 from textpolicy.engine import Sampling
 from textpolicy.environment import Tool, ToolCall, ToolEnv, parse_calls
 from textpolicy.errors import UserError
-from textpolicy.rollout.collect import collect
+from textpolicy.loop.collect import collect
 
 FAMILIES = sorted(SPECIAL)
 

@@ -17,11 +17,11 @@ from textpolicy.algorithms import grpo
 from textpolicy.engine import Sampling
 from textpolicy.environment import GymnasiumTextEnv, MultiTurnEnv, Reply, ToolEnv
 from textpolicy.errors import UserError
-from textpolicy.mlx.policy import Policy
-from textpolicy.on_policy import OnPolicyCheck, measure
+from textpolicy.generation.mlx_generation import Policy
+from textpolicy.loop.collect import collect
+from textpolicy.loop.on_policy import OnPolicyCheck, measure
 from textpolicy.rollout import RolloutRunner, create_strategy
-from textpolicy.rollout.collect import collect
-from textpolicy.training import Trainer
+from textpolicy.training.trainer import Trainer
 
 
 def spans(episode):

@@ -2,8 +2,8 @@
 
 from textpolicy.algorithms import algorithm
 from textpolicy.engine import Sampling
-from textpolicy.loop import Schedule, train
-from textpolicy.on_policy import OnPolicyCheck
+from textpolicy.loop.on_policy import OnPolicyCheck
+from textpolicy.loop.train import Schedule, train
 
 
 def two_steps(engine, env, max_tokens, group_size=4):

@@ -10,7 +10,7 @@ from vectors import Answer, Case, UnknownCase
 from textpolicy.algorithms.credit import row_mean
 from textpolicy.algorithms.gtpo import live_counts, normalize, sequence_rewards, shaped_rewards
 from textpolicy.losses import Clip, Surrogate, importance_ratio
-from textpolicy.mlx.sampling import draw, token_logprobs
+from textpolicy.mlx.decode.sampling import draw, token_logprobs
 
 
 def check(case: Case) -> list[Answer]:

@@ -11,8 +11,8 @@ import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below m
 import mlx.core as mx
 import mlx.nn as nn
 
+from textpolicy.mlx.decode.sampling import token_logprobs
 from textpolicy.mlx.engine import MLXEngine
-from textpolicy.mlx.sampling import token_logprobs
 from textpolicy.tinker.datum import DatumArrays, datum_arrays
 from textpolicy.types import Batch, Completion, Episode
 

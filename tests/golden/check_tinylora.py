@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from textpolicy.errors import UserError
-from textpolicy.mlx.tinylora import (
+from textpolicy.mlx.adapters.tinylora import (
     Factors,
     ProjectedCore,
     SharedVectors,

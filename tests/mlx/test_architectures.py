@@ -27,13 +27,13 @@ from mlx_lm.models import (
 from textpolicy.engine import Sampling
 from textpolicy.errors import UserError
 from textpolicy.losses import Surrogate, policy_objective
-from textpolicy.mlx import tree
-from textpolicy.mlx.context import Context, Ragged
-from textpolicy.mlx.decode import decode
+from textpolicy.mlx.adapters.merging import attach_lora
+from textpolicy.mlx.decode.compiled_steps import Steps
+from textpolicy.mlx.decode.decoder import decode
 from textpolicy.mlx.engine import MLXEngine, PolicyObjective, _objective_with_stats
-from textpolicy.mlx.lora import attach_lora
-from textpolicy.mlx.scoring import Layout, arrays, score
-from textpolicy.mlx.steady import Steps
+from textpolicy.mlx.read import tree
+from textpolicy.mlx.read.context import Context, Ragged
+from textpolicy.mlx.score.micro_batches import Layout, arrays, score
 from textpolicy.types import Completion, Episode
 
 VOCABULARY = 60

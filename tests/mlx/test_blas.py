@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from textpolicy import _openblas
+from textpolicy._system import openblas as _openblas
 from textpolicy.errors import MissingDependencyError, UserError
 from textpolicy.mlx import blas
 
@@ -89,7 +89,9 @@ def test_another_blas_has_no_small_products(monkeypatch):
 
 @linux_cpu
 def test_openblas_finds_the_fortran_runtime_of_mlxs_wheel():
-    ran = python("import textpolicy._openblas as b, ctypes; print(b._load_fortran()); ctypes.CDLL('libgfortran.so.5')")
+    ran = python(
+        "import textpolicy._system.openblas as b, ctypes; print(b._load_fortran()); ctypes.CDLL('libgfortran.so.5')"
+    )
     assert (ran.returncode, ran.stdout.strip()) == (0, "True"), ran.stderr
 
 

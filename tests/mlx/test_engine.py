@@ -18,9 +18,9 @@ from textpolicy.algorithms import ALGORITHMS
 from textpolicy.engine import Sampling
 from textpolicy.errors import UserError
 from textpolicy.losses import Surrogate, policy_objective
+from textpolicy.mlx.adapters.merging import attach_lora, trainable
 from textpolicy.mlx.engine import MLXEngine, _objective_with_stats
-from textpolicy.mlx.lora import attach_lora, trainable
-from textpolicy.mlx.scoring import arrays
+from textpolicy.mlx.score.micro_batches import arrays
 from textpolicy.types import Episode
 
 PROMPTS = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 8, 10, 11], [5, 6, 9], [44]]

@@ -18,13 +18,14 @@ from conftest import recipe
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
-from textpolicy.adapters import LoRA, TinyLoRA
+from textpolicy._system import machine as host
+from textpolicy.config.adapters import LoRA, TinyLoRA
 from textpolicy.engine import Sampling
 from textpolicy.errors import UserError
 from textpolicy.losses import Surrogate
-from textpolicy.mlx import host, memory
+from textpolicy.mlx import memory
+from textpolicy.mlx.adapters.merging import attach, attach_lora
 from textpolicy.mlx.engine import MLXEngine
-from textpolicy.mlx.lora import attach, attach_lora
 from textpolicy.mlx.memory import Costs, Curve, Workload, fit, limit_memory, preflight, usable_memory
 from textpolicy.mlx.models import load_model
 from textpolicy.types import Completion, Episode

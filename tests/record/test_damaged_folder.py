@@ -1,17 +1,13 @@
 """Run folders that are damaged: doctor, report and viewer say what is wrong in one sentence."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
+from made_run import make_run
 
-from textpolicy.cli import main
+from textpolicy.cli.main import main
 from textpolicy.errors import UserError
 from textpolicy.record.reader import load_run
-
-sys.path.append(str(Path(__file__).parents[1] / "view"))
-from made_run import make_run
 
 
 def after(name, content):
@@ -88,7 +84,7 @@ def test_a_damaged_run_folder_is_one_sentence(tmp_path, capsys, damage, command)
 def test_the_viewer_says_the_same_on_its_page(tmp_path, damage):
     from starlette.testclient import TestClient
 
-    from textpolicy.view.server import make_app
+    from textpolicy.report.view.server import make_app
 
     spoil, sentence = DAMAGES[damage]
     folder = make_run(tmp_path / "run", steps=4)

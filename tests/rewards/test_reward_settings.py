@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from toy_tokenizers import Letters
 
-from textpolicy.assembly import environment, scored
-from textpolicy.cli import parse
-from textpolicy.config import Config, read_config
+from textpolicy.config.flags import parse
+from textpolicy.config.settings import Config, read_config
 from textpolicy.engine import Sampling
 from textpolicy.errors import RewardError, UserError
-from textpolicy.rollout.collect import collect
+from textpolicy.loop.collect import collect
+from textpolicy.run.assembly import environment, scored
 from textpolicy.tasks import Problem, Task
 from textpolicy.types import Completion
 

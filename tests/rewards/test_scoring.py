@@ -13,9 +13,11 @@ import pytest
 from toy_tokenizers import Letters
 
 from textpolicy.engine import Sampling
-from textpolicy.environment.text_generation import TextGenerationEnv
+from textpolicy.environment.single_turn import TextGenerationEnv
 from textpolicy.errors import RewardError, UserError
-from textpolicy.metrics import summarize
+from textpolicy.loop.collect import collect
+from textpolicy.loop.dynamic import Rollouts
+from textpolicy.loop.metrics import summarize
 from textpolicy.rewards import (
     REWARD_REGISTRY,
     Request,
@@ -30,8 +32,6 @@ from textpolicy.rewards import (
     verifier,
 )
 from textpolicy.rewards.background import in_time
-from textpolicy.rollout.collect import collect
-from textpolicy.rollout.dynamic import Rollouts
 from textpolicy.types import Completion, Episode
 
 pytestmark = pytest.mark.usefixtures("registries")
@@ -493,7 +493,7 @@ def test_a_reward_that_kills_its_worker_every_time_is_a_clear_error_within_five_
 
 
 def test_a_worker_that_cannot_start_says_where_to_look(made, monkeypatch):
-    monkeypatch.setattr("textpolicy._processes.interpreter", lambda: ["false"])
+    monkeypatch.setattr("textpolicy._system.processes.interpreter", lambda: ["false"])
     with pytest.raises(RewardError, match="a worker process for rewards ended at its start; what it wrote to"):
         rewards(made(letters), "a")
 

@@ -7,9 +7,9 @@ import pytest
 from conftest import make_tiny_engine, random_episodes, recipe
 
 from textpolicy.engine import Sampling
-from textpolicy.environment.text_generation import TextGenerationEnv
-from textpolicy.loop import Schedule, train
-from textpolicy.on_policy import OnPolicyCheck
+from textpolicy.environment.single_turn import TextGenerationEnv
+from textpolicy.loop.on_policy import OnPolicyCheck
+from textpolicy.loop.train import Schedule, train
 
 PROMPTS = ["1 2", "3", "4 5 6", "2 2"]
 

@@ -2,14 +2,11 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "chaos"))
 from toy_run import metrics, quickly, settings
 
-from textpolicy.cli import main
+from textpolicy.cli.main import main
 from textpolicy.errors import UserError
 from textpolicy.rewards import Scorer
 from textpolicy.tasks import load_task, task_from_rows
@@ -139,7 +136,7 @@ def test_what_is_wrong_with_a_file_is_one_sentence(letters, own, name, said):
 
 @pytest.mark.parametrize("flags", [[], ["--rewards.processes"]])
 def test_a_run_of_an_own_task_keeps_its_file_and_says_when_it_changed(letters, monkeypatch, capsys, flags):
-    from textpolicy import run as run_module
+    from textpolicy.run import training_run as run_module
 
     quickly(monkeypatch)
     config, folder = settings(letters.parent), letters.parent / "run"

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from textpolicy.errors import MissingDependencyError, UserError
-from textpolicy.rewards.registry import call_reward
+from textpolicy.rewards.scoring import call_reward
 from textpolicy.tasks import TASKS, load_task
 from textpolicy.tasks.countdown import evaluate_expression, is_solvable
 from textpolicy.tasks.countdown_game import calculate, solve_countdown

@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 from fake_remote import FakeRemote, Server
 
-from textpolicy.cli import main
-from textpolicy.config import check_config
+from textpolicy.cli.main import main
+from textpolicy.config.recipe import configure
+from textpolicy.config.settings import check_config
 from textpolicy.errors import ServiceError, UserError
-from textpolicy.recipe import configure
-from textpolicy.run import run
+from textpolicy.run.training_run import run
 from textpolicy.tasks import TASKS, Problem, Task
-from textpolicy.tinker.budget import RunWork
 from textpolicy.tinker.engine import TinkerEngine
+from textpolicy.tinker.spending import RunWork
 
 STEPS = 5
 WORDS = len("let me check. \\boxed{10}") + 1  # tokens of the longest answer
@@ -86,8 +86,10 @@ def engines(monkeypatch):
     task = Task("sums", "adding", *parts, lambda q: [{"role": "user", "content": q}], reward)
     monkeypatch.setitem(TASKS, "sums", lambda: task)
     monkeypatch.setattr(TinkerEngine, "connect", connect)
-    monkeypatch.setattr("textpolicy.run.plot_learning", lambda *_: None)  # pictures of these runs are nobody's
-    monkeypatch.setattr("textpolicy.html_report.page.write_report", lambda *_: None)
+    monkeypatch.setattr(
+        "textpolicy.run.training_run.plot_learning", lambda *_: None
+    )  # pictures of these runs are nobody's
+    monkeypatch.setattr("textpolicy.report.page.write_report", lambda *_: None)
     return made
 
 

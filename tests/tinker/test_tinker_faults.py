@@ -17,7 +17,7 @@ from textpolicy.algorithms import algorithm
 from textpolicy.engine import Sampling
 from textpolicy.errors import ServiceError
 from textpolicy.tinker.engine import TinkerEngine
-from textpolicy.tinker.server import LocalServer
+from textpolicy.tinker.server.server import LocalServer
 from textpolicy.tinker.service import answers
 
 HOW = algorithm("grpo")

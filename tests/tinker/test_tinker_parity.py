@@ -16,8 +16,8 @@ from fixed_episodes import fixed_episodes
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
-from textpolicy.adapters import LoRA
-from textpolicy.mlx.attach import attach
+from textpolicy.config.adapters import LoRA
+from textpolicy.mlx.adapters.attach import attach
 from textpolicy.mlx.engine import MLXEngine, PolicyObjective
 from textpolicy.mlx.models import load_model
 from textpolicy.tinker.engine import Adam

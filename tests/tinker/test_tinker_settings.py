@@ -6,11 +6,11 @@ from contextlib import contextmanager
 
 import pytest
 
-from textpolicy.cli import main
-from textpolicy.config import Config, check_config
+from textpolicy.cli.main import main
+from textpolicy.config.recipe import configure
+from textpolicy.config.settings import Config, check_config
 from textpolicy.errors import ServiceError, UserError
-from textpolicy.recipe import configure
-from textpolicy.tinker.from_config import kept, refuse_unhonoured
+from textpolicy.tinker.build import kept, refuse_unhonoured
 from textpolicy.tinker.service import Service, answers
 
 

@@ -298,7 +298,7 @@ def test_half_a_line_that_a_crash_left_in_any_file_is_no_obstacle(problems, tmp_
 
 def test_a_folder_in_which_another_process_is_at_work_is_left_alone(problems, tmp_path):
     server = run(settings(problems, tmp_path / "run"))
-    other = "import sys; from pathlib import Path; from textpolicy.lock import RunLock\n"
+    other = "import sys; from pathlib import Path; from textpolicy._system.lock import RunLock\n"
     other += "with RunLock(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", other, str(tmp_path / "run")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:

@@ -3,13 +3,6 @@
 from ..record.reader import RecordedRun, load_run
 from .comparison import RECOMMENDATIONS, Comparison, Question, compare, compare_arms
 from .curves import CurveSummary, summarize_curve
-from .emergence import EmergenceLogger
-from .emergence_runs import (
-    EmergenceGroupStats,
-    EmergenceRunStats,
-    aggregate_group_stats,
-    load_emergence_run_stats,
-)
 from .exact import (
     detectable_by_anytime,
     detectable_by_labels,
@@ -52,7 +45,9 @@ from .power import (
     runs_needed_per_arm,
     runs_needed_per_arm_normal,
 )
-from .sepa_litmus import (
+from .sepa.emergence import EmergenceLogger
+from .sepa.emergence_runs import EmergenceGroupStats, EmergenceRunStats, aggregate_group_stats, load_emergence_run_stats
+from .sepa.litmus import (
     SEPALitmusEvidence,
     SEPALitmusProfile,
     SEPALitmusResult,
@@ -61,11 +56,7 @@ from .sepa_litmus import (
     evaluate_sepa_litmus,
     get_sepa_litmus_profile,
 )
-from .sepa_significance import (
-    SEPASignificanceReport,
-    build_sepa_significance_markdown,
-    evaluate_sepa_significance,
-)
+from .sepa.significance import SEPASignificanceReport, build_sepa_significance_markdown, evaluate_sepa_significance
 from .sequential import Anytime, anytime_interval, anytime_test, e_process, pairs_needed_by_anytime, power_of_anytime
 from .statistics import (
     Corrected,

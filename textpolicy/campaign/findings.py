@@ -11,10 +11,10 @@ import numpy as np
 
 from ..analysis.comparison import DECLINE, IMPROVEMENT, INSUFFICIENT, Comparison, Question, compare_arms
 from ..analysis.intervals import ClusteredDifference, Interval, clustered_difference, rate_difference_interval
-from ..analysis.sepa_significance import cluster_design_effect
+from ..analysis.sepa.significance import cluster_design_effect
 from ..analysis.statistics import fisher_test, mcnemar_test
 from ..errors import UserError
-from ..evaluation import Rate
+from ..loop.evaluation import Rate
 from .jobs import Job, read_attempts
 from .outcomes import Cost, Outcome, Point, read_outcome, solved_by_run
 from .settings import SUMMARIES, CampaignSettings

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..analysis.curves import summarize_curve
-from ..analysis.emergence_runs import read_rows
+from ..analysis.sepa.emergence_runs import read_rows
 from ..errors import UserError
 from .settings import Prices, Summary
 

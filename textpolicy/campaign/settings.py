@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from ..config import Config, NonNegative, Section, check_config, explain, read_values
+from ..config.settings import Config, NonNegative, Section, check_config, explain, read_values
 from ..errors import UserError, unknown_name
 
 Summary = Literal["last", "auc", "kept"]
@@ -94,7 +94,7 @@ class CampaignSettings(Section):
 
     def config(self, arm: str, seed: int) -> Config:
         """The settings of one run. Raises UserError, also for a recipe that has no use for a setting."""
-        from ..recipe import configure
+        from ..config.recipe import configure
 
         config = check_config(self.overrides(arm, seed), f"arm {arm}, seed {seed}")
         configure(config)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from ..evaluation import Rate
-from ..metrics import Row
+from ..loop.evaluation import Rate
+from ..loop.metrics import Row
 from ..record import layout
 from ..record.reader import load_run
 from ..types import Episode

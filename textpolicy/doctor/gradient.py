@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..metrics import Row
+from ..loop.metrics import Row
 from .facts import Facts, at_limit, mean, values
 from .finding import Finding
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from ..metrics import Row
+from ..loop.metrics import Row
 from .facts import Facts, Look, mean, rises, values
 from .finding import Finding
 

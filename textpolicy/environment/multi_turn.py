@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from ..errors import UserError
 from ..rewards.contract import RewardFunction
-from .chat import ChatCodec, Prompt, Schema, as_messages
-from .conversation import Conversation, Limits, Partner, Reply
-from .text_generation import TextGenerationEnv
+from .single_turn import TextGenerationEnv
+from .text.chat import ChatCodec, Prompt, Schema, as_messages
+from .text.conversation import Conversation, Limits, Partner, Reply
 from .tools import ParseCalls, Tool, ToolPartner, describe_tools, parse_calls
 
 Describe = Callable[[Sequence[Schema]], str]  # instructions for the policy, "" for none

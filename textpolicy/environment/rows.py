@@ -9,11 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .._extras import extra
+from .._system.extras import extra
 from ..errors import UserError, unknown_name
 from ..rewards.contract import RewardFunction
-from .chat import Prompt
-from .text_generation import TextGenerationEnv
+from .single_turn import TextGenerationEnv
+from .text.chat import Prompt
 
 Row = Mapping[str, Any]
 

@@ -15,8 +15,8 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import ArgsKwargs
 
 from ..errors import UserError
-from .chat import Message, Schema
-from .conversation import Reply
+from .text.chat import Message, Schema
+from .text.conversation import Reply
 
 LONGEST_RESULT = 2000  # characters of a result that the policy is shown
 

@@ -1,5 +1,6 @@
 """The documented import path of what loads a model, adapts it and writes with it; it lives in ``textpolicy.mlx``."""
 
+from ..mlx.models import load_model as load_model
 from .lora import apply_lora as apply_lora
 from .lora import create_lora_setup as create_lora_setup
 from .lora import create_qlora_setup as create_qlora_setup
@@ -11,7 +12,6 @@ from .mlx_generation import decode as decode
 from .mlx_generation import decode_token_ids as decode_token_ids
 from .mlx_generation import encode as encode
 from .mlx_generation import generate_tokens as generate_tokens
-from .mlx_generation import load_model as load_model
 from .reload import create_auto_reload_setup as create_auto_reload_setup
 from .reload import create_reloadable_policy as create_reloadable_policy
 from .reload import reload_model as reload_model

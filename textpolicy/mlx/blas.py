@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from .._openblas import runs_on_linux_cpu
+from .._system.openblas import runs_on_linux_cpu
 from ..errors import MissingDependencyError, UserError
 
 _PACKAGE = "ngsolve-openblas" if platform.machine() == "x86_64" else "cmeel-openblas"
@@ -24,7 +24,7 @@ BUSY_ADVICE = "OpenBLAS is in place, so look again when no other program has thi
 
 
 def import_mlx() -> None:
-    """Import ``mlx.core``; ``textpolicy/_openblas.py`` has seen to it that OpenBLAS comes first."""
+    """Import ``mlx.core``; ``textpolicy/_system/openblas.py`` has seen to it that OpenBLAS comes first."""
     late = "mlx.core" in sys.modules
     _import_core()
     if runs_on_linux_cpu() and not _openblas_is_loaded():

@@ -17,25 +17,18 @@ from mlx.utils import tree_map
 
 from ..engine import Sampling
 from ..errors import NotFiniteError, UserError
-from ..losses import (
-    Surrogate,
-    correction_weights,
-    denominator,
-    importance_ratio,
-    kl_estimate,
-    policy_objective,
-)
+from ..losses import Surrogate, correction_weights, denominator, importance_ratio, kl_estimate, policy_objective
 from ..types import Batch, Completion
-from . import cuda, exponentials, masks
+from .adapters.merging import adapters_off, save_adapter, trainable
 from .blas import blas_threads
-from .compiled import Gradients, Objective, OptimizerStep
-from .decode import decode
-from .folded import copies, folded
-from .lora import adapters_off, save_adapter, trainable
-from .scoring import logprobs_of, micro_batches
+from .decode.compiled_steps import Steps
+from .decode.decoder import decode
+from .decode.folded_weights import copies, folded
+from .kernels import cuda, exponentials, masks
+from .kernels.patching import substituted
+from .score.gradients import Gradients, Objective, OptimizerStep
+from .score.micro_batches import logprobs_of, micro_batches
 from .state import read_arrays, restore_training_state, training_state, write_arrays
-from .steady import Steps
-from .substitutes import substituted
 
 
 class MLXEngine:

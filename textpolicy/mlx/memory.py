@@ -18,14 +18,16 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from .._system import machine as host
 from ..errors import UserError
-from . import cuda, folded, host
-from .context import Context
+from .adapters.merging import trainable
+from .decode import folded_weights as folded
 from .engine import MLXEngine
-from .logprobs import Split, token_logprobs, tokens_at_once
-from .lora import trainable
-from .recompute import held, recomputing
-from .shapes import size_up
+from .kernels import cuda
+from .read.context import Context
+from .read.sizes import size_up
+from .score.checkpointing import held, recomputing
+from .score.logprobs import Split, token_logprobs, tokens_at_once
 
 _LENGTHS = (48, 96, 192)  # tokens of the rows that costs are measured on
 _CHUNKS = (0, 1, 2, 4)  # of tokens through the head: more hardly raise the peak

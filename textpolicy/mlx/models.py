@@ -19,11 +19,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from filelock import FileLock
 
+from .._system.cache import cache_folder
 from ..errors import MissingDependencyError, UserError
-from .adapter_folder import load_adapter, read_adapter
-from .cache import cache_folder
-from .gguf import convert
-from .sound import check_safetensors
+from .adapters.saving import load_adapter, read_adapter
+from .files.gguf import convert
+from .files.safetensors import check_safetensors
 
 CONVERTER_VERSION = 1  # raise it when convert() writes something else, so that cached folders are made anew
 

@@ -14,8 +14,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import UserError
-from .attach import trainable
-from .sound import load_arrays, save_arrays
+from .adapters.attach import trainable
+from .files.safetensors import load_arrays, save_arrays
 
 _WEIGHTS, _OPTIMIZER, _RANDOM = "weights.", "optimizer.", "random"
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..durable import fill_whole
-from ..metrics import Row
+from .._system.files import fill_whole
+from ..loop.metrics import Row
 from ..types import Episode
 from . import layout
 

@@ -10,7 +10,6 @@ from .registry import (
     VERIFIER_REGISTRY,
     RewardConfig,
     apply_verifiers_to_reward,
-    call_reward,
     clear_registries,
     create_configured_reward_function,
     get_reward_function,
@@ -20,7 +19,7 @@ from .registry import (
     verifier,
 )
 from .sandbox import Limits, Ran, code_output_reward, run_python
-from .scoring import Scorer
+from .scoring import Scorer, call_reward
 from .verifiers import (
     coherence_verifier,
     contains_keywords,

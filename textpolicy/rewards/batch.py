@@ -23,7 +23,7 @@ def create_mlx_optimized_batch_processor(
     scorer = Scorer(list(configs))
 
     def process(prompts: Sequence[str], completions: Sequence[str], examples: Sequence[Mapping[str, Any]]) -> Any:
-        from ..mlx.rewards import float_array
+        import mlx.core as mx
 
         sizes = len(prompts), len(completions), len(examples)
         if len(set(sizes)) > 1:
@@ -31,6 +31,6 @@ def create_mlx_optimized_batch_processor(
                 f"{sizes[0]} prompts, {sizes[1]} completions and {sizes[2]} examples; give the same number of each"
             )
         requests = [Request(*row) for row in zip(prompts, completions, examples, strict=True)]
-        return float_array([scored.reward for scored in scorer.score(requests)])
+        return mx.array([scored.reward for scored in scorer.score(requests)], dtype=mx.float32)
 
     return process

@@ -6,11 +6,13 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self, SupportsFloat
+from typing import Any, Literal, Self, SupportsFloat
 
 import numpy as np
 
 from ..errors import UserError
+
+OnFailure = Literal["raise", "unscorable"]  # what becomes of a completion whose reward raises
 
 # (prompt, completion, example, **kwargs) -> number, dict or pair; or (prompts, completions, examples, **kwargs)
 # -> one of these for each; either may be async.

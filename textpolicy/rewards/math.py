@@ -23,7 +23,7 @@ import time
 from fractions import Fraction
 from typing import IO, NoReturn
 
-from .._processes import environment, interpreter
+from .._system.processes import environment, interpreter
 from ..errors import MissingDependencyError, RewardError, UserError
 
 MAX_EXCESS = 300  # characters by which an answer may be longer than its reference

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
 from ..errors import UserError, unknown_name
-from .contract import Fitted, RewardFunction, Scored, VerifierFunction, accepted_keywords, name_of
+from .contract import Fitted, RewardFunction, VerifierFunction, accepted_keywords, name_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -180,18 +180,3 @@ def apply_verifiers_to_reward(
 def _called(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
     fn.__name__ = name
     return fn
-
-
-# ---- one call
-
-
-def call_reward(fn: RewardFunction, prompt: str, completion: str, example: Mapping[str, Any], **shared: Any) -> Scored:
-    """Score one completion; ``shared`` keywords reach ``fn`` as far as its signature takes them.
-
-    A reward of None or NaN says that the completion could not be scored. Raises RewardError when ``fn``
-    raises or returns something that is not a finite number, None, ``{"reward": x[, "is_correct": b]}``
-    or ``(reward, is_correct)``.
-    """
-    from .scoring import Scorer  # which looks names up here
-
-    return Scorer.of(fn)(prompt, completion, example, **shared)

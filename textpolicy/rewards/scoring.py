@@ -12,17 +12,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
-from .._processes import cloudpickle
+from .._system.processes import cloudpickle
 from ..errors import RewardError, UserError, unknown_name
 from .background import in_thread, in_time, wait_for
 from .calls import Call, Outcome, Part, calls_of
-from .contract import Fitted, Request, RewardFunction, Scored, parameter_names
+from .contract import Fitted, OnFailure, Request, RewardFunction, Scored, parameter_names
 from .registry import RewardConfig, configured, verifiers
 from .workers import Workers
 
-OnFailure = Literal["raise", "unscorable"]
 Reward = RewardFunction | RewardConfig | str  # a str is the name of a registered one
 
 logger = logging.getLogger(__name__)
@@ -211,3 +210,19 @@ def _refuse_unusable(rewards: Sequence[Any], time_limit: float | None, concurren
         raise UserError(f"concurrency is {concurrency}; set it to 1 or more")
     if on_failure not in get_args(OnFailure):
         raise unknown_name("on_failure", on_failure, get_args(OnFailure))
+
+
+# ---- the registries
+
+
+# ---- one call
+
+
+def call_reward(fn: RewardFunction, prompt: str, completion: str, example: Mapping[str, Any], **shared: Any) -> Scored:
+    """Score one completion; ``shared`` keywords reach ``fn`` as far as its signature takes them.
+
+    A reward of None or NaN says that the completion could not be scored. Raises RewardError when ``fn``
+    raises or returns something that is not a finite number, None, ``{"reward": x[, "is_correct": b]}``
+    or ``(reward, is_correct)``.
+    """
+    return Scorer.of(fn)(prompt, completion, example, **shared)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from .. import _processes
+from .._system import processes as _processes
 from ..errors import RewardError, UserError
 from .contract import name_of
 

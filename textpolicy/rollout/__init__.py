@@ -1,16 +1,29 @@
-"""Rollouts: a policy acts in an environment, and a buffer keeps what happened."""
+"""Rollouts of the step-by-step API: a policy acts in an environment, and a buffer keeps what happened."""
 
-from .base import BatchedPolicy, Policy, RolloutStrategy
-from .coordinator import RolloutCoordinator
-from .runner import RolloutRunner
-from .strategy import Strategy, create_strategy
+from __future__ import annotations
 
-__all__ = [
-    "BatchedPolicy",
-    "Policy",
-    "RolloutCoordinator",
-    "RolloutRunner",
-    "RolloutStrategy",
-    "Strategy",
-    "create_strategy",
-]
+from typing import TYPE_CHECKING
+
+from .._system.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .base import BatchedPolicy as BatchedPolicy
+    from .base import Policy as Policy
+    from .base import RolloutStrategy as RolloutStrategy
+    from .coordinator import RolloutCoordinator as RolloutCoordinator
+    from .runner import RolloutRunner as RolloutRunner
+    from .strategy import Strategy as Strategy
+    from .strategy import create_strategy as create_strategy
+
+_HOME = {  # public name -> the module it is in
+    "BatchedPolicy": ".base",
+    "Policy": ".base",
+    "RolloutCoordinator": ".coordinator",
+    "RolloutRunner": ".runner",
+    "RolloutStrategy": ".base",
+    "Strategy": ".strategy",
+    "create_strategy": ".strategy",
+}
+
+__all__ = [*_HOME]
+__getattr__ = lazy_names(__name__, _HOME)

@@ -133,7 +133,7 @@ class RolloutCoordinator:
 
 
 def _policy_of(model: Any, tokenizer: Any, generation_params: Mapping[str, Any] | None) -> Any:
-    from ..mlx.policy import create_policy
+    from ..generation.mlx_generation import create_policy
 
     return create_policy(model, tokenizer, generation_params)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..buffer import Buffer
 from ..environment.base import Environment
-from ..environment.text_generation import TextGenerationEnv
+from ..environment.single_turn import TextGenerationEnv
 from ..errors import UserError
 from .base import BatchedPolicy, Policy, RolloutStrategy, checked_step
 from .clock import Clock

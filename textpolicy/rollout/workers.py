@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import _processes
+from .._system import processes as _processes
 from ..errors import WorkerError
 from ..rewards.contract import accepted_keywords
 from .runner import RolloutRunner

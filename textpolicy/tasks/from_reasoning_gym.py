@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..environment.reasoning_gym import INSTRUCTIONS, EntryReward, answer_of, make_dataset
+from ..environment.libraries.reasoning_gym import INSTRUCTIONS, EntryReward, answer_of, make_dataset
 from .base import Message, Problem, Task
 from .splits import Splits, distinct
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .._extras import extra
+from .._system.extras import extra
 from ..errors import UserError
 
 INSTALL = "textpolicy[data]"

@@ -18,8 +18,8 @@ from ..algorithms.rewards import Rewards
 from ..algorithms.sepa import Pooling, pool_execution
 from ..algorithms.sepa import SEPAController as SEPAController
 from ..algorithms.weighting import WeightByUncertainty, uncertainty_weights
-from ..environment.pieces import Pieces, text_decode
-from ..environment.pieces import identify_planning_tokens as identify_planning_tokens
+from ..environment.text.pieces import Pieces, text_decode
+from ..environment.text.pieces import identify_planning_tokens as identify_planning_tokens
 from ..errors import UserError, unknown_name
 from ..types import Episode
 

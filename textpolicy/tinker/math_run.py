@@ -11,12 +11,12 @@ import numpy as np
 from ..algorithms.pipeline import Algorithm
 from ..algorithms.planning import planning_masks
 from ..algorithms.sepa import SEPAController
-from ..analysis.emergence import EmergenceLogger
+from ..analysis.sepa.emergence import EmergenceLogger
 from ..engine import Engine, Sampling
-from ..environment.text_generation import TextGenerationEnv
-from ..evaluation import Rate, evaluate
-from ..loop import Schedule, train
-from ..metrics import Row
+from ..environment.single_turn import TextGenerationEnv
+from ..loop.evaluation import Rate, evaluate
+from ..loop.metrics import Row
+from ..loop.train import Schedule, train
 from ..tasks import Problem, Task
 from ..types import Episode
 from .advantages import surprisal_statistics

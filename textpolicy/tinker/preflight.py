@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..engine import Engine, Sampling
-from ..environment.text_generation import TextGenerationEnv
+from ..environment.single_turn import TextGenerationEnv
 from ..errors import ServiceError
-from ..on_policy import measure
-from ..rollout.collect import collect
+from ..loop.collect import collect
+from ..loop.on_policy import measure
 
 MAX_GAP = 1.0  # nats, mean, between sampler and learner: 0.1 is half precision, more a misalignment
 TOKENS = 16  # of the completion, at most

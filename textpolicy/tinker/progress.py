@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from ..durable import write_whole
+from .._system.files import write_whole
+from .._system.lock import RunLock
 from ..errors import UserError
-from ..lock import RunLock
 from .money import Tokens
 
 Line = Mapping[str, Any]

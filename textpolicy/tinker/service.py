@@ -12,9 +12,9 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
-from .._extras import extra
+from .._system.extras import extra
+from .._system.random_state import untouched
 from ..errors import ServiceError, TextPolicyError, UserError, unknown_name
-from ..streams import untouched
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 _LOCAL_KEY = "tml-local"  # servers on this machine look at its form alone

@@ -18,8 +18,8 @@ from pydantic import Field, model_validator
 
 from ..algorithms.pipeline import Algorithm
 from ..algorithms.sepa import Pooling
-from ..cli import parse
-from ..config import NonNegative, Positive, PositiveInt, Section
+from ..config.flags import parse
+from ..config.settings import NonNegative, Positive, PositiveInt, Section
 from ..errors import TextPolicyError, UserError
 from ..losses import ImportanceSampling, Surrogate
 from ..tasks import Task, load_task

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ...errors import UserError
-from ..tokenizer import CONTROL, PRE_TOKENIZERS, USER_DEFINED, TokenizerData, build_tokenizer
+from ..files.tokenizer import CONTROL, PRE_TOKENIZERS, USER_DEFINED, TokenizerData, build_tokenizer
 
 NORMAL, UNUSED = 1, 5  # further values of tokenizer.ggml.token_type
 

@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from mlx.utils import tree_flatten
 
 from ...errors import UserError
-from ..tokenizer import TokenizerData
+from ..files.tokenizer import TokenizerData
 from .bpe import read_bpe
 from .files import read_config, written_whole
 from .model_folder import merge

@@ -13,9 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..attach import attached, wrapped
-from ..lora import merge_adapters
-from ..sound import save_arrays
+from ..adapters.attach import attached, wrapped
+from ..adapters.merging import merge_adapters
+from ..files.safetensors import save_arrays
 from .files import DTYPES, check_layout, read_config, write_json, written_whole
 
 BITS = {"q4": 4, "q8": 8}  # of MLX's own affine quantization

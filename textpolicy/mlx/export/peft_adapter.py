@@ -18,11 +18,11 @@ from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
 from ...errors import UserError
-from ..attach import wrapped
-from ..low_rank import LowRankLinear
+from ..adapters.attach import wrapped
+from ..adapters.lora_linear import LowRankLinear
+from ..adapters.tinylora import SVDLinear
+from ..files.safetensors import save_arrays
 from ..models import MODELS
-from ..sound import save_arrays
-from ..tinylora import SVDLinear
 from .files import DTYPES, check_layout, read_config, write_json, written_whole
 
 

@@ -1,0 +1,197 @@
+"""Gymnasium's environments, the real ones: one by one, side by side, and played by a language model."""
+
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from chat_tokenizers import ScriptedEngine, chat_tokenizer
+
+from textpolicy.engine import Sampling
+from textpolicy.environment import GymAdapter, GymnasiumTextEnv, VectorizedEnvironment, make_vectorized_env
+from textpolicy.errors import UserError
+from textpolicy.loop.collect import collect
+from textpolicy.rollout import RolloutRunner, create_strategy
+from textpolicy.rollout.base import checked_step
+
+gymnasium = pytest.importorskip("gymnasium", reason="Gymnasium is an extra: pip install 'textpolicy[gymnasium]'")
+
+LAKE = {"map_name": "4x4", "is_slippery": False}
+RIGHT, DOWN = 2, 1
+ACROSS = [DOWN, DOWN, RIGHT, RIGHT, DOWN, RIGHT]  # over the 4x4 lake, past its holes
+
+
+class Guess(gymnasium.Env):
+    """Guess a word of one letter in three turns."""
+
+    observation_space = gymnasium.spaces.Text(40)
+    action_space = gymnasium.spaces.Text(1, charset="abc")
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.word, self.turn = "abc"[self.np_random.integers(3)], 0
+        return f"guess, game {seed}", {}
+
+    def step(self, action):
+        self.turn += 1
+        right = action == self.word
+        return "wrong", float(right), right, self.turn == 3, {}
+
+
+def play(env, *texts, game=0):
+    tokenizer = env.tokenizer
+    turns = [([*tokenizer.encode(t, add_special_tokens=False), tokenizer.eos_token_id], True) for t in texts]
+    return collect(ScriptedEngine(*turns), env, [game], 1, Sampling(16))[0]
+
+
+def lake(games=1, **settings):
+    return GymnasiumTextEnv(
+        lambda: gymnasium.make("FrozenLake-v1", **LAKE), games, tokenizer=chat_tokenizer("chatml"), **settings
+    )
+
+
+# ---- one by one
+
+
+def test_an_environment_keeps_our_contract_and_its_own_rewards():
+    env = GymAdapter("FrozenLake-v1", **LAKE)
+    observation, info = env.reset(seed=1)
+    assert (observation, type(info)) == (0, dict)
+    results = [checked_step(env, action) for action in ACROSS]
+    assert [r["observation"] for r in results] == [4, 8, 9, 10, 14, 15]
+    assert [r["reward"] for r in results] == [0, 0, 0, 0, 0, 1]
+    assert [r["terminated"] for r in results] == [False] * 5 + [True]
+
+
+def test_a_clone_has_the_same_settings_and_its_own_state():
+    env = GymAdapter("FrozenLake-v1", **LAKE)
+    env.reset()
+    env.step(DOWN)
+    clone = env.clone()
+    assert clone.reset()[0] == 0
+    assert clone.step(DOWN)["observation"] == 4
+    assert env.step(DOWN)["observation"] == 8
+
+
+def test_what_it_renders_is_the_games_own_picture_and_a_closed_one_is_closed():
+    closed = []
+
+    class Drawn(gymnasium.Env):
+        observation_space = action_space = gymnasium.spaces.Discrete(2)
+        metadata: ClassVar = {"render_modes": ["ansi"], "render_fps": 4}
+
+        def __init__(self, render_mode=None):
+            self.render_mode = render_mode
+
+        def reset(self, *, seed=None, options=None):
+            return 0, {}
+
+        def render(self):
+            return "a lake"
+
+        def close(self):
+            closed.append(True)
+
+    gymnasium.register("Drawn-v0", Drawn)
+    try:
+        env = GymAdapter("Drawn-v0", render_mode="ansi")
+        env.reset()
+        assert env.render() == "a lake"
+        assert closed == []
+        env.close()
+        assert closed == [True]
+    finally:
+        gymnasium.registry.pop("Drawn-v0")
+
+
+def test_a_runner_collects_from_one():
+    def policy(obs, deterministic=False):
+        return 0, {}
+
+    collected = RolloutRunner(GymAdapter("CartPole-v1"), policy, create_strategy("ppo"), 30).collect()
+    assert len(collected) == 30
+    assert collected.episodes[0].obs[0].shape == (4,)
+    assert all(episode.done[-1] for episode in collected.episodes)
+
+
+def test_gymnasiums_absence_is_an_install_line(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gymnasium", None)
+    with pytest.raises(ImportError, match=r"pip install 'textpolicy\[gymnasium\]'"):
+        GymAdapter("CartPole-v1")
+
+
+# ---- side by side
+
+
+@pytest.mark.parametrize("use_async", [False, True])
+def test_environments_side_by_side_are_each_as_alone(use_async):
+    together = make_vectorized_env("CartPole-v1", 3, use_async)
+    alone = [GymAdapter("CartPole-v1") for _ in range(3)]
+    try:
+        observations, _ = together.reset(seed=5)
+        expected = np.array([env.reset(seed=5 + i)[0] for i, env in enumerate(alone)])
+        np.testing.assert_array_equal(observations, expected)
+        assert observations.dtype == np.float32
+        result = together.step(np.array([0, 1, 0]))
+        singles = [env.step(action) for env, action in zip(alone, [0, 1, 0], strict=True)]
+        np.testing.assert_array_equal(result["observation"], [s["observation"] for s in singles])
+        assert result["reward"].tolist() == [1.0, 1.0, 1.0]
+        assert result["terminated"].tolist() == result["truncated"].tolist() == [False] * 3
+    finally:
+        together.close()
+
+
+def test_as_many_actions_as_environments_are_needed():
+    together = make_vectorized_env("CartPole-v1", 2, use_async=False)
+    together.reset(seed=0)
+    assert isinstance(together, VectorizedEnvironment)
+    with pytest.raises(UserError, match="3 actions were given for 2 environments"):
+        together.step([0, 1, 0])
+    with pytest.raises(UserError, match="num_envs is 0"):
+        make_vectorized_env("CartPole-v1", 0)
+
+
+# ---- played by a language model
+
+
+def test_turns_are_actions_and_observations_are_messages():
+    env = lake(instructions="Reach 15.", is_correct=lambda reward: reward == 1)
+    assert env.prompt_text(0) == "Reach 15.\n\n0"
+    episode = play(env, *(f"I go {action}" for action in ACROSS))
+    said = [line.removeprefix("[user] ") for line in episode.text.splitlines() if line.startswith("[user]")]
+    assert said == ["4", "8", "9", "10", "14"]
+    assert (episode.reward, episode.is_correct, episode.truncated) == (1.0, True, False)
+
+
+def test_falling_into_a_hole_ends_the_game_without_success():
+    episode = play(lake(is_correct=lambda reward: reward == 1), str(DOWN), str(RIGHT))
+    assert (episode.reward, episode.is_correct, episode.truncated) == (0.0, False, False)
+
+
+def test_what_is_no_action_is_answered_and_costs_a_turn():
+    episode = play(lake(max_turns=4), "left", "7", str(DOWN), str(DOWN))
+    lines = [line for line in episode.text.splitlines() if line.startswith("[user]")]
+    assert lines == [
+        "[user] That is no action: it has no number",
+        "[user] That is no action: 7 is not in Discrete(4)",
+        "[user] 4",
+    ]
+    assert episode.truncated
+
+
+def test_a_text_space_takes_the_text_and_a_groups_games_begin_alike():
+    env = GymnasiumTextEnv(Guess, 8, tokenizer=chat_tokenizer("gemma"), seed=3)
+    assert env.prompt_text(2) == "guess, game 5"
+    won = {word: [play(env, word, word, word, game=i).reward for i in range(8)] for word in "abc"}
+    assert np.array([won[word] for word in "abc"]).sum(axis=0).tolist() == [1.0] * 8
+    again = [play(env, "a", "a", "a", game=i) for i in range(8)]
+    assert [e.reward for e in again] == won["a"]
+    assert all(e.truncated == (e.reward == 0) for e in again)
+
+
+def test_a_space_that_no_text_belongs_to_needs_a_reader():
+    with pytest.raises(UserError, match="give read_action"):
+        GymnasiumTextEnv("Pendulum-v1", 1, tokenizer=chat_tokenizer("chatml"))
+    env = GymnasiumTextEnv("Pendulum-v1", 1, tokenizer=chat_tokenizer("chatml"), read_action=lambda text: [float(text)])
+    assert play(env, "0.5", "x", *["0"] * 6).truncated
+    with pytest.raises(UserError, match="games is 0"):
+        lake(games=0)

@@ -1,0 +1,136 @@
+"""reasoning-gym, the real library: data sets by name, composites, levels, its scorers, and two steps of training."""
+
+import time
+
+import numpy as np
+import pytest
+from toy_tokenizers import Letters
+from two_steps import two_steps
+
+from textpolicy.environment import reasoning_gym_env
+from textpolicy.environment.libraries.reasoning_gym import answer_of
+from textpolicy.errors import UserError
+
+library = pytest.importorskip(
+    "reasoning_gym", reason="reasoning-gym is an extra: pip install 'textpolicy[reasoning-gym]'"
+)
+
+TRAINED = ("chain_sum", "leg_counting", "basic_arithmetic", "letter_counting", "simple_equations")
+
+
+def make(dataset="chain_sum", size=4, **settings):
+    return reasoning_gym_env(dataset, size, tokenizer=Letters(), **settings)
+
+
+def answer(env, i):
+    return env.examples[i]["answer"]
+
+
+def score(env, i, text):
+    return env.score(i, [ord(c) for c in text], False)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one data set leaves a file open
+@pytest.mark.parametrize("name", sorted(set(library.factory.DATASETS) - {"composite"}))
+def test_every_data_set_makes_prompts_and_scores_as_the_library_does(name):
+    env = make(name, 1, seed=1)
+    entry = env.examples[0]
+    assert entry["question"] in env.prompt_text(0)
+    text = str(entry["answer"] or "nothing")  # some data sets name no answer
+    scored = score(env, 0, f"<answer>{text}</answer>")
+    assert scored.reward == library.create_dataset(name, size=1, seed=1).score_answer(text.strip(), entry)
+    assert scored.is_correct is (scored.reward >= 1)
+
+
+def test_the_problems_are_the_librarys_for_that_seed_and_config():
+    env = make("chain_sum", 5, seed=7, config={"min_terms": 3, "max_terms": 3}, instructions="")
+    theirs = library.create_dataset("chain_sum", size=5, seed=7, min_terms=3, max_terms=3)
+    assert [env.prompt_text(i) for i in range(5)] == [entry["question"] for entry in theirs]
+    assert score(env, 2, answer(env, 2)) == score(env, 2, f"I add.\n{answer(env, 2)}\n")
+    assert score(env, 2, answer(env, 2)).is_correct
+    assert not score(env, 2, "no idea").is_correct
+
+
+def test_partial_scores_are_the_scorers_own():
+    env = make("chain_sum")
+    text = f"it is {answer(env, 0)}"
+    assert score(env, 0, text).reward == pytest.approx(len(answer(env, 0)) / len(text))
+    assert score(env, 0, text).is_correct is False
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a <answer>1</answer> b <answer> 2 </answer>", "2"),
+        ("one\n two \n\n", "two"),
+        ("", ""),
+        ("<answer>1", "<answer>1"),
+    ],
+)
+def test_the_answer_is_in_the_last_tag_or_else_the_last_line(text, found):
+    assert answer_of(text) == found
+
+
+def test_a_composite_mixes_data_sets_by_weight_and_each_scores_its_own():
+    parts = {"chain_sum": 1.0, "leg_counting": {"weight": 3.0, "config": {"max_animals": 3}}}
+    env = make(parts, 200, seed=3)
+    sources = [example["metadata"]["source_dataset"] for example in env.examples]
+    assert set(sources) == set(parts)
+    assert 0.6 < sources.count("leg_counting") / 200 < 0.9
+    assert all(score(env, i, answer(env, i)).is_correct for i in range(20))
+
+
+def test_levels_of_a_curriculum_get_harder():
+    lengths = [np.mean([len(e["question"]) for e in make("chain_sum", 50, level=n).examples]) for n in (0, 2, 4)]
+    assert lengths[0] < lengths[1] < lengths[2]
+    top = [e["question"] for e in make("chain_sum", 5, level=99).examples]
+    assert top == [e["question"] for e in make("chain_sum", 5, level=98).examples]
+
+
+def test_a_scorer_that_raises_gives_nothing_and_says_so_once(caplog):
+    env = make("prime_factorization")
+    assert [score(env, 0, text).reward for text in ("x", "y", "((")] == [0.0] * 3
+    assert caplog.text.count("prime_factorization: ValueError") == 1
+
+
+def test_a_time_limit_holds_against_an_answer_without_end():
+    env = make("countdown", 2, seed=1, time_limit=3.0)
+    started = time.perf_counter()
+    good, endless = env.scores(
+        [
+            (0, [ord(c) for c in env.examples[0]["metadata"]["expression"]], False),
+            (1, [ord(c) for c in "9**9**9**9"], False),
+        ]
+    )
+    assert good.is_correct
+    assert np.isnan(endless.reward)
+    assert time.perf_counter() - started < 120  # of which 3 s are the limit, and the rest the start of processes
+
+
+@pytest.mark.parametrize(
+    ("dataset", "settings", "sentence"),
+    [
+        ("chain_sums", {}, "did you mean 'chain_sum'"),
+        ({"chain_sums": 1.0}, {}, "did you mean 'chain_sum'"),
+        ({}, {}, "a composite has no data sets"),
+        ("chain_sum", {"config": {"min_terms": -1}}, "chain_sum cannot be made with"),
+        ("chain_sum", {"config": {"terms": 3}}, "chain_sum cannot be made with"),
+        ("chain_sum", {"level": -1}, "level is -1"),
+        ("chain_sum", {"level": 1, "config": {"min_terms": 2}}, "level stands beside config"),
+        ({"chain_sum": 1.0}, {"level": 1}, "level stands beside"),
+        ("chain_sum", {"size": 0}, "size is 0"),
+    ],
+)
+def test_what_the_library_cannot_make_is_one_sentence(dataset, settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make(dataset, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_embedded_model_trains_two_steps(name, fresh_smollm_engine):
+    engine, tokenizer = fresh_smollm_engine
+    env = reasoning_gym_env(name, 6, tokenizer=tokenizer, seed=1)
+    steps = two_steps(engine, env, 24)
+    assert all(0 <= e.reward <= 1 for _, episodes in steps for e in episodes)
+    assert all(row["logprob_gap_max"] < 1e-3 for row, _ in steps if row["updated"])

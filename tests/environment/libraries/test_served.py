@@ -1,0 +1,211 @@
+"""The engine behind a local port: the wire, and sessions that keep their tokens."""
+
+import json
+import threading
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+from chat_tokenizers import chat_tokenizer
+
+from textpolicy.environment.libraries.served import ModelServer, Session
+from textpolicy.environment.text.chat import ChatCodec
+from textpolicy.environment.tools import parse_calls
+from textpolicy.errors import UserError
+from textpolicy.types import Completion
+
+USER = {"role": "user", "content": "the user"}
+TOOL = {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {"type": "object"}}}
+
+
+def said(tokenizer, text):
+    tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    return Completion(np.array(tokens, np.int32), np.zeros(len(tokens), np.float32))
+
+
+@pytest.fixture
+def tokenizer():
+    return chat_tokenizer("chatml")
+
+
+@pytest.fixture
+def session(tokenizer):
+    return Session(ChatCodec.of(tokenizer), parse_calls)
+
+
+def test_a_session_only_grows(tokenizer, session):
+    first = session.take([USER], [])
+    answer = session.say(said(tokenizer, "hello"), 0)
+    assert answer == {"role": "assistant", "content": "hello"}
+    second = session.take([USER, answer, {"role": "user", "content": [{"type": "text", "text": "ans"}]}], [])
+    assert second[: len(first)] == first
+    assert tokenizer.decode(second[len(first) :]) == (
+        "hello<|im_end|>\n<|im_start|>user\nans<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_half_a_character_is_read_as_a_question_mark_and_is_the_same_when_it_is_sent_again(tokenizer, session):
+    session.take([USER], [])
+    answer = session.say(said(tokenizer, "hello"), 0)
+    half = {"role": "user", "content": "a\ud800b"}
+    assert "a?b" in tokenizer.decode(session.take([USER, answer, half], []))
+    again = session.say(said(tokenizer, "hello"), 1)
+    session.take([USER, answer, half, again, USER], [])
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "other"}, {"role": "assistant", "content": "hello"}, USER],
+        [USER, {"role": "assistant", "content": "hell"}, USER],
+        [USER, {"role": "assistant", "content": "hello"}],
+        [USER],
+    ],
+)
+def test_a_request_that_rewrites_what_was_said_is_refused(tokenizer, session, messages):
+    session.take([USER], [])
+    session.say(said(tokenizer, "hello"), 0)
+    with pytest.raises(UserError, match="rewrites the conversation"):
+        session.take(messages, [])
+
+
+def test_calls_go_out_as_the_wire_has_them_and_come_back_as_they_are_sent(tokenizer, session):
+    session.take([USER], [TOOL])
+    text = 'I add. <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+    answer = session.say(said(tokenizer, text), 3)
+    assert answer["content"] == "I add."
+    [call] = answer["tool_calls"]
+    assert (call["id"], call["function"]["name"]) == ("call_3_0", "add")
+    assert json.loads(call["function"]["arguments"]) == {"a": 1}
+    spaced = {**call, "function": {"name": "add", "arguments": '{ "a" : 1 }'}}
+    echoed = {"role": "assistant", "content": "I add.", "tool_calls": [spaced]}
+    result = {"role": "tool", "tool_call_id": "call_3_0", "content": "2"}
+    tokens = session.take([USER, echoed, result], [TOOL])
+    assert tokenizer.decode(tokens).count(text) == 1  # as it was sampled
+    assert tokenizer.decode(tokens).endswith("<tool_response>\n2\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_what_is_no_call_goes_out_as_text(tokenizer, session):
+    session.take([USER], [TOOL])
+    assert session.say(said(tokenizer, "<tool_call>add</tool_call>"), 0)["content"] == "<tool_call>add</tool_call>"
+
+
+def test_a_request_that_was_not_answered_leaves_no_tokens(tokenizer, session):
+    session.take([USER], [])
+    answer = session.say(said(tokenizer, "hello"), 0)
+    session.take([USER, answer, USER], [])
+    session.unsay()
+    assert session.episode(reward=0.0, group=0).mask[-1]
+
+
+# ---- the wire
+
+
+def post(url, body):
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"X-Session-ID": "s", "Content-Type": "json"})
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return response.headers["Content-Type"], response.read().decode()
+
+
+@pytest.fixture
+def asked():
+    """A server, and a function that asks it in a thread; what comes back is in its list."""
+    answers = []
+    with ModelServer() as server:
+
+        def ask(body, path="/chat/completions"):
+            def wait():
+                try:
+                    answers.append(post(server.url + path, body))
+                except urllib.error.HTTPError as error:
+                    answers.append((error.code, error.read().decode()))
+                    error.close()
+
+            thread = threading.Thread(target=wait)
+            thread.start()
+            return thread
+
+        yield server, ask, answers
+
+
+def test_a_request_waits_for_its_answer(asked):
+    server, ask, answers = asked
+    thread = ask({"messages": [USER], "tools": [TOOL]})
+    [request] = server.waiting([], 5)
+    assert (request.session, request.messages, request.tools, answers) == ("s", [USER], [TOOL], [])
+    request.reply({"role": "assistant", "content": "hi"}, "stop", (3, 2))
+    thread.join()
+    kind, body = answers[0]
+    assert kind == "application/json"
+    [choice] = json.loads(body)["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("hi", "stop")
+    assert json.loads(body)["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+
+
+def test_a_stream_has_the_same_answer_in_events(asked):
+    server, ask, answers = asked
+    thread = ask({"messages": [USER], "stream": True})
+    [request] = server.waiting([], 5)
+    calls = [{"id": "c", "type": "function", "function": {"name": "add", "arguments": "{}"}}]
+    request.reply({"role": "assistant", "content": "", "tool_calls": calls}, "tool_calls", (3, 2))
+    thread.join()
+    kind, body = answers[0]
+    assert kind == "text/event-stream"
+    events = [line.removeprefix("data: ") for line in body.split("\n\n") if line]
+    assert events[-1] == "[DONE]"
+    said, ended, usage = map(json.loads, events[:-1])
+    assert said["choices"][0]["delta"]["tool_calls"] == [{"index": 0, **calls[0]}]
+    assert ended["choices"][0]["finish_reason"] == "tool_calls"
+    assert usage["usage"]["total_tokens"] == 5
+
+
+def test_strangers_and_refusals_get_an_error(asked):
+    server, ask, answers = asked
+    ask({"messages": []}, "/other").join()
+    assert answers.pop()[0] == 404
+    thread = ask({"messages": [USER]})
+    [request] = server.waiting([], 5)
+    request.refuse("too long")
+    thread.join()
+    assert (answers[0][0], json.loads(answers[0][1])["error"]["message"]) == (400, "too long")
+    without_secret = server.url.split("/")[2]
+    with pytest.raises(urllib.error.HTTPError, match="404") as caught:
+        post(f"http://{without_secret}/v1/chat/completions", {"messages": [USER]})
+    caught.value.close()
+
+
+def test_nobody_waits_for_a_server_that_closes():
+    with ModelServer() as server:
+        answers = []
+
+        def wait():
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                post(server.url + "/chat/completions", {"messages": [USER]})
+            answers.append(caught.value.code)
+            caught.value.close()
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        while server._requests.empty():
+            pass
+    thread.join(5)
+    assert answers == [400]
+
+
+def test_requests_are_taken_together():
+    with ModelServer() as server:
+        threads = [
+            threading.Thread(target=post, args=(server.url + "/chat/completions", {"messages": [USER]}))
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        waiting = []
+        while len(waiting) < 4:
+            waiting = server.waiting(waiting, 0.05)
+        for request in waiting:
+            request.reply({"role": "assistant", "content": ""}, "stop", (1, 1))
+        for thread in threads:
+            thread.join(5)
+    assert server.waiting([], 0.01) == []

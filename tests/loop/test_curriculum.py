@@ -1,0 +1,169 @@
+"""Curricula: what is drawn follows what was solved, from the seed alone, and survives a stop."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import make_tiny_engine
+from toy_tokenizers import Letters, Numbers
+
+from textpolicy.algorithms import algorithm
+from textpolicy.engine import Sampling
+from textpolicy.environment import TextGenerationEnv
+from textpolicy.errors import UserError
+from textpolicy.loop.curriculum import LevelCurriculum, PassRateCurriculum
+from textpolicy.loop.train import Schedule, train
+
+# ---- by pass rate
+
+
+def test_estimates_worked_by_hand():
+    c = PassRateCurriculum(3, memory=0.5)
+    assert c.pass_rates.tolist() == [0.5] * 3
+    c.observe([(0, True), (0, True), (1, False)])
+    assert c.pass_rates.tolist() == [3 / 4, 1 / 3, 1 / 2]
+    c.observe([(0, False), (0, False)])  # 2 right of 2 count as 1 of 1 now
+    assert c.pass_rates.tolist() == [2 / 5, 1 / 3, 1 / 2]
+    assert c.row == {"curriculum_seen": 2 / 3, "curriculum_pass_rate": pytest.approx((2 / 5 + 1 / 3) / 2)}
+
+
+def test_prompts_are_drawn_as_often_as_the_formula_says():
+    c = PassRateCurriculum(3, floor=0.02, memory=1.0)
+    c.observe([(0, True)] * 98 + [(1, True), (1, False)] * 49 + [(2, False)] * 98)
+    p = np.array([99 / 100, 1 / 2, 1 / 100])
+    expected = (p * (1 - p) + 0.02) / (p * (1 - p) + 0.02).sum()
+    drawn = Counter(c.draw(step, 1)[0] for step in range(4000))
+    np.testing.assert_allclose([drawn[i] / 4000 for i in range(3)], expected, atol=0.03)
+
+
+def test_a_step_draws_different_prompts_as_long_as_there_are_enough():
+    c = PassRateCurriculum(5, seed=1)
+    assert sorted(c.draw(0, 5)) == list(range(5))
+    assert Counter(c.draw(0, 12)).most_common()[-1][1] == 2
+    assert len(set(c.draw(3, 4))) == 4
+
+
+def test_what_is_drawn_depends_on_seed_step_draw_and_what_was_seen_alone():
+    one, two = PassRateCurriculum(50, seed=3), PassRateCurriculum(50, seed=3)
+    assert one.draw(7, 8) == two.draw(7, 8)
+    different = [one.draw(8, 8), one.draw(7, 8, draw=1), PassRateCurriculum(50, seed=4).draw(7, 8)]
+    assert one.draw(7, 8) not in different
+    one.observe([(i, True) for i in range(25)] * 9)
+    assert one.draw(7, 8) != two.draw(7, 8)
+    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert one.draw(7, 8) == two.draw(7, 8)
+    with pytest.raises(UserError, match="of 50 prompts and there are 2"):
+        PassRateCurriculum(2).load_state_dict(one.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"), [({"total": 0}, "0 prompts"), ({"floor": 0}, "floor is 0"), ({"memory": 2}, "memory 2")]
+)
+def test_a_curriculum_that_cannot_work_is_refused(settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        PassRateCurriculum(**{"total": 4, **settings})
+
+
+def test_training_with_a_curriculum_goes_to_what_can_be_learned():
+    """Prompt 0 is always solved, 1 never, 2 now and then: soon most draws are of 2."""
+
+    def reward(prompt, completion, example):
+        even = bool(completion) and int(completion.split()[0]) % 2 == 0
+        solved = {"always": True, "never": False, "sometimes": even}
+        return float(solved[example["kind"]]), solved[example["kind"]]
+
+    kinds = ["always", "never", "sometimes"]
+    env = TextGenerationEnv(
+        ["1 2", "3", "4 5"], reward, max_tokens=2, tokenizer=Numbers(), examples=[{"kind": k} for k in kinds]
+    )
+    curriculum = PassRateCurriculum(3, seed=0)
+    drawn, rows = [], []
+    train(
+        make_tiny_engine(vocabulary=16),
+        env,
+        algorithm("grpo"),
+        schedule=Schedule(1e-6, steps=30),
+        prompts_per_step=1,
+        group_size=8,
+        sampling=Sampling(2, seed=1),
+        curriculum=curriculum,
+        on_step=lambda step, row, episodes: (drawn.append(episodes[0].prompt), rows.append(row)),
+    )
+    assert Counter(drawn[5:]).most_common(1)[0][0] == "4 5"
+    assert curriculum.pass_rates[0] > 0.9
+    assert curriculum.pass_rates[1] < 0.1
+    assert rows[-1]["curriculum_seen"] == 1.0
+
+
+def one_step(reward):
+    """A curriculum of one prompt, after a step whose completions were scored by ``reward``."""
+    curriculum = PassRateCurriculum(1)
+    train(
+        make_tiny_engine(vocabulary=16),
+        TextGenerationEnv(["1 2"], reward, max_tokens=2, tokenizer=Numbers()),
+        algorithm("grpo"),
+        schedule=Schedule(1e-3, steps=1),
+        prompts_per_step=1,
+        group_size=2,
+        sampling=Sampling(2),
+        curriculum=curriculum,
+    )
+    return curriculum
+
+
+def test_a_reward_that_says_nothing_of_correctness_cannot_steer_one():
+    with pytest.raises(UserError, match="the reward never says so"):
+        one_step(lambda prompt, completion, example: 1.0)
+
+
+def test_a_step_in_which_nothing_could_be_scored_tells_a_curriculum_nothing():
+    assert one_step(lambda prompt, completion, example: None).seen.sum() == 0
+
+
+# ---- by level
+
+
+def test_levels_go_up_when_solved_and_down_when_not():
+    c = LevelCurriculum([0, 0, 3, 3, 7], window=4, up=0.75, down=0.25)
+    assert (c.level, sorted(c.draw(0, 2))) == (0, [0, 1])
+    c.observe([(0, True), (1, True), (0, True)])
+    assert c.level == 0  # the window is not full
+    c.observe([(1, False)])
+    assert (c.level, c.row) == (3, {"curriculum_level": 3.0})
+    c.observe([(2, True), (0, False), (0, False), (3, False), (2, True), (3, False)])  # of level 3: half
+    assert c.level == 3
+    c.observe([(2, False), (3, False)])
+    assert c.level == 0
+    c.observe([(0, False)] * 4)
+    assert c.level == 0
+    for _ in range(5):
+        c.observe([(i, True) for i in range(5)] * 4)
+    assert (c.level, c.draw(1, 3)) == (7, [4, 4, 4])
+
+
+def test_a_level_curriculum_goes_on_from_its_state():
+    one, two = (LevelCurriculum([0, 1, 2, 2], window=2) for _ in range(2))
+    one.observe([(0, True), (0, True), (1, True)])
+    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    for c in (one, two):
+        c.observe([(1, True), (1, True)])
+    assert (one.level, two.level) == (2, 2)
+    assert one.draw(4, 3) == two.draw(4, 3)
+    with pytest.raises(UserError, match=r"down 0\.9 and up 0\.7"):
+        LevelCurriculum([0], down=0.9)
+    with pytest.raises(UserError, match="there are 0 levels"):
+        LevelCurriculum([])
+
+
+def test_levels_of_reasoning_gym_are_ones_of_a_curriculum():
+    pytest.importorskip("reasoning_gym", reason="reasoning-gym is an extra: pip install 'textpolicy[reasoning-gym]'")
+    from textpolicy.environment import reasoning_gym_env
+
+    env = reasoning_gym_env("chain_sum", 3, tokenizer=Letters(), level=[0, 2])
+    assert [example["level"] for example in env.examples] == [0] * 3 + [2] * 3
+    c = LevelCurriculum([example["level"] for example in env.examples], window=2)
+    assert sorted(c.draw(0, 3)) == [0, 1, 2]
+    assert all(
+        env.score(i, [ord(x) for x in example["answer"]], False).is_correct for i, example in enumerate(env.examples)
+    )

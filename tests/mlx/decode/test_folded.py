@@ -1,0 +1,157 @@
+"""Copies of weights with the LoRA in them: the same products, made when they pay and gone with the rollout."""
+
+import gc
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import tiny_llama
+from mlx_lm.tuner.lora import LoRALinear
+from test_adapters import ADAPTERS
+from test_adapters import adapted as adapter_of_kind
+from test_architectures import ARCHITECTURES, adapted, decoding_error
+
+from textpolicy.config.adapters import LoRA
+from textpolicy.engine import Sampling
+from textpolicy.mlx.adapters.lora_linear import LowRankLinear
+from textpolicy.mlx.adapters.merging import attach
+from textpolicy.mlx.decode import folded_weights as module
+from textpolicy.mlx.decode.folded_weights import Product, Tied, copies, folded
+from textpolicy.mlx.engine import MLXEngine
+from textpolicy.mlx.kernels.module_copies import StandIn
+
+FEW, MANY = 4, 100  # rows, of which the first get small products
+
+
+@pytest.fixture(autouse=True)
+def two_cores(monkeypatch):
+    monkeypatch.setattr(module, "blas_threads", lambda: 2)
+    monkeypatch.setattr(module, "has_small_products", lambda: True)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Copies are made for the first product."""
+    monkeypatch.setattr(module, "_PAYS", 0)
+
+
+def lora_layer(outputs=96, inputs=24, bias=False):
+    mx.random.seed(1)
+    layer = LowRankLinear.of(LoRALinear.from_base(nn.Linear(inputs, outputs, bias=bias), r=3, scale=1.7))
+    layer.lora_b = mx.random.normal(layer.lora_b.shape)
+    return layer
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("outputs", [96, 20])  # 20 is no multiple of a small product's outputs
+def test_products_are_those_of_the_layer(few, bias, outputs, at_once):
+    layer = lora_layer(outputs, bias=bias)
+    product = Product(layer, few)
+    assert bool(product.width) == (few and outputs == 96)
+    for shape in ((FEW, 24), (2, 1, 24), (1, 3, 24)):
+        x = mx.random.normal(shape)
+        np.testing.assert_allclose(np.array(product(x)), np.array(layer(x)), atol=1e-5)
+
+
+def test_the_head_and_a_frozen_layer_are_copied_for_few_rows(at_once):
+    embedding, frozen = nn.Embedding(64, 24), nn.Linear(24, 32)
+    x = mx.random.normal((FEW, 24))
+    np.testing.assert_allclose(
+        np.array(Tied(embedding, few=True).as_linear(x)), np.array(embedding.as_linear(x)), atol=1e-5
+    )
+    assert mx.array_equal(Tied(embedding, few=True)(mx.array([3])), embedding(mx.array([3])))
+    np.testing.assert_allclose(np.array(Product(frozen, few=True)(x)), np.array(frozen(x)), atol=1e-5)
+
+
+def test_a_copy_is_made_once_it_pays_and_not_before():
+    product, x = Product(lora_layer(), few=True), mx.random.normal((1, 24))
+    for _ in range(module._PAYS):
+        product(x)
+        assert product.weight is None
+    product(x)
+    assert product.weight.shape == (2, 24, 48) or product.weight.shape == (3, 24, 32)
+
+
+def test_many_rows_are_left_to_the_layer_where_small_products_are_made(at_once):
+    product = Product(lora_layer(), few=True)
+    product(mx.random.normal((module._FEW + 1, 24)))
+    assert product.weight is None
+
+
+def test_small_products_are_for_one_or_two_cores_whose_blas_has_them(monkeypatch):
+    model = adapted("llama")
+    cases = ((1, FEW, True, True), (2, FEW, True, True), (2, MANY, True, False), (3, FEW, True, False))
+    for threads, rows, has_them, expected in (*cases, (2, FEW, False, False)):
+        monkeypatch.setattr(module, "blas_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(module, "has_small_products", lambda has_them=has_them: has_them)
+        down = folded(model, rows).model.layers[0].mlp.down_proj
+        assert isinstance(down, StandIn)
+        assert bool(down.call.width) is expected
+
+
+@pytest.mark.parametrize("rows", [FEW, MANY])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_decoding_has_the_logprobs_of_the_model_that_trains(name, rows, at_once):
+    model = adapted(name)
+    view = folded(model, rows)
+    assert view is not model
+    assert decoding_error(model, rows, view=view) < 1e-4
+    assert not any(isinstance(part, StandIn) for part in model.modules())
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_every_kind_of_adapter_says_what_it_says_without_copies(kind, at_once, tmp_path, monkeypatch):
+    monkeypatch.setenv("TEXTPOLICY_CACHE", str(tmp_path))  # for TinyLoRA's SVDs
+    model = adapter_of_kind(kind)
+    tokens = mx.array([[3, 4, 5, 6]])
+    np.testing.assert_allclose(np.array(folded(model, FEW)(tokens)), np.array(model(tokens)), atol=1e-4)
+
+
+def test_a_rollout_sees_the_lora_as_it_is_now(at_once):
+    model = adapted("llama")
+    engine, sampling = MLXEngine(model, stop=[0]), Sampling(max_tokens=3, seed=1)
+    before = engine.sample([[5, 6]], 1, sampling)[0][0].logprobs
+    for layer in model.modules():
+        if "lora_b" in layer:
+            layer.lora_b = 3 * layer.lora_b
+    after = engine.sample([[5, 6]], 1, sampling)[0][0].logprobs
+    assert np.abs(before - after).max() > 1e-3
+
+
+def test_nothing_is_kept_after_a_rollout(at_once):
+    model = adapted("llama")
+    engine = MLXEngine(model, stop=[0])
+    engine.sample([[5, 6]], 2, Sampling(max_tokens=3, seed=1))
+    gc.collect()
+    before = mx.get_active_memory()
+    engine.sample([[5, 6]], 2, Sampling(max_tokens=3, seed=1))
+    gc.collect()
+    assert mx.get_active_memory() == before
+
+
+def test_copies_are_counted_and_made_only_within_their_share(monkeypatch):
+    model = adapted("llama", tie_word_embeddings=False)
+    linear = [m.linear if isinstance(m, LoRALinear) else m for m in model.modules()]
+    size = sum({id(m.weight): m.weight.nbytes for m in linear if type(m) in (nn.Linear, nn.Embedding)}.values())
+    assert copies(model) == size > 0
+    monkeypatch.setattr(module, "memory", lambda: 16 * size - 1)
+    assert copies(model) == 0
+    assert folded(model, FEW) is model
+
+
+def test_a_model_without_loras_or_in_half_precision_is_left_as_it_is():
+    plain, half = tiny_llama(16), adapted("llama")
+    half.set_dtype(mx.bfloat16)
+    assert folded(plain, FEW) is plain
+    assert folded(half, FEW) is half
+
+
+def test_a_lora_with_dropout_is_left_as_it_is(at_once):
+    model = tiny_llama(16)
+    attach(model, LoRA(rank=2))
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear):
+            layer.dropout = nn.Dropout(0.5)
+    assert copies(model) == 0

@@ -1,0 +1,133 @@
+"""Compiled decoding steps of one shape say what the plain loop says, whatever happens to their rows."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from test_adapters import ADAPTERS
+from test_adapters import adapted as adapter_of_kind
+from test_architectures import adapted, decoding_error
+from test_decode import PROMPTS, STOP
+from test_decode import assert_same as assert_close
+
+from textpolicy.engine import Sampling
+from textpolicy.mlx.decode import compiled_steps as steady
+from textpolicy.mlx.decode.compiled_steps import Steps
+from textpolicy.mlx.decode.decoder import decode
+from textpolicy.mlx.kernels.fused_linear import View
+
+LONG = [prompt for prompt in PROMPTS if len(prompt) > 1]  # a prompt of one token leaves nothing to continue
+
+
+def assert_same(ours, expected):
+    assert_close(ours, expected, atol=1e-4)  # other products round otherwise; the plain loop is as far from float64
+
+
+def both(model, sampling, max_rows, **how):
+    """What compiled steps say, and what the plain loop says."""
+    steps = Steps(model, **{"compiled": True, "share": False, **how})
+    ours = decode(model, LONG, sampling, STOP, max_rows, steps=steps)
+    return ours, decode(model, LONG, sampling, STOP, 100)
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("max_rows", [1, 3, 7, 100])
+def test_neither_rows_that_enter_nor_rows_that_leave_change_what_is_said(tiny_engine, max_rows, share):
+    ours, expected = both(tiny_engine.model, Sampling(max_tokens=24, seed=3), max_rows, share=share)
+    lengths = [len(c.tokens) for c in expected]
+    assert min(lengths) < max(lengths)
+    assert_same(ours, expected)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_rows_outgrow_their_slots(tiny_engine, share, monkeypatch):
+    monkeypatch.setitem(steady._ROOM, mx.default_device().type, 8)
+    sampling = Sampling(max_tokens=40, seed=5)
+    steps = Steps(tiny_engine.model, compiled=True, share=share)
+    ours = decode(tiny_engine.model, LONG, sampling, np.array([0]), 5, steps=steps)
+    assert max(len(c.tokens) for c in ours) == 40
+    assert_same(ours, decode(tiny_engine.model, LONG, sampling, np.array([0]), 100))
+
+
+def test_look_ahead_says_the_same(tiny_engine):
+    steps = Steps(tiny_engine.model, compiled=True, share=True)
+    sampling = Sampling(max_tokens=24, seed=9)
+    ours = decode(tiny_engine.model, LONG, sampling, STOP, 5, ahead=True, steps=steps)
+    assert_same(ours, decode(tiny_engine.model, LONG, sampling, STOP, 100))
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"top_k": 4}, {"top_p": 0.8}, {"repetition_penalty": 3.0}])
+def test_every_way_of_drawing_says_the_same(tiny_engine, how):
+    assert_same(*both(tiny_engine.model, Sampling(max_tokens=12, seed=2, **how), 5))
+
+
+def test_prompts_of_one_token_are_answered_as_ever(tiny_engine):
+    steps = Steps(tiny_engine.model, compiled=True, share=False)
+    sampling = Sampling(max_tokens=12, seed=3)
+    ours = decode(tiny_engine.model, PROMPTS, sampling, STOP, 5, steps=steps)
+    assert_same(ours, decode(tiny_engine.model, PROMPTS, sampling, STOP, 100))
+
+
+def test_a_step_of_training_is_seen_by_functions_compiled_before_it(tiny_engine):
+    model, sampling = tiny_engine.model, Sampling(max_tokens=12, seed=3)
+    steps = Steps(model, compiled=True, share=False)
+    before = decode(model, LONG, sampling, STOP, 100, steps=steps)
+    compiled = len(steps.known)
+    for layer in model.modules():
+        if "lora_b" in layer:
+            layer.lora_b = layer.lora_b + 0.3 * mx.random.normal(layer.lora_b.shape)
+    after = decode(model, LONG, sampling, STOP, 100, steps=steps)
+    assert len(steps.known) == compiled
+    assert_same(after, decode(model, LONG, sampling, STOP, 100))
+    assert any(
+        len(a.tokens) != len(b.tokens) or (a.tokens != b.tokens).any() for a, b in zip(before, after, strict=True)
+    )
+
+
+def test_weights_trained_in_full_are_read_anew_too(tiny_engine):
+    model, sampling = tiny_engine.model, Sampling(max_tokens=12, seed=3)
+    model.unfreeze()
+    steps = Steps(model, compiled=True, share=True)
+    decode(model, LONG, sampling, STOP, 100, steps=steps)
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight = layer.weight + 0.1 * mx.random.normal(layer.weight.shape)
+    assert_same(decode(model, LONG, sampling, STOP, 100, steps=steps), decode(model, LONG, sampling, STOP, 100))
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_every_kind_of_adapter_says_the_same(kind):
+    assert_same(*both(adapter_of_kind(kind), Sampling(max_tokens=12, seed=3), 5, share=True))
+
+
+def test_a_quantised_base_runs_together_as_well():
+    model = adapted("llama", hidden_size=64, intermediate_size=128)
+    nn.quantize(model, group_size=32, bits=8, class_predicate=lambda path, _: path.endswith(".linear"))
+    steps = Steps(model, compiled=True, share=False)
+    assert any(len(group.layers) == 3 for group in steps.view.groups)
+    assert decoding_error(model, 4, steps) < 1e-4
+
+
+def test_joined_layers_keep_their_weights_and_store_nothing_twice():
+    model = adapted("qwen3")
+    before = {name: np.array(value) for name, value in tree_flatten(model.parameters())}
+    held = mx.get_active_memory()
+    view = View.of(model)
+    grown = mx.get_active_memory() - held
+    assert sorted(len(group.layers) for group in view.groups) == [1, 1, 1, 1, 2, 2, 3, 3]
+    for name, value in tree_flatten(model.parameters()):
+        np.testing.assert_array_equal(np.array(value), before[name], err_msg=name)
+    assert grown < 0.1 * sum(value.nbytes for value in before.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_slot_too_many_seen_shows_in_the_logprobs(name, monkeypatch):
+    original = steady._Now.mask
+
+    def shifted(self, window):
+        return mx.roll(original(self, window), 1, axis=-1)
+
+    monkeypatch.setattr(steady._Now, "mask", shifted)
+    model = adapted(name)
+    assert decoding_error(model, 4, Steps(model, compiled=False, share=True)) > 1e-3

@@ -1,0 +1,401 @@
+"""GGUF files: what is read, what is written, and that a bad file is a sentence and not a crash."""
+
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below mlx
+
+# isort: split
+import gguf
+import mlx.core as mx
+import mlx_lm
+from gguf import GGMLQuantizationType as Kind
+from tokenizers.pre_tokenizers import ByteLevel
+
+from textpolicy.errors import UserError
+from textpolicy.mlx.files.gguf import convert, read_gguf, unpermute
+from textpolicy.mlx.files.tokenizer import PRE_TOKENIZERS
+
+HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 96, 4, 2, 16, 2
+LETTERS = sorted(ByteLevel.alphabet())
+MERGES = ["h e", "l l", "he ll", "hell o", "Ġ hello"]
+WORDS = ["he", "ll", "hell", "hello", "Ġhello"]
+TOKENS = ["<|end|>", "<|start|>", "<tool>", *LETTERS, *WORDS]
+TYPES = [3, 3, 4] + [1] * (len(LETTERS) + len(WORDS))
+VOCAB = len(TOKENS)
+
+METADATA = {
+    "llama.block_count": LAYERS,
+    "llama.context_length": 128,
+    "llama.embedding_length": HIDDEN,
+    "llama.feed_forward_length": INNER,
+    "llama.attention.head_count": HEADS,
+    "llama.attention.head_count_kv": KV_HEADS,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.freq_base": 10000.0,
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": TOKENS,
+    "tokenizer.ggml.token_type": TYPES,
+    "tokenizer.ggml.merges": MERGES,
+    "tokenizer.ggml.eos_token_id": 0,
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.chat_template": "{% for m in messages %}<|start|>{{ m['content'] }}<|end|>{% endfor %}",
+}
+SHAPES = {
+    "attn_q": (HEADS * HEAD_DIM, HIDDEN),
+    "attn_k": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "attn_v": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "attn_output": (HIDDEN, HEADS * HEAD_DIM),
+    "ffn_gate": (INNER, HIDDEN),
+    "ffn_up": (INNER, HIDDEN),
+    "ffn_down": (HIDDEN, INNER),
+}
+
+
+def tensors(tied=True):
+    """Random weights under their GGUF names."""
+    draw = np.random.default_rng(0)
+    shapes = {"token_embd": (VOCAB, HIDDEN)} | ({} if tied else {"output": (VOCAB, HIDDEN)})
+    norms = ["output_norm"]
+    for i in range(LAYERS):
+        shapes |= {f"blk.{i}.{name}": shape for name, shape in SHAPES.items()}
+        norms += [f"blk.{i}.attn_norm", f"blk.{i}.ffn_norm"]
+    weights = {f"{name}.weight": draw.normal(0, 0.2, shape) for name, shape in shapes.items()}
+    weights |= {f"{name}.weight": draw.uniform(0.5, 1.5, HIDDEN) for name in norms}
+    return {name: array.astype(np.float32) for name, array in weights.items()}
+
+
+def write(
+    path,
+    kind=Kind.F32,
+    embedding=None,
+    architecture="llama",
+    tied=True,
+    edit=None,
+    endianess=gguf.GGUFEndian.LITTLE,
+    **metadata,
+):
+    """A small GGUF file; ``metadata`` overrides an entry (``__`` for a dot), None leaves it out."""
+    writer = gguf.GGUFWriter(path, architecture, endianess=endianess)
+    for key, value in (METADATA | {name.replace("__", "."): value for name, value in metadata.items()}).items():
+        add_value(writer, key, value)
+    weights = tensors(tied)
+    if edit:
+        edit(weights)
+    for name, array in weights.items():
+        wanted = Kind.F32 if array.ndim == 1 else embedding if embedding and "embd" in name else kind
+        writer.add_tensor(name, gguf.quants.quantize(array, wanted), raw_dtype=wanted)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_value(writer, key, value):
+    match value:
+        case None:
+            return
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case list():
+            writer.add_array(key, value)
+
+
+def stored(path):
+    """The file's tensors as float32, by the gguf package alone."""
+    reader = gguf.GGUFReader(path)
+    return {t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors}
+
+
+def plain_llama(weights, tokens):
+    """Logits (T, vocab) of a slow numpy Llama on GGUF's own rows, whose rotation pairs neighbours."""
+    turn = rotation(len(tokens))
+    x = weights["token_embd.weight"][tokens]
+    for i in range(LAYERS):
+        w = {name.split(".")[2]: array for name, array in weights.items() if name.startswith(f"blk.{i}.")}
+        x = x + attention(normed(x, w["attn_norm"]), w, turn)
+        y = normed(x, w["ffn_norm"])
+        gate = y @ w["ffn_gate"].T
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ w["ffn_up"].T)) @ w["ffn_down"].T
+    return normed(x, weights["output_norm.weight"]) @ weights.get("output.weight", weights["token_embd.weight"]).T
+
+
+def normed(x, scale):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale
+
+
+def rotation(length):
+    frequency = 10000.0 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    return np.exp(1j * np.arange(length)[:, None] * frequency)  # (T, head_dim / 2)
+
+
+def attention(x, w, turn):
+    def heads(name, n):
+        return (x @ w[name].T).reshape(len(x), n, HEAD_DIM)
+
+    def turned(rows):
+        pairs = (rows[..., 0::2] + 1j * rows[..., 1::2]) * turn[:, None]
+        return np.stack([pairs.real, pairs.imag], -1).reshape(rows.shape)
+
+    q, k, v = turned(heads("attn_q", HEADS)), turned(heads("attn_k", KV_HEADS)), heads("attn_v", KV_HEADS)
+    out = np.zeros_like(q)
+    for h in range(HEADS):
+        g = h // (HEADS // KV_HEADS)
+        for t in range(len(x)):
+            scores = np.exp(k[: t + 1, g] @ q[t, h] / np.sqrt(HEAD_DIM))
+            out[t, h] = scores @ v[: t + 1, g] / scores.sum()
+    return out.reshape(len(x), -1) @ w["attn_output"].T
+
+
+KINDS = [
+    (Kind.F32, None),
+    (Kind.F16, None),
+    (Kind.Q8_0, None),
+    (Kind.Q4_0, Kind.Q8_0),
+    (Kind.Q4_1, Kind.Q8_0),
+]
+
+
+@pytest.mark.parametrize(("kind", "embedding"), KINDS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_converted_folder_gives_the_logits_of_a_plain_llama(tmp_path, kind, embedding, tied):
+    path = write(tmp_path / "m.gguf", kind, embedding, tied=tied)
+    convert(path, tmp_path / "out")
+    model, _ = mlx_lm.load(str(tmp_path / "out"))
+    model.set_dtype(mx.float32)
+    tokens = [5, 100, 7, 7, 200, 33]
+    wanted = plain_llama(stored(path), tokens)
+    np.testing.assert_allclose(np.array(model(mx.array([tokens]))[0]), wanted, atol=2e-4, rtol=2e-4)
+
+
+def test_rows_leave_llama_cpps_order_by_hand():
+    # one head of dimension 4: the file pairs row 0 with 2 and 1 with 3, two heads side by side
+    filed = mx.array([0, 2, 1, 3, 10, 12, 11, 13])[:, None]
+    assert unpermute(filed, heads=2)[:, 0].tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0])
+def test_dequantised_weights_equal_those_of_the_gguf_package(tmp_path, kind):
+    path = write(tmp_path / "m.gguf", kind)
+    model = read_gguf(path)
+    name = "model.layers.1.mlp.down_proj"
+    triple = [model.weights[f"{name}.{part}"].astype(mx.float32) for part in ("scales", "biases")]
+    bits = model.quantization["bits"]
+    ours = mx.dequantize(model.weights[f"{name}.weight"], *triple, group_size=32, bits=bits)
+    np.testing.assert_allclose(np.array(ours), stored(path)["blk.1.ffn_down.weight"], atol=1e-6)
+
+
+def test_layers_with_other_bits_are_listed_one_by_one(tmp_path):
+    model = read_gguf(write(tmp_path / "m.gguf", Kind.Q4_0, Kind.Q8_0))
+    embedding = {"group_size": 32, "bits": 8}
+    assert model.quantization == {"group_size": 32, "bits": 4, "model.embed_tokens": embedding}
+
+
+def test_float_files_have_no_quantization(tmp_path):
+    assert read_gguf(write(tmp_path / "m.gguf", Kind.F16)).quantization == {}
+
+
+def test_norms_are_halved_only_when_that_loses_nothing(tmp_path):
+    def exact(weights):
+        weights["output_norm.weight"] = np.full(HIDDEN, 0.75, np.float32)
+
+    weights = read_gguf(write(tmp_path / "m.gguf", edit=exact)).weights
+    assert weights["model.norm.weight"].dtype == mx.float16
+    assert weights["model.layers.0.input_layernorm.weight"].dtype == mx.float32
+
+
+def test_the_config_has_the_files_numbers(tmp_path):
+    config = read_gguf(write(tmp_path / "m.gguf", llama__rope__freq_base=100000.0)).config
+    assert config["rope_theta"] == 100000.0
+    assert config["rms_norm_eps"] == 1e-5
+    assert (config["head_dim"], config["num_key_value_heads"], config["vocab_size"]) == (16, 2, VOCAB)
+    assert config["tie_word_embeddings"] is True
+    assert "pad_token_id" not in config
+
+
+# The tokenizer
+
+
+def tokenizer_of(tmp_path, **metadata):
+    convert(write(tmp_path / "m.gguf", **metadata), tmp_path / "out")
+    return mlx_lm.load(str(tmp_path / "out"))[1]
+
+
+def test_merges_and_special_tokens_survive_the_trip(tmp_path):
+    tokenizer = tokenizer_of(tmp_path)
+    assert tokenizer.encode("hello hello<|end|>") == [TOKENS.index("hello"), TOKENS.index("Ġhello"), 0]
+    assert tokenizer.eos_token_ids == {0}
+    assert tokenizer.bos_token == "<|start|>"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "he"}]) == [1, TOKENS.index("he"), 0]
+
+
+def test_control_tokens_are_hidden_when_asked_and_user_defined_ones_are_not(tmp_path):
+    tokenizer = tokenizer_of(tmp_path)
+    ids = tokenizer.encode("<|start|><tool>he")
+    assert ids == [1, 2, TOKENS.index("he")]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "<tool>he"
+
+
+def test_a_beginning_token_is_added_when_the_file_says_so(tmp_path):
+    tokenizer = tokenizer_of(tmp_path, tokenizer__ggml__add_bos_token=True)
+    assert tokenizer.encode("he") == [1, TOKENS.index("he")]
+
+
+SPLITS = {  # worked by hand from each model's published pattern; Ġ is a space
+    "smollm": ["Ġyear", "Ġ", "2", "0", "2", "4", "!!", "Ġ", "Ġit", "'s"],
+    "gpt-2": ["Ġyear", "Ġ2024", "!!", "Ġ", "Ġit", "'s"],
+    "default": ["Ġyear", "Ġ2024", "!!", "Ġ", "Ġit", "'s"],
+    "llama-bpe": ["Ġyear", "Ġ", "202", "4", "!!", "Ġ", "Ġit", "'s"],
+    "qwen2": ["Ġyear", "Ġ", "2", "0", "2", "4", "!!", "Ġ", "Ġit", "'s"],
+}
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_each_pre_tokenizer_splits_as_its_model_does(name):
+    pieces = [piece for piece, _ in PRE_TOKENIZERS[name]().pre_tokenize_str(" year 2024!!  it's")]
+    assert pieces == SPLITS[name]
+
+
+# Files that cannot be converted
+
+
+def without(name):
+    return lambda weights: weights.pop(name)
+
+
+def replaced(name, shape):
+    return lambda weights: weights.update({name: np.zeros(shape, np.float32)})
+
+
+REFUSED = {
+    "other architecture": ({"architecture": "qwen2"}, "'qwen2' for general.architecture"),
+    "sentencepiece": ({"tokenizer__ggml__model": "llama"}, "'llama' for tokenizer.ggml.model"),
+    "pre-tokenizer": ({"tokenizer__ggml__pre": "klingon"}, "pre-tokenizer 'klingon'"),
+    "scaled rotation": ({"llama__rope__scaling__type": "yarn"}, "'yarn' for llama.rope.scaling.type"),
+    "half rotation": ({"llama__rope__dimension_count": 8}, "rotates 8 of 16"),
+    "unsupported type": ({"kind": Kind.Q5_0}, "as Q5_0"),
+    "no metadata": ({"llama__block_count": None}, "lacks the metadata llama.block_count"),
+    "no eos": ({"tokenizer__ggml__eos_token_id": None}, "lacks the metadata tokenizer.ggml.eos_token_id"),
+    "eos too large": ({"tokenizer__ggml__eos_token_id": 9999}, "9999 for tokenizer.ggml.eos_token_id"),
+    "metadata of another type": ({"llama__block_count": "two"}, "'two' for llama.block_count"),
+    "no heads": ({"llama__attention__head_count": 0}, "0 for llama.attention.head_count"),
+    "endless layers": ({"llama__block_count": 4_000_000_000}, "4000000000 layers"),
+    "a merge of three": ({"tokenizer__ggml__merges": ["h e l"]}, "not a pair"),
+    "a merge of unknowns": ({"tokenizer__ggml__merges": ["he xyzzy"]}, "do not fit"),
+    "merges that are no text": (
+        {"tokenizer__ggml__merges": [1, 2]},
+        "something else than str in tokenizer.ggml.merges",
+    ),
+    "a list of lists": ({"general__tags": [[1, 2], [3]]}, "'general.tags' is a nested array"),
+    "the other byte order": ({"endianess": gguf.GGUFEndian.BIG}, "byte order is not that of this machine"),
+    "a tensor of five dimensions": (
+        {"edit": replaced("five.weight", (1, 1, 1, 1, 8))},
+        r"has the shape \[8, 1, 1, 1, 1\]",
+    ),
+    "token types missing": ({"tokenizer__ggml__token_type": [1]}, "1 token types"),
+    "a tensor missing": ({"edit": without("blk.1.ffn_up.weight")}, "lacks the tensor blk.1.ffn_up.weight"),
+    "a tensor too many": ({"edit": replaced("rope_freqs.weight", 8)}, r"'rope_freqs\.weight' .* is not known"),
+    "a name of two lines": ({"edit": replaced("two\nlines", 8)}, r"'two\\nlines' .* is not known"),
+    "a wrong shape": ({"edit": replaced("blk.0.ffn_up.weight", (8, 32))}, r"shape \(8, 32\) instead"),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_what_cannot_be_converted_is_refused_in_one_sentence(tmp_path, fault):
+    changes, words = REFUSED[fault]
+    path = write(tmp_path / "m.gguf", **changes)
+    with pytest.raises(UserError, match=words) as caught:
+        convert(path, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert ";" in str(caught.value)  # what is wrong; what to do
+
+
+def test_a_path_without_a_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no GGUF file at"):
+        read_gguf(tmp_path / "absent.gguf")
+
+
+@pytest.mark.parametrize("content", [b"", b"GG", b"not a gguf file at all", b"GGUF", b"GGUF\x03\x00\x00\x00"])
+def test_files_that_are_no_gguf_are_refused(tmp_path, content):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"m\.gguf"):
+        read_gguf(path)
+
+
+def test_sizes_that_lie_are_refused(tmp_path):
+    original = write(tmp_path / "m.gguf").read_bytes()
+    key = b"tokenizer.ggml.token_type"
+    length = original.index(key) + len(key) + 8  # after the array's type and its elements' type
+    name = b"blk.0.ffn_up.weight"
+    shape = original.index(name) + len(name) + 4
+    offset = shape + 2 * 8 + 4
+    for place in (8, 16, length, shape, offset):  # tensors, metadata, an array, a shape, an offset
+        for lie in (2**30, 2**62, 2**64 - 32):
+            path = tmp_path / "lie.gguf"
+            path.write_bytes(original[:place] + struct.pack("<Q", lie) + original[place + 8 :])
+            with pytest.raises(UserError, match=r"lie\.gguf"):
+                read_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "there", "instead", "says"),
+    [
+        (b"tokenizer.ggml.model", b"gpt2", b"gp\xff2", "has text that is not UTF-8 in tokenizer.ggml.model"),
+        (b"tokenizer.ggml.tokens", b"hello", b"hell\xff", "has text that is not UTF-8 in tokenizer.ggml.tokens"),
+        (b"output_norm.weight", b"\x40\0\0\0\0\0\0\0\0\0\0\0", b"\x40\0\0\0\0\0\0\0\0\0\0\0\x07", "lies at the offset"),
+    ],
+)
+def test_bytes_that_are_wrong_within_a_value_are_named(place, there, instead, says, tmp_path):
+    content = write(tmp_path / "m.gguf").read_bytes()
+    at = content.index(there, content.index(place))
+    path = tmp_path / "lie.gguf"
+    path.write_bytes(content[:at] + instead + content[at + len(instead) :])
+    with pytest.raises(UserError, match=says) as caught:
+        read_gguf(path)
+    assert "\n" not in str(caught.value)
+
+
+TORTURE = """
+import random, sys
+from pathlib import Path
+from textpolicy.errors import UserError
+from textpolicy.mlx.files.gguf import read_gguf
+good, bad = Path(sys.argv[1]), Path(sys.argv[1] + ".bad.gguf")
+data, draw, refused = good.read_bytes(), random.Random(0), 0
+header = data.rindex(b"output_norm.weight") + 60
+copies = [data[:draw.randrange(len(data))] for _ in range(60)]
+for _ in range(240):
+    copy = bytearray(data)
+    for _ in range(draw.choice([1, 1, 4])):
+        copy[draw.randrange(header)] = draw.choice([0, 1, 255, draw.randrange(256)])
+    copies.append(bytes(copy))
+for copy in copies:
+    bad.write_bytes(copy)
+    try:
+        read_gguf(bad)
+    except UserError:
+        refused += 1
+print(refused)
+"""
+
+
+def test_truncated_and_mangled_files_never_crash(tmp_path):
+    path = write(tmp_path / "m.gguf", Kind.Q4_0, Kind.Q8_0)
+    root = Path(__file__).parents[3]
+    ran = subprocess.run([sys.executable, "-c", TORTURE, path], cwd=root, capture_output=True, text=True, timeout=200)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert int(ran.stdout) >= 60  # every truncated one, and those mangled where it shows

@@ -1,0 +1,335 @@
+"""The pages of `textpolicy view`: what they list, what may reach them, and that what a model wrote stays text."""
+
+import html
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from made_run import IMAGE, PROMPTS, SAMPLES, SCRIPT, STEPS, add_step, make_run, spell
+from trained_run import train_run
+
+pytest.importorskip("starlette", reason="the viewer is textpolicy[view]")
+uvicorn = pytest.importorskip("uvicorn", reason="the viewer is textpolicy[view]")
+
+from textpolicy.analysis import load_run  # noqa: E402
+from textpolicy.cli.main import main  # noqa: E402
+from textpolicy.errors import UserError  # noqa: E402
+from textpolicy.record.recorder import Recorder  # noqa: E402
+from textpolicy.report.view.drawing import COLOURINGS, draw, draw_together  # noqa: E402
+from textpolicy.report.view.index import Index, Query  # noqa: E402
+from textpolicy.report.view.server import make_app  # noqa: E402
+
+TOKEN = "a-token"
+
+
+class Served:
+    """An application on a free port of this machine."""
+
+    def __init__(self, app):
+        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        while not self.server.started:
+            threading.Event().wait(0.01)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        return self
+
+    def __exit__(self, *error):
+        self.server.should_exit = True
+        self.thread.join()
+
+    def get(self, path="", token=TOKEN, **headers):
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{token}/{path}", headers=headers)
+        with urllib.request.urlopen(request) as answer:
+            return answer.read().decode(), answer.headers
+
+    def page(self, path=""):
+        return self.get(path)[0]
+
+    def refused(self, path="", **how):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            self.get(path, **how)
+        body = caught.value.read().decode()
+        caught.value.close()
+        return caught.value.code, html.unescape(body)
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return [make_run(root / "first", seed=0), make_run(root / "second", seed=1)]
+
+
+@pytest.fixture(scope="module")
+def one(two_runs):
+    with Served(make_app(two_runs[:1], TOKEN)) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def both(two_runs):
+    with Served(make_app(two_runs, TOKEN)) as served:
+        yield served
+
+
+def count(page):
+    return int(re.search(r'id="count">([\d,]+) completion', page)[1].replace(",", ""))
+
+
+def addresses(page):
+    return list(dict.fromkeys(re.findall(r"completion\?at=([^&\"]+)", page)))
+
+
+class Elements(HTMLParser):
+    """The elements of a page, and its text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [name for name, _ in attrs]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_list_has_every_completion(one):
+    assert count(one.page()) == STEPS * PROMPTS * SAMPLES
+    assert count(one.page("?kind=evals")) == 3 * PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("asked", "holds"),
+    [
+        ("step_from=2&step_to=3", lambda r: 2 <= r["step"] <= 3),
+        ("prompt=1", lambda r: r["prompt_index"] == 1),
+        ("reward_from=0.5", lambda r: r["reward"] >= 0.5),
+        ("reward_to=0.5&finish=length", lambda r: r["reward"] <= 0.5 and r["finish_reason"] == "length"),
+        ("correct=no&finish=stop", lambda r: not r["is_correct"] and r["finish_reason"] == "stop"),
+        ("words=CHECK", lambda r: "check" in r["text"]),
+        ("words=Question+2", lambda r: "Question 2" in r["prompt"]),
+        ("words=nobody+says+this", lambda r: False),
+        ("split=validation", lambda r: False),
+        ("group=0&prompt=&step_from=", lambda r: r["group"] == 0),
+    ],
+)
+def test_a_filter_keeps_what_a_slow_look_at_every_row_keeps(one, two_runs, asked, holds):
+    rows = load_run(two_runs[0]).rollouts.to_pylist()
+    assert count(one.page("?" + asked)) == sum(holds(row) for row in rows)
+
+
+def test_the_list_is_in_the_order_asked_for(two_runs):
+    index = Index(two_runs[0] / "rollouts")
+    index.refresh()
+    for sort, column, sign in (
+        ("best", "reward", -1),
+        ("worst", "reward", 1),
+        ("longest", "length", -1),
+        ("oldest", "step", 1),
+    ):
+        values = sign * np.array(index.select(Query(sort=sort))[column].to_pylist())
+        assert (np.diff(values) >= 0).all()
+
+
+def test_pages_follow_one_another_without_gap_or_repeat(one):
+    pages = [one.page(f"?page={n}") for n in (1, 2)]
+    assert 'rel="next"' in pages[0]
+    assert 'rel="prev"' in pages[1]
+    seen = [address for page in pages for address in addresses(page)]
+    assert len(set(seen)) == len(seen) == STEPS * PROMPTS * SAMPLES
+    assert addresses(one.page("?page=99")) == addresses(pages[1])
+
+
+@pytest.mark.parametrize("by", COLOURINGS)
+def test_a_completion_is_drawn_token_by_token(one, two_runs, by):
+    page = one.page(f"completion?at=0:rollouts:step-000002:5&by={by}")
+    row = load_run(two_runs[0]).rollouts.filter(load_run(two_runs[0]).rollouts["step"].to_numpy() == 2).to_pylist()[5]
+    drawn = re.search(r'<div class="tokens">(.*?)</div>', page, re.DOTALL)[1]
+    tokens = [html.unescape(t) for t in re.findall(r"<span[^>]*>(.*?)</span>", drawn, re.DOTALL)]
+    assert tokens == [piece or "⟨0⟩" for piece in row["pieces"]]
+
+
+def test_colours_are_as_strong_as_the_figure_and_say_which_way():
+    row = {
+        "tokens": [1, 2, 3, 4, 5], "pieces": ["a", "b", "c", "d", "e"], "sampled": [True, True, True, True, False],
+        "advantage": 1.0, "credit": [2.0, -1.0, 0.0, 0.01, 9.0], "logprobs": [-1.0] * 5, "entropy": None,
+        "planning": [True, False, False, False, False],
+        "learner_logprobs": None,
+    }  # fmt: skip
+    drawing = draw(row, "credit")
+    assert [t.style for t in drawing.tokens] == ["up8", "down4", "", "up1", "reply"]
+    assert drawing.strongest == 2
+    assert [t.style for t in draw(row, "planning").tokens] == ["much8", "", "", "", "reply"]
+    assert not draw(row, "entropy").known
+    assert "credit -1" in drawing.tokens[1].title
+
+
+def test_two_completions_are_drawn_on_one_scale():
+    row = {
+        "tokens": [1],
+        "pieces": ["a"],
+        "sampled": None,
+        "advantage": None,
+        "learner_logprobs": None,
+        "planning": None,
+    }
+    weak = row | {"credit": [1.0], "entropy": [0.5], "logprobs": [-1.0]}
+    strong = row | {"credit": [-2.0], "entropy": None, "logprobs": [-2.0]}
+    drawings = draw_together([weak, strong], "credit")
+    assert [d.tokens[0].style for d in drawings] == ["up4", "down8"]
+    assert [d.strongest for d in drawings] == [2, 2]
+    assert [d.known for d in draw_together([weak, strong], "entropy")] == [True, False]
+
+
+def test_a_completion_leads_to_its_group_and_two_stand_side_by_side(one):
+    page = one.page("completion?at=0:rollouts:step-000002:5")
+    group = addresses(page)
+    assert group == [f"0:rollouts:step-000002:{i}" for i in range(4, 8)]
+    beside = re.findall(r'href="(pair\?[^"]+)"', page)
+    assert len(beside) == 3
+    assert one.page(html.unescape(beside[0])).count('<div class="tokens">') == 2
+
+
+def test_two_runs_are_compared_on_the_same_prompts(both, two_runs):
+    page = both.page("prompts")
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", line, re.DOTALL) for line in page.split("<tr>")[2:]]
+    tables = [load_run(run).rollouts.to_pylist() for run in two_runs]
+    assert len(rows) == PROMPTS
+    for cells in rows:
+        prompt = int(re.search(r"index=(\d+)", cells[0])[1])
+        means = [np.mean([r["reward"] for r in t if r["prompt_index"] == prompt]) for t in tables]
+        assert [float(c.split()[0]) for c in cells[1:3]] == pytest.approx(means, abs=1e-3)
+        assert float(cells[3]) == pytest.approx(means[1] - means[0], abs=2e-3)
+    pair = both.page("prompt?index=1")
+    assert pair.count('<div class="tokens">') == 2
+    assert "first" in pair
+    assert "second" in pair
+
+
+def test_markup_in_a_completion_stays_text(one, two_runs):
+    hostile = [r for r in load_run(two_runs[0]).rollouts.to_pylist() if SCRIPT in r["text"] and IMAGE in r["text"]]
+    assert hostile
+    pages = [one.page(p) for p in ("", "?page=2", "?words=%3Cscript%3E", "prompts", "report")]
+    pages += [one.page(f"completion?at={a}") for a in addresses(pages[0])[:20]]
+    assert any(SCRIPT in "".join(Elements(p).text) for p in pages)
+    for page in pages:
+        found = Elements(page)
+        assert not {"script", "img", "iframe", "object", "b onerror"} & set(found.tags)
+        assert not [name for name in found.attributes if name.startswith("on")]
+        assert "49" not in re.findall(r" (\d+)</span>", page)  # a template in a completion is not one
+
+
+def test_a_page_asks_nothing_of_another_machine_and_runs_no_script(one):
+    for path in ("", "completion?at=0:rollouts:step-000000:0", "prompts", "report"):
+        page, headers = one.get(path)
+        policy = headers["Content-Security-Policy"]
+        assert policy.startswith("default-src 'none'")
+        assert "script" not in policy
+        assert headers["Referrer-Policy"] == "no-referrer"
+        assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", page)
+
+
+def test_a_page_brings_its_own_style(one):
+    page, _ = one.get("")
+    [address] = re.findall(r'<link rel="?stylesheet"? href="?([^" >]+)', page)
+    style, headers = one.get(address.rpartition("/")[2])
+    assert headers["Content-Type"].startswith("text/css")
+    assert re.search(r"body\s*\{", style)
+
+
+def test_without_the_token_and_from_another_host_there_is_nothing(one):
+    for token in ("", "wrong", TOKEN + "x"):
+        assert one.refused(token=token)[0] == 404
+    assert one.refused(Host="evil.example")[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("?step_from=two", "step_from is two"),
+        ("?sort=shiny", "sort is shiny"),
+        ("?run=7", "there is no run 7"),
+        ("?colour=red", "there is no setting 'colour'"),
+        ("completion?at=0:rollouts:step-000000:999", "there is no completion 999"),
+        ("completion?at=0:rollouts:../../config:0", "there is no completion 0 in '../../config'"),
+        ("completion?at=0:../..:x:0", "there are no '../..'"),
+        ("completion?at=<b>", "'<b>' is no completion"),
+        ("completion?at=0:rollouts:step-000000:0&by=mood", "not coloured by 'mood'"),
+        ("prompt?index=-1", "index is '-1'"),
+    ],
+)
+def test_a_request_that_cannot_work_is_refused_in_a_sentence(one, path, sentence):
+    code, page = one.refused(path)
+    assert code == 400
+    assert sentence in page
+
+
+def test_a_run_that_goes_on_is_seen_as_it_is_now(tmp_path):
+    folder = make_run(tmp_path / "going", steps=2, over=False)
+    with Served(make_app([folder], TOKEN)) as served:
+        page = served.page()
+        assert "(running)" in page
+        assert count(page) == 2 * PROMPTS * SAMPLES
+        assert 'http-equiv="refresh"' in served.page("?live=1")
+        add_step(folder, Recorder(folder, spell), np.random.default_rng(5), 2)
+        assert count(served.page()) == 3 * PROMPTS * SAMPLES
+        (folder / "rollouts" / "step-000002.parquet").unlink()  # cut back, as a resumed run is
+        assert count(served.page()) == 2 * PROMPTS * SAMPLES
+
+
+def test_a_run_without_completions_is_shown_as_one(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 0, "reward_mean": 0.5}\n')
+    with Served(make_app([tmp_path], TOKEN)) as served:
+        assert count(served.page()) == 0
+        assert count(served.page("?words=seven&kind=evals")) == 0
+        assert "Nothing here yet" in served.page()
+        assert "has been drawn in both halves yet" in served.page("prompts")
+        assert count(served.page("prompt?index=3")) == 0
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is no run folder"):
+        make_app([tmp_path], TOKEN)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_the_command_prints_an_address_that_works_until_it_is_stopped(two_runs):
+    command = [sys.executable, "-m", "textpolicy", "view", *map(str, two_runs)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as viewer:
+        address = viewer.stdout.readline().split()[0]
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/[\w-]{20,}/", address)
+        with urllib.request.urlopen(address) as answer:
+            assert count(answer.read().decode()) == STEPS * PROMPTS * SAMPLES
+        viewer.send_signal(signal.SIGINT)
+        assert viewer.wait(10) == 130
+        assert viewer.stderr.read() == "textpolicy: stopped by Ctrl-C\n"
+
+
+def test_a_port_in_use_and_a_folder_that_is_no_run_are_refused_in_a_sentence(two_runs, tmp_path, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["view", str(two_runs[0]), f"--port={port}"]) == 2
+    assert f"port {port} cannot be used (Address already in use); choose another" in capsys.readouterr().err
+    assert main(["view", str(tmp_path)]) == 2
+    assert "is no run folder" in capsys.readouterr().err
+
+
+def test_a_run_whose_examples_have_no_question_ends_with_a_prompt_to_ask(tmp_path):
+    ended = train_run(tmp_path / "run")
+    said = (ended / "log.txt").read_text()
+    assert f'textpolicy generate --run {ended} "1 2"' in " ".join(said.split())

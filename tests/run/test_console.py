@@ -1,0 +1,136 @@
+"""What a run says: plain lines in a file, a bar that fits on a terminal."""
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from textpolicy.run.console import RunView, spark
+from textpolicy.types import Completion, Episode
+
+ROW = {
+    "reward_mean": 0.5,
+    "accuracy": 0.25,
+    "frac_reward_zero_std": 0.125,
+    "length_mean": 3.0,
+    "entropy": 1.5,
+    "grad_norm": 0.75,
+    "sample_seconds": 1.0,
+    "update_seconds": 2.0,
+    "sampled_tokens": 300.0,
+    "tokens_per_second": 100.0,
+    "peak_memory_bytes": 1.5e9,
+}
+
+
+def show(row, terminal, steps=3):
+    out = io.StringIO()
+    with RunView(
+        steps, Console(file=out, force_terminal=terminal, width=80, highlight=False, color_system=None)
+    ) as view:
+        for step in range(steps):
+            view.step(step, row)
+        view.table("done", [("after", "90% [80%, 95%]")])
+    return out.getvalue()
+
+
+def test_a_file_gets_plain_lines_without_escape_codes():
+    lines = show(ROW, terminal=False).splitlines()
+    assert lines[0] == (
+        "step   1  reward 0.50  correct  25%  agreeing groups 12%  length 3.0  entropy 1.50  gradient 0.75  3.0 s"
+    )
+    assert sum(line.startswith("step") for line in lines) == 3
+    assert not any("\x1b" in line for line in lines)
+
+
+def test_a_long_run_prints_a_bounded_number_of_lines_and_its_last_step():
+    lines = [line for line in show(ROW, terminal=False, steps=1000).splitlines() if line.startswith("step")]
+    assert 10 <= len(lines) <= 20
+    assert lines[-1].startswith("step 1000 ")
+
+
+def test_a_terminal_gets_a_bar_with_steps_and_accuracy_on_one_line_of_80():
+    shown = show(ROW, terminal=True)
+    bar = [line for line in shown.replace("\r", "\n").splitlines() if "3/3" in line][-1]
+    assert "correct 25%" in bar
+    assert "training" in bar
+
+
+@pytest.mark.parametrize("missing", ["accuracy", "entropy"])
+def test_what_is_not_known_is_not_shown(missing):
+    row = {name: value for name, value in ROW.items() if name != missing}
+    for terminal in (True, False):
+        shown = show(row, terminal)
+        assert {"accuracy": "correct", "entropy": "entropy"}[missing] not in shown
+
+
+def test_markup_in_a_completion_is_shown_not_obeyed():
+    out = io.StringIO()
+    RunView(1, Console(file=out, width=80)).say("[bold]17[/bold] [link=x]")
+    assert out.getvalue() == "[bold]17[/bold] [link=x]\n"
+
+
+def told(view, text="17", reward=0.5):
+    """One step and one look, of an episode that says ``text``."""
+    said = Completion(np.array([3], np.int32), np.zeros(1, np.float32))
+    episodes = [Episode.from_completion([1], said, reward=reward, group=g, prompt="9+8?", text=text) for g in (0, 0, 1)]
+    view.evaluated(0, "validation", {"kind": "eval", "accuracy": 0.25}, episodes)
+    view.step(0, ROW, episodes)
+
+
+def live_lines(view, width=80):
+    out = io.StringIO()
+    Console(file=out, width=width, highlight=False).print(view.shown())
+    return out.getvalue().splitlines()
+
+
+def test_the_live_view_has_curves_speed_memory_and_the_last_completions():
+    view = RunView(3, Console(file=io.StringIO(), force_terminal=True))
+    told(view)
+    bar, reward, held_out, speed, *said = live_lines(view)
+    assert "1/3" in bar
+    assert reward.startswith("reward ")
+    assert reward.endswith(" 0.50")
+    assert held_out.endswith(" 25.0%")
+    assert speed == "tokens/s  100 (rollouts 300, updates 150)  memory 1.50 GB"
+    assert said == ["'9+8?' -> '17'  reward 0.5"] * 2  # one of each group
+
+
+def test_a_long_completion_does_not_break_the_live_view_and_its_markup_is_text():
+    view = RunView(3, Console(file=io.StringIO(), force_terminal=True))
+    told(view, text="[red]so\n" * 90)
+    lines = live_lines(view, width=60)
+    assert len(lines) == 6
+    assert max(map(len, lines)) <= 60
+    assert "[red]so" in lines[-1]
+
+
+def test_quiet_prints_the_closing_table_alone_and_the_log_has_every_line(tmp_path):
+    out = io.StringIO()
+    with RunView(40, Console(file=out, width=80), quiet=True, log=tmp_path / "log.txt") as view:
+        view.say("begun")
+        for step in range(40):
+            view.step(step, ROW)
+        view.table("done", [("after", "90%")])
+    assert "90%" in out.getvalue()
+    assert not {"begun", "step"} & set(out.getvalue().split())
+    logged = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line[20:] for line in logged][:1] == ["begun"]
+    assert sum(" step " in line for line in logged) == 40
+    assert logged[-1].endswith("after: 90%")
+
+
+def test_a_run_that_goes_on_adds_to_its_log(tmp_path):
+    for word in ("first", "second"):
+        with RunView(1, Console(file=io.StringIO()), log=tmp_path / "log.txt") as view:
+            view.say(word)
+    assert [line.split()[-1] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("values", "width", "shown"),
+    [([0, 7], 8, "▁█"), ([1, 1, 1], 8, "▁▁▁"), ([0, 1, 2, 3, 4, 5, 6, 7], 8, "▁▂▃▄▅▆▇█"), ([0, 0, 7, 7], 2, "▁█")],
+)
+def test_a_curve_is_blocks_from_its_lowest_to_its_highest(values, width, shown):
+    assert spark(values, width) == shown

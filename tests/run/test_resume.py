@@ -1,0 +1,320 @@
+"""Runs that are cut short: what they go on from, what they refuse, and that nobody can tell afterwards."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from toy_run import metrics, outcome, quickly, settings
+
+from textpolicy._system.lock import RunLock
+from textpolicy._system.random_state import restore_streams, seed_streams, streams
+from textpolicy.cli.main import main
+from textpolicy.errors import UserError
+from textpolicy.record.metrics_file import MetricsFile
+from textpolicy.run import training_run as run_module
+from textpolicy.run.resume import changed_versions
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    quickly(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return settings(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """A run in one go."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        quickly(patch)
+        assert main(["train", str(config), f"--output={folder}"]) == 0
+    return folder
+
+
+class CutError(Exception):
+    """Stands for the end of the process."""
+
+
+def cut_in(monkeypatch, step):
+    """Let the update of ``step``, counted from 0, never come back."""
+    from textpolicy.mlx.engine import MLXEngine
+
+    true, calls = MLXEngine.update, []
+
+    def update(self, *arguments):
+        calls.append(1)
+        if len(calls) == 2 * step + 2:  # the second of the two updates, so that the first has moved the weights
+            raise CutError
+        return true(self, *arguments)
+
+    monkeypatch.setattr(MLXEngine, "update", update)
+
+
+def cut_short(config, folder, step, *flags):
+    with pytest.MonkeyPatch.context() as patch:
+        cut_in(patch, step)
+        with pytest.raises(CutError):
+            main(["train", str(config), f"--output={folder}", *flags])
+
+
+def refused(capsys, *argv):
+    capsys.readouterr()
+    assert main(list(argv)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("textpolicy: ")
+    assert said.count("\n") == 1
+    return said
+
+
+def test_the_toy_run_uses_what_a_checkpoint_holds(whole):
+    steps = [row for row in metrics(whole) if row["kind"] == "train"]
+    assert len(steps) == 5
+    assert sum(row["updated"] for row in steps) >= 5
+    assert max(row["sepa_lambda"] for row in steps) > 0
+    assert len({row["curriculum_pass_rate"] for row in steps}) == 5
+
+
+@pytest.mark.parametrize("step", [0, 1, 4])
+def test_a_run_that_was_cut_short_ends_as_if_it_had_not(config, whole, tmp_path, step):
+    cut_short(config, tmp_path / "run", step)
+    random.random()  # the streams of the new process are anywhere
+    assert main(["train", str(config), f"--output={tmp_path / 'run'}"]) == 0
+    assert outcome(tmp_path / "run") == outcome(whole)
+
+
+def test_the_resume_flag_needs_neither_config_nor_flags(config, whole, tmp_path, capsys):
+    cut_short(config, tmp_path / "run", 3)
+    assert main(["train", f"--resume={tmp_path / 'run'}"]) == 0
+    assert "after 3 of 5 steps" in capsys.readouterr().out
+    assert outcome(tmp_path / "run") == outcome(whole)
+
+
+def test_a_run_cut_short_twice_and_after_its_last_step_ends_as_if_it_had_not(config, whole, tmp_path, monkeypatch):
+    cut_short(config, tmp_path / "run", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.Run, "finish", lambda *arguments: (_ for _ in ()).throw(CutError()))
+        with pytest.raises(CutError):
+            main(["train", f"--resume={tmp_path / 'run'}"])
+    assert main(["train", f"--resume={tmp_path / 'run'}"]) == 0
+    assert outcome(tmp_path / "run") == outcome(whole)
+
+
+def test_a_run_cut_short_before_its_first_checkpoint_begins_again_in_its_folder(config, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.Run, "checkpoint", lambda self: (_ for _ in ()).throw(CutError()))
+        with pytest.raises(CutError):
+            main(["train", str(config), f"--output={tmp_path / 'run'}"])
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_size > 0
+    assert main(["train", f"--resume={tmp_path / 'run'}"]) == 0
+    assert outcome(tmp_path / "run") == outcome(whole)
+
+
+def test_rows_after_the_checkpoint_and_half_a_line_are_cut_off(config, whole, tmp_path):
+    folder = tmp_path / "run"
+    cut_short(config, folder, 3)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 3}\n{"kind": "tra')
+    assert main(["train", f"--resume={folder}"]) == 0
+    assert metrics(folder) == metrics(whole)
+
+
+@pytest.mark.parametrize("line", [b"{", b"7", b"[1, 2]", b'{"step": 0}', b"\xff\xfe"])
+def test_a_metrics_file_with_a_line_that_is_no_row_is_damaged(line, tmp_path):
+    rows = b'{"kind": "train", "step": 0, "loss": 0.5}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(rows + line + b"\n")
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", len(rows) + len(line) + 1)
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged \(.*\); put it back, or begin the run again"):
+        metrics.rows("train")
+    metrics.close()
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", len(rows))  # a checkpoint before it cuts it off
+    assert metrics.rows("train") == [{"step": 0, "loss": 0.5}]
+    metrics.close()
+
+
+def test_only_what_differs_is_said_of_versions():
+    then = {"mlx": "0.30.0", "python": "3.12.1", "gone": "1"}
+    assert changed_versions(then, dict(then)) is None
+    assert "(gone 1 -> None, mlx 0.30.0 -> 0.31.0)" in changed_versions(then, {"mlx": "0.31.0", "python": "3.12.1"})
+
+
+def test_lost_metrics_are_said_and_not_made_up(config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    cut_short(config, folder, 3)
+    (folder / "metrics.jsonl").write_text("")
+    assert "metrics.jsonl has 0 bytes and the checkpoint counts on" in refused(capsys, "train", f"--resume={folder}")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "manifest"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(config, whole, tmp_path, capsys, damage):
+    folder = tmp_path / "run"
+    cut_short(config, folder, 3)
+    newest = folder / "checkpoints" / "step-000003"
+    file = newest / ("manifest.json" if damage == "manifest" else "engine.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(data[: len(data) // 2] if damage in ("cut", "manifest") else data)
+    assert main(["train", f"--resume={folder}"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"checkpoint {newest} is not sound" in said
+    assert "going on from the one of step 2" in said
+    assert outcome(folder) == outcome(whole)
+    assert (folder / "checkpoints" / "unsound-step-000003").is_dir()
+
+
+def test_a_run_with_no_sound_checkpoint_is_refused(config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    cut_short(config, folder, 3)
+    for file in folder.glob("checkpoints/*/state.json"):
+        file.unlink()
+    said = refused(capsys, "train", f"--resume={folder}")
+    assert "it lacks state.json, nor is any other; remove" in said
+
+
+def test_the_last_checkpoints_and_that_of_the_best_step_stay(whole):
+    kept = {p.name for p in (whole / "checkpoints").iterdir()}
+    best = json.loads((whole / "summary.json").read_text())["kept_step"]
+    assert kept == {"step-000004", "step-000005", f"step-{best:06d}"}
+
+
+def test_a_changed_setting_is_refused_with_the_difference_unless_it_is_named(config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    cut_short(config, folder, 3)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    changed = ["train", f"--resume={folder}", "--optimizer.learning-rate=0.01", "--steps=7"]
+    said = refused(capsys, *changed)
+    assert "optimizer.learning_rate 0.02 -> 0.01, steps 5 -> 7" in said
+    assert "--allow optimizer.learning_rate,steps" in said
+    assert "optimizer.learning_rate 0.02 -> 0.01)" in refused(capsys, *changed, "--allow=steps")
+    assert "names 'stepz'" in refused(capsys, *changed, "--allow=stepz")
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"} == before
+    assert main([*changed, "--allow=steps,optimizer"]) == 0
+    assert json.loads((folder / "config.json").read_text())["steps"] == 7
+    assert [row["step"] for row in metrics(folder) if row["kind"] == "train"] == list(range(7))
+
+
+def test_a_finished_run_says_so_and_can_be_trained_further(config, whole, tmp_path, capsys):
+    assert "is finished, with 5 steps" in refused(capsys, "train", str(config), f"--output={whole}")
+    assert "steps is 4 and the run in" in refused(capsys, "train", f"--resume={whole}", "--steps=4", "--allow=steps")
+    folder = shutil.copytree(whole, tmp_path / "run")
+    assert main(["train", f"--resume={folder}", "--steps=6", "--allow=steps"]) == 0
+    rows = {name: [r for r in metrics(place) if r["kind"] == "train"] for name, place in (("5", whole), ("6", folder))}
+    assert rows["6"][:5] == rows["5"]
+    assert [row["step"] for row in rows["6"]] == list(range(6))
+
+
+def test_another_platform_is_said(config, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    cut_short(config, folder, 3)
+    true = run_module.versions
+    monkeypatch.setattr(run_module, "versions", lambda *asked: {**true(*asked), "mlx": "0.99.0"})
+    assert main(["train", f"--resume={folder}"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "-> 0.99.0): from here on bits may differ from a run in one go" in said
+
+
+def test_two_runs_on_one_folder_are_one_too_many(config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    cut_short(config, folder, 1)
+    code = "import sys, pathlib; from textpolicy._system.lock import RunLock\n"
+    code += f"with RunLock(pathlib.Path({str(folder)!r})): print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert f"the process {other.pid} is at work on the run in" in refused(capsys, "train", f"--resume={folder}")
+        other.kill()
+    with RunLock(folder):  # that of a dead process is free
+        pass
+
+
+def test_a_folder_that_is_no_run_is_no_run(tmp_path, capsys):
+    assert "is no run folder" in refused(capsys, "train", f"--resume={tmp_path}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_without_a_folder_and_with_two(capsys):
+    assert "--resume" in refused(capsys, "train", "--resume")
+    assert "is for a run that goes on" in refused(capsys, "train", "--allow=steps")
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_where_it_can_go_on(config, whole, tmp_path, capfd, monkeypatch, number, code):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        true = run_module.Run.on_step
+
+        def on_step(self, step, row, episodes):
+            true(self, step, row, episodes)
+            if step == 1:
+                os.kill(os.getpid(), number)
+
+        patch.setattr(run_module.Run, "on_step", on_step)
+        assert main(["train", str(config), f"--output={folder}"]) == code
+    _, err = capfd.readouterr()
+    said = err.splitlines()
+    assert said[0].startswith("textpolicy: stopping at the end of what is being computed")
+    assert said[1].startswith(f"textpolicy: stopped by {number.name} after 2 of 5 steps; go on with: textpolicy train")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert main(["train", f"--resume={folder}"]) == 0
+    assert outcome(folder) == outcome(whole)
+
+
+IMPATIENT = """
+import os, signal, sys
+sys.path.insert(0, {chaos!r})
+import pytest, toy_run
+from textpolicy.run.training_run import Run
+from textpolicy.cli.main import main
+toy_run.quickly(pytest.MonkeyPatch())
+true = Run.on_step
+def on_step(self, step, row, episodes):
+    true(self, step, row, episodes)
+    if step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("still here")
+Run.on_step = on_step
+main(["train", {config!r}, "--output={folder}"])
+"""
+
+
+def test_a_second_signal_ends_the_process_at_once_and_damages_nothing(config, whole, tmp_path):
+    folder = tmp_path / "run"
+    chaos = os.path.dirname(sys.modules["toy_run"].__file__)
+    script = IMPATIENT.format(chaos=chaos, config=str(config), folder=folder)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    assert "once more, and it stops at once" in done.stderr
+    assert "still here" not in done.stdout
+    assert main(["train", f"--resume={folder}"]) == 0
+    assert outcome(folder) == outcome(whole)
+
+
+def test_the_shared_random_streams_go_on_where_they_were():
+    seed_streams(7)
+    random.gauss(0, 1)
+    np.random.standard_normal()
+    state = json.loads(json.dumps(streams()))
+    drawn = [random.gauss(0, 1), random.random(), *np.random.standard_normal(700)]
+    restore_streams(state)
+    assert [random.gauss(0, 1), random.random(), *np.random.standard_normal(700)] == drawn
+
+
+def test_a_run_with_compiled_passes_goes_on_with_the_shapes_that_it_knew(config, tmp_path):
+    compiled = "--machine.compile=on"
+    assert main(["train", str(config), f"--output={tmp_path / 'whole'}", compiled]) == 0
+    cut_short(config, tmp_path / "run", 3, compiled)
+    assert main(["train", f"--resume={tmp_path / 'run'}"]) == 0
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")

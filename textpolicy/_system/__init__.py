@@ -1,0 +1,1 @@
+"""The operating system: durable files, locks, signals, processes, random state, the machine."""

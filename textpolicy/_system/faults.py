@@ -1,0 +1,40 @@
+"""Faults of the machine under a run, a full disk or too little memory, as one sentence that says how to go on."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import UserError
+
+_NO_MEMORY = ("alloc]", "out of memory", "Insufficient Memory")  # as MLX says it on a CPU, on CUDA and on Metal
+
+
+def how_to_resume(folder: Path) -> str:
+    """The command that goes on with the run in ``folder``."""
+    return f"textpolicy train --resume {shlex.quote(str(folder))}"
+
+
+@contextmanager
+def told(folder: Path) -> Iterator[None]:
+    """Turn an error of the disk, or of memory, into a UserError that says how to go on with the run in ``folder``."""
+    try:
+        yield
+    except (ConnectionError, TimeoutError):
+        raise
+    except OSError as error:
+        where = f": {error.filename}" if error.filename is not None else ""
+        raise UserError(
+            f"the run in {folder} cannot write or read its files ({error.strerror or error}{where}); "
+            f"mend that and go on with: {how_to_resume(folder)}"
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        raise UserError(
+            f"memory ran out ({str(error).strip() or 'MemoryError'}); lower machine.micro_batch_tokens or "
+            f"machine.decode_rows, or set machine.memory_limit_gb below what is free, and go on with: "
+            f"{how_to_resume(folder)} --allow machine"
+        ) from error

@@ -1,0 +1,45 @@
+"""A run folder belongs to one process at a time; that of a dead process is free."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ..errors import UserError
+
+LOCK = ".lock"
+
+
+class RunLock:
+    """Holds the folder of a run while it is a context; the system lets go when the process ends, however it does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file = -1
+
+    def __enter__(self) -> Self:
+        """Raises UserError if another process has the folder, or it cannot be written to."""
+        try:
+            self.file = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by children, unlike flock
+        except BlockingIOError as error:
+            holder = os.read(self.file, 32).decode("ascii", "replace").strip()
+            os.close(self.file)
+            raise UserError(
+                f"the process {holder} is at work on the run in {self.folder}; wait until it ends, "
+                "or choose another output"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"the run folder {self.folder} cannot be written to ({error.strerror}); make it writable, "
+                "or choose another"
+            ) from error
+        os.ftruncate(self.file, 0)
+        os.pwrite(self.file, str(os.getpid()).encode("ascii"), 0)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        os.close(self.file)

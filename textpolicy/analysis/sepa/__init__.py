@@ -1,0 +1,1 @@
+"""The records and verdicts of SEPA experiments."""

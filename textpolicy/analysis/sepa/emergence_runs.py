@@ -1,0 +1,124 @@
+"""Reading the files of an emergence log (``<run>/emergence/{steps,generations}.jsonl``) back: one summary per run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import UserError
+
+CORRECT_FROM = 0.99  # the reward that counts as correct where the log does not say which answers are
+
+
+@dataclass(frozen=True, slots=True)
+class EmergenceRunStats:
+    """One run in numbers; NaN where the log has none."""
+
+    run_dir: str
+    steps: int
+    step_mean_reward: float  # mean over steps
+    generations: int
+    gen_reward: float
+    correct: int
+    gen_correct_rate: float
+    gram_pairs: int  # completions that have both strategic and other tokens
+    gen_gram_entropy_delta: float  # nats: of strategic tokens minus others, mean over those completions
+    answers: tuple[tuple[str, bool], ...]  # (prompt, correct), one per completion
+
+
+@dataclass(frozen=True, slots=True)
+class EmergenceGroupStats:
+    """The runs of one arm: means over runs, totals of what they are made of."""
+
+    runs: int
+    steps: int
+    generations: int
+    gram_pairs: int
+    step_mean_reward: float
+    gen_reward: float
+    gen_correct_rate: float
+    gen_gram_entropy_delta: float
+
+
+def load_emergence_run_stats(run_dir: str | Path) -> EmergenceRunStats:
+    """The run in ``run_dir``. Raises UserError for a run without a logged step."""
+    stats = read_run(run_dir)
+    if not stats.steps:
+        raise UserError(f"{run_dir} has no step in emergence/steps.jsonl; give the folder of a run that logged some")
+    return stats
+
+
+def read_run(run_dir: str | Path) -> EmergenceRunStats:
+    """As ``load_emergence_run_stats``, but a missing file is an empty one. Raises UserError for what is not JSON.
+
+    The steps of a run of `textpolicy train`, which has no such log, are those of its metrics.jsonl.
+    """
+    folder = Path(run_dir) / "emergence"
+    steps, generations = read_rows(folder / "steps.jsonl"), read_rows(folder / "generations.jsonl")
+    if not folder.exists():
+        trained = [row for row in read_rows(Path(run_dir) / "metrics.jsonl") if row.get("kind") == "train"]
+        steps = [{"mean_reward": row.get("reward_mean")} for row in trained]
+    answers = tuple((str(row.get("prompt", "")), _correct(row)) for row in generations)
+    deltas = [row["gram_entropy_delta"] for row in generations if row.get("gram_entropy_delta") is not None]
+    correct = sum(right for _, right in answers)
+    return EmergenceRunStats(
+        run_dir=str(run_dir),
+        steps=len(steps),
+        step_mean_reward=_mean([row["mean_reward"] for row in steps]),
+        generations=len(generations),
+        gen_reward=_mean([row["reward"] for row in generations]),
+        correct=correct,
+        gen_correct_rate=correct / len(answers) if answers else nan,
+        gram_pairs=len(deltas),
+        gen_gram_entropy_delta=_mean(deltas),
+        answers=answers,
+    )
+
+
+def aggregate_group_stats(runs: Sequence[EmergenceRunStats]) -> EmergenceGroupStats:
+    """The runs of one arm, each with the same weight. Raises UserError for none."""
+    if not runs:
+        raise UserError("there is no run to aggregate; give at least one")
+    return EmergenceGroupStats(
+        runs=len(runs),
+        steps=sum(r.steps for r in runs),
+        generations=sum(r.generations for r in runs),
+        gram_pairs=sum(r.gram_pairs for r in runs),
+        step_mean_reward=_mean([r.step_mean_reward for r in runs]),
+        gen_reward=_mean([r.gen_reward for r in runs]),
+        gen_correct_rate=_mean([r.gen_correct_rate for r in runs]),
+        gen_gram_entropy_delta=_mean([r.gen_gram_entropy_delta for r in runs]),
+    )
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file; none if it is missing. A last line that was cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"line {number} of {path} is not JSON ({error}); mend or remove it") from error
+    return rows
+
+
+def _correct(row: dict[str, Any]) -> bool:
+    said, reward = (row.get("metadata") or {}).get("correctness"), row["reward"]
+    return bool(reward is not None and reward >= CORRECT_FROM if said is None else said)
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    """Of those that are numbers; NaN of none."""
+    x = np.array(values, np.float64)  # None becomes NaN
+    known = x[~np.isnan(x)]
+    return float(known.mean()) if len(known) else nan

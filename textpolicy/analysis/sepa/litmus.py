@@ -1,0 +1,154 @@
+"""A quick look at whether a candidate is worth a campaign: thresholds on differences, no error model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+from ...errors import unknown_name
+from ..plain import plain
+from .emergence_runs import EmergenceGroupStats, aggregate_group_stats, load_emergence_run_stats
+
+CONFIRMED, FAILED, INCONCLUSIVE = "CONFIRMED", "FAILED", "INCONCLUSIVE"
+
+
+@dataclass(frozen=True, slots=True)
+class SEPALitmusThresholds:
+    """The least gains of the candidate's means."""
+
+    reward: float = 0.01
+    correct_rate: float = 0.005
+    gram_entropy_delta: float = 0.01  # nats
+
+
+@dataclass(frozen=True, slots=True)
+class SEPALitmusEvidence:
+    """The least that each arm must have logged for any answer but INCONCLUSIVE."""
+
+    run_pairs: int = 1
+    steps: int = 8
+    generations: int = 32
+    gram_pairs: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class SEPALitmusProfile:
+    """Thresholds and evidence under a name."""
+
+    name: str
+    thresholds: SEPALitmusThresholds
+    evidence: SEPALitmusEvidence
+
+
+@dataclass(frozen=True, slots=True)
+class SEPALitmusResult:
+    """CONFIRMED, FAILED or INCONCLUSIVE, and what it rests on."""
+
+    status: str
+    reasons: tuple[str, ...]
+    baseline: EmergenceGroupStats
+    candidate: EmergenceGroupStats
+    reward_gain: float
+    correct_rate_gain: float
+    gram_entropy_delta_gain: float
+    thresholds: SEPALitmusThresholds
+    evidence: SEPALitmusEvidence
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; NaN is None."""
+        return plain(self)
+
+
+_OFFICIAL = SEPALitmusProfile("official_v1", SEPALitmusThresholds(gram_entropy_delta=0.005), SEPALitmusEvidence())
+_PROFILES = {"official_v1": _OFFICIAL, "official": _OFFICIAL, "default": _OFFICIAL}
+
+
+def get_sepa_litmus_profile(name: str) -> SEPALitmusProfile:
+    """The profile called ``name``. Raises UserError for an unknown one."""
+    if name not in _PROFILES:
+        raise unknown_name("litmus profile", name, _PROFILES)
+    return _PROFILES[name]
+
+
+def evaluate_sepa_litmus(
+    baseline_run_dirs: Sequence[str | Path],
+    candidate_run_dirs: Sequence[str | Path],
+    *,
+    thresholds: SEPALitmusThresholds | None = None,
+    evidence: SEPALitmusEvidence | None = None,
+) -> SEPALitmusResult:
+    """Compare the means of two lists of run folders with thresholds. Says nothing on chance: that is a campaign's.
+
+    Raises UserError for an empty list or a run without a logged step.
+    """
+    asked, least = thresholds or SEPALitmusThresholds(), evidence or SEPALitmusEvidence()
+    a, b = (
+        aggregate_group_stats([load_emergence_run_stats(d) for d in dirs])
+        for dirs in (baseline_run_dirs, candidate_run_dirs)
+    )
+    gains = {
+        "reward": b.step_mean_reward - a.step_mean_reward,
+        "correct_rate": b.gen_correct_rate - a.gen_correct_rate,
+        "gram_entropy_delta": b.gen_gram_entropy_delta - a.gen_gram_entropy_delta,
+    }
+    lacking, missed = _lacking(a, b, least), _missed(gains, asked)
+    return SEPALitmusResult(
+        status=INCONCLUSIVE if lacking else FAILED if missed else CONFIRMED,
+        reasons=tuple(lacking or missed or ["every gain reaches its threshold"]),
+        baseline=a,
+        candidate=b,
+        reward_gain=gains["reward"],
+        correct_rate_gain=gains["correct_rate"],
+        gram_entropy_delta_gain=gains["gram_entropy_delta"],
+        thresholds=asked,
+        evidence=least,
+    )
+
+
+def build_litmus_markdown(result: SEPALitmusResult) -> str:
+    """The result as a page."""
+    rows = [
+        ("reward", result.reward_gain, result.thresholds.reward),
+        ("correct rate", result.correct_rate_gain, result.thresholds.correct_rate),
+        ("gram entropy delta, nats", result.gram_entropy_delta_gain, result.thresholds.gram_entropy_delta),
+    ]
+    lines = ["# SEPA litmus", "", f"Status: **{result.status}**", "", *(f"- {reason}" for reason in result.reasons), ""]
+    lines += ["| gain of the candidate | observed | threshold |", "|---|---|---|"]
+    lines += [f"| {name} | {_signed(gain)} | {least:+.4f} |" for name, gain, least in rows]
+    lines += ["", "| logged | baseline | candidate |", "|---|---|---|"]
+    for name, a, b in zip(_LOGGED, _logged(result.baseline), _logged(result.candidate), strict=True):
+        lines.append(f"| {name} | {a} | {b} |")
+    lines += ["", "Thresholds have no error model: whether a gain is more than chance takes a campaign over seeds."]
+    return "\n".join(lines) + "\n"
+
+
+_LOGGED = ("runs", "steps", "generations", "gram pairs")
+
+
+def _logged(stats: EmergenceGroupStats) -> list[int]:
+    return [stats.runs, stats.steps, stats.generations, stats.gram_pairs]
+
+
+def _lacking(a: EmergenceGroupStats, b: EmergenceGroupStats, least: SEPALitmusEvidence) -> list[str]:
+    wanted = [least.run_pairs, least.steps, least.generations, least.gram_pairs]
+    found = [min(pair) for pair in zip(_logged(a), _logged(b), strict=True)]
+    return [
+        f"{have} {name} in the smaller arm, and {need} are needed"
+        for name, have, need in zip(_LOGGED, found, wanted, strict=True)
+        if have < need
+    ]
+
+
+def _missed(gains: dict[str, float], asked: SEPALitmusThresholds) -> list[str]:
+    return [
+        f"the gain in {name} is {_signed(gains[name])}, below {least:+.4f}"
+        for name, least in asdict(asked).items()
+        if not gains[name] >= least and not isnan(gains[name])
+    ]
+
+
+def _signed(gain: float) -> str:
+    return "unknown" if isnan(gain) else f"{gain:+.4f}"

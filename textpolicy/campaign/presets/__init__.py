@@ -1,0 +1,1 @@
+"""The campaigns that scripts start: Tinker math, SEPA against its baseline, learning rates."""

@@ -1,0 +1,3 @@
+"""The ``textpolicy`` command."""
+
+from .main import main as main

@@ -1,0 +1,268 @@
+"""verifiers: its environments and harnesses run as they are, with our engine as the model behind its client."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import shutil
+import sysconfig
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from ..._system.extras import extra
+from ...engine import Engine, Sampling
+from ...errors import TextPolicyError, UserError
+from ...types import Episode
+from ..base import DrivenEnv, Wanted
+from ..text.chat import ChatCodec
+from ..text.pieces import Pieces
+from ..tools import ParseCalls, parse_calls
+from .served import ModelServer, Request, Session
+
+logger = logging.getLogger(__name__)
+
+INSTALL = "textpolicy[verifiers]"
+_POLL = 0.05  # seconds
+
+
+def verifiers_env(
+    taskset: str,
+    *,
+    tokenizer: Any,
+    harness: str = "null",
+    limit: int | None = None,
+    config: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> VerifiersEnv:
+    """The environment of an installed taskset, by its id; needs verifiers 0.4.
+
+    ``harness`` names the program that talks to the model; "null" is verifiers' chat loop, which calls the taskset's
+    tools and executes nothing else. It runs as processes on this machine. ``config`` is laid over the
+    environment's configuration (verifiers' SingleAgentEnvConfig), ``settings`` are those of
+    ``VerifiersEnv``. Raises UserError, MissingDependencyError.
+    """
+    vf = extra("verifiers.v1", INSTALL)
+    agent = {"harness": {"id": harness}, "runtime": {"type": "subprocess"}}
+    values = {"taskset": {"id": taskset}, "agent": agent, **(config or {})}
+    try:
+        loaded = extra("verifiers.v1.utils.loaders", INSTALL).load_environment(vf.SingleAgentEnvConfig(**values))
+    except (ModuleNotFoundError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"verifiers cannot load the taskset {taskset!r} ({error}); install it, or mend config"
+        ) from error
+    return VerifiersEnv(loaded, tokenizer=tokenizer, limit=limit, **settings)
+
+
+class VerifiersEnv(DrivenEnv):
+    """A verifiers environment with one agent; prompt i is its task i, and the reward is the trace's.
+
+    The harness talks to a local port, and what it asks there the engine answers, all episodes at a time, with
+    their exact tokens. An episode that fails in verifiers cannot be scored.
+    """
+
+    def __init__(
+        self,
+        env: Any,
+        *,
+        tokenizer: Any,
+        limit: int | None = None,
+        concurrency: int = 32,
+        patience: float = 10.0,
+        max_episode_tokens: int | None = None,
+        parse: ParseCalls = parse_calls,
+        is_correct: Callable[[float], bool] = lambda reward: reward >= 1,
+    ) -> None:
+        """``env`` is a verifiers ``Env``, of which the first ``limit`` tasks are used.
+
+        ``concurrency`` bounds the episodes, and so the harness processes, that run at a time. The engine
+        answers once all of them ask, or after ``patience`` seconds. A turn that would not fit into
+        ``max_episode_tokens`` is refused, and the episode truncated. ``parse`` finds tool calls in a turn.
+        Raises UserError.
+        """
+        if concurrency < 1 or not patience > 0:
+            raise UserError(f"concurrency is {concurrency} and patience {patience}; set both above 0")
+        if limit is None and not env.taskset.bounded:
+            raise UserError(f"the taskset {type(env.taskset).__name__} has no end; give a limit")
+        self.env, self.tasks = env, list(islice(env.taskset, limit))
+        if not self.tasks:
+            raise UserError(f"the taskset {type(env.taskset).__name__} has no tasks; check its config")
+        self.concurrency, self.patience, self.max_episode_tokens = concurrency, patience, max_episode_tokens
+        self.parse, self.is_correct = parse, is_correct
+        self._codec = ChatCodec.of(tokenizer)
+        self._pieces = Pieces(self._codec.decode)
+        put_uv_on_the_path()
+
+    def __len__(self) -> int:
+        """The number of tasks."""
+        return len(self.tasks)
+
+    def prompt_text(self, i: int) -> str:
+        """Task ``i`` as a person reads it."""
+        return self.tasks[i].data.prompt_text
+
+    def play(self, engine: Engine, wanted: Wanted) -> list[Episode]:
+        """As ``rollout.collect.collect``. Raises UserError when no episode could be played."""
+        groups = enumerate(wanted.prompts, wanted.first_group)
+        plan = [(i, group) for group, i in groups for _ in range(wanted.group_size)]
+        with ModelServer() as server:
+            game = _Game([self.tasks[i] for i, _ in plan], self.concurrency)
+            thread = threading.Thread(target=game.run, args=(self.env, server.url), daemon=True)
+            thread.start()
+            sessions = _Answering(self, engine, wanted.sampling, game, server).until_over()
+            thread.join()
+        if game.failure is not None:
+            raise UserError(f"verifiers could not play ({game.failure}); mend its environment") from game.failure
+        _refuse_all_failed(game.traces)
+        return [
+            self._episode(sessions[trace.id], trace, i, group, wanted.pieces)
+            for trace, (i, group) in zip(game.traces, plan, strict=True)
+            if trace.id in sessions and sessions[trace.id].turns
+        ]
+
+    def session(self) -> Session:
+        """A conversation that has not begun."""
+        return Session(self._codec, self.parse)
+
+    def _episode(self, session: Session, trace: Any, i: int, group: int, pieces: bool) -> Episode:
+        read = session.turns if pieces else ()
+        reward = float(trace.reward) if trace.ok else math.nan
+        if not trace.ok:
+            logger.warning("an episode of verifiers failed and cannot be scored: %s", _first_error(trace))
+        return session.episode(
+            reward=reward,
+            is_correct=self.is_correct(reward) if trace.ok else None,
+            group=group,
+            prompt=self.prompt_text(i),
+            text=trace.transcript,
+            truncated=bool(trace.is_truncated) or session.turns[-1].truncated,
+            pieces=tuple(piece for turn in read for piece in self._pieces(turn.tokens)),
+        )
+
+
+@dataclass(eq=False)
+class _Game:
+    """Episodes of verifiers, played in a thread with an event loop of its own."""
+
+    tasks: Sequence[Any]
+    concurrency: int
+    traces: list[Any] = field(default_factory=list)  # one per task, once over
+    place: dict[str, int] = field(default_factory=dict)  # of a trace's task, by the trace's id
+    done: int = 0
+    over: threading.Event = field(default_factory=threading.Event)
+    failure: BaseException | None = None
+
+    def run(self, env: Any, url: str) -> None:
+        try:
+            self.traces = asyncio.run(self._play(env, url))
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - told to the thread that waits
+            self.failure = error
+        finally:
+            self.over.set()
+
+    @property
+    def asking(self) -> int:
+        """How many episodes could be asking the model now."""
+        return len(self.place) - self.done
+
+    async def _play(self, env: Any, url: str) -> list[Any]:
+        vf = extra("verifiers.v1", INSTALL)
+        client = vf.EvalClientConfig(base_url=url, api_key_var="TEXTPOLICY_NO_KEY")
+        context = vf.ModelContext(model="textpolicy", client=client)
+        gate = asyncio.Semaphore(self.concurrency)
+        async with env.serving():
+            return list(await asyncio.gather(*(self._one(env, n, context, gate) for n in range(len(self.tasks)))))
+
+    async def _one(self, env: Any, n: int, context: Any, gate: asyncio.Semaphore) -> Any:
+        [slot] = env.slots(self.tasks[n], 1)
+        minted: list[Any] = []
+
+        def note(trace: Any) -> None:
+            minted.append(trace)
+            self.place[trace.id] = n
+
+        episode = await env.run_slot(slot, context, gate, on_trace=note)
+        self.done += len(minted)
+        if len(episode.traces) != 1:
+            why = episode.errors[0].message if episode.errors else f"{len(episode.traces)} agents took part"
+            raise UserError(f"an episode of verifiers has no single trace ({why}); use an environment with one agent")
+        return episode.traces[0]
+
+
+@dataclass(eq=False)
+class _Answering:
+    """Answers what a game's episodes ask, in the order of their tasks, as many as possible at a time."""
+
+    env: VerifiersEnv
+    engine: Engine
+    sampling: Sampling
+    game: _Game
+    server: ModelServer
+    sessions: dict[str, Session] = field(default_factory=dict)
+    rounds: int = 0
+
+    def until_over(self) -> dict[str, Session]:
+        """The conversations of all episodes, by trace."""
+        waiting: list[Request] = []
+        waited = 0.0
+        try:
+            while not self.game.over.is_set():
+                before = len(waiting)
+                waiting = self.server.waiting(waiting, _POLL)
+                waited = 0.0 if len(waiting) > before else waited + _POLL
+                if waiting and (len(waiting) >= self.game.asking or waited >= self.env.patience):
+                    self._answer(sorted(waiting, key=lambda r: self.game.place.get(r.session, -1)))
+                    waiting = []
+        finally:  # nobody is left waiting, whatever the engine raised
+            for request in waiting:
+                request.refuse("the episode is over")
+        return self.sessions
+
+    def _answer(self, requests: Sequence[Request]) -> None:
+        taken = [(r, tokens) for r in requests if (tokens := self._take(r)) is not None]
+        drawn = self.sampling.elsewhere(self.rounds)
+        self.rounds += 1
+        sampled = self.engine.sample([tokens for _, tokens in taken], 1, drawn) if taken else []
+        for (request, tokens), [completion] in zip(taken, sampled, strict=True):
+            session = self.sessions[request.session]
+            message = session.say(completion, len(session.turns))
+            finish = "length" if completion.truncated else "tool_calls" if "tool_calls" in message else "stop"
+            request.reply(message, finish, (len(tokens), len(completion.tokens)))
+
+    def _take(self, request: Request) -> list[int] | None:
+        """The tokens to continue, or None for a request that was refused."""
+        session = self.sessions.setdefault(request.session, self.env.session())
+        try:
+            tokens = session.take(request.messages, request.tools)
+        except TextPolicyError as error:
+            request.refuse(str(error))
+            return None
+        room = self.env.max_episode_tokens
+        if room is not None and len(tokens) - len(session.prompt) + self.sampling.max_tokens > room:
+            session.unsay()
+            request.reply({"role": "assistant", "content": ""}, "length", (len(tokens), 0))
+            return None
+        return tokens
+
+
+def put_uv_on_the_path() -> None:
+    """Let verifiers' processes find the uv beside this Python, whose folder is on the PATH in an activated one only.
+
+    Without any, verifiers would fetch one from the network.
+    """
+    beside = sysconfig.get_path("scripts")
+    if shutil.which("uv") is None and shutil.which("uv", path=beside) is not None:
+        os.environ["PATH"] = os.pathsep.join(filter(None, [os.environ.get("PATH"), beside]))
+
+
+def _refuse_all_failed(traces: Sequence[Any]) -> None:
+    if not any(trace.ok for trace in traces):
+        raise UserError(f"every episode of verifiers failed, the first with: {_first_error(traces[0])}")
+
+
+def _first_error(trace: Any) -> str:
+    return trace.errors[0].message if trace.errors else f"it stopped with {trace.stop_condition}"

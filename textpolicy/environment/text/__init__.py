@@ -1,0 +1,1 @@
+"""How messages become tokens, and how a conversation grows turn by turn."""

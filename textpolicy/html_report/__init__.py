@@ -1,1 +1,0 @@
-"""``textpolicy report``: one run or many as a single HTML file that needs nothing else."""

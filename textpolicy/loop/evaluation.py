@@ -1,0 +1,142 @@
+"""Judging a policy on problems it was not trained on, with honest intervals: the problem is the unit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import binomtest, norm
+
+from ..engine import Engine, Sampling
+from ..environment.base import DrivenEnv
+from ..environment.single_turn import TextGenerationEnv
+from ..errors import UserError
+from ..types import Episode
+from .collect import collect
+from .pass_at_k import pass_at_k
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of problems solved, with its 95% Wilson interval."""
+
+    correct: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        ci = binomtest(self.correct, self.total).proportion_ci(0.95, method="wilson")
+        return float(ci.low), float(ci.high)
+
+    def __str__(self) -> str:
+        return _shown(self.value, self.interval)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems, of shares from 0 to 1, with its 95% interval over problems."""
+
+    value: float
+    interval: tuple[float, float]
+    problems: int
+
+    @classmethod
+    def over(cls, shares: Sequence[float], samples: int) -> Estimate:
+        """Of (N,) ``shares``, each from so many ``samples``."""
+        x = np.asarray(shares, float)
+        return cls(float(x.mean()), clustered_interval(x, samples), len(x))
+
+    def __str__(self) -> str:
+        return _shown(self.value, self.interval)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Completions of an environment's prompts, as many of each."""
+
+    episodes: Sequence[Episode]
+
+    @property
+    def accuracy(self) -> Rate:
+        """Share of correct completions, one of each problem; needs a reward that says which are correct."""
+        judged = self.judged()
+        if any(len(answers) > 1 for answers in judged):
+            raise UserError("accuracy is of one completion per problem and there are more; use average, or pass_at(k)")
+        return Rate(sum(answers[0] for answers in judged), len(judged))
+
+    @property
+    def solved(self) -> str:
+        """Problem by problem 1 where its first completion is correct, else 0; those without a judged one left out."""
+        return "".join(str(int(answers[0])) for answers in self.judged())
+
+    @property
+    def average(self) -> Estimate:
+        """avg@n: the share of correct completions, n of each problem, averaged over problems."""
+        judged = self.judged()
+        return Estimate.over([sum(answers) / len(answers) for answers in judged], len(judged[0]))
+
+    def pass_at(self, k: int) -> Estimate:
+        """pass@k, unbiased: the chance that k completions of a problem hold a correct one, averaged over problems.
+
+        Raises UserError for a k above the number of completions.
+        """
+        judged = self.judged()
+        return Estimate.over([pass_at_k(len(answers), sum(answers), k) for answers in judged], len(judged[0]))
+
+    def judged(self) -> list[list[bool]]:
+        """Which completions of each problem are correct, problems without a judged one left out. Raises UserError."""
+        answers: dict[int, list[bool]] = {}
+        for e in self.episodes:
+            if e.is_correct is not None:
+                answers.setdefault(e.group, []).append(e.is_correct)
+        if not answers:
+            if self.episodes and all(math.isnan(e.reward) for e in self.episodes):
+                raise UserError(
+                    f"none of {len(self.episodes)} held-out completions could be scored; the log above says why "
+                    "(raise the reward's time_limit, or mend it)"
+                )
+            raise UserError(
+                "the reward never says whether a completion is correct; "
+                'return {"reward": ..., "is_correct": ...} from it to measure accuracy, or set rewards.correct_from to '
+                "the reward that is enough"
+            )
+        return list(answers.values())
+
+
+def evaluate(engine: Engine, env: TextGenerationEnv | DrivenEnv, sampling: Sampling, samples: int = 1) -> Evaluation:
+    """Answer every prompt of ``env`` ``samples`` times, greedily if ``sampling.temperature`` is 0.
+
+    Raises UserError for several greedy samples, which are all the same.
+    """
+    if samples < 1:
+        raise UserError(f"samples is {samples}; set it to 1 or more")
+    if samples > 1 and sampling.temperature == 0:
+        raise UserError(f"{samples} samples at temperature 0 are all the same; set a temperature above 0, or 1 sample")
+    return Evaluation(collect(engine, env, range(len(env)), samples, sampling, pieces=False))
+
+
+def clustered_interval(shares: np.ndarray, samples: int) -> tuple[float, float]:
+    """Wilson's 95% interval for the mean p of (N,) shares of problems, at the effective sample size m (Kish, 1965).
+
+    m = p (1 - p) / (s^2 / N), with s^2 the variance of the shares over problems: as many independent answers tell as
+    much as these. It lies between N, where all answers to a problem agree, and N times ``samples``.
+    """
+    n, p = len(shares), float(shares.mean())
+    of_mean = float(shares.var(ddof=1)) / n if n > 1 else 0.0
+    effective = p * (1 - p) / of_mean if of_mean > 0 else math.inf if 0 < p < 1 else n
+    m = min(max(effective, n), n * samples)
+    z = float(norm.ppf(0.975))
+    center = (p + z * z / (2 * m)) / (1 + z * z / m)
+    half = z / (1 + z * z / m) * math.sqrt(p * (1 - p) / m + z * z / (4 * m * m))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def _shown(value: float, interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{value:.1%} [{low:.1%}, {high:.1%}]"

@@ -1,0 +1,1 @@
+"""Adapters: attaching, saving, loading, merging and fingerprinting LoRA, DoRA, QLoRA and TinyLoRA."""

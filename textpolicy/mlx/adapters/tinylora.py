@@ -1,0 +1,240 @@
+"""Adapters of few parameters on a frozen SVD: TinyLoRA (arXiv:2602.04118) and LoRA-XS (arXiv:2405.17604)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ...config.adapters import Sigma as SigmaPlacement
+from ...errors import UserError, unknown_name
+
+_SIGMA_POWERS = {"paper": (1.0, 0.0), "peft": (0.5, 0.5), "loraxs_code": (0.0, 1.0)}  # left and right of R
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factors:
+    """The leading r singular triplets of a weight, W ~ U S V^T, float32."""
+
+    u: mx.array  # (out, r)
+    s: mx.array  # (r,), descending
+    vt: mx.array  # (r, in)
+
+
+def truncated_svd(weight: mx.array, rank: int) -> Factors:
+    """The leading triplets of an (out, in) ``weight``, at most min(out, in) of them.
+
+    Each pair (u_k, v_k) is turned so that the largest entry of u_k is positive: without a rule
+    the sign is up to the SVD routine, and another sign is another adapter.
+    """
+    from scipy.sparse.linalg import svds  # here, because importing it takes a while
+
+    if rank < 1:
+        raise UserError(f"the rank of the SVD is {rank}; set it to 1 or more")
+    w = np.array(weight.astype(mx.float32))
+    if not 0 < np.abs(w).max() < np.inf:
+        raise UserError(f"a weight of shape {w.shape} is all zeros or not finite; leave its layer without adapter")
+    if rank < min(w.shape):
+        start = np.random.default_rng(0).standard_normal(min(w.shape)).astype(np.float32)
+        u, s, vt = svds(w, rank, v0=start)
+    else:
+        u, s, vt = np.linalg.svd(w, full_matrices=False)
+    order = np.argsort(-s)
+    u, s, vt = u[:, order], s[order], vt[order]
+    signs = np.where(u[np.abs(u).argmax(axis=0), np.arange(len(s))] < 0, -1, 1).astype(np.float32)
+    return Factors(mx.array(u * signs), mx.array(s), mx.array(vt * signs[:, None]))
+
+
+def projections(count: int, rank: int, seed: int) -> mx.array:
+    """P: (count, rank, rank) float32, fixed entries of N(0, 1/rank), as in PEFT; the paper does not name its law.
+
+    Give every module a ``seed`` of its own.
+    """
+    return mx.random.normal((count, rank, rank), scale=1 / math.sqrt(rank), key=mx.random.key(seed))
+
+
+def mixture(v: mx.array, projections: mx.array) -> mx.array:
+    """R = sum_i v_i P_i, (r, r), of (u,) ``v`` and (u, r, r) ``projections``."""
+    return mx.tensordot(v, projections, axes=1)
+
+
+def delta_weight(factors: Factors, core: mx.array, placement: SigmaPlacement = "paper", scale: float = 1.0) -> mx.array:
+    """What an adapter with (r, r) ``core`` R adds to the weight, (out, in), with Sigma in its published places.
+
+    "paper" (TinyLoRA): scale U S R V^T; "peft": scale U S^1/2 R S^1/2 V^T; "loraxs_code" (the LoRA-XS
+    authors' code, scale alpha / r): scale U R S V^T.
+    """
+    left, right = _outer(factors, placement, scale)
+    return left @ core @ right
+
+
+def _outer(factors: Factors, placement: SigmaPlacement, scale: float) -> tuple[mx.array, mx.array]:
+    """What stands left, (out, r), and right, (r, in), of R."""
+    if placement not in _SIGMA_POWERS:
+        raise unknown_name("placement of Sigma", placement, _SIGMA_POWERS)
+    left, right = _SIGMA_POWERS[placement]
+    return scale * factors.u * factors.s**left, factors.s[:, None] ** right * factors.vt
+
+
+class SharedVectors(nn.Module):
+    """v of every tying group, (groups, u) float32, the only thing TinyLoRA trains; 0 at the start.
+
+    It belongs into the model once. The adapted layers read it without owning it, because an array
+    that sat in several modules would be trained as several.
+    """
+
+    def __init__(self, groups: int, u: int):
+        super().__init__()
+        self.v = mx.zeros((groups, u))
+
+    def __call__(self, group: int) -> mx.array:
+        return self.v[group]
+
+
+class ProjectedCore(nn.Module):
+    """TinyLoRA's R = sum_i v_i P_i, of the v of ``group`` and frozen (u, r, r) ``projections``."""
+
+    def __init__(self, vectors: SharedVectors, group: int, projections: mx.array):
+        super().__init__()
+        self.vector = partial(vectors, group)  # out of reach of parameters(), which would list v again
+        self.projections = projections
+        self.freeze()
+
+    @property
+    def vectors(self) -> SharedVectors:
+        """What it reads."""
+        return self.vector.func  # type: ignore[return-value]
+
+    def __call__(self) -> mx.array:
+        return mixture(self.vector(), self.projections)
+
+
+class TrainedCore(nn.Module):
+    """LoRA-XS's R, (rank, rank) float32, itself trained and drawn from N(0, (1e-5)^2)."""
+
+    def __init__(self, rank: int, seed: int):
+        super().__init__()
+        self.r = mx.random.normal((rank, rank), scale=1e-5, key=mx.random.key(seed))
+
+    def __call__(self) -> mx.array:
+        return self.r
+
+
+class SVDLinear(nn.Module):
+    """y = x (W + delta W)^T + b around a (quantised) linear layer, all frozen but what ``core`` trains.
+
+    The outer factors, Sigma included, are the frozen arrays ``left`` (out, r) and ``right`` (r, in):
+    save them with the trained values, whose meaning hangs on them.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear | nn.QuantizedLinear,
+        factors: Factors,
+        core: ProjectedCore | TrainedCore,
+        placement: SigmaPlacement = "paper",
+        scale: float = 1.0,
+    ):
+        super().__init__()
+        self.linear = linear
+        self.core = core
+        self.left, self.right = _outer(factors, placement, scale)
+        self.linear.freeze()
+        self.freeze(recurse=False, keys=["left", "right"])
+
+    def __call__(self, x: mx.array) -> mx.array:
+        change = x @ self.right.T @ self.core().T @ self.left.T
+        return self.linear(x) + change.astype(x.dtype)
+
+    def fuse(self, dequantize: bool = False) -> nn.Linear | nn.QuantizedLinear:
+        """One layer of weight W + delta W, quantised as the wrapped one was unless ``dequantize``."""
+        old, weight = self.linear, dense_weight(self.linear)
+        outputs, inputs = weight.shape
+        fused = nn.Linear(inputs, outputs, bias=False)
+        merged = weight.astype(mx.float32) + self.left @ self.core() @ self.right
+        fused.weight = merged.astype(weight.dtype)
+        if "bias" in old:
+            fused.bias = old.bias
+        if isinstance(old, nn.QuantizedLinear) and not dequantize:
+            return nn.QuantizedLinear.from_linear(fused, old.group_size, old.bits, old.mode)
+        return fused
+
+
+def dense_weight(linear: nn.Linear | nn.QuantizedLinear) -> mx.array:
+    """The (out, in) weight of a layer, dequantised if need be."""
+    if not isinstance(linear, nn.QuantizedLinear):
+        return linear.weight
+    how = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
+    return mx.dequantize(linear.weight, linear.scales, linear.biases, **how)
+
+
+def tying_groups(modules: int, groups: int, layout: Literal["balanced", "peft"] = "balanced") -> list[int]:
+    """Which of the ``groups`` each of n neighbouring ``modules`` shares its v with: floor(i G / n).
+
+    "peft" is what that library does, floor(i / floor(n / G)), which leaves the rest to the last group.
+    """
+    if not 1 <= groups <= modules:
+        raise UserError(f"{modules} modules cannot form {groups} tying groups; ask for 1 to {modules}")
+    match layout:
+        case "balanced":
+            return [i * groups // modules for i in range(modules)]
+        case "peft":
+            return [min(i // (modules // groups), groups - 1) for i in range(modules)]
+    raise unknown_name("layout of tying groups", layout, ("balanced", "peft"))
+
+
+def group_count(modules: int, tying: float) -> int:
+    """PEFT's measure of tying as a number of groups: max(1, round(n (1 - tying))); 0 ties nothing, 1 all."""
+    if not 0 <= tying <= 1:
+        raise UserError(f"tying is {tying}; set it between 0 (nothing is shared) and 1 (one v for all)")
+    return max(1, round(modules * (1 - tying)))
+
+
+def tiled_groups(modules: int, n_tie: int) -> list[int]:
+    """Groups of at most ``n_tie`` neighbouring modules, whatever their kind (better than "structured" in the paper)."""
+    return tying_groups(modules, _groups_of(modules, n_tie))
+
+
+def structured_groups(names: Sequence[str], n_tie: int) -> list[int]:
+    """Groups of at most ``n_tie`` modules of one kind in neighbouring layers.
+
+    The kind is the dotted name without its numbers. Raises UserError for fewer modules of a kind than ``n_tie``.
+    """
+    kinds = [".".join(part for part in name.split(".") if not part.isdigit()) for name in names]
+    out, used = [0] * len(names), 0
+    for kind in dict.fromkeys(kinds):
+        members = [i for i, k in enumerate(kinds) if k == kind]
+        if len(members) < n_tie:
+            raise UserError(f"n_tie is {n_tie} but {len(members)} modules are of kind {kind}; set it no higher")
+        groups = _groups_of(len(members), n_tie)
+        for i, group in zip(members, tying_groups(len(members), groups), strict=True):
+            out[i] = used + group
+        used += groups
+    return out
+
+
+def _groups_of(modules: int, n_tie: int) -> int:
+    if n_tie < 1:
+        raise UserError(f"n_tie is {n_tie}; set it to 1 (nothing is shared) or more")
+    return math.ceil(modules / n_tie)
+
+
+def tinylora_size(groups: Sequence[int], u: int) -> int:
+    """Trained numbers of a TinyLoRA whose modules form ``groups``: u for each distinct one."""
+    return len(set(groups)) * u
+
+
+def lora_size(shapes: Sequence[tuple[int, int]], rank: int) -> int:
+    """Trained numbers of a LoRA on layers of these (in, out) ``shapes``: the sum of rank (in + out)."""
+    return sum(rank * (inputs + outputs) for inputs, outputs in shapes)
+
+
+def lora_xs_size(modules: int, rank: int) -> int:
+    """Trained numbers of a LoRA-XS on that many ``modules``: rank^2 each."""
+    return modules * rank**2

@@ -1,0 +1,1 @@
+"""Sampling: rows that grow a token at a time, compiled steps, folded weights."""

@@ -1,0 +1,1 @@
+"""The formats a model is read from: safetensors, GGUF, tokenizer files."""

@@ -1,0 +1,1 @@
+"""Scoring and gradients: padded micro-batches, log-probs of packed rows, checkpointed layers."""

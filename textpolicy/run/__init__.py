@@ -1,0 +1,1 @@
+"""One run, from settings to folder: assembly, training, checkpoints, resume, summary, export."""

@@ -1,0 +1,168 @@
+"""A Tinker server on this machine: SkyRL's API with its JAX engine on the CPU, as a process that ends with this one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ..._system.cache import cache_folder
+from ...errors import ServiceError, UserError
+from ..service import answers
+from .environment import server_python
+from .tiny_model import write_tiny_model
+
+LAUNCHER = Path(__file__).with_name("launcher.py")
+_READY = "Initialized TinkerEngine"  # what the engine's log says once the model is loaded
+_START_LIMIT = 300.0  # seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """What to serve, and how wide."""
+
+    model: Path  # folder in the Hugging Face layout, config.json with "dtype": "float32"
+    folder: Path  # of the server's own: database, checkpoints and log
+    host: str = "127.0.0.1"
+    port: int = 0  # 0 is a free one
+    rank: int = 32  # the largest of a LoRA
+    adapters: int = 9  # at once; one of them is the base model
+    train_rows: int = 8  # sequences in one pass; fixed widths are compiled once
+    sample_rows: int = 8
+    session_timeout: int = 300  # seconds of silence after which a session's adapters are freed
+
+    @property
+    def name(self) -> str:
+        """What the model is called on the server."""
+        return str(self.model.resolve())
+
+    def __post_init__(self) -> None:
+        if not (self.model / "config.json").is_file():
+            raise UserError(f"{self.model} has no config.json; give the folder of a model in the Hugging Face layout")
+
+
+class LocalServer:
+    """A server at ``url``, whose model is called ``name`` there. It ends with ``stop``, or with the program."""
+
+    def __init__(self, settings: ServerSettings, say: Callable[[str], None] = lambda line: None):
+        """Starts it and waits until it answers. Raises UserError, ServiceError."""
+        python = server_python(say)
+        self.name = settings.name
+        self.port = settings.port or _free_port(settings.host)
+        self.url = f"http://{settings.host}:{self.port}"
+        self.log = settings.folder / "server.log"
+        settings.folder.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self._began = log.tell()
+            self.process = subprocess.Popen(
+                [str(python), "-P", str(LAUNCHER), *self._arguments(settings)],
+                stdin=subprocess.PIPE,  # closes when this process ends, however it does
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **_environment()},
+                start_new_session=True,
+            )
+        try:
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _arguments(self, settings: ServerSettings) -> list[str]:
+        engine = {
+            "max_lora_adapters": settings.adapters,
+            "max_lora_rank": settings.rank,
+            "train_micro_batch_size": settings.train_rows,
+            "sample_max_num_sequences": settings.sample_rows,
+        }
+        flags = {
+            "base-model": self.name,
+            "backend": "jax",
+            "backend-config": json.dumps(engine),
+            "database-url": f"sqlite:///{(settings.folder / 'tinker.db').resolve()}",
+            "checkpoints-base": str((settings.folder / "checkpoints").resolve()),
+            "session-timeout-sec": str(settings.session_timeout),
+            "host": settings.host,
+            "port": str(self.port),
+        }
+        return [word for name, value in flags.items() for word in (f"--{name}", value)]
+
+    def _wait(self) -> None:
+        """Until the API answers and the engine has loaded the model."""
+        end = time.monotonic() + _START_LIMIT
+        while not (_READY in self.said() and answers(self.url)):
+            if self.process.poll() is not None or time.monotonic() > end:
+                last = " ".join(self.said().strip().splitlines()[-1:])
+                raise ServiceError(f"the Tinker server did not start ({last}); its log is {self.log}")
+            time.sleep(0.2)
+
+    def said(self) -> str:
+        """The log since this server was started."""
+        with self.log.open("rb") as log:
+            log.seek(self._began)
+            return log.read().decode(errors="replace")
+
+    def stop(self) -> None:
+        """End the server and its engine."""
+        if self.process.poll() is None:
+            self.signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=10)
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+        if self.process.stdin:
+            self.process.stdin.close()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to server and engine alike; nothing happens if they are gone."""
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+
+def tiny_model_folder(seed: int = 0) -> Path:
+    """The tiny random model in the cache, written first if it is not there."""
+    from filelock import FileLock
+
+    folder = cache_folder() / "tinker" / "models" / f"tiny-{seed}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(folder.name + ".lock")):
+        if not folder.exists():
+            new = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+            write_tiny_model(new, seed)
+            new.rename(folder)
+    return folder
+
+
+def _environment() -> dict[str, str]:
+    """JAX on the CPU, with everything that it compiles kept for the next start; nothing is fetched."""
+    return {
+        "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
+        "JAX_COMPILATION_CACHE_DIR": str(cache_folder() / "tinker" / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": "",
+    }
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as listening:
+        listening.bind((host, 0))
+        return int(listening.getsockname()[1])

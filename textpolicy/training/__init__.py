@@ -1,0 +1,5 @@
+"""The ``Trainer`` of the step-by-step API."""
+
+from .trainer import Trainer as Trainer
+from .trainer import build_gtpo_hicra_transform as build_gtpo_hicra_transform
+from .trainer import build_gtpo_transform as build_gtpo_transform

@@ -144,7 +144,7 @@ def assert_same_values_and_gradients(model, batch):
     for (name, a), (_, b) in zip(tree_flatten(gradients), tree_flatten(oracle), strict=True):
         scale = np.abs(np.array(b)).max()
         assert scale > 0, name
-        np.testing.assert_allclose(np.array(a) / scale, np.array(b) / scale, atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(np.array(a) / scale, np.array(b) / scale, atol=5e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -131,7 +131,7 @@ def test_a_name_that_does_not_exist_is_an_attribute_error():
 
 
 def imports(path, types=True):
-    """Yield (absolute module name, whether it runs on import) for every import of a file, or without those for types."""
+    """Yield (absolute module name, whether it runs on import) for every import; ``types`` includes those for types."""
     package = ["textpolicy", *MODULES[path].parent.parts]
 
     def visit(node, runs):

@@ -1,22 +1,12 @@
-"""RolloutCoordinator: what it collects, in this process and in others, and what happens when a worker dies."""
-
-import os
-import re
-import signal
-import subprocess
-import sys
-import threading
-import time
+"""RolloutCoordinator: the episodes it collects, and what its settings of workers do."""
 
 import numpy as np
 import pytest
 from toy_tokenizers import Letters
 
 from textpolicy.environment import Environment, TextGenerationEnv
-from textpolicy.errors import UserError, WorkerError
+from textpolicy.errors import UserError
 from textpolicy.rollout import RolloutCoordinator
-
-pytest.importorskip("cloudpickle", reason="workers need an extra: pip install 'textpolicy[workers]'")
 
 
 class Steps(Environment):
@@ -33,7 +23,7 @@ class Steps(Environment):
 
 
 class Echo:
-    """Answers with the prompt; counts how many it was asked in a call."""
+    """A policy that answers with the prompt and counts the prompts of each call."""
 
     def __init__(self):
         self.calls = []
@@ -56,13 +46,6 @@ def letters(group_size=1):
 
 def walk(obs, deterministic=False):
     return 1, {}
-
-
-def numbered(worker):
-    return lambda obs, deterministic: (worker, {"logprob": 0.0})
-
-
-# ---- in this process
 
 
 def test_without_workers_a_runner_collects_here():
@@ -150,210 +133,29 @@ def test_a_closed_coordinator_says_so():
         coordinator.collect()
 
 
-# ---- in other processes
+def test_workers_are_accepted_and_one_warning_says_that_this_process_collects(caplog):
+    def numbered(worker):
+        return lambda obs, deterministic: ([100 + worker], {"logprob": [0.0]})
 
-
-@pytest.fixture
-def make(request):
-    """Coordinators that are closed after the test."""
-    made = []
-
-    def build(env_fn, policy_fn, workers=2, max_steps=3, **settings):
-        made.append(RolloutCoordinator(env_fn, policy_fn, "grpo", workers, max_steps, **settings))
-        return made[-1]
-
-    yield build
-    for coordinator in made:
-        coordinator.close()
-
-
-def pids(coordinator):
-    return [worker.process.pid for worker in coordinator.workers._workers]
-
-
-def test_workers_collect_with_what_lambdas_make_in_them_and_share_no_group(make):
-    here = os.getpid()
-    coordinator = make(
-        lambda: letters(group_size=3),
-        lambda worker: lambda obs, deterministic: ([100 + worker, os.getpid() != here], {"logprob": [0.0, 0.0]}),
+    settings = {"num_workers": 2, "max_steps": 4, "worker_seconds": 60.0}
+    with RolloutCoordinator(lambda: letters(group_size=2), numbered, "grpo", **settings) as coordinator:
+        episodes = [episode for _ in range(2) for episode in coordinator.collect().episodes]
+    assert [e.act[0] for e in episodes] == [[100]] * 8  # a function that names `worker` gets number 0
+    assert [e.group for e in episodes] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert episodes[2].as_training().tokens.tolist() == [98, 98, 100]
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == (
+        "num_workers is 2 and starts no processes: this process collects all episodes; leave num_workers out"
     )
-    buffer = coordinator.collect()
-    assert [e.act[0] for e in buffer.episodes] == [[100, True]] * 3 + [[101, True]] * 3
-    assert [e.group for e in buffer.episodes] == [0, 0, 0, 1, 1, 1]
-    again = coordinator.collect()
-    assert again is not buffer
-    assert [e.group for e in again.episodes] == [2, 2, 2, 3, 3, 3]
-    assert again.episodes[3].as_training().tokens.tolist() == [98, 98, 101, 1]
 
 
-def test_policies_made_alike_are_pointed_out(make, caplog):
-    make(letters, lambda: Echo()).collect()
-    assert "two rollout workers collected exactly the same" in caplog.text
-    caplog.clear()
-    make(Steps, lambda worker: lambda obs, deterministic: (worker, {})).collect()
-    assert caplog.text == ""
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_worker_killed_while_it_works_is_an_error_within_five_seconds(make, how):
-    def slow(obs, deterministic=False):
-        time.sleep(60)
-
-    coordinator = make(Steps, lambda worker: slow if worker else lambda obs, deterministic: (0, {}))
-    seen = {}
-
-    def kill():
-        while not coordinator.workers._workers[1]:
-            time.sleep(0.01)
-        time.sleep(1.5)
-        seen["at"] = time.perf_counter()
-        os.kill(coordinator.workers._workers[1].process.pid, how)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    with pytest.raises(WorkerError, match=rf"worker 1 .* died: {how.name} ended it"):
-        coordinator.collect()
-    assert time.perf_counter() - seen["at"] < 5
-    killer.join()
-
-
-def test_a_worker_that_leaves_says_its_code_though_a_process_of_its_own_lives_on(make, tmp_path):
-    def leaves(obs, deterministic=False):
-        if child := os.fork():
-            (tmp_path / "child").write_text(str(child))
-            os._exit(3)
-        time.sleep(60)  # and holds the pipe open
-        os._exit(0)
-
-    coordinator = make(Steps, lambda: leaves, workers=1)
-    with pytest.raises(WorkerError, match=r"worker 0 .* died: it ended with code 3; the next"):
-        coordinator.collect()
-    os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)  # which is still there
-
-
-def test_a_worker_that_no_longer_listens_is_ended(make, monkeypatch):
-    def deaf(obs, deterministic=False):
-        os.closerange(3, 256)  # its pipe with them
-        time.sleep(60)
-
-    monkeypatch.setattr("textpolicy.rollout.workers.PATIENCE", 0.2)
-    coordinator = make(Steps, lambda: deaf, workers=1)
-    with pytest.raises(WorkerError, match=r"worker 0 .* died: it does not answer") as raised:
-        coordinator.collect()
-    pid = int(re.search(r"process (\d+)", str(raised.value))[1])
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
-
-
-def test_a_dead_worker_is_replaced_and_the_others_live_on(make):
-    coordinator = make(Steps, lambda worker: lambda obs, deterministic: (worker, {}))
+def test_closing_closes_the_environment():
+    env, closed = Steps(), []
+    env.close = lambda: closed.append(True)
+    coordinator = RolloutCoordinator(lambda: env, lambda: walk, "grpo", 2)
     coordinator.collect()
-    first = pids(coordinator)
-    os.kill(first[0], signal.SIGKILL)
-    coordinator.workers._workers[0].process.wait(5)
-    buffer = coordinator.collect()  # it died while idle: nobody was waiting for it
-    assert [e.act[0] for e in buffer.episodes] == [0, 1]
-    assert pids(coordinator)[0] != first[0]
-    assert pids(coordinator)[1] == first[1]
-
-
-def test_an_answer_that_came_too_late_is_not_taken_for_the_next(make):
-    """The worker that did not die answers the question that ended in an error; its answer is dropped."""
-
-    class Counted:
-        def __init__(self, worker):
-            self.worker, self.n = worker, 0
-
-        def __call__(self, obs, deterministic=False):
-            self.n += 1
-            if self.worker == 0 and self.n == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return self.n, {}
-
-    coordinator = make(Steps, Counted)
-    with pytest.raises(WorkerError, match="worker 0"):
-        coordinator.collect()
-    coordinator.workers._workers[0] = None
-    coordinator.workers._payload = make(Steps, lambda worker: lambda obs, deterministic: (7, {})).workers._payload
-    acts = [e.act for e in coordinator.collect().episodes]
-    assert acts == [[7, 7, 7], [4, 5, 6]]
-
-
-def test_a_worker_that_takes_too_long_is_ended(make):
-    coordinator = make(Steps, lambda: lambda obs, deterministic: time.sleep(60), workers=1, worker_seconds=3.0)
-    started = time.perf_counter()
-    with pytest.raises(WorkerError, match="worker 0 took longer than 3 s and was ended"):
-        coordinator.collect()
-    assert time.perf_counter() - started < 6
-
-
-def fails():
-    raise KeyError("no such model")
-
-
-def fails_later(obs, deterministic=False):
-    raise ZeroDivisionError("in the policy")
-
-
-@pytest.mark.parametrize(
-    ("policy_fn", "said"), [(fails, "no such model"), (lambda: fails_later, "in the policy"), (lambda: walk, None)]
-)
-def test_what_is_raised_in_a_worker_is_told_with_its_traceback(make, policy_fn, said):
-    coordinator = make(Steps, policy_fn, workers=1)
-    if said is None:
-        assert coordinator.collect().episode_count == 1
-        return
-    with pytest.raises(WorkerError, match=f"(?s)worker 0 failed.*Traceback.*{said}"):
-        coordinator.collect()
-    assert coordinator.workers._workers[0].alive
-
-
-def test_what_cannot_be_sent_to_a_process_is_refused():
-    lock = threading.Lock()
-    with pytest.raises(WorkerError, match="cannot be sent to a process"):
-        RolloutCoordinator(lambda: lock and Steps(), lambda: walk, "grpo", 1)
-
-
-def test_closing_leaves_no_process(make):
-    coordinator = make(Steps, lambda: walk)
-    coordinator.collect()
-    processes = [worker.process for worker in coordinator.workers._workers]
+    assert closed == []
     coordinator.close()
-    assert all(p.poll() == 0 for p in processes)  # they ended by themselves
-
-
-def test_workers_end_with_a_parent_that_was_killed(tmp_path):
-    script = tmp_path / "parent.py"
-    script.write_text(
-        "import os, sys, time\n"
-        "from textpolicy.environment import TextGenerationEnv\n"
-        "from textpolicy.rollout import RolloutCoordinator\n"
-        "class Letters:\n"
-        "    encode = staticmethod(lambda text: [ord(c) for c in text])\n"
-        "    decode = staticmethod(lambda ids: ''.join(map(chr, ids)))\n"
-        "env = lambda: TextGenerationEnv(['a'], lambda prompt, completion, example: 1.0, tokenizer=Letters())\n"
-        "policy = lambda: lambda obs, deterministic: ([97], {'logprob': [0.0]})\n"
-        "c = RolloutCoordinator(env, policy, 'grpo', 1, 2)\n"  # no guard: a worker does not import this script
-        "print(c.collect().episode_count, c.workers._workers[0].process.pid, flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
-    try:
-        count, worker = map(int, parent.stdout.readline().split())
-        assert count == 2
-    finally:
-        parent.kill()
-        parent.wait()
-        parent.stdout.close()
-    ends = time.monotonic() + 5
-    while time.monotonic() < ends and _running(worker):
-        time.sleep(0.05)
-    assert not _running(worker)
-
-
-def _running(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().split()[2] != "Z"
-    except OSError:
-        return False
+    coordinator.close()
+    assert closed == [True]

@@ -1,4 +1,4 @@
-"""What a rollout asks of a policy and a strategy, and the check of what an environment answers."""
+"""The protocols of policies and strategies, and the check of what an environment returns."""
 
 from __future__ import annotations
 
@@ -14,45 +14,41 @@ STEP_KEYS = ("observation", "reward", "terminated", "truncated", "info")
 
 
 class Policy(Protocol):
-    """What chooses an action for an observation."""
+    """The policy's side of a rollout: it chooses an action for an observation."""
 
     def __call__(self, obs: Any, deterministic: bool = False) -> tuple[Any, dict[str, Any]]:
-        """An action, and extras: logprob, value, entropy, temperature, each as far as it is known."""
+        """Return an action, and those of the extras logprob, value, entropy and temperature that are known."""
 
 
 @runtime_checkable
-class BatchedPolicy(Protocol):
+class BatchedPolicy(Policy, Protocol):
     """A policy that also answers many prompts in one call."""
-
-    def __call__(self, obs: Any, deterministic: bool = False) -> tuple[Any, dict[str, Any]]:
-        """As a ``Policy``."""
 
     def sample_batch(
         self, prompts: Sequence[np.ndarray], deterministic: bool = False
     ) -> list[tuple[Any, dict[str, Any]]]:
-        """A pair (token ids, extras) per prompt (P,) int32, in order.
+        """Return a pair (token ids, extras) for each prompt (P,) int32, in order.
 
         Extras: logprob (R,) float32, entropy (R,) float32 in nats, temperature.
         """
 
 
 class RolloutStrategy(Protocol):
-    """How an algorithm acts while it collects, and what it keeps of a step."""
+    """The way an algorithm acts while episodes are collected, and the fields of a step that it stores."""
 
     def select_action(self, policy: Policy, obs: Any) -> tuple[Any, dict[str, Any]]:
-        """The policy's action, and its extras."""
+        """Return the policy's action and its extras."""
 
     def store_transition(self, buffer: Buffer, **data: Any) -> None:
         """Add a step to the buffer."""
 
 
-def checked_step(env: Environment, action: Any, **facts: Any) -> dict[str, Any]:
-    """``env.step(action, **facts)``, held to its contract.
+def checked_step(env: Environment, action: Any, **keywords: Any) -> dict[str, Any]:
+    """Return ``env.step(action, **keywords)`` after checking it against the contract.
 
-    Raises TypeError for anything but a dict, a flag that is no bool, an info that is no dict;
-    KeyError, naming them, for missing keys.
+    Raises KeyError if keys are missing, and TypeError if the result or its info is not a dict or a flag is not a bool.
     """
-    result = env.step(action, **facts)
+    result = env.step(action, **keywords)
     if not isinstance(result, dict):
         raise TypeError(f"env.step returned a {type(result).__name__}; return a dict of {', '.join(STEP_KEYS)}")
     if missing := [key for key in STEP_KEYS if key not in result]:

@@ -1,4 +1,4 @@
-"""Where the time of a rollout goes."""
+"""A clock that sums the seconds of each named part of some work."""
 
 from __future__ import annotations
 
@@ -6,27 +6,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PHASES = ("total", "env_reset", "generation", "env_step", "buffer_store")
-
 
 class Clock:
-    """Seconds by phase; one that is not ``on`` counts nothing."""
+    """The seconds spent in each part since the clock was made."""
 
-    def __init__(self, on: bool = True) -> None:
-        self.on = on
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin to count anew."""
-        self._seconds = dict.fromkeys(PHASES, 0.0)
-
-    def seconds(self) -> dict[str, float]:
-        """By phase; {} if nothing is counted."""
-        return dict(self._seconds) if self.on else {}
+    def __init__(self, *parts: str) -> None:
+        """Start the clock; ``parts`` are listed with 0 seconds before they are first measured."""
+        self.started = time.perf_counter()
+        self.seconds = dict.fromkeys(parts, 0.0)
 
     @contextmanager
-    def of(self, phase: str) -> Iterator[None]:
-        """Count what happens inside as ``phase``."""
+    def __call__(self, part: str) -> Iterator[None]:
+        """Add the seconds of a ``with`` block to ``part``."""
         started = time.perf_counter()
         yield
-        self._seconds[phase] += time.perf_counter() - started
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started

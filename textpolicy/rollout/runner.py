@@ -1,8 +1,8 @@
-"""``RolloutRunner``: lets a policy act in an environment and collects what happened."""
+"""``RolloutRunner``: let a policy act in an environment and collect the episodes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,15 @@ from .base import BatchedPolicy, Policy, RolloutStrategy, checked_step
 from .clock import Clock
 
 SampleBatch = Callable[..., Sequence[tuple[Any, dict[str, Any]]]]  # as BatchedPolicy.sample_batch
+PHASES = ("total", "env_reset", "generation", "env_step", "buffer_store")
 
 
 class RolloutRunner:
-    """Collects ``max_steps`` steps at a time, in one policy call where policy and environment can.
+    """The collector of episodes: ``max_steps`` steps per call, sampled together where policy and environment allow it.
 
     A policy is called as ``policy(obs, deterministic=False)`` and returns (action, extras).
-    ``agent``, an object with ``policy`` and ``rollout_strategy``, may stand for the two. With ``profile``
-    the seconds of each phase are kept, for ``get_timing``.
+    ``agent``, an object with ``policy`` and ``rollout_strategy``, may stand in for the two. With ``profile``
+    the seconds of each phase are measured, for ``get_timing``.
     Raises UserError when a policy or strategy is missing, or max_steps is below 1.
     """
 
@@ -42,47 +43,48 @@ class RolloutRunner:
         if max_steps < 1:
             raise UserError(f"max_steps is {max_steps}; set it to 1 or more")
         self.env, self.policy, self.strategy, self.max_steps = env, policy, strategy, max_steps
-        self.clock = Clock(profile)
+        self.profile, self.clock = profile, Clock(*PHASES)
 
     def get_timing(self) -> dict[str, float]:
-        """Seconds so far in total, env_reset, generation, env_step and buffer_store; {} without ``profile``."""
-        return self.clock.seconds()
+        """Return the seconds in total, env_reset, generation, env_step and buffer_store; {} without ``profile``."""
+        return dict(self.clock.seconds) if self.profile else {}
 
     def get_generation_profile(self) -> dict[str, float]:
-        """Seconds of generation so far, and their share of the total; {} without ``profile``."""
-        seconds = self.get_timing()
-        if not seconds:
+        """Return the seconds of generation and their share of the total; {} without ``profile``."""
+        if not self.profile:
             return {}
+        seconds = self.clock.seconds
         share = seconds["generation"] / seconds["total"] if seconds["total"] else 0.0
         return {"generation_seconds": seconds["generation"], "generation_share": share}
 
     def reset_timing(self) -> None:
-        """Begin to count anew."""
-        self.clock.reset()
+        """Set the measured seconds back to 0."""
+        self.clock = Clock(*PHASES)
 
     def collect(self, max_episodes: int | None = None) -> Buffer:
-        """A fresh buffer with ``max_steps`` steps; an episode that they cut short stays open in it.
+        """Return a fresh buffer with ``max_steps`` steps, or fewer once ``max_episodes`` episodes are complete.
 
-        It ends earlier once ``max_episodes`` are complete. Raises UserError.
+        An episode that ``max_steps`` cuts short stays open in the buffer. Raises UserError.
         """
         most = self.max_steps if max_episodes is None else max_episodes
         if most < 1:
             raise UserError(f"max_episodes is {max_episodes}; set it to 1 or more")
-        at_once = isinstance(self.env, TextGenerationEnv) and self.env.single_turn
-        if at_once and isinstance(self.policy, BatchedPolicy):
+        batched = isinstance(self.env, TextGenerationEnv) and self.env.single_turn
+        if batched and isinstance(self.policy, BatchedPolicy):
             return self.collect_batched(self.policy.sample_batch, min(self.max_steps, most))
-        with self.clock.of("total"):
-            return self._collect_one_by_one(most)
-
-    def _collect_one_by_one(self, max_episodes: int) -> Buffer:
         buffer = Buffer(max(10, self.max_steps))
-        while len(buffer) < self.max_steps and buffer.episode_count < max_episodes:
-            for transition in _consistent([*self._play(self.strategy.select_action, self.max_steps - len(buffer))]):
-                self._store(buffer, transition)
+        with self.clock("total"):
+            while len(buffer) < self.max_steps and buffer.episode_count < most:
+                transitions = self.collect_episode(max_steps=self.max_steps - len(buffer))
+                # An environment that reports success at the end of an episode had not succeeded in the steps before.
+                unsolved = {"is_correct": False} if "is_correct" in transitions[-1] else {}
+                for transition in transitions:
+                    with self.clock("buffer_store"):
+                        self.strategy.store_transition(buffer, **unsolved | transition)
         return buffer
 
     def collect_batched(self, batched_policy_fn: SampleBatch, batch_size: int) -> Buffer:
-        """A fresh buffer with the next ``batch_size`` episodes, sampled in one call.
+        """Return a fresh buffer with the next ``batch_size`` episodes, sampled in one call.
 
         ``batched_policy_fn`` follows ``BatchedPolicy.sample_batch``. Raises ValueError when
         batch_size is below 1, the outputs are not one per prompt, or the environment is not a
@@ -92,63 +94,62 @@ class RolloutRunner:
             raise UserError(f"batch_size is {batch_size}; set it to 1 or more")
         if not isinstance(self.env, TextGenerationEnv) or not self.env.single_turn:
             raise UserError(f"a {type(self.env).__name__} cannot be batched; use collect(), or a TextGenerationEnv")
-        with self.clock.of("total"):
-            return self._collect_at_once(self.env, batched_policy_fn, batch_size)
-
-    def _collect_at_once(self, env: TextGenerationEnv, sample: SampleBatch, batch_size: int) -> Buffer:
-        with self.clock.of("generation"):
-            outputs = sample(env.upcoming(batch_size), deterministic=False)
-        if len(outputs) != batch_size:
-            raise ValueError(f"the policy answered {len(outputs)} of {batch_size} prompts; return one output each")
         buffer = Buffer(max(10, batch_size))
-        for output in outputs:
-            self._store(buffer, self._step(self._reset(), output))
+        with self.clock("total"):
+            with self.clock("generation"):
+                outputs = batched_policy_fn(self.env.upcoming(batch_size), deterministic=False)
+            if len(outputs) != batch_size:
+                raise ValueError(f"the policy answered {len(outputs)} of {batch_size} prompts; return one output each")
+            for output in outputs:
+                transition = self._step(self._reset(), output)
+                with self.clock("buffer_store"):
+                    self.strategy.store_transition(buffer, **transition)
         return buffer
 
-    def collect_episode(self, deterministic: bool = False) -> list[dict[str, Any]]:
-        """The transitions of one episode, at most ``max_steps``.
+    def collect_episode(self, deterministic: bool = False, max_steps: int | None = None) -> list[dict[str, Any]]:
+        """Return the transitions of one episode, at most ``max_steps`` (by default the runner's).
 
-        ``deterministic`` asks the policy for its best guess instead of a sample. A transition holds
-        obs, act, rew, next_obs, done, timeout, the policy's extras and, where the environment says
+        ``deterministic`` takes the policy's most likely action instead of a sample. A transition holds
+        obs, act, rew, next_obs, done, timeout, the policy's extras and, where the environment reports
         them, is_correct and group.
         """
-
-        def best_guess(policy: Policy, obs: Any) -> tuple[Any, dict[str, Any]]:
-            return policy(obs, deterministic=True)
-
-        select = best_guess if deterministic else self.strategy.select_action
-        return list(self._play(select, self.max_steps))
-
-    def _play(self, select: Callable[..., tuple[Any, dict[str, Any]]], max_steps: int) -> Iterator[dict[str, Any]]:
-        """One episode, or its first ``max_steps`` steps."""
         obs = self._reset()
-        for _ in range(max_steps):
-            with self.clock.of("generation"):
-                output = select(self.policy, obs)
-            transition = self._step(obs, output)
-            yield transition
-            if transition["done"] or transition["timeout"]:
-                return
-            obs = transition["next_obs"]
+        transitions: list[dict[str, Any]] = []
+        for _ in range(self.max_steps if max_steps is None else max_steps):
+            with self.clock("generation"):
+                if deterministic:
+                    output = self.policy(obs, deterministic=True)
+                else:
+                    output = self.strategy.select_action(self.policy, obs)
+            transitions.append(self._step(obs, output))
+            if transitions[-1]["done"] or transitions[-1]["timeout"]:
+                break
+            obs = transitions[-1]["next_obs"]
+        return transitions
 
     def _reset(self) -> Any:
-        with self.clock.of("env_reset"):
-            return _observation(self.env.reset())
-
-    def _store(self, buffer: Buffer, transition: dict[str, Any]) -> None:
-        with self.clock.of("buffer_store"):
-            self.strategy.store_transition(buffer, **transition)
+        """Return the first observation of an episode, which ``reset`` gives alone or with an info dict."""
+        with self.clock("env_reset"):
+            match self.env.reset():
+                case (obs, dict()):
+                    return obs
+                case obs:
+                    return obs
 
     def _step(self, obs: Any, output: Any) -> dict[str, Any]:
-        """The transition from ``obs`` by the policy's ``output``."""
-        action, extras = _action_and_extras(output)
-        act = action if isinstance(action, str) else np.asarray(action).tolist()
+        """Take the action in the policy's ``output`` and return the transition from ``obs``."""
+        match output:
+            case (action, Mapping() as extras):
+                act = action if isinstance(action, str) else np.asarray(action).tolist()
+            case _:
+                raise TypeError(f"a policy returned {output!r}; return a pair, the action and a dict of extras")
         cut_off = bool(extras.get("truncated", False))  # by the policy's own max_tokens
-        with self.clock.of("env_step"):
-            result = checked_step(self.env, act, **self._facts(cut_off))
-        told = {key: result["info"][key] for key in ("is_correct", "group") if key in result["info"]}
+        # An environment of several turns has to know, because a turn that was cut off gets no reply.
+        several_turns = isinstance(self.env, TextGenerationEnv) and not self.env.single_turn
+        with self.clock("env_step"):
+            result = checked_step(self.env, act, **({"truncated": True} if cut_off and several_turns else {}))
         return {
-            **told,
+            **{key: result["info"][key] for key in ("is_correct", "group") if key in result["info"]},
             **extras,
             "obs": obs,
             "act": act,
@@ -157,31 +158,3 @@ class RolloutRunner:
             "done": bool(result["terminated"]),
             "timeout": bool(result["truncated"]) or cut_off,
         }
-
-    def _facts(self, cut_off: bool) -> dict[str, bool]:
-        """What an environment of several turns is told of an action: nobody answers a turn that was cut off."""
-        several = isinstance(self.env, TextGenerationEnv) and not self.env.single_turn
-        return {"truncated": True} if cut_off and several else {}
-
-
-def _consistent(transitions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """An episode that says at its end whether it succeeded had not succeeded in the steps before."""
-    known = "is_correct" in transitions[-1]
-    return [{"is_correct": False, **t} for t in transitions] if known else transitions
-
-
-def _action_and_extras(output: Any) -> tuple[Any, Mapping[str, Any]]:
-    match output:
-        case (action, Mapping() as extras):
-            return action, extras
-        case _:
-            raise TypeError(f"a policy returned {output!r}; return a pair, the action and a dict of extras")
-
-
-def _observation(start: Any) -> Any:
-    """The observation that ``reset`` returned, alone or with an info dict."""
-    match start:
-        case (obs, dict()):
-            return obs
-        case _:
-            return start

@@ -1,4 +1,4 @@
-"""What each algorithm keeps of a step while rollouts are collected."""
+"""The fields of a step that each algorithm stores while rollouts are collected."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ OF_A_GROUP = frozenset({"timeout", "logprob", "entropy", "is_correct", "group", 
 
 @dataclass(frozen=True)
 class Strategy:
-    """Samples from the policy, and keeps the named fields of a step."""
+    """The strategy that samples from the policy and stores the required fields and those in ``keeps``."""
 
     keeps: frozenset[str] = OF_A_GROUP
 
     def select_action(self, policy: Policy, obs: Any) -> tuple[Any, dict[str, Any]]:
-        """A sampled action, and the policy's extras."""
+        """Return a sampled action and the policy's extras."""
         return policy(obs, deterministic=False)
 
     def store_transition(self, buffer: Buffer, **data: Any) -> None:
-        """Add a step to ``buffer``; fields the algorithm has no use for are dropped.
+        """Add a step to ``buffer``, without the fields that the algorithm does not use.
 
-        Raises ValueError, naming them, when obs, act, rew, next_obs or done are missing.
+        Raises ValueError if obs, act, rew, next_obs or done is missing.
         """
         if missing := [name for name in REQUIRED if name not in data]:
             raise ValueError(f"a transition lacks {', '.join(missing)}; give {', '.join(REQUIRED)}")
@@ -43,7 +43,7 @@ STRATEGIES = {
 
 
 def create_strategy(algorithm: str) -> Strategy:
-    """The strategy of an algorithm; an unknown name is a UserError that lists the known ones."""
+    """Return the strategy of ``algorithm``. Raises UserError for an unknown name."""
     if algorithm not in STRATEGIES:
         raise unknown_name("rollout strategy", algorithm, STRATEGIES)
     return STRATEGIES[algorithm]

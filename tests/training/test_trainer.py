@@ -490,7 +490,7 @@ def test_a_plain_function_is_a_transform_too(model):
 @pytest.mark.parametrize("wrong", [lambda a, batch: a[:-1], lambda a, batch: a[None], lambda a, batch: a / 0])
 def test_a_transform_must_return_one_finite_number_for_each_token(model, wrong):
     buffer, before = filled(model), weights(model)
-    with pytest.raises(UserError, match="advantage_transform_fn made"):
+    with pytest.raises(UserError, match="advantage_transform_fn returned"):
         trainer(model, advantage_transform_fn=wrong).train(buffer)
     assert buffer.episode_count == 5
     assert moved(before, model) == set()

@@ -64,7 +64,7 @@ class RolloutCoordinator(AbstractContextManager["RolloutCoordinator"]):
         if batch_size > 1 and model is not None and tokenizer is not None:
             from ..generation.mlx_generation import create_policy
 
-            policy: Policy = create_policy(model, tokenizer, generation_params)
+            policy: Any = create_policy(model, tokenizer, generation_params)
         else:
             policy = policy_fn(**({"worker": 0} if "worker" in (accepted_keywords(policy_fn) or ()) else {}))
         if batch_size > 1 and not isinstance(policy, BatchedPolicy):

@@ -1,11 +1,10 @@
-"""``Trainer``: one optimiser step from collected episodes, under an advantage and a loss of your own."""
+"""``Trainer``: one optimiser step from collected episodes, with an advantage and a loss of your own."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,8 @@ from ..buffer import Buffer
 from ..environment.text.pieces import Pieces, text_decode
 from ..errors import UserError, unknown_name
 from ..rewards.registry import accepted_keywords
-from ..types import Batch, Episode
+from ..rollout.clock import Clock
+from ..types import Episode
 from .transforms import CreditTransform, MarkPlanning, PostprocessesBatch, PreparesBatch, Transform
 
 logger = logging.getLogger(__name__)
@@ -32,14 +32,14 @@ Selector = Callable[[Buffer], Mapping[str, Any]]
 
 
 class Trainer:
-    """Trains ``model`` on collected episodes, a step per call of ``train``.
+    """The trainer of ``model`` on collected episodes, one step per call of ``train``.
 
     ``advantage_fn(rewards)`` is called once for each group of episodes, with their scored rewards (G,)
     float32, and returns (G,) advantages; an unscorable episode gets 0. ``loss_fn(old_logprobs,
     new_logprobs, advantages)`` gets every sampled token, episode after episode in three flat arrays (N,)
     float32, and returns the scalar to minimise; ``metrics_fn``, of the same arguments, returns a dict of
-    numbers. Either is also given ``sequence_lengths`` (B,) int32, the tokens of each episode that has
-    any, if its signature names them. All arrays are MLX arrays; ``optimizer`` is one of ``mlx.optimizers``.
+    numbers. If its signature names ``sequence_lengths``, either also gets the number of tokens (B,) int32 of each
+    episode that has any. All arrays are MLX arrays; ``optimizer`` is one of ``mlx.optimizers``.
     """
 
     def __init__(
@@ -65,34 +65,28 @@ class Trainer:
     ) -> None:
         """Link ``buffer``, if there is one.
 
-        Longer gradients are scaled down to ``max_grad_norm``; ``float("inf")`` leaves them alone.
+        Gradients longer than ``max_grad_norm`` are scaled down to it; ``float("inf")`` leaves them alone.
         Three settings change memory and speed only. ``micro_batch_size`` episodes at a time are read and
-        differentiated, for one more forward pass; without it all are, in one. ``gradient_checkpointing`` computes
-        the activations of every block (True), or of every so many-th, again instead of keeping them.
-        ``compile_training`` compiles the optimiser's step, and micro-batches of shapes that come again; "auto"
+        differentiated, for one more forward pass; without it all are, in one. ``gradient_checkpointing`` recomputes
+        the activations of every block (True), or of every k-th block (k), instead of storing them.
+        ``compile_training`` compiles the optimiser's step, and micro-batches of recurring shapes; "auto"
         does so on a GPU only. ``profile`` adds the seconds and the share of each part of a step to its result.
         ``metrics_fn`` is called in every ``metrics_interval``-th step, the first included.
         ``data_selector_fn(buffer)`` chooses what of a buffer is trained on; without it everything is.
-        ``advantage_reward_key`` names the selected rewards that ``advantage_fn`` sees: "rewards", or
+        ``advantage_reward_key`` names the selected rewards that ``advantage_fn`` gets: "rewards", or
         "binary_rewards". ``advantage_transform_fn(advantages, batch)`` turns the advantages (N,) of the
         tokens into others (N,). Its ``batch`` holds the selected data (``algorithms.selection`` lists it) and the
         step; ``prepare_batch(batch)`` before it and ``postprocess_batch(batch)`` after the update are called
-        on a transform that has them. ``auto_save_lora`` is where the adapter is written after every step, a
-        folder or a .safetensors file; True is the path of ``create_lora_setup``, and without it nothing is
+        on a transform that has them. ``auto_save_lora`` is the path to which the adapter is written after every
+        step, a folder or a .safetensors file; True is the path of ``create_lora_setup``, and without it nothing is
         written. ``on_policy`` empties the buffer after a step. Raises UserError.
         """
         from ..generation.reload import auto_save_path
-        from ..mlx.adapters.merging import trainable
         from ..mlx.engine import MLXEngine
+        from ..mlx.score.gradients import Gradients
         from .flat import FlatPasses
 
-        _check_passes(compile_training, gradient_checkpointing, micro_batch_size)
-        if not trainable(model):
-            raise UserError("the model has no trainable parameters; attach a LoRA adapter, or call model.unfreeze()")
-        if not max_grad_norm > 0:
-            raise UserError(f"max_grad_norm is {max_grad_norm}; set it above 0 (float('inf') leaves gradients alone)")
-        if metrics_interval < 1:
-            raise UserError(f"metrics_interval is {metrics_interval}; set it to 1 or more")
+        _check(model, max_grad_norm, compile_training, gradient_checkpointing, micro_batch_size, metrics_interval)
         self.model, self.advantage_fn, self.metrics_interval = model, advantage_fn, metrics_interval
         self.advantage_transform_fn, self.advantage_reward_key = advantage_transform_fn, advantage_reward_key
         self.buffer, self.data_selector_fn, self.on_policy = buffer, data_selector_fn, on_policy
@@ -102,8 +96,10 @@ class Trainer:
         self._engine = MLXEngine(
             model, stop=(), optimizer=optimizer, max_grad_norm=max_grad_norm, compile=compile_training
         )
-        self._passes = FlatPasses.of(model, micro_batch_size, int(gradient_checkpointing), self._engine.compiled)
-        self._steps, self.profile, self._clock = 0, profile, _Clock()
+        every = int(gradient_checkpointing)
+        gradients = Gradients(model, checkpoint_every=every, compiled=self._engine.compiled)
+        self._passes = FlatPasses(model, gradients, micro_batch_size, every)
+        self._steps, self.profile = 0, profile
 
     @property
     def step_count(self) -> int:
@@ -119,35 +115,65 @@ class Trainer:
         self.buffer = None
 
     def train(self, rollout_data: Buffer | Mapping[str, Any] | None = None) -> dict[str, float]:
-        """One step on the episodes of ``rollout_data``, or of the linked buffer.
+        """Take one step on the episodes of ``rollout_data``, or of the linked buffer.
 
         A dict is one that a selector returns, such as ``select_recent_data``. Returns loss, step (from 0),
-        grad_norm (before scaling down), in its turn what ``metrics_fn`` says of the updated model, and with
+        grad_norm (before scaling down), every ``metrics_interval`` steps the metrics of the updated model, and with
         ``profile`` timing/PART_s, timing/PART_pct and timing/total_s (PART: select, advantages, gradients,
-        optimizer, metrics). When every advantage is 0, or nothing was selected, nothing moves, and grad_norm is 0.
-        Raises UserError when there is no buffer, or episodes that cannot be trained on; then nothing
-        has moved and the buffer is as it was.
+        optimizer, metrics). When every advantage is 0, or nothing was selected, no parameter changes and grad_norm
+        is 0. Raises UserError when there is no buffer, or episodes that cannot be trained on; then no parameter has
+        changed and the buffer is as it was.
         """
-        self._clock = _Clock()
-        with self._clock("select"):
-            buffer, data = self._read(rollout_data)
+        clock = Clock()
+        with clock("select"):
+            source = self.buffer if rollout_data is None else rollout_data
+            if source is None:
+                raise UserError("the Trainer has no buffer; pass one to train(), or link it with link_buffer()")
+            if not isinstance(source, Buffer | Mapping):
+                raise UserError(
+                    f"train() got a {type(source).__name__}; pass the Buffer that RolloutRunner.collect returns, "
+                    "or the dict that select_recent_data returns for it"
+                )
+            select = self.data_selector_fn or select_all_data
+            data = select(source) if isinstance(source, Buffer) else source
             episodes = as_episodes(data)
-        result = self._step(episodes, data) if episodes else {"loss": 0.0, "grad_norm": 0.0}
-        if self.on_policy and buffer is not None:
-            buffer.clear()
+        result = self._step(episodes, data, clock) if episodes else {"loss": 0.0, "grad_norm": 0.0}
+        if self.on_policy and isinstance(source, Buffer):
+            source.clear()
         self._steps += 1
         if self._adapter_path is not None:
             self._engine.save(self._adapter_path)
-        return {**result, "step": self._steps - 1, **(self._clock.shares() if self.profile else {})}
+        result["step"] = self._steps - 1
+        if self.profile:
+            total = time.perf_counter() - clock.started
+            result |= {f"timing/{part}_s": s for part, s in clock.seconds.items()}
+            result |= {f"timing/{part}_pct": 100 * s / total for part, s in clock.seconds.items()}
+            result["timing/total_s"] = total
+        return result
 
-    def _step(self, episodes: Sequence[Episode], data: Mapping[str, Any]) -> dict[str, float]:
-        from .flat import FlatTokens, mlx_arrays
+    def _step(self, episodes: Sequence[Episode], data: Mapping[str, Any], clock: Clock) -> dict[str, float]:
+        """Update the model on at least one episode and return the metrics."""
+        from .flat import FlatTokens, advantages_per_group, mlx_arrays, transformed
 
-        clock = self._clock
         with clock("advantages"):
             batch = mlx_arrays({**data, "step": self._steps})
-            advantages = self._advantages(episodes, data, batch)
-            tokens = FlatTokens.of(Batch.pack(episodes, _over_sampled_tokens(episodes, advantages)))
+            key, transform = self.advantage_reward_key, self.advantage_transform_fn
+            if key not in data:
+                raise unknown_name("entry of the selected data called", key, data)
+            rewards = np.asarray(data[key]).astype(np.float32)
+            if rewards.shape != (len(episodes),):
+                raise UserError(
+                    f"advantage_reward_key is {key!r}, of shape {rewards.shape} for {len(episodes)} episodes; "
+                    "name an entry with one reward for each"
+                )
+            groups = np.array([e.group for e in episodes])
+            advantages = advantages_per_group(self.advantage_fn, rewards, groups)
+            advantages = np.repeat(advantages, [int(e.mask.sum()) for e in episodes])  # (N,), of the sampled tokens
+            if isinstance(transform, PreparesBatch):
+                transform.prepare_batch(batch)
+            if transform is not None:
+                advantages = transformed(transform, advantages, batch)
+            tokens = FlatTokens.of(episodes, advantages)
         if advantages.any():
             with clock("gradients"):
                 loss, grads = self._passes.gradients(tokens, self._loss)
@@ -156,74 +182,31 @@ class Trainer:
         else:
             with clock("gradients"):
                 loss, grad_norm = float(self._passes.apply(tokens, self._loss).item()), 0.0
-            _say_why(episodes)
-        if isinstance(self.advantage_transform_fn, PostprocessesBatch):
-            self.advantage_transform_fn.postprocess_batch(batch)
+            if len({*groups.tolist()}) == len(episodes):
+                logger.warning(
+                    "no parameter changed: every episode is a group of its own and every advantage 0; "
+                    "give TextGenerationEnv a group_size of 2 or more, so that completions of a prompt can be compared"
+                )
+        if isinstance(transform, PostprocessesBatch):
+            transform.postprocess_batch(batch)
         result = {**batch.get("transform_metrics", {}), "loss": loss, "grad_norm": grad_norm}
         if self._metrics is not None and self._steps % self.metrics_interval == 0:
             with clock("metrics"):
                 result = {**self._passes.apply(tokens, self._metrics), **result}
         return result
 
-    def _advantages(self, episodes: Sequence[Episode], data: Mapping[str, Any], batch: dict[str, Any]) -> np.ndarray:
-        """(N,) float32: those of the sampled tokens."""
-        from .flat import advantages_per_group, transformed
 
-        if self.advantage_reward_key not in data:
-            raise unknown_name("entry of the selected data called", self.advantage_reward_key, data)
-        rewards = np.asarray(data[self.advantage_reward_key]).astype(np.float32)
-        if rewards.shape != (len(episodes),):
-            raise UserError(
-                f"advantage_reward_key is {self.advantage_reward_key!r}, of shape {rewards.shape} for {len(episodes)} "
-                "episodes; name an entry with one reward for each"
-            )
-        groups, count = np.array([e.group for e in episodes]), [int(e.mask.sum()) for e in episodes]
-        advantages = np.repeat(advantages_per_group(self.advantage_fn, rewards, groups), count)
-        if self.advantage_transform_fn is None:
-            return advantages
-        if isinstance(self.advantage_transform_fn, PreparesBatch):
-            self.advantage_transform_fn.prepare_batch(batch)
-        return transformed(self.advantage_transform_fn, advantages, batch)
+def _check(
+    model: Any,
+    max_grad_norm: float,
+    compile_training: Any,
+    gradient_checkpointing: Any,
+    micro_batch_size: Any,
+    metrics_interval: int,
+) -> None:
+    """Raise UserError for a setting of ``Trainer`` that is out of range, or a model with nothing to train."""
+    from ..mlx.adapters.merging import trainable
 
-    def _read(self, given: Buffer | Mapping[str, Any] | None) -> tuple[Buffer | None, Mapping[str, Any]]:
-        """The buffer that was read, if one was, and what is selected of it."""
-        source = self.buffer if given is None else given
-        match source:
-            case None:
-                raise UserError("the Trainer has no buffer; pass one to train(), or link it with link_buffer()")
-            case Buffer():
-                return source, (self.data_selector_fn or select_all_data)(source)
-            case Mapping():
-                return None, source
-        raise UserError(
-            f"train() got a {type(source).__name__}; pass the Buffer that RolloutRunner.collect returns, "
-            "or the dict that select_recent_data makes of it"
-        )
-
-
-class _Clock:
-    """Seconds that the parts of one step took."""
-
-    def __init__(self) -> None:
-        self.begun = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begun
-
-    def shares(self) -> dict[str, float]:
-        """Seconds and percentages of the time since it was made."""
-        total = time.perf_counter() - self.begun
-        seconds = {f"timing/{part}_s": s for part, s in self.seconds.items()}
-        shares = {f"timing/{part}_pct": 100 * s / total for part, s in self.seconds.items()}
-        return {**seconds, **shares, "timing/total_s": total}
-
-
-def _check_passes(compile_training: Any, gradient_checkpointing: Any, micro_batch_size: Any) -> None:
-    """Raises UserError for values that are none of those that ``Trainer`` documents."""
     if compile_training not in (True, False, "auto"):
         raise UserError(f"compile_training is {compile_training!r}; set it to True, False or 'auto'")
     if type(gradient_checkpointing) is not bool and (
@@ -235,6 +218,19 @@ def _check_passes(compile_training: Any, gradient_checkpointing: Any, micro_batc
         )
     if micro_batch_size is not None and (type(micro_batch_size) is not int or micro_batch_size < 1):
         raise UserError(f"micro_batch_size is {micro_batch_size!r}; set it to a number of episodes, 1 or more")
+    if not trainable(model):
+        raise UserError("the model has no trainable parameters; attach a LoRA adapter, or call model.unfreeze()")
+    if not max_grad_norm > 0:
+        raise UserError(f"max_grad_norm is {max_grad_norm}; set it above 0 (float('inf') leaves gradients alone)")
+    if metrics_interval < 1:
+        raise UserError(f"metrics_interval is {metrics_interval}; set it to 1 or more")
+
+
+def _with_lengths(fn: Callable[..., Any]) -> Callable[[Any, Any, Any, Any], Any]:
+    """Return ``fn`` as a function of four arguments, the last of which reaches it if it names sequence_lengths."""
+    if "sequence_lengths" in (accepted_keywords(fn) or ()):
+        return lambda old, new, advantages, lengths: fn(old, new, advantages, sequence_lengths=lengths)
+    return lambda old, new, advantages, lengths: fn(old, new, advantages)
 
 
 # ---- transforms for ``advantage_transform_fn``
@@ -255,20 +251,22 @@ def build_gtpo_transform(
     use_maxrl_base: bool = False,
     normalisation: Normalisation = "joint",
 ) -> CreditTransform:
-    """GTPO's advantages (``ShapeByEntropy``) in place of those of ``advantage_fn``, from exact entropies.
+    """Return a transform to GTPO's advantages (``ShapeByEntropy``), computed from exact entropies.
 
-    The entropies are first pooled by SEPA (``Pooling`` explains its settings), or else raised on planning
-    tokens by ``hicra_gamma`` (``BoostPlanning``); both need a ``tokenizer``, to find the ``strategic_grams``.
-    With ``use_maxrl_base`` the advantages of ``advantage_fn`` stay, MaxRL's or others: each token's is
-    multiplied by a weight of 0 or more (``uncertainty_weights``, with ``alpha_2`` as beta), and ``alpha_1``,
+    They replace those of ``advantage_fn``. First SEPA pools the entropies (``Pooling`` explains its settings), or
+    ``hicra_gamma`` raises those of planning tokens (``BoostPlanning``); both need a ``tokenizer``, to find the
+    ``strategic_grams``. With ``use_maxrl_base`` the advantages of ``advantage_fn``, MaxRL's or others, are multiplied
+    by a weight of 0 or more for each token (``uncertainty_weights``, with ``alpha_2`` as beta), and ``alpha_1``,
     ``reward_threshold`` and ``normalisation`` have no effect. Raises UserError.
     """
     pooling = Pooling(sepa_steps, sepa_schedule, sepa_delay_steps, sepa_correct_rate_gate)
     pools = pooling.controller().enabled
     if (pools or hicra_gamma) and tokenizer is None:
-        raise UserError("SEPA and hicra_gamma look for strategic grams and got no tokenizer; pass one")
+        raise UserError("SEPA and hicra_gamma search for strategic grams and got no tokenizer; pass one")
     if pools and hicra_gamma:
-        logger.warning("hicra_gamma is %s and has no effect, because SEPA pools; leave one of the two out", hicra_gamma)
+        logger.warning(
+            "hicra_gamma is %s and has no effect, because SEPA pools the entropies; leave one of them out", hicra_gamma
+        )
     shape = ShapeByEntropy(alpha_1, alpha_2, reward_threshold, normalisation)
     stage: Stage = WeightByUncertainty(alpha_2) if use_maxrl_base else shape
     return CreditTransform(
@@ -287,7 +285,7 @@ def build_gtpo_hicra_transform(
     entropy_weight: float = 0.1,
     uncertainty: Uncertainty = "entropy",
 ) -> CreditTransform:
-    """Weights by uncertainty (``WeightByUncertainty``), then HICRA on planning tokens (``AmplifyPlanning``).
+    """Return a transform: weights by uncertainty (``WeightByUncertainty``), then HICRA (``AmplifyPlanning``).
 
     ``uncertainty`` is the exact "entropy" of the rollouts, or their "surprisal". Raises UserError.
     """
@@ -296,33 +294,7 @@ def build_gtpo_hicra_transform(
 
 
 def _marker(tokenizer: Any, strategic_grams: Sequence[str] | None) -> MarkPlanning:
+    """Return a function that finds the planning tokens of completions by their text."""
     pieces = Pieces(text_decode(tokenizer))
     grams = PlanningGrams(DEFAULT_STRATEGIC_GRAMS if strategic_grams is None else strategic_grams)
     return lambda completions: planning_masks([pieces(ids) for ids in completions], grams)
-
-
-# ---- parts of a step
-
-
-def _with_lengths(fn: Callable[..., Any]) -> Callable[[Any, Any, Any, Any], Any]:
-    """``fn`` of four arguments: the sequence lengths reach it if its signature names them."""
-    if "sequence_lengths" in (accepted_keywords(fn) or ()):
-        return lambda old, new, advantages, lengths: fn(old, new, advantages, sequence_lengths=lengths)
-    return lambda old, new, advantages, lengths: fn(old, new, advantages)
-
-
-def _over_sampled_tokens(episodes: Sequence[Episode], advantages: np.ndarray) -> list[np.ndarray]:
-    """(N,) -> (L,) per episode: the advantage of each sampled token, 0 on the prompt."""
-    ends = np.cumsum([int(e.mask.sum()) for e in episodes])
-    out = [np.zeros(len(e.tokens), np.float32) for e in episodes]
-    for spread, e, part in zip(out, episodes, np.split(advantages, ends[:-1]), strict=True):
-        spread[e.mask] = part
-    return out
-
-
-def _say_why(episodes: Sequence[Episode]) -> None:
-    if len({e.group for e in episodes}) == len(episodes):
-        logger.warning(
-            "nothing moved: every episode is a group of its own and every advantage 0; "
-            "give TextGenerationEnv a group_size of 2 or more, so that completions of a prompt can be compared"
-        )

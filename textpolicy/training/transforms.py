@@ -1,4 +1,4 @@
-"""Advantages of ``Trainer``, token by token: its transform protocol, and the stages of the recipes in that form."""
+"""Advantages of ``Trainer``, token by token: the protocol of transforms, and the stages of the recipes as one."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class PreparesBatch(Protocol):
 
 @runtime_checkable
 class PostprocessesBatch(Protocol):
-    """A transform that looks at the batch after the update."""
+    """A transform that reads the batch after the update."""
 
     def postprocess_batch(self, batch: dict[str, Any]) -> None:
         """Read ``batch``; numbers put into ``batch["transform_metrics"]`` are returned by ``Trainer.train``."""
 
 
 class CreditTransform:
-    """``stages`` applied to the advantages of a step, after planning tokens were made to stand out.
+    """The ``stages`` applied to the advantages of a step, after planning tokens are made to stand out.
 
-    For that the uncertainty of the others is pooled with SEPA's strength of this step, or that of
-    planning tokens is raised by ``hicra_gamma`` times its mean. ``uncertainty`` is the exact entropy of the
+    Planning tokens stand out because SEPA pools the uncertainty of the other tokens with its strength of this step,
+    or because theirs is raised by ``hicra_gamma`` times its mean. ``uncertainty`` is the exact entropy of the
     rollouts, or their surprisal.
     """
 
@@ -54,7 +54,7 @@ class CreditTransform:
         pooling: Pooling | None = None,
         hicra_gamma: float = 0.0,
     ) -> None:
-        """``mark`` finds the planning tokens; without it there are none. Raises UserError."""
+        """Check the settings; ``mark`` finds the planning tokens (None: there are none). Raises UserError."""
         if uncertainty not in ("entropy", "surprisal"):
             raise UserError(f"uncertainty is {uncertainty!r}; set it to entropy or surprisal")
         if not 0 <= hicra_gamma < np.inf:
@@ -63,11 +63,51 @@ class CreditTransform:
         self.sepa = None if pooling is None else pooling.controller()
 
     def __call__(self, advantages: Array, batch: Mapping[str, Any]) -> Array:
-        """(N,) -> (N,), of the same kind; ``batch`` is the dict of ``selection``. One call is one step of SEPA.
+        """Return (N,) advantages of the same kind of array; ``batch`` is the dict of ``selection``.
 
-        Raises UserError when the batch lacks what the stages need.
+        Every call is one step of SEPA. Raises UserError when the batch lacks what the stages need.
         """
-        credit = self._credit(values_of(advantages).astype(np.float64), batch)
+        values = values_of(advantages).astype(np.float64)
+        lengths = np.asarray(_entry(batch, "episode_lengths"))
+        row, position = row_and_position(lengths, len(values))
+        rewards = Rewards.of(values_of(_entry(batch, "rewards")), np.asarray(_entry(batch, "prompt_ids")))
+        planning = np.zeros(int(lengths.sum()), bool)
+        if self.mark is not None:
+            tokens = np.asarray(_entry(batch, "act"))
+            planning = self.mark([completion[:n] for completion, n in zip(tokens, lengths, strict=True)])
+        if self.uncertainty == "entropy" and "token_entropies" not in batch:
+            raise UserError(
+                "the transform weighs by exact entropy and an episode has none; let the policy return entropy "
+                "for every token, as create_policy does"
+            )
+        if self.uncertainty == "entropy":
+            uncertainty = values_of(batch["token_entropies"]).astype(np.float64)
+        else:
+            uncertainty = -values_of(_entry(batch, "logprob")).astype(np.float64)
+        if not len(values) == len(uncertainty) == len(planning):
+            raise UserError(
+                f"there are {len(values)} advantages, {len(uncertainty)} uncertainties and {len(planning)} tokens; "
+                "give one per token"
+            )
+        if self.sepa is None:
+            uncertainty = boost_entropy(uncertainty, planning, row, self.hicra_gamma)
+        else:
+            judged = values_of(_entry(batch, "binary_rewards"))
+            known = judged[~np.isnan(judged)]
+            correct_rate = float(known.mean()) if known.size else None
+            strength = self.sepa.advance(correct_rate, uncertainty[~planning])
+            uncertainty = pool_execution(uncertainty, planning, row, strength)
+        credit = Credit(
+            advantage=values,
+            uncertainty=uncertainty,
+            entropy=uncertainty if self.uncertainty == "entropy" else None,
+            planning=planning,
+            penalty=np.zeros_like(values),
+            row=row,
+            position=position,
+            reward=rewards.value,
+            group=rewards.group,
+        )
         for stage in self.stages:
             credit = stage(credit)
         return like(advantages, credit.advantage)
@@ -79,73 +119,20 @@ class CreditTransform:
             batch["transform_metrics"] = {**batch.get("transform_metrics", {}), **metrics}
 
     def state_dict(self) -> dict[str, Any]:
-        """SEPA's progress as plain JSON values; empty without SEPA."""
+        """Return SEPA's progress as plain JSON values; an empty dict without SEPA."""
         return {} if self.sepa is None else {"sepa": self.sepa.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a ``state_dict``. Raises UserError for one of a transform that is made otherwise."""
+        """Resume from a ``state_dict``. Raises UserError for the state of a transform with other settings."""
         if set(state) != set(self.state_dict()):
             mine = sorted(self.state_dict())
-            raise UserError(f"the state holds {sorted(state)} and this transform {mine}; build it as when saved")
+            raise UserError(f"the state has {sorted(state)} and this transform {mine}; build it as when saved")
         if self.sepa is not None:
             self.sepa.load_state_dict(state["sepa"])
 
-    def _credit(self, advantage: np.ndarray, batch: Mapping[str, Any]) -> Credit:
-        row, position = row_and_position(_entry(batch, "episode_lengths"), len(advantage))
-        rewards = Rewards.of(values_of(_entry(batch, "rewards")), np.asarray(_entry(batch, "prompt_ids")))
-        planning, uncertainty = self._planning(batch), self._uncertainty(batch)
-        if not len(advantage) == len(uncertainty) == len(planning):
-            raise UserError(
-                f"there are {len(advantage)} advantages, {len(uncertainty)} uncertainties and {len(planning)} tokens; "
-                "give one per token"
-            )
-        uncertainty = self._standing_out(uncertainty, planning, row, batch)
-        return Credit(
-            advantage=advantage,
-            uncertainty=uncertainty,
-            entropy=uncertainty if self.uncertainty == "entropy" else None,
-            planning=planning,
-            penalty=np.zeros_like(advantage),
-            row=row,
-            position=position,
-            reward=rewards.value,
-            group=rewards.group,
-        )
-
-    def _uncertainty(self, batch: Mapping[str, Any]) -> np.ndarray:
-        if self.uncertainty == "surprisal":
-            return -values_of(_entry(batch, "logprob")).astype(np.float64)
-        if "token_entropies" not in batch:
-            raise UserError(
-                "the transform weighs by exact entropy and an episode carried none; let the policy return entropy "
-                "for every token, as create_policy does"
-            )
-        return values_of(batch["token_entropies"]).astype(np.float64)
-
-    def _planning(self, batch: Mapping[str, Any]) -> np.ndarray:
-        lengths = np.asarray(_entry(batch, "episode_lengths"))
-        if self.mark is None:
-            return np.zeros(int(lengths.sum()), bool)
-        tokens = np.asarray(_entry(batch, "act"))
-        return self.mark([completion[:n] for completion, n in zip(tokens, lengths, strict=True)])
-
-    def _standing_out(
-        self, uncertainty: np.ndarray, planning: np.ndarray, row: np.ndarray, batch: Mapping[str, Any]
-    ) -> np.ndarray:
-        if self.sepa is None:
-            return boost_entropy(uncertainty, planning, row, self.hicra_gamma)
-        strength = self.sepa.advance(_correct_rate(batch), uncertainty[~planning])
-        return pool_execution(uncertainty, planning, row, strength)
-
-
-def _correct_rate(batch: Mapping[str, Any]) -> float | None:
-    """Share of correct completions among those that could be judged."""
-    judged = values_of(_entry(batch, "binary_rewards"))
-    known = judged[~np.isnan(judged)]
-    return float(known.mean()) if known.size else None
-
 
 def _entry(batch: Mapping[str, Any], name: str) -> Any:
+    """Return an entry of the batch. Raises UserError if it is missing."""
     if name not in batch:
         raise UserError(f"the batch has no {name}; select it with select_recent_data, or leave it to Trainer")
     return batch[name]

@@ -268,7 +268,7 @@ def test_auto_save_without_an_adapter_or_a_path_is_refused_at_the_start():
     with pytest.raises(UserError, match="auto_save_lora is True and the model has no adapter"):
         trainer(bare, auto_save_lora=True)
     model, _ = tp.create_lora_setup(tiny_llama(VOCABULARY), LORA, auto_reload=False)
-    with pytest.raises(UserError, match="knows no path"):
+    with pytest.raises(UserError, match="has no path for it"):
         trainer(model, auto_save_lora=True)
 
 

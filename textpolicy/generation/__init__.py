@@ -1,4 +1,4 @@
-"""The documented import path of what loads a model, adapts it and writes with it; it lives in ``textpolicy.mlx``."""
+"""The documented functions that load a model, attach an adapter to it and generate text with it."""
 
 from ..mlx.models import load_model as load_model
 from .lora import apply_lora as apply_lora

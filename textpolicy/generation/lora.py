@@ -1,4 +1,4 @@
-"""The documented functions that put a LoRA or QLoRA on a model, freeze, extract and merge, and count its memory."""
+"""The documented functions that attach a LoRA or QLoRA to a model, freeze, extract and merge, and count its memory."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def apply_lora(
     lora_dropout: float = 0.0,
     lora_keys: Sequence[str] | None = None,
 ) -> nn.Module:
-    """Freeze ``model`` and put LoRAs on the linear layers, experts included, of its last ``lora_layers`` blocks.
+    """Freeze ``model`` and attach LoRAs to the linear layers, experts included, of its last ``lora_layers`` blocks.
 
-    y = W x + lora_scale (x A) B; in the terms of the paper lora_scale is alpha / rank. ``lora_layers`` 0 is all
-    blocks, and ``lora_keys`` names modules ("q_proj", "mlp.down_proj"); None is all. In place; the model
-    comes back in evaluation mode, in which dropout does nothing: sampler and learner must be one network. A is
+    y = W x + lora_scale (x A) B; in the terms of the paper lora_scale is alpha / rank. ``lora_layers`` 0 means all
+    blocks, and ``lora_keys`` names modules ("q_proj", "mlp.down_proj"); None means all. The change is in place. The
+    model is left in evaluation mode, in which dropout does nothing: sampler and learner must be one network. A is
     drawn from MLX's random state. Raises UserError.
     """
     return _apply(model, LoRA, lora_layers, lora_rank, lora_scale, lora_dropout, lora_keys)
 
 
 def freeze_base(model: nn.Module) -> nn.Module:
-    """Freeze everything but the adapter's parameters, in place. Raises UserError if there is no adapter."""
+    """Freeze all parameters except the adapter's, in place. Raises UserError if there is no adapter."""
     adapters = [module for module in model.modules() if type(module) in TRAINED]
     if not adapters:
         raise UserError("the model has no adapter, so nothing would be left to train; call apply_lora first")
@@ -53,7 +53,7 @@ def freeze_base(model: nn.Module) -> nn.Module:
 
 
 def extract_params(model: nn.Module) -> dict[str, mx.array]:
-    """The adapter's parameters by their dotted names; empty if the model has none."""
+    """Return the adapter's parameters by dotted name; an empty dict if the model has no adapter."""
     found = {}
     for name, module in model.named_modules():
         found.update({f"{name}.{key}": module[key] for key in TRAINED.get(type(module), ())})
@@ -61,10 +61,10 @@ def extract_params(model: nn.Module) -> dict[str, mx.array]:
 
 
 def merge_weights(model: nn.Module, requantize: bool = False) -> nn.Module:
-    """``merge_adapters``: the model with the adapters in its weights, in place, and the same log-probs.
+    """Merge the adapters into the weights, in place, as ``merge_adapters``; the log-probs stay the same.
 
-    A quantised model comes back in floats; with ``requantize`` the adapted layers are quantised again as
-    they were, which rounds. Raises UserError if there is no adapter.
+    A quantised model becomes one in floats; with ``requantize`` the adapted layers are quantised again as
+    before, which rounds. Raises UserError if there is no adapter.
     """
     return merge_adapters(model, dequantize=not requantize)
 
@@ -75,20 +75,21 @@ def create_lora_setup(
     auto_reload: bool = True,
     adapter_save_path: str | Path = "./lora_adapters.safetensors",
 ) -> tuple[nn.Module, dict[str, float]]:
-    """``model`` with LoRAs on it, in place, and what it takes.
+    """Attach LoRAs to ``model``, in place, and return it with its figures of size.
 
-    ``lora_config`` may hold lora_layers (8), lora_rank (8), lora_scale (20.0), lora_dropout (0.0) and lora_keys
-    (None), as in ``apply_lora``. With ``auto_reload`` the model remembers ``adapter_save_path``; it is written to
-    only when ``Trainer(auto_save_lora=True)`` asks for that. All figures are counted from the model's arrays:
-    total_parameters (of the base), estimated_lora_parameters and trainable_parameters (both the exact number
-    that trains), memory_ratio (trained to all), memory_savings_percent (the share of parameters that needs no
+    ``lora_config`` may contain lora_layers (8), lora_rank (8), lora_scale (20.0), lora_dropout (0.0) and lora_keys
+    (None), as in ``apply_lora``. With ``auto_reload`` the model remembers ``adapter_save_path``, to which
+    ``Trainer(auto_save_lora=True)`` writes. All figures are counted from the model's arrays:
+    total_parameters (of the base), estimated_lora_parameters and trainable_parameters (both the exact number of
+    trainable ones), memory_ratio (trainable to all), memory_savings_percent (the share of parameters that needs no
     gradient and no optimiser state), bytes_before and bytes_after (of the model), trainable_bytes.
     Raises UserError.
     """
     before = Size.of(model)
-    settings = _settings(lora_config, _LORA_KEYS, "lora_config")
-    apply_lora(model, **settings)
-    _remember_path(model, auto_reload, adapter_save_path)
+    apply_lora(model, **_settings(lora_config, _LORA_KEYS, "lora_config"))
+    record = attached(model)
+    assert record is not None
+    remember(model, replace(record, save_path=Path(adapter_save_path) if auto_reload else None))
     return model, _figures(before, Size.of(model))
 
 
@@ -97,17 +98,17 @@ def create_qlora_setup(
     lora_config: Mapping[str, Any],
     quantization_config: Mapping[str, Any],
 ) -> tuple[nn.Module, dict[str, float]]:
-    """As ``create_lora_setup`` on a base that is quantised and stays so while the LoRAs train in floats.
+    """Attach LoRAs that train in floats to a quantised base, in place; otherwise as ``create_lora_setup``.
 
-    ``quantization_config`` may hold bits (4) and group_size (64) for a base in floats; one that is quantised
+    ``quantization_config`` may contain bits (4) and group_size (64) for a base in floats; a quantised base
     stays as it is, and must have those bits if they are given. The figures add quantization_factor (bytes
-    of the base before and after) and total_memory_savings (percent of the model's bytes saved in all,
+    of the base before to bytes after) and total_memory_savings (percent of the model's bytes that are saved,
     adapters counted). Raises UserError.
     """
     before = Size.of(model)
     lora = _settings(lora_config, _LORA_KEYS, "lora_config")
-    how = _settings(quantization_config, _QUANTIZATION_KEYS, "quantization_config")
-    _apply(model, QLoRA, *(lora[key] for key in _LORA_KEYS), **how)
+    quantization = _settings(quantization_config, _QUANTIZATION_KEYS, "quantization_config")
+    _apply(model, QLoRA, *(lora[key] for key in _LORA_KEYS), **quantization)
     after = Size.of(model)
     return model, {
         **_figures(before, after),
@@ -121,15 +122,16 @@ def create_qlora_setup(
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What a model's arrays take."""
+    """The parameters and bytes of a model's arrays."""
 
-    parameters: int  # a quantised weight counts as the numbers it stands for
+    parameters: int  # a quantised weight counts as the numbers it encodes
     bytes: int
     trainable_parameters: int
     trainable_bytes: int
 
     @classmethod
     def of(cls, model: nn.Module) -> Size:
+        """Count the arrays of ``model``."""
         from mlx_lm.utils import get_total_parameters
 
         arrays: Any = tree_flatten(model.parameters())
@@ -143,6 +145,7 @@ class Size:
 
 
 def _figures(before: Size, after: Size) -> dict[str, float]:
+    """Return the figures that ``create_lora_setup`` documents."""
     ratio = after.trainable_parameters / before.parameters
     return {
         "total_parameters": before.parameters,
@@ -169,21 +172,16 @@ def _apply(
     keys: Sequence[str] | None,
     **more: Any,
 ) -> nn.Module:
-    """A LoRA in mlx-lm's terms, in which the scale is a plain factor."""
+    """Attach a LoRA given in mlx-lm's terms, in which the scale is a plain factor."""
     if dropout:
-        logger.warning("lora_dropout is %s and acts in model.train() only; rollouts and updates go without", dropout)
+        logger.warning("lora_dropout is %s and acts in model.train() only; rollouts and updates ignore it", dropout)
     adapter = kind(layers=layers, modules=tuple(keys or ()), rank=rank, alpha=scale * rank, dropout=dropout, **more)
     return attach(model, adapter, None)
 
 
 def _settings(given: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return ``given`` over ``defaults``. Raises UserError for an unknown key."""
     for key in given:
         if key not in defaults:
             raise unknown_name(f"key of {where}", key, defaults)
     return {**defaults, **given}
-
-
-def _remember_path(model: nn.Module, wanted: bool, path: str | Path) -> None:
-    record = attached(model)
-    assert record is not None
-    remember(model, replace(record, save_path=Path(path) if wanted else None))

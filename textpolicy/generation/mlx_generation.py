@@ -1,4 +1,4 @@
-"""A model as a rollout policy, and text to token ids and back."""
+"""``create_policy``, which makes a rollout policy of a model, and the functions between text and token ids."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from ..engine import Sampling
 from ..errors import UserError, unknown_name
 from ..mlx.engine import MLXEngine
 from ..mlx.models import load_model as load_model
-from ..types import Completion
 
 Output = tuple[mx.array, dict[str, Any]]  # ids (R,) int32 with the stop token; logprob, entropy and more
 
 
 @dataclass(frozen=True, eq=False)
 class Policy:
-    """Completes token ids with a model as it is at the time of the call; no chat template is applied.
+    """The policy that completes token ids with a model's current weights; it applies no chat template.
 
-    Frozen but for ``draws``, which counts the sampled calls: each draws from a seed of its own, so
-    successive calls differ, and two policies of one ``sampling.seed`` say the same things in the
-    same order. A deterministic call counts for nothing.
+    It is frozen except for ``draws``, which counts the sampled calls: each has a seed of its own, so
+    successive calls differ, and two policies with the same ``sampling.seed`` return the same completions in the
+    same order. A deterministic call is not counted.
     """
 
     engine: MLXEngine
@@ -34,31 +33,38 @@ class Policy:
     draws: Iterator[int] = field(default_factory=itertools.count)
 
     def __call__(self, prompt_tokens: Any, deterministic: bool = False) -> Output:
-        """A completion of one prompt (P,), as ``sample_batch`` gives it."""
+        """Return a completion of one prompt (P,), as ``sample_batch`` does."""
         return self.sample_batch([prompt_tokens], deterministic)[0]
 
     def sample_batch(self, prompts: Sequence[Any], deterministic: bool = False) -> list[Output]:
-        """A completion for each prompt of token ids (P,), decoded side by side.
+        """Return a completion for each prompt of token ids (P,), decoded together.
 
         Extras: logprob and entropy (R,) float32, in nats, of the distribution sampled from, and its
-        temperature, which is None where top_p or a repetition penalty bent it: no learner can score
-        that, and training refuses it. truncated: max_tokens ended it, not a stop token. ``deterministic``
-        always takes the likeliest token.
+        temperature, which is None for a truncated or penalised distribution (top_p, repetition penalty): no
+        learner can score that, and training refuses it. truncated: max_tokens ended it, not a stop token.
+        ``deterministic`` always takes the most likely token.
         """
-        completions = self.engine.sample([_token_ids(p).tolist() for p in prompts], 1, self._sampling(deterministic))
-        return [_output(completion) for [completion] in completions]
-
-    def _sampling(self, deterministic: bool) -> Sampling:
-        if deterministic:
-            return replace(self.sampling, temperature=0.0)
-        return self.sampling.elsewhere(next(self.draws))
+        ids = [_token_ids(p).tolist() for p in prompts]
+        greedy = replace(self.sampling, temperature=0.0)
+        sampling = greedy if deterministic else self.sampling.elsewhere(next(self.draws))
+        outputs: list[Output] = []
+        for [completion] in self.engine.sample(ids, 1, sampling):
+            extras: dict[str, Any] = {
+                "logprob": mx.array(completion.logprobs),
+                "temperature": completion.temperature,
+                "truncated": completion.truncated,
+            }
+            if completion.entropy is not None:
+                extras["entropy"] = mx.array(completion.entropy)
+            outputs.append((mx.array(completion.tokens), extras))
+        return outputs
 
 
 def create_policy(model: nn.Module, tokenizer: Any, generation_params: Mapping[str, Any] | None = None) -> Policy:
-    """A policy that completes token ids with ``model``; ``tokenizer`` says where a completion stops.
+    """Return a policy that completes token ids with ``model``, up to one of the stop tokens of ``tokenizer``.
 
-    ``generation_params`` may hold max_tokens (50), temperature (1.0), top_p (1.0), top_k (0),
-    min_p (0.0), repetition_penalty (1.0) and seed (0); the defaults are those that training can score. Raises
+    ``generation_params`` may contain max_tokens (50), temperature (1.0), top_p (1.0), top_k (0),
+    min_p (0.0), repetition_penalty (1.0) and seed (0); training can score samples of the defaults. Raises
     UserError for any other key, or a value out of range.
     """
     params = dict(generation_params or {})
@@ -78,7 +84,7 @@ def generate_tokens(
     top_p: float = 0.9,
     repetition_penalty: float = 1.1,
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """One completion of a prompt (P,): ids (R,) int32 with the stop token, and its logprob (R,) float32.
+    """Return one completion of a prompt (P,): ids (R,) int32 with the stop token, and its logprob (R,) float32.
 
     The log-probs are of the distribution sampled from. ``mx.random.seed`` fixes what is drawn.
     """
@@ -90,33 +96,23 @@ def generate_tokens(
 
 
 def encode(tokenizer: Any, text: str) -> mx.array:
-    """The token ids of ``text``, (n,) int32, without a chat template."""
+    """Return the token ids of ``text``, (n,) int32, without a chat template."""
     return mx.array(tokenizer.encode(text), mx.int32)
 
 
 def decode(tokenizer: Any, tokens: Any) -> str:
-    """The text of an array of token ids, without special tokens and outer whitespace."""
+    """Return the text of an array of token ids, without special tokens and outer whitespace."""
     return decode_token_ids(tokenizer, _token_ids(tokens).tolist())
 
 
 def decode_token_ids(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """The text of a list of token ids, without special tokens and outer whitespace."""
+    """Return the text of a list of token ids, without special tokens and outer whitespace."""
     return tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
 
 
-def _output(completion: Completion) -> Output:
-    extras: dict[str, Any] = {
-        "logprob": mx.array(completion.logprobs),
-        "temperature": completion.temperature,
-        "truncated": completion.truncated,
-    }
-    if completion.entropy is not None:
-        extras["entropy"] = mx.array(completion.entropy)
-    return mx.array(completion.tokens), extras
-
-
 def _token_ids(tokens: Any) -> np.ndarray:
+    """Return the ids of one text, (n,) int32. Raises UserError for anything but a flat array of integers."""
     ids = np.asarray(tokens)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        raise UserError(f"{tokens!r} is not a row of token ids; encode text first, with textpolicy.encode")
+        raise UserError(f"{tokens!r} is not a flat array of token ids; encode text first, with textpolicy.encode")
     return ids.astype(np.int32)

@@ -1,4 +1,4 @@
-"""Suites of writing tasks with wanted words and lengths, and an environment that scores a model on one."""
+"""Suites of writing tasks with target words and lengths, and an environment that evaluates a model on one."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ CONNECTIVES = ("because", "therefore", "however", "first", "then", "finally", "f
 
 @dataclass(frozen=True)
 class TextGenerationTask:
-    """Something to write, and what the text is scored by."""
+    """A text to write, and the criteria it is scored by."""
 
     prompt: str
-    target_keywords: Sequence[str]  # looked for anywhere in the text, in whatever case
+    target_keywords: Sequence[str]  # found anywhere in the text, in upper or lower case
     target_length_range: tuple[int, int]  # words, both ends included
     difficulty: float = 0.5  # 0 easy to 1 hard, for the reader
     category: str = "general"
@@ -31,7 +31,7 @@ class TextGenerationTask:
     def __post_init__(self) -> None:
         low, high = self.target_length_range
         if not 0 <= low <= high or high == 0:
-            raise UserError(f"target_length_range is {(low, high)}; give two numbers of words, the smaller first")
+            raise UserError(f"target_length_range is {(low, high)}; give two word counts, the smaller first")
         for name in self.evaluation_criteria:
             if name not in CRITERIA:
                 raise unknown_name("criterion of a task", name, CRITERIA)
@@ -41,19 +41,19 @@ class TextGenerationTask:
 
 
 def length_score(text: str, task: TextGenerationTask) -> float:
-    """1 inside the range of words, and max(0, 1 - d / m) at distance d from it; m is its midpoint."""
+    """Return 1 inside the range of words, and max(0, 1 - d / m) at distance d from it; m is its midpoint."""
     low, high = task.target_length_range
     n = len(text.split())
     return max(0.0, 1 - max(low - n, n - high, 0) / ((low + high) / 2))
 
 
 def keyword_score(text: str, task: TextGenerationTask) -> float:
-    """The share of the keywords that occur; 1 when none is asked for."""
+    """Return the share of the keywords that occur; 1 for a task without keywords."""
     return len(keywords_found(text, task)) / len(task.target_keywords) if task.target_keywords else 1.0
 
 
 def coherence_score(text: str, task: TextGenerationTask) -> float:
-    """The mean of min(1, connectives / 2) and min(1, sentences / 3); 0.5 below two sentences, 0 for nothing."""
+    """Return the mean of min(1, connectives / 2) and min(1, sentences / 3); 0.5 for one sentence, 0 for no text."""
     sentences = [part for part in re.split(r"[.!?]+", text) if part.strip()]
     if len(sentences) < 2:
         return 0.5 if sentences else 0.0
@@ -69,12 +69,12 @@ CRITERIA: dict[str, Callable[[str, TextGenerationTask], float]] = {
 
 
 def keywords_found(text: str, task: TextGenerationTask) -> list[str]:
-    """The task's keywords that occur in ``text``."""
+    """Return the task's keywords that occur in ``text``."""
     return [word for word in task.target_keywords if word.lower() in text.lower()]
 
 
 def task_score(text: str, task: TextGenerationTask) -> float:
-    """The weighted sum of the task's criteria."""
+    """Return the weighted sum of the task's criteria."""
     return sum(weight * CRITERIA[name](text, task) for name, weight in task.evaluation_criteria.items())
 
 
@@ -84,7 +84,7 @@ Loader = Callable[[], Sequence[TextGenerationTask]]
 
 
 def register_task_suite(name: str, loader: Loader) -> None:
-    """Make ``loader()`` the suite called ``name``; it is called each time the suite is asked for. Raises TypeError."""
+    """Register ``loader()`` as the suite ``name``; every ``get_task_suite`` calls it. Raises TypeError."""
     if not callable(loader):
         raise TypeError(
             f"the loader of task suite {name!r} is {loader!r}; give a function that returns a list of tasks"
@@ -93,12 +93,12 @@ def register_task_suite(name: str, loader: Loader) -> None:
 
 
 def list_task_suites() -> list[str]:
-    """The names of the suites, sorted."""
+    """Return the names of the suites, sorted."""
     return sorted(SUITES)
 
 
 def get_task_suite(name: str) -> list[TextGenerationTask] | None:
-    """The tasks of a suite, or None if no suite has that name."""
+    """Return the tasks of a suite, or None if no suite has that name."""
     return list(SUITES[name]()) if name in SUITES else None
 
 
@@ -140,7 +140,7 @@ SUITES: dict[str, Loader] = {"basic": _basic, "challenging": _challenging}
 
 
 class TextGenerationEnvironment(TextGenerationEnv):
-    """A suite's tasks as prompts, scored by length, keywords and coherence, and a model to be judged on them."""
+    """The prompts of a suite, scored by length, keywords and coherence, and a model to evaluate on them."""
 
     def __init__(
         self,
@@ -151,10 +151,10 @@ class TextGenerationEnvironment(TextGenerationEnv):
         generation_params: Mapping[str, Any] | None = None,
         seed: int = 42,
     ) -> None:
-        """``evaluate_model`` writes ``num_episodes`` texts, going round the suite.
+        """Prepare the suite; ``evaluate_model`` generates ``num_episodes`` texts, cycling through its tasks.
 
         ``generation_params`` are those of ``create_policy``, over max_tokens 50, temperature 0.8 and top_p 0.95.
-        Raises UserError for a missing model or tokenizer, or a suite that nobody registered.
+        Raises UserError for a missing model or tokenizer, or an unregistered suite.
         """
         if model is None or tokenizer is None:
             missing = "model" if model is None else "tokenizer"
@@ -166,9 +166,13 @@ class TextGenerationEnvironment(TextGenerationEnv):
         self.model, self.tasks, self.num_episodes = model, tasks, num_episodes
         self.generation_params = {"max_tokens": 50, "temperature": 0.8, "top_p": 0.95, **(generation_params or {})}
         self.baseline: dict[str, Any] | None = None
+
+        def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
+            return task_score(completion, example["task"])
+
         super().__init__(
             [task.prompt for task in tasks],
-            _suite_reward,
+            reward,
             self.generation_params["max_tokens"],
             seed,
             tokenizer,
@@ -176,7 +180,7 @@ class TextGenerationEnvironment(TextGenerationEnv):
         )
 
     def reset(self) -> tuple[np.ndarray, dict[str, Any]]:
-        """As ``TextGenerationEnv``; info also holds task_category, difficulty, target_keywords, target_length_range."""
+        """Begin an episode; info adds task_category, difficulty, target_keywords and target_length_range."""
         observation, info = super().reset()
         task = self.tasks[info["prompt_index"]]
         return observation, {
@@ -188,9 +192,9 @@ class TextGenerationEnvironment(TextGenerationEnv):
         }
 
     def step(self, action: Any, truncated: bool = False) -> dict[str, Any]:
-        """As ``TextGenerationEnv``.
+        """Score a completion, as ``TextGenerationEnv``.
 
-        info also holds reward_score, task_category, target_keywords_found, response_length (words) and
+        info adds reward_score, task_category, target_keywords_found, response_length (words) and
         target_length_range.
         """
         task = self.tasks[self._prompt_index(self._episode)]
@@ -206,45 +210,32 @@ class TextGenerationEnvironment(TextGenerationEnv):
         return result
 
     def evaluate_model(self, mode: Literal["current", "baseline"] = "current") -> dict[str, Any]:
-        """Let the model write, and score the texts.
+        """Generate texts with the model and return their scores.
 
         Returns mean_score, std_score, num_episodes and category_breakdown (category -> mean). "baseline"
-        remembers the result; "current" then also says baseline_score, improvement and improvement_percent
+        stores the result; "current" then adds baseline_score, improvement and improvement_percent
         (None where the baseline is 0). Both draw from the same seeds. Raises UserError for another mode.
         """
         if mode not in ("current", "baseline"):
             raise unknown_name("mode of evaluation", mode, ("current", "baseline"))
-        result = self._judge()
-        if mode == "baseline":
-            self.baseline = result
-        elif self.baseline is not None:
-            result |= _compared(result["mean_score"], self.baseline["mean_score"])
-        return result
-
-    def _judge(self) -> dict[str, Any]:
-        from .mlx_generation import create_policy  # the first import of mlx, and what it costs, is here
+        from .mlx_generation import create_policy  # here, because it imports mlx
 
         policy = create_policy(self.model, self.tokenizer, {**self.generation_params, "seed": self.seed})
         order = [n % len(self.tasks) for n in range(self.num_episodes)]
         written = policy.sample_batch([self.prompt_ids(i) for i in order])
         scores = np.array([self.score(i, ids, False).reward for i, (ids, _) in zip(order, written, strict=True)])
         categories = np.array([self.tasks[i].category for i in order])
-        return {
+        result: dict[str, Any] = {
             "mean_score": float(scores.mean()),
             "std_score": float(scores.std()),
             "num_episodes": self.num_episodes,
             "category_breakdown": {name: float(scores[categories == name].mean()) for name in sorted(set(categories))},
         }
-
-
-def _suite_reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
-    return task_score(completion, example["task"])
-
-
-def _compared(score: float, baseline: float) -> dict[str, Any]:
-    gain = score - baseline
-    return {
-        "baseline_score": baseline,
-        "improvement": gain,
-        "improvement_percent": 100 * gain / baseline if baseline else None,
-    }
+        if mode == "baseline":
+            self.baseline = result
+        elif self.baseline is not None:
+            baseline = self.baseline["mean_score"]
+            gain = result["mean_score"] - baseline
+            percent = 100 * gain / baseline if baseline else None
+            result |= {"baseline_score": baseline, "improvement": gain, "improvement_percent": percent}
+        return result

@@ -67,9 +67,9 @@ def test_a_column_may_hold_messages():
     ("name", "content", "sentence"),
     [
         ("a.jsonl", '{"a": 1}\n{"a": ', r"line 2 of .*a.jsonl is not JSON"),
-        ("a.jsonl", "[1, 2]\n", "line 1 of .*a.jsonl is no JSON object"),
-        ("a.csv", "a,b\n1,2\n3\n", "line 3 of .*a.csv has not as many cells as the header"),
-        ("a.csv", "a,b\n1,2,3\n", "line 2 of .*a.csv has not as many cells as the header"),
+        ("a.jsonl", "[1, 2]\n", "line 1 of .*a.jsonl is not a JSON object"),
+        ("a.csv", "a,b\n1,2\n3\n", "line 3 of .*a.csv does not have as many cells as the header"),
+        ("a.csv", "a,b\n1,2,3\n", "line 2 of .*a.csv does not have as many cells as the header"),
         ("a.txt", "a", r"no kind of file called '.txt'; .*choose one of .csv, .jsonl, .parquet"),
     ],
 )
@@ -87,11 +87,11 @@ def test_other_files_that_cannot_be_read_are_one_sentence_too(tmp_path):
     with pytest.raises(UserError, match=r"latin\.jsonl is not UTF-8"):
         read_rows(tmp_path / "latin.jsonl")
     (tmp_path / "long.csv").write_text("a,b\n1," + "x" * 200_000 + "\n")
-    with pytest.raises(UserError, match=r"long\.csv is no sound CSV file \(field larger than field limit"):
+    with pytest.raises(UserError, match=r"long\.csv is not a valid CSV file \(field larger than field limit"):
         read_rows(tmp_path / "long.csv")
     pytest.importorskip("pyarrow", reason="Parquet is an extra: pip install 'textpolicy[data]'")
     (tmp_path / "no.parquet").write_text("no")
-    with pytest.raises(UserError, match=r"no\.parquet is no Parquet file"):
+    with pytest.raises(UserError, match=r"no\.parquet is not a Parquet file"):
         read_rows(tmp_path / "no.parquet")
 
 

@@ -135,7 +135,7 @@ def test_a_composite_is_the_reward_function_of_an_environment():
     env.reset()
     assert env.step("abc")["reward"] == 6
     assert env.score(1, [97, 98], truncated=False).scores == {"letters": 2, "slow_letters": 2}
-    assert [s.reward for s in env.scores([(0, [97], False), (1, [97, 98], True)])] == [2, 4]
+    assert [env.score(0, [97], False).reward, env.score(1, [97, 98], True).reward] == [2, 4]
 
 
 def test_a_step_scores_all_its_completions_at_once():

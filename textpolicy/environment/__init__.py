@@ -1,4 +1,4 @@
-"""Environments: prompts, what answers the policy, and the scoring of what it says."""
+"""Environments: prompts, replies to the policy, and the scoring of its completions."""
 
 from __future__ import annotations
 

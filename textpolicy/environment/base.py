@@ -1,4 +1,4 @@
-"""What every environment offers a rollout."""
+"""The interfaces of environments: ``Environment``, played by a policy, and ``DrivenEnv``, which plays itself."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ from ..types import Episode
 
 
 class Environment(ABC):
-    """Something a policy acts in, one episode at a time."""
+    """An environment in which a policy acts, one episode at a time."""
 
     observation_space: Any = None  # a description, for the reader; nothing in the package uses it
     action_space: Any = None
 
     @abstractmethod
     def reset(self) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode; returns its first observation and an info dict."""
+        """Begin an episode and return its first observation and an info dict."""
 
     @abstractmethod
     def step(self, action: Any) -> dict[str, Any]:
-        """Act once.
+        """Take one action.
 
         Returns exactly ``observation``, ``reward`` (float), ``terminated`` and ``truncated``
-        (bool: the episode came to its end, or was cut off) and ``info`` (dict).
+        (bool: the episode ended, or was cut off) and ``info`` (dict).
         """
 
     def clone(self) -> Self:
-        """An independent copy."""
+        """Return an independent copy."""
         return copy.deepcopy(self)
 
     def render(self) -> None:  # noqa: B027 (optional)
-        """Show the current state; nothing by default."""
+        """Show the current state; by default do nothing."""
 
     def close(self) -> None:  # noqa: B027 (optional)
-        """Release what the environment holds; nothing by default."""
+        """Release the environment's resources; by default do nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The episodes that a rollout asks for."""
+    """The episodes that a rollout requests."""
 
     prompts: Sequence[int]  # indices
     group_size: int  # episodes of each prompt
     sampling: Sampling
-    first_group: int = 0  # of the first prompt; the others follow
-    pieces: bool = True  # with the text of every sampled token
+    first_group: int = 0  # number of the first prompt's group; the others count up from it
+    pieces: bool = True  # whether episodes get the text of every sampled token
 
 
 class DrivenEnv(ABC):
-    """Prompts whose episodes are played by somebody else's program, which asks the engine for every turn."""
+    """Prompts whose episodes are played by another program, which requests every turn from the engine."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -61,4 +61,4 @@ class DrivenEnv(ABC):
 
     @abstractmethod
     def play(self, engine: Engine, wanted: Wanted) -> list[Episode]:
-        """The episodes, scored, as ``rollout.collect.collect`` gives them."""
+        """Play and score the episodes; returns them as ``loop.collect.collect`` does."""

@@ -1,4 +1,4 @@
-"""Environments of more than one turn: any partner that answers the policy, and tools."""
+"""Environments of more than one turn: a partner that replies to the policy, or tools that it may call."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from typing import Any, ClassVar
 
 from ..errors import UserError
 from ..rewards.contract import RewardFunction
-from .single_turn import TextGenerationEnv
+from .single_turn import PartnerFactory, TextGenerationEnv
 from .text.chat import ChatCodec, Prompt, Schema, as_messages
-from .text.conversation import Conversation, Limits, Partner, Reply
+from .text.conversation import Reply
 from .tools import ParseCalls, Tool, ToolPartner, describe_tools, parse_calls
 
 Describe = Callable[[Sequence[Schema]], str]  # instructions for the policy, "" for none
-PartnerFactory = Callable[[Mapping[str, Any]], Partner]  # the example of a prompt -> the other side of one episode
 
 
 class MultiTurnEnv(TextGenerationEnv):
-    """Prompts, and a partner that answers every turn of the policy until it has nothing more to say.
+    """Prompts, and a partner that replies to every turn of the policy until the episode ends.
 
-    An episode is one row of tokens: prompt, turn, reply, turn, ... Turns are kept exactly as they were
-    sampled; replies are tokenised once, in the chat template, and are no part of loss or credit. It ends
-    when the partner stops, or truncated: a turn that was cut off, ``max_turns`` turns, or no room for another turn in
-    ``max_episode_tokens``.
+    An episode is one row of tokens: prompt, turn, reply, turn, ... Turns stay exactly as they were
+    sampled; replies are tokenised once, in the chat template, and take no part in loss or credit. The episode ends
+    when the partner sends no message, or truncated: by a turn that was cut off, after ``max_turns`` turns, or without
+    room for another turn in ``max_episode_tokens``.
     """
 
     single_turn: ClassVar[bool] = False
@@ -42,13 +41,13 @@ class MultiTurnEnv(TextGenerationEnv):
         max_turns: int = 8,
         max_episode_tokens: int | None = None,
     ) -> None:
-        """As ``TextGenerationEnv``.
+        """Tokenise the prompts; arguments not explained here are those of ``TextGenerationEnv``.
 
         ``partner_fn(example)`` makes the partner of one episode. ``max_tokens`` bounds a turn,
         ``max_episode_tokens`` all turns and replies of an episode. ``reward_fn`` is called once, at the end,
         with the last turn as ``completion``, and may also take ``messages``, the conversation from the prompt
         on, and ``replies``, a ``Reply`` for each answered turn. Without it the reward is the sum of the
-        replies'. Raises UserError.
+        replies' rewards. Raises UserError.
         """
         if max_turns < 1:
             raise UserError(f"max_turns is {max_turns}; set it to 1 or more")
@@ -69,35 +68,20 @@ class MultiTurnEnv(TextGenerationEnv):
         if chat is False:
             self._codec = replace(self._codec, encode_chat=None, render_chat=None)
 
-    @property
-    def episode_tokens(self) -> int:
-        """The most tokens of an episode after its prompt; without a limit those of the turns, as an estimate."""
-        return self.max_episode_tokens or self.max_turns * self.max_tokens
-
-    def _partner(self, i: int) -> Partner:
-        return self.partner_fn(self.examples[i])
-
-    def _limits(self) -> Limits:
-        return Limits(self.max_tokens, self.max_turns, self.max_episode_tokens)
-
-    def _more(self, conversation: Conversation) -> Mapping[str, Any]:
-        messages = [*conversation.asked, *conversation.said]
-        return {"messages": messages, "replies": tuple(conversation.replies)}
-
 
 def sum_of_turns(
     prompt: str, completion: str, example: Mapping[str, Any], replies: Sequence[Reply] = (), **_: Any
 ) -> dict[str, Any]:
-    """The rewards that the replies carry, summed; correct is what the last one that says so says."""
-    told = [reply.is_correct for reply in replies if reply.is_correct is not None]
-    return {"reward": sum(reply.reward for reply in replies), "is_correct": told[-1] if told else None}
+    """Return the sum of the replies' rewards, and is_correct of the last reply that reports it."""
+    reported = [reply.is_correct for reply in replies if reply.is_correct is not None]
+    return {"reward": sum(reply.reward for reply in replies), "is_correct": reported[-1] if reported else None}
 
 
 class ToolEnv(MultiTurnEnv):
     """Prompts, and Python functions that the policy may call before it answers; a turn without a call is the answer.
 
-    The functions run in this process, whatever they do. What they return, what they raise and calls that
-    make no sense come back to the policy as messages.
+    The functions run in this process, unconfined. Their results, the errors they raise and the mistakes in
+    malformed calls are sent to the policy as messages.
     """
 
     def __init__(
@@ -113,12 +97,12 @@ class ToolEnv(MultiTurnEnv):
         describe: Describe = describe_tools,
         **settings: Any,
     ) -> None:
-        """As ``MultiTurnEnv``, whose further ``settings`` it takes.
+        """Put the tools into the prompts; the other ``settings`` are those of ``MultiTurnEnv``.
 
         ``tools`` are typed functions with docstrings. The chat template gets their schemas; if it does not write
-        them, ``describe(schemas)`` stands in a system message, and "" in none. ``parse`` finds the calls in a
-        turn; the default reads what Hermes, Qwen and Llama 3 write. Results are messages of the role "tool"
-        where the template has one, else "user". ``tool_seconds`` bounds one call. Raises UserError.
+        them, a system message contains ``describe(schemas)``, unless that is "". ``parse`` finds the calls in a
+        turn; the default reads the formats of Hermes, Qwen and Llama 3. Results are messages of the role "tool"
+        if the template has one, else "user". ``tool_seconds`` bounds one call. Raises UserError.
         """
         named = {tool.name: tool for tool in map(Tool.of, tools)}
         if len(named) != len(tools) or not tools:
@@ -139,14 +123,12 @@ class ToolEnv(MultiTurnEnv):
 def with_tools(
     prompt: Prompt, schemas: Sequence[Schema], codec: ChatCodec, describe: Describe = describe_tools
 ) -> Prompt:
-    """``prompt``, with the tools described in it if the template does not write them itself."""
+    """Return ``prompt`` with a description of the tools, unless the chat template writes the tools itself.
+
+    The description joins the system message, or the first message where the template has no system message.
+    """
     if not schemas or codec.shows_tools(schemas) or not (text := describe(schemas)):
         return prompt
-    return _with_system(prompt, text, codec)
-
-
-def _with_system(prompt: Prompt, text: str, codec: ChatCodec) -> Prompt:
-    """``prompt`` with ``text`` in its system message, or in front of the first message where the template has none."""
     if codec.encode_chat is None and isinstance(prompt, str):
         return f"{text}\n\n{prompt}"
     first, *rest = as_messages(prompt)

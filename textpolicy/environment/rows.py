@@ -1,4 +1,4 @@
-"""Rows of a file or data set as prompts: JSONL, CSV, Parquet, or anything that yields mappings."""
+"""The rows of a file or data set as prompts: JSONL, CSV, Parquet, or any iterable of mappings."""
 
 from __future__ import annotations
 
@@ -27,25 +27,29 @@ def env_from_rows(
     limit: int | None = None,
     **settings: Any,
 ) -> TextGenerationEnv:
-    """An environment with a prompt for each of the ``rows``, at most ``limit`` of them.
+    """Return an environment with a prompt for each of the ``rows``, at most ``limit`` of them.
 
     ``rows`` are mappings: a ``datasets.Dataset`` of Hugging Face yields them, ``read_rows`` reads them from a file.
-    ``prompt`` names the column with the text (or messages), or is a function that makes it of a row. The reward
-    gets the whole row as ``example``, so every column reaches it. Further ``settings`` are those of
+    ``prompt`` names the column with the text (or messages), or is a function from a row to it. The reward
+    gets the whole row as ``example``, so every column reaches it. The other ``settings`` are those of
     ``TextGenerationEnv``. Raises UserError.
     """
     kept = [dict(row) for row in islice(rows, limit)]
     if not kept:
         raise UserError("there are no rows to make prompts of; give at least one")
-    prompts = [prompt(row) if callable(prompt) else _column(row, prompt) for row in kept]
+    if not callable(prompt):
+        for row in kept:
+            if prompt not in row:
+                raise unknown_name("column", prompt, row)
+    prompts = [prompt(row) if callable(prompt) else row[prompt] for row in kept]
     return TextGenerationEnv(prompts, reward_fn, tokenizer=tokenizer, examples=kept, **settings)
 
 
 def read_rows(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """The first ``limit`` rows of a .jsonl, .csv or .parquet file, or all; the ending says which it is.
+    """Return the first ``limit`` rows (None: all) of a .jsonl, .csv or .parquet file.
 
     The cells of a CSV file are text; those of the others keep their types. Raises UserError for a file that cannot be
-    read, with the line of a mistake, and MissingDependencyError for Parquet without pyarrow.
+    read, with the number of the bad line, and MissingDependencyError for Parquet without pyarrow.
     """
     path = Path(path)
     if path.suffix not in READERS:
@@ -57,24 +61,21 @@ def read_rows(path: str | Path, limit: int | None = None) -> list[dict[str, Any]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it") from error
     except csv.Error as error:
-        raise UserError(f"{path} is no sound CSV file ({error}); mend it") from error
+        raise UserError(f"{path} is not a valid CSV file ({error}); fix it") from error
 
 
 def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _object(path, number, line)
-
-
-def _object(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"line {number} of {path} is not JSON ({error}); mend it") from error
-    if not isinstance(row, dict):
-        raise UserError(f"line {number} of {path} is no JSON object; write {{column: value, ...}}")
-    return row
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"line {number} of {path} is not JSON ({error}); fix it") from error
+            if not isinstance(row, dict):
+                raise UserError(f"line {number} of {path} is not a JSON object; write {{column: value, ...}}")
+            yield row
 
 
 def _csv(path: Path) -> Iterator[dict[str, Any]]:
@@ -82,7 +83,7 @@ def _csv(path: Path) -> Iterator[dict[str, Any]]:
         rows = csv.DictReader(file, strict=True)
         for row in rows:
             if None in row or None in row.values():
-                raise UserError(f"line {rows.line_num} of {path} has not as many cells as the header; mend it")
+                raise UserError(f"line {rows.line_num} of {path} does not have as many cells as the header; fix it")
             yield row
 
 
@@ -91,16 +92,10 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
     try:
         file = parquet.ParquetFile(path)
     except ValueError as error:  # pyarrow's ArrowInvalid
-        raise UserError(f"{path} is no Parquet file ({error}); check it") from error
+        raise UserError(f"{path} is not a Parquet file ({error}); check it") from error
     with file:
         for batch in file.iter_batches():
             yield from batch.to_pylist()
 
 
 READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
-
-
-def _column(row: Row, name: str) -> Any:
-    if name not in row:
-        raise unknown_name("column", name, row)
-    return row[name]

@@ -1,4 +1,4 @@
-"""The documented path of the text environments, which live in ``single_turn.py`` and ``generation/suites.py``."""
+"""The documented import path of the text environments in ``single_turn.py`` and ``generation/suites.py``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ..generation.suites import TextGenerationEnvironment as TextGenerationEnvironment
     from ..generation.suites import TextGenerationTask as TextGenerationTask
 
-_IN_SUITES = ("TextGenerationEnvironment", "TextGenerationTask")  # which stand above: they sample from a model
+_IN_SUITES = ("TextGenerationEnvironment", "TextGenerationTask")  # imported on first use: they sample from a model
 
 
 def __getattr__(name: str) -> Any:

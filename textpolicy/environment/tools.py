@@ -1,4 +1,4 @@
-"""Tools: typed Python functions that a policy may call, their schemas, and the calls found in what it writes."""
+"""Tools: typed Python functions that a policy may call, their schemas, and the parser of its calls."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from ..errors import UserError
 from .text.chat import Message, Schema
 from .text.conversation import Reply
 
-LONGEST_RESULT = 2000  # characters of a result that the policy is shown
+LONGEST_RESULT = 2000  # characters of a result that the policy sees
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One call as the policy wrote it."""
+    """One tool call as the policy wrote it."""
 
     name: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    mistake: str = ""  # why it is no call, for the policy to read; "" if it is one
+    mistake: str = ""  # why the text is not a call, for the policy to read; "" if it is one
 
 
-ParseCalls = Callable[[str], Sequence[ToolCall]]  # what a turn says -> the calls in it, [] for none
+ParseCalls = Callable[[str], Sequence[ToolCall]]  # the text of a turn -> the calls in it, [] for none
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function, with the schema that the chat template shows."""
+    """The tool of one function, with the schema that the chat template writes."""
 
     schema: Schema
     adapter: TypeAdapter[Any]
 
     @classmethod
     def of(cls, fn: Callable[..., Any]) -> Self:
-        """The tool that ``fn`` is: its name, the first paragraph of its docstring, its typed parameters.
+        """Return the tool of ``fn``: its name, the first paragraph of its docstring, its typed parameters.
 
         ``Annotated[int, Field(description="...")]`` describes a parameter. Raises UserError for a function
         without a docstring, a parameter without a type, or a type that JSON cannot carry.
@@ -74,33 +74,37 @@ class Tool:
 
     @property
     def name(self) -> str:
+        """The function's name."""
         return self.schema["function"]["name"]
 
     def run(self, arguments: Mapping[str, Any], seconds: float) -> str:
-        """What the tool returns, as text; what went wrong, as text, if it raises or takes longer than ``seconds``.
+        """Call the tool and return its result as text; an error or ``seconds`` running out becomes text too.
 
-        The tool runs in this process. One that takes too long is left behind in its thread: it cannot be ended.
+        The tool runs in a thread of this process, which cannot be ended: one that takes too long is abandoned.
         """
         answers: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=lambda: answers.put(self._answer(arguments)), daemon=True).start()
+        threading.Thread(target=lambda: answers.put(self._call(arguments)), daemon=True).start()
         try:
-            return _cut(answers.get(timeout=seconds))
+            text = answers.get(timeout=seconds)
         except queue.Empty:
             return f"Error: {self.name} took longer than {seconds:g} s and was given up"
+        return text if len(text) <= LONGEST_RESULT else f"{text[:LONGEST_RESULT]} ... ({len(text)} characters in all)"
 
-    def _answer(self, arguments: Mapping[str, Any]) -> str:
+    def _call(self, arguments: Mapping[str, Any]) -> str:
+        """Call the function in the current thread and return its result or error as text."""
         try:
             result = self.adapter.validate_python(ArgsKwargs((), dict(arguments)))
             return result if isinstance(result, str) else json.dumps(result, default=str, ensure_ascii=False)
         except ValidationError as error:
-            return f"Error: {self.name} was called with wrong arguments: {_mistakes(error)}"
+            wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
+            return f"Error: {self.name} was called with wrong arguments: {'; '.join(wrong)}"
         except BaseException as error:  # noqa: BLE001 - whatever a tool raises, exit() too, is for the policy to read
             return f"Error: {self.name} raised {type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True, slots=True)
 class ToolPartner:
-    """Answers the calls in a turn; a turn without a call ends the episode."""
+    """The partner that answers the calls in a turn; a turn without a call ends the episode."""
 
     tools: Mapping[str, Tool]
     parse: ParseCalls
@@ -108,19 +112,18 @@ class ToolPartner:
     seconds: float  # for one call
 
     def reply(self, text: str) -> Reply:
-        """A message with the result of each call, in order."""
-        return Reply(tuple(self._result(call) for call in self.parse(text)))
-
-    def _result(self, call: ToolCall) -> Message:
-        named = {"name": call.name} if call.name and self.role == "tool" else {}
-        return {"role": self.role, **named, "content": self._answer(call)}
-
-    def _answer(self, call: ToolCall) -> str:
-        if call.mistake:
-            return f"Error: {call.mistake}"
-        if call.name not in self.tools:
-            return f"Error: there is no tool {call.name!r}; the tools are {', '.join(self.tools)}"
-        return self.tools[call.name].run(call.arguments, self.seconds)
+        """Run the calls in ``text`` and return a message with the result of each, in order."""
+        messages: list[Message] = []
+        for call in self.parse(text):
+            if call.mistake:
+                content = f"Error: {call.mistake}"
+            elif call.name not in self.tools:
+                content = f"Error: there is no tool {call.name!r}; the tools are {', '.join(self.tools)}"
+            else:
+                content = self.tools[call.name].run(call.arguments, self.seconds)
+            named = {"name": call.name} if call.name and self.role == "tool" else {}
+            messages.append({"role": self.role, **named, "content": content})
+        return Reply(tuple(messages))
 
 
 # ---- calls in a text
@@ -129,10 +132,10 @@ _TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 
 
 def parse_calls(text: str) -> list[ToolCall]:
-    """The calls in a turn: JSON in <tool_call> tags (Hermes, Qwen), or a turn that is one JSON object (Llama 3).
+    """Return the calls in a turn: JSON in <tool_call> tags (Hermes, Qwen), or a turn that is a JSON object (Llama 3).
 
-    The object has a "name" and "arguments" (or "parameters"). What stands in a tag and is no call
-    comes back with its ``mistake``, so that the policy is told.
+    The object has a "name" and "arguments" (or "parameters"). A tag whose content is not a call
+    becomes a ``ToolCall`` with a ``mistake`` for the policy to read.
     """
     if tagged := _TAGGED.findall(text):
         return [_call(content) for content in tagged]
@@ -141,6 +144,7 @@ def parse_calls(text: str) -> list[ToolCall]:
 
 
 def _call(content: str) -> ToolCall:
+    """Return the call that ``content`` encodes in JSON, or one with a ``mistake``."""
     try:
         read = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -155,7 +159,7 @@ def _call(content: str) -> ToolCall:
 
 
 def describe_tools(tools: Sequence[Schema]) -> str:
-    """The tools as instructions, for a chat template that does not write them itself."""
+    """Return instructions for calling the tools, for a chat template that does not write them itself."""
     listed = "\n".join(json.dumps(t["function"], ensure_ascii=False) for t in tools)
     return (
         f"You can call these functions:\n{listed}\n"
@@ -164,19 +168,8 @@ def describe_tools(tools: Sequence[Schema]) -> str:
     )
 
 
-# ---- details
-
-
-def _mistakes(error: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST_RESULT else f"{text[:LONGEST_RESULT]} ... ({len(text)} characters in all)"
-
-
 def _without_titles(schema: Any) -> Any:
-    """A JSON schema without the titles that pydantic makes of names, which would only cost tokens."""
+    """Return a JSON schema without the titles that pydantic makes of names, which would only cost tokens."""
     if isinstance(schema, list):
         return [_without_titles(part) for part in schema]
     if not isinstance(schema, dict):

@@ -96,12 +96,7 @@ def test_a_scorer_that_raises_gives_nothing_and_says_so_once(caplog):
 def test_a_time_limit_holds_against_an_answer_without_end():
     env = make("countdown", 2, seed=1, time_limit=3.0)
     started = time.perf_counter()
-    good, endless = env.scores(
-        [
-            (0, [ord(c) for c in env.examples[0]["metadata"]["expression"]], False),
-            (1, [ord(c) for c in "9**9**9**9"], False),
-        ]
-    )
+    good, endless = score(env, 0, env.examples[0]["metadata"]["expression"]), score(env, 1, "9**9**9**9")
     assert good.is_correct
     assert np.isnan(endless.reward)
     assert time.perf_counter() - started < 120  # of which 3 s are the limit, and the rest the start of processes

@@ -28,8 +28,8 @@ from textpolicy.mlx import engine
 from textpolicy.mlx.adapters.merging import attach_lora
 from textpolicy.mlx.decode.sampling import Sampler
 from textpolicy.mlx.engine import MLXEngine
-from textpolicy.mlx.kernels.exponentials import substitutes
-from textpolicy.mlx.kernels.patching import substituted
+from textpolicy.mlx.kernels.exponentials import patches
+from textpolicy.mlx.kernels.patching import patched
 from textpolicy.mlx.read.tree import PromptTree
 
 import mlx.core as mx  # isort: skip  (after textpolicy, which gives it a fast BLAS)
@@ -107,7 +107,7 @@ def forward_milliseconds(model: Any, prompts: list[np.ndarray]) -> float:
     """One token more for every row, somewhere in its completion, without drawing."""
     tree = PromptTree.build([prompt for prompt in prompts for _ in range(GROUP)])
     tokens = mx.array(np.arange(100, 100 + ROWS, dtype=np.int32))[:, None]
-    with substituted(model, substitutes()):
+    with patched(model, patches()):
         context = tree.read(model, NEW_TOKENS).fork(tree.parents)
         return milliseconds(lambda: mx.eval(context.read(model, tokens)[:, -1]), runs=25)
 

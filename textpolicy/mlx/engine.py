@@ -24,8 +24,8 @@ from .blas import blas_threads
 from .decode.compiled_steps import Steps
 from .decode.decoder import decode
 from .decode.folded_weights import copies, folded
-from .kernels import cuda, exponentials, masks
-from .kernels.patching import substituted
+from .kernels import cuda, exponentials
+from .kernels.patching import patched
 from .score.gradients import Gradients, Objective, OptimizerStep
 from .score.micro_batches import logprobs_of, micro_batches
 from .state import read_arrays, restore_training_state, training_state, write_arrays
@@ -76,7 +76,7 @@ class MLXEngine:
         if not prompts:
             return []
         rows = [np.asarray(p, np.int32) for p in prompts for _ in range(n)]
-        with substituted(self.model, exponentials.substitutes()):
+        with patched(self.model, exponentials.patches()):
             model = folded(self.model, min(len(rows), self.decode_rows)) if self.copies else self.model
             flat = decode(model, rows, sampling, self.stop, self.decode_rows, steps=self._steps)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
@@ -91,7 +91,7 @@ class MLXEngine:
         totals: dict[str, float] = {}
         grads = None
         for _, layout in micro_batches(batch, self.micro_batch_tokens):
-            with substituted(self.model, _substitutes()):
+            with patched(self.model, _patches()):
                 stats, grad = self._gradients(layout, objective)
             grads = grad if grads is None else tree_map(mx.add, grads, grad)
             mx.eval(stats, grads)
@@ -105,7 +105,7 @@ class MLXEngine:
 
         Under the model as it is, or under the frozen ``reference``: the same weights with adapters off.
         """
-        with adapters_off(self.model) if reference else nullcontext(), substituted(self.model, _substitutes()):
+        with adapters_off(self.model) if reference else nullcontext(), patched(self.model, _patches()):
             return logprobs_of(self.model, batch, self.micro_batch_tokens)
 
     def update(self, batch: Batch, surrogate: Surrogate, learning_rate: float) -> Mapping[str, float]:
@@ -199,9 +199,9 @@ class MLXEngine:
         }
 
 
-def _substitutes() -> Mapping[str, Callable[..., Any]]:
-    """What models call in passes over whole batches."""
-    return {**exponentials.substitutes(), **masks.substitutes()}
+def _patches() -> Mapping[str, Callable[..., Any]]:
+    """Return the functions that replace mlx-lm's in passes over whole batches."""
+    return {**exponentials.patches(), **cuda.patches()}
 
 
 _IDLE = {"loss": 0.0, "grad_norm": 0.0, "updated": 0.0, "skipped": 0.0}  # metrics of an update that moved nothing

@@ -14,12 +14,12 @@ from test_architectures import ARCHITECTURES, adapted, decoding_error
 
 from textpolicy.config.adapters import LoRA
 from textpolicy.engine import Sampling
-from textpolicy.mlx.adapters.lora_linear import LowRankLinear
+from textpolicy.mlx.adapters.attach import LowRankLinear
 from textpolicy.mlx.adapters.merging import attach
 from textpolicy.mlx.decode import folded_weights as module
 from textpolicy.mlx.decode.folded_weights import Product, Tied, copies, folded
 from textpolicy.mlx.engine import MLXEngine
-from textpolicy.mlx.kernels.module_copies import StandIn
+from textpolicy.mlx.kernels.patching import StandIn
 
 FEW, MANY = 4, 100  # rows, of which the first get small products
 

@@ -97,18 +97,18 @@ def edited(sound, kind, tmp_path, edit):
 
 
 CONFIGS = {
-    "a rank of billions": ("lora", lambda c: c["textpolicy"]["settings"].update(rank=10**9), "says rank 1000000000"),
+    "a rank of billions": ("lora", lambda c: c["textpolicy"]["settings"].update(rank=10**9), "has rank 1000000000"),
     "a rank for mlx-lm of billions": (
         "lora",
         lambda c: c["lora_parameters"].update(rank=10**9),
-        "says rank 1000000000",
+        "has rank 1000000000",
     ),
-    "a vector of billions": ("tinylora", lambda c: c["textpolicy"]["settings"].update(u=10**9), "says u 1000000000"),
+    "a vector of billions": ("tinylora", lambda c: c["textpolicy"]["settings"].update(u=10**9), "has u 1000000000"),
     "a rank of text": ("lora", lambda c: c["textpolicy"]["settings"].update(rank="many"), "cannot be read"),
     "an alpha of a table": ("lora", lambda c: c["textpolicy"]["settings"].update(alpha={}), "cannot be read"),
     "modules of numbers": ("lora", lambda c: c["textpolicy"]["settings"].update(modules=[1]), "cannot be read"),
     "a rank below 1": ("lora", lambda c: c["textpolicy"]["settings"].update(rank=0), "rank is 0"),
-    "another rank": ("lora", lambda c: c["textpolicy"]["settings"].update(rank=3), "says rank 3, and"),
+    "another rank": ("lora", lambda c: c["textpolicy"]["settings"].update(rank=3), "has rank 3, and"),
     "an unknown kind": ("lora", lambda c: c["textpolicy"].update(kind="loro"), "no kind of adapter 'loro'"),
     "a kind of list": ("lora", lambda c: c["textpolicy"].update(kind=["lora"]), "cannot be read"),
     "no base": ("lora", lambda c: c["textpolicy"].pop("base") and None, "cannot be read"),

@@ -11,7 +11,7 @@ from textpolicy.mlx.adapters.merging import attach_lora
 from textpolicy.mlx.decode.compiled_steps import Rows, Steps
 from textpolicy.mlx.decode.sampling import draw
 from textpolicy.mlx.kernels import cuda
-from textpolicy.mlx.kernels.masks import SharedMasks
+from textpolicy.mlx.kernels.cuda import SharedMasks
 from textpolicy.mlx.read.tree import PromptTree
 
 pytestmark = pytest.mark.skipif(not cuda.is_default(), reason="needs an NVIDIA GPU and MLX's CUDA backend")

@@ -1,1 +1,1 @@
-"""Adapters: attaching, saving, loading, merging and fingerprinting LoRA, DoRA, QLoRA and TinyLoRA."""
+"""The adapters LoRA, DoRA, QLoRA, LoRA-XS and TinyLoRA: attach, save, load, merge and fingerprint them."""

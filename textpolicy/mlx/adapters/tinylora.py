@@ -1,4 +1,4 @@
-"""Adapters of few parameters on a frozen SVD: TinyLoRA (arXiv:2602.04118) and LoRA-XS (arXiv:2405.17604)."""
+"""The adapters of few parameters on a frozen SVD: TinyLoRA (arXiv:2602.04118) and LoRA-XS (arXiv:2405.17604)."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class Factors:
 
 
 def truncated_svd(weight: mx.array, rank: int) -> Factors:
-    """The leading triplets of an (out, in) ``weight``, at most min(out, in) of them.
+    """Return the leading triplets of an (out, in) ``weight``, at most min(out, in) of them.
 
-    Each pair (u_k, v_k) is turned so that the largest entry of u_k is positive: without a rule
-    the sign is up to the SVD routine, and another sign is another adapter.
+    The largest entry of every u_k is made positive: otherwise the sign of the pair (u_k, v_k) would depend on the
+    SVD routine, and another sign is another adapter.
     """
-    from scipy.sparse.linalg import svds  # here, because importing it takes a while
+    from scipy.sparse.linalg import svds  # a slow import
 
     if rank < 1:
         raise UserError(f"the rank of the SVD is {rank}; set it to 1 or more")
     w = np.array(weight.astype(mx.float32))
     if not 0 < np.abs(w).max() < np.inf:
-        raise UserError(f"a weight of shape {w.shape} is all zeros or not finite; leave its layer without adapter")
+        raise UserError(f"a weight of shape {w.shape} is all zeros or not finite; exclude its layer from the adapter")
     if rank < min(w.shape):
         start = np.random.default_rng(0).standard_normal(min(w.shape)).astype(np.float32)
         u, s, vt = svds(w, rank, v0=start)
@@ -52,20 +52,20 @@ def truncated_svd(weight: mx.array, rank: int) -> Factors:
 
 
 def projections(count: int, rank: int, seed: int) -> mx.array:
-    """P: (count, rank, rank) float32, fixed entries of N(0, 1/rank), as in PEFT; the paper does not name its law.
+    """Return the fixed P (count, rank, rank) float32 with entries of N(0, 1/rank), as in PEFT.
 
-    Give every module a ``seed`` of its own.
+    The paper does not name their distribution. Give every module a ``seed`` of its own.
     """
     return mx.random.normal((count, rank, rank), scale=1 / math.sqrt(rank), key=mx.random.key(seed))
 
 
 def mixture(v: mx.array, projections: mx.array) -> mx.array:
-    """R = sum_i v_i P_i, (r, r), of (u,) ``v`` and (u, r, r) ``projections``."""
+    """Return R = sum_i v_i P_i (r, r), of ``v`` (u,) and ``projections`` (u, r, r)."""
     return mx.tensordot(v, projections, axes=1)
 
 
 def delta_weight(factors: Factors, core: mx.array, placement: SigmaPlacement = "paper", scale: float = 1.0) -> mx.array:
-    """What an adapter with (r, r) ``core`` R adds to the weight, (out, in), with Sigma in its published places.
+    """Return what an adapter with ``core`` R (r, r) adds to the weight (out, in), with Sigma where it was published.
 
     "paper" (TinyLoRA): scale U S R V^T; "peft": scale U S^1/2 R S^1/2 V^T; "loraxs_code" (the LoRA-XS
     authors' code, scale alpha / r): scale U R S V^T.
@@ -75,7 +75,7 @@ def delta_weight(factors: Factors, core: mx.array, placement: SigmaPlacement = "
 
 
 def _outer(factors: Factors, placement: SigmaPlacement, scale: float) -> tuple[mx.array, mx.array]:
-    """What stands left, (out, r), and right, (r, in), of R."""
+    """Return the factors left (out, r) and right (r, in) of R."""
     if placement not in _SIGMA_POWERS:
         raise unknown_name("placement of Sigma", placement, _SIGMA_POWERS)
     left, right = _SIGMA_POWERS[placement]
@@ -83,10 +83,10 @@ def _outer(factors: Factors, placement: SigmaPlacement, scale: float) -> tuple[m
 
 
 class SharedVectors(nn.Module):
-    """v of every tying group, (groups, u) float32, the only thing TinyLoRA trains; 0 at the start.
+    """The v of every tying group, (groups, u) float32: all that TinyLoRA trains; 0 at the start.
 
-    It belongs into the model once. The adapted layers read it without owning it, because an array
-    that sat in several modules would be trained as several.
+    The model holds it once, and the adapted layers read it without owning it: an array in several modules would be
+    trained as several.
     """
 
     def __init__(self, groups: int, u: int):
@@ -98,7 +98,7 @@ class SharedVectors(nn.Module):
 
 
 class ProjectedCore(nn.Module):
-    """TinyLoRA's R = sum_i v_i P_i, of the v of ``group`` and frozen (u, r, r) ``projections``."""
+    """The R of a TinyLoRA, sum_i v_i P_i, of the v of ``group`` and frozen ``projections`` (u, r, r)."""
 
     def __init__(self, vectors: SharedVectors, group: int, projections: mx.array):
         super().__init__()
@@ -108,7 +108,7 @@ class ProjectedCore(nn.Module):
 
     @property
     def vectors(self) -> SharedVectors:
-        """What it reads."""
+        """Return the shared vectors that this layer uses."""
         return self.vector.func  # type: ignore[return-value]
 
     def __call__(self) -> mx.array:
@@ -116,7 +116,7 @@ class ProjectedCore(nn.Module):
 
 
 class TrainedCore(nn.Module):
-    """LoRA-XS's R, (rank, rank) float32, itself trained and drawn from N(0, (1e-5)^2)."""
+    """The R of a LoRA-XS, (rank, rank) float32, itself trained and drawn from N(0, (1e-5)^2)."""
 
     def __init__(self, rank: int, seed: int):
         super().__init__()
@@ -127,10 +127,10 @@ class TrainedCore(nn.Module):
 
 
 class SVDLinear(nn.Module):
-    """y = x (W + delta W)^T + b around a (quantised) linear layer, all frozen but what ``core`` trains.
+    """The layer y = x (W + delta W)^T + b around a (quantised) linear layer, frozen except for what ``core`` trains.
 
-    The outer factors, Sigma included, are the frozen arrays ``left`` (out, r) and ``right`` (r, in):
-    save them with the trained values, whose meaning hangs on them.
+    The outer factors, Sigma included, are the frozen arrays ``left`` (out, r) and ``right`` (r, in): save them with
+    the trained values, which mean nothing without them.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class SVDLinear(nn.Module):
         return self.linear(x) + change.astype(x.dtype)
 
     def fuse(self, dequantize: bool = False) -> nn.Linear | nn.QuantizedLinear:
-        """One layer of weight W + delta W, quantised as the wrapped one was unless ``dequantize``."""
+        """Return one layer of weight W + delta W, quantised as the wrapped one unless ``dequantize``."""
         old, weight = self.linear, dense_weight(self.linear)
         outputs, inputs = weight.shape
         fused = nn.Linear(inputs, outputs, bias=False)
@@ -167,20 +167,20 @@ class SVDLinear(nn.Module):
 
 
 def dense_weight(linear: nn.Linear | nn.QuantizedLinear) -> mx.array:
-    """The (out, in) weight of a layer, dequantised if need be."""
+    """Return the (out, in) weight of a layer, dequantised if it is quantised."""
     if not isinstance(linear, nn.QuantizedLinear):
         return linear.weight
-    how = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
-    return mx.dequantize(linear.weight, linear.scales, linear.biases, **how)
+    settings = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
+    return mx.dequantize(linear.weight, linear.scales, linear.biases, **settings)
 
 
 def tying_groups(modules: int, groups: int, layout: Literal["balanced", "peft"] = "balanced") -> list[int]:
-    """Which of the ``groups`` each of n neighbouring ``modules`` shares its v with: floor(i G / n).
+    """Return the tying group, of G ``groups``, of each of n neighbouring ``modules``: floor(i G / n).
 
-    "peft" is what that library does, floor(i / floor(n / G)), which leaves the rest to the last group.
+    "peft" is that library's floor(i / floor(n / G)), which puts the remainder into the last group.
     """
     if not 1 <= groups <= modules:
-        raise UserError(f"{modules} modules cannot form {groups} tying groups; ask for 1 to {modules}")
+        raise UserError(f"{modules} modules cannot form {groups} tying groups; set them to 1 to {modules}")
     match layout:
         case "balanced":
             return [i * groups // modules for i in range(modules)]
@@ -190,19 +190,19 @@ def tying_groups(modules: int, groups: int, layout: Literal["balanced", "peft"] 
 
 
 def group_count(modules: int, tying: float) -> int:
-    """PEFT's measure of tying as a number of groups: max(1, round(n (1 - tying))); 0 ties nothing, 1 all."""
+    """Return the number of groups for PEFT's ``tying``: max(1, round(n (1 - tying))); 0 ties nothing, 1 everything."""
     if not 0 <= tying <= 1:
         raise UserError(f"tying is {tying}; set it between 0 (nothing is shared) and 1 (one v for all)")
     return max(1, round(modules * (1 - tying)))
 
 
 def tiled_groups(modules: int, n_tie: int) -> list[int]:
-    """Groups of at most ``n_tie`` neighbouring modules, whatever their kind (better than "structured" in the paper)."""
+    """Return groups of at most ``n_tie`` neighbouring modules of any kind (better than "structured" in the paper)."""
     return tying_groups(modules, _groups_of(modules, n_tie))
 
 
 def structured_groups(names: Sequence[str], n_tie: int) -> list[int]:
-    """Groups of at most ``n_tie`` modules of one kind in neighbouring layers.
+    """Return groups of at most ``n_tie`` modules of one kind in neighbouring layers.
 
     The kind is the dotted name without its numbers. Raises UserError for fewer modules of a kind than ``n_tie``.
     """
@@ -211,7 +211,9 @@ def structured_groups(names: Sequence[str], n_tie: int) -> list[int]:
     for kind in dict.fromkeys(kinds):
         members = [i for i, k in enumerate(kinds) if k == kind]
         if len(members) < n_tie:
-            raise UserError(f"n_tie is {n_tie} but {len(members)} modules are of kind {kind}; set it no higher")
+            raise UserError(
+                f"n_tie is {n_tie} but {len(members)} modules are of kind {kind}; set it to {len(members)} or less"
+            )
         groups = _groups_of(len(members), n_tie)
         for i, group in zip(members, tying_groups(len(members), groups), strict=True):
             out[i] = used + group
@@ -226,15 +228,15 @@ def _groups_of(modules: int, n_tie: int) -> int:
 
 
 def tinylora_size(groups: Sequence[int], u: int) -> int:
-    """Trained numbers of a TinyLoRA whose modules form ``groups``: u for each distinct one."""
+    """Return the parameter count of a TinyLoRA whose modules form ``groups``: u for each distinct one."""
     return len(set(groups)) * u
 
 
 def lora_size(shapes: Sequence[tuple[int, int]], rank: int) -> int:
-    """Trained numbers of a LoRA on layers of these (in, out) ``shapes``: the sum of rank (in + out)."""
+    """Return the parameter count of a LoRA on layers of these (in, out) ``shapes``: the sum of rank (in + out)."""
     return sum(rank * (inputs + outputs) for inputs, outputs in shapes)
 
 
 def lora_xs_size(modules: int, rank: int) -> int:
-    """Trained numbers of a LoRA-XS on that many ``modules``: rank^2 each."""
+    """Return the parameter count of a LoRA-XS on this many ``modules``: rank^2 each."""
     return modules * rank**2

@@ -22,7 +22,7 @@ from ..kernels import cuda
 from ..kernels import fused_block as blocks
 from ..kernels.fused_block import blocks_of
 from ..kernels.fused_linear import View
-from ..kernels.patching import substituted
+from ..kernels.patching import patched
 from ..read.context import Attention, Context, Group, State, _groups_heads
 from ..read.sizes import size_up
 from ..read.tree import PromptTree
@@ -176,13 +176,13 @@ class Rows:
 class Steps:
     """Compiled decoding steps of one model."""
 
-    def __init__(self, model: nn.Module, *, compiled: bool, share: bool, substitutes: dict[str, Any] | None = None):
+    def __init__(self, model: nn.Module, *, compiled: bool, share: bool, patches: dict[str, Any] | None = None):
         self.model, self.compiled, self.share = model, compiled, share
         self.view = View.of(model)
         self.blocks = blocks_of(model, self.view) if share else ()
         self.grouped = _groups_heads(model)
         self.known: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
-        self.substitutes = {**(substitutes or {}), "scaled_dot_product_attention": _attention}
+        self.patches = {**(patches or {}), "scaled_dot_product_attention": _attention}
 
     def refresh(self) -> None:
         """Read the trained parameters: call it when they have changed."""
@@ -192,7 +192,7 @@ class Steps:
 
     def read(self, tree: PromptTree) -> Context:
         """The prompts of ``tree``, read with the trained parameters as they were at ``refresh``."""
-        with self.view.using(self.adapters, {}), substituted(self.model, self.substitutes):
+        with self.view.using(self.adapters, {}), patched(self.model, self.patches):
             return tree.read(self.view.model)
 
     def __call__(self, rows: Rows, tokens: mx.array, uniform: mx.array, sampling: Sampling) -> tuple[Draw, Rows]:
@@ -231,7 +231,7 @@ class Steps:
             now = _Now(lengths, seen, last, near, parents, self.grouped)
             given = iter(zip(common, own, strict=True))
             layers = [_layer(kind, now, given) for kind in kinds]
-            with self.view.using(adapters, trained), substituted(self.model, self.substitutes):
+            with self.view.using(adapters, trained), patched(self.model, self.patches):
                 if shared and self.blocks:
                     attend = [layer.attend_alone for layer in layers]
                     logits = blocks.logits(self.view.model, self.blocks, tokens, lengths, attend)

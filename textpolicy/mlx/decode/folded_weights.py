@@ -9,10 +9,9 @@ import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
 from ..._system.machine import memory
-from ..adapters.attach import WRAPPERS
-from ..adapters.lora_linear import LowRankLinear
+from ..adapters.attach import WRAPPERS, LowRankLinear
 from ..blas import blas_threads, has_small_products
-from ..kernels.module_copies import StandIn, exchanged
+from ..kernels.patching import StandIn, with_modules
 
 _PAYS = 8  # products that a layer makes before a copy is made for more: it costs about as much as so many save
 _SHARE = 1 / 16  # of the machine's memory that all copies may take
@@ -38,7 +37,7 @@ def folded(model: nn.Module, rows: int) -> nn.Module:
             return Tied(module, few) if isinstance(module, nn.Embedding) else StandIn(module, Product(module, few))
         return module if isinstance(module, WRAPPERS) else None
 
-    return exchanged(model, stand_in)
+    return with_modules(model, stand_in)
 
 
 def copies(model: nn.Module) -> int:

@@ -18,8 +18,7 @@ from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
 from ...errors import UserError
-from ..adapters.attach import wrapped
-from ..adapters.lora_linear import LowRankLinear
+from ..adapters.attach import LowRankLinear, wrapped
 from ..adapters.tinylora import SVDLinear
 from ..files.safetensors import save_arrays
 from ..models import MODELS

@@ -1,1 +1,1 @@
-"""Fused kernels for CPU and CUDA, and where they take the place of MLX's own operations."""
+"""The fused kernels for CPU and CUDA, and their installation in place of MLX's own operations."""

@@ -1,13 +1,15 @@
-"""CUDA kernels for decoding: attention of one query per row, drawing a token, and what stands between two products.
+"""The CUDA kernels for decoding, and attention under boolean masks for scoring and training.
 
-MLX's own attention wants a plan for every new length and leaves its fast path under a mask; its sampling
-passes over the logits many times. These take the length and the mask as data and read everything once. A decoding
-step is short, and most of it is the start of kernels: so LoRA, norm, rotation and residual are done in one.
+The kernels are attention of one query per row, drawing a token, and the operations between two matrix products.
+MLX's own attention plans anew for every length and is slower under a mask; its sampling passes over the logits many
+times. These kernels take the length and the mask as data and read everything once. A decoding step is short and
+spends most of its time launching kernels, so LoRA, norm, rotation and residual share one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Any
@@ -18,18 +20,19 @@ import numpy as np
 from .cuda_source import ABSORB, ADD_AND_NORM, ADD_LORA, ATTEND, DRAW, HEADS, LOAD, SWIGLU
 
 HEAD_SIZES = (64, 128)  # LANES divide a warp
-_TOGETHER = (4, 3, 2, 1)  # query heads of one block of threads; they share their keys
-_TILES = (2, 1)  # rows of one block; with four of them too few blocks fit a multiprocessor
-_BLOCKS = 256  # with fewer, some of a GPU's multiprocessors have nothing to do
+_GROUPS = (4, 3, 2, 1)  # query heads per block of threads; they share their keys
+_TILES = (2, 1)  # rows per block; with four, too few blocks fit a multiprocessor
+_BLOCKS = 256  # with fewer, some of a GPU's multiprocessors are idle
+_KEPT = 4  # masks of a pass: with and without a window, and those of the pass before
 
 
 def is_default() -> bool:
-    """Whether MLX computes on an NVIDIA GPU unless told otherwise."""
+    """Return whether MLX's default device is an NVIDIA GPU."""
     return mx.default_device() == mx.Device(mx.gpu) and not mx.metal.is_available()
 
 
 def can_attend(queries: mx.array, values: mx.array) -> bool:
-    """Whether ``attend`` knows these shapes: one query per row, heads of 64 or 128 numbers."""
+    """Return whether ``attend`` supports these shapes: one query per row, heads of size 64 or 128."""
     size = queries.shape[-1]
     return is_default() and queries.shape[2] == 1 and size in HEAD_SIZES and values.shape[-1] == size
 
@@ -44,25 +47,24 @@ def attend(
     last: mx.array,
     scale: float,
 ) -> mx.array:
-    """(B, heads, 1, D): what each row's query finds in the prefix that it shares with others, and in its own slots.
+    """Return the attention (B, heads, 1, D) of each row's query over its shared prefix and its own slots.
 
-    queries (B, heads, 1, D). The others are keys and values: ``fresh`` (B, kv heads, 1, D) arrive with the
-    query; ``own`` (B, kv heads, C, D), contiguous, of which slot ``last`` (n,) int32 is the last in use;
-    ``prefix`` (U, kv heads, P, D), of which row b continues row ``parents[b]``. seen (B, P + C) bool is what
-    a row may attend to; what it may not is finite too. Writes ``fresh`` into slot ``last`` of ``own`` in place, which
-    MLX does not see: a copy of the slots in each step would take longer than all the rest, and a step waits for the
-    one before.
+    queries (B, heads, 1, D). The others are keys and values: ``fresh`` (B, kv heads, 1, D) belong to the query's
+    token; ``own`` (B, kv heads, C, D), contiguous, in use up to slot ``last`` (n,) int32; ``prefix`` (U, kv heads,
+    P, D), of which row b continues row ``parents[b]``. seen (B, P + C) bool marks the slots a row may attend to;
+    the hidden ones are finite too. Writes ``fresh`` into slot ``last`` of ``own`` in place, without MLX's knowledge:
+    copying the slots in each step would take longer than everything else, and each step waits for the previous one.
     """
     rows, heads, _, size = queries.shape
     per_kv, threads = heads // own[0].shape[1], 256
-    together = next(g for g in _TOGETHER if per_kv % g == 0 and g * size <= 256)
-    blocks = rows * heads // together
+    group = next(g for g in _GROUPS if per_kv % g == 0 and g * size <= 256)
+    blocks = rows * heads // group
     tile = next(t for t in _TILES if t == 1 or blocks >= t * _BLOCKS)
-    sizes = {"D": size, "G": together, "PER_KV": per_kv, "HEADS": heads, "THREADS": threads, "TILE": tile}
+    sizes = {"D": size, "G": group, "PER_KV": per_kv, "HEADS": heads, "THREADS": threads, "TILE": tile}
     [out] = _attend_kernel(scale)(
         inputs=[queries, *fresh, *own, *prefix, parents, seen, last],
         template=[("T", queries.dtype), *sizes.items()],
-        grid=(threads * (heads // together), -(-rows // tile), 1),
+        grid=(threads * (heads // group), -(-rows // tile), 1),
         threadgroup=(threads, 1, 1),
         output_shapes=[queries.shape],
         output_dtypes=[queries.dtype],
@@ -71,10 +73,10 @@ def attend(
 
 
 def add_lora(y: mx.array, b: mx.array, widths: Sequence[int]) -> list[mx.array]:
-    """The outputs (N, widths[i]) of layers with a LoRA of one rank r each, from their joined product.
+    """Return the outputs (N, widths[i]) of layers that each have a LoRA of rank r, from their joined product.
 
-    y (N, sum of widths + layers * r) holds the outputs of all without their LoRAs and then each one's x A;
-    ``b`` (r, sum of widths) their B side by side, scales included. Widths and the width of y are multiples of 8.
+    y (N, sum of widths + layers * r) holds the layers' outputs without LoRAs, then each layer's x A; ``b`` (r, sum
+    of widths) holds their B side by side, scales included. Widths and the width of y are multiples of 8.
     """
     rank, out = b.shape
     rows, wide = y.shape
@@ -96,16 +98,16 @@ def heads(
     epsilon: float,
     turns: tuple[mx.array, mx.array],
 ) -> list[mx.array]:
-    """Queries (N, Q, 1, D), keys and values (N, K, 1, D) of one token per row: with their LoRAs, normed and rotated.
+    """Return queries (N, Q, 1, D), keys and values (N, K, 1, D) of one token per row: LoRAs added, normed and rotated.
 
     ``y`` and ``b`` are as in ``add_lora``, for the three layers in this order; counts are (Q, K). ``norms`` holds
-    the weights (D,) of RMS norms with ``epsilon`` over each query and key, if there are any. Numbers i and
-    i + D/2 of both are rotated by the angles whose cosines and sines (N, D/2) float32 ``turns`` holds.
+    the weights (D,) of RMS norms with ``epsilon`` over each query and key, or None. Elements i and i + D/2 of both
+    are rotated by the angles whose cosines and sines (N, D/2) float32 are ``turns``.
     """
     (queries, keys), size = counts, 2 * turns[0].shape[1]
     rank, out = b.shape
     rows, wide = y.shape
-    every, threads, together = queries + 2 * keys, 256, 4
+    every, threads, tile = queries + 2 * keys, 256, 4
     weights = norms or (b, b)  # not read without norms
     return _heads_kernel(epsilon)(
         inputs=[y, b, *weights, *turns],
@@ -113,7 +115,7 @@ def heads(
             ("T", y.dtype), ("D", size), ("QUERIES", queries), ("KEYS", keys), ("RANK", rank), ("OUT", out),
             ("WIDE", wide), ("NORMED", norms is not None), ("THREADS", threads),
         ],
-        grid=(threads * -(-every * size // (8 * threads)), -(-rows // together), 1),
+        grid=(threads * -(-every * size // (8 * threads)), -(-rows // tile), 1),
         threadgroup=(threads, 1, 1),
         output_shapes=[(rows, queries, 1, size), (rows, keys, 1, size), (rows, keys, 1, size)],
         output_dtypes=[y.dtype] * 3,
@@ -123,9 +125,9 @@ def heads(
 def add_and_norm(
     y: mx.array, b: mx.array, residual: mx.array, norm: mx.array, epsilon: float
 ) -> tuple[mx.array, mx.array]:
-    """``residual`` (N, W) and a layer's output together, and the RMS norm of that with weights ``norm`` (W,).
+    """Return the sum (N, W) of ``residual`` and a layer's output, and its RMS norm with weights ``norm`` (W,).
 
-    ``y`` and ``b`` are as in ``add_lora``, for the one layer; W is a multiple of 8 and at most 8192.
+    ``y`` and ``b`` are as in ``add_lora``, for one layer; W is a multiple of 8 and at most 8192.
     """
     rank, out = b.shape
     rows, wide = y.shape
@@ -142,7 +144,7 @@ def add_and_norm(
 
 
 def swiglu(y: mx.array, b: mx.array) -> mx.array:
-    """(N, W): SiLU(gate) * up of two layers of W outputs each; ``y`` and ``b`` are as in ``add_lora``."""
+    """Return SiLU(gate) * up (N, W) of two layers of W outputs each; ``y`` and ``b`` are as in ``add_lora``."""
     rank, inner = b.shape[0], b.shape[1] // 2
     rows, wide = y.shape
     threads = min(128, -(-inner // 8))
@@ -158,7 +160,7 @@ def swiglu(y: mx.array, b: mx.array) -> mx.array:
 
 
 def draw(logits: mx.array, state: mx.array, uniform: mx.array, temperature: float) -> tuple[Any, Any, Any]:
-    """Tokens, log-probs and entropies (R,) as ``sampling.draw`` gives them, of (C, V) logits with V a multiple of 8."""
+    """Return tokens, log-probs and entropies (R,) as ``sampling.draw`` does; logits (C, V) with V a multiple of 8."""
     rows, vocabulary = state.size, logits.shape[-1]
     out = _draw_kernel(temperature)(
         inputs=[logits, state.astype(mx.int32), uniform],
@@ -172,7 +174,7 @@ def draw(logits: mx.array, state: mx.array, uniform: mx.array, temperature: floa
 
 
 def _kernel(name: str, inputs: Sequence[str], outputs: Sequence[str], source: str, load: str, **numbers: float) -> Any:
-    """``numbers`` stand in the source: an array of one is in the host's memory, and reading that is slow."""
+    """Return a kernel with ``numbers`` written into its source: reading them from an array in host memory is slow."""
     for key, number in numbers.items():
         source = source.replace(key, f"{np.float32(number)!s}f")
         name += f"_{np.float32(number).tobytes().hex()}"
@@ -181,8 +183,8 @@ def _kernel(name: str, inputs: Sequence[str], outputs: Sequence[str], source: st
 
 @cache
 def _attend_kernel(scale: float) -> Any:
-    parts = [f"{where}{what}" for where in ("fresh_", "", "prefix_") for what in ("keys", "values")]
-    return _kernel("attend", ["queries", *parts, "parents", "seen", "last"], ["out"], ATTEND, ABSORB, SCALE=scale)
+    arrays = [f"{where}{what}" for where in ("fresh_", "", "prefix_") for what in ("keys", "values")]
+    return _kernel("attend", ["queries", *arrays, "parents", "seen", "last"], ["out"], ATTEND, ABSORB, SCALE=scale)
 
 
 @cache
@@ -214,3 +216,35 @@ def _swiglu_kernel() -> Any:
 def _draw_kernel(temperature: float) -> Any:
     names = ["logits", "state", "uniform"]
     return _kernel("draw", names, ["tokens", "logprobs", "entropy"], DRAW, LOAD, TEMPERATURE=temperature)
+
+
+# ---- attention under boolean masks
+
+
+class SharedMasks:
+    """The attention that replaces mlx-lm's: all layers and heads share one addend to the scores per mask.
+
+    MLX on CUDA would expand a boolean mask for every head of every layer. An instance holds a few masks: use it for a
+    few passes through a model, not for a rollout.
+    """
+
+    def __init__(self) -> None:
+        self.added: OrderedDict[tuple[int, mx.Dtype], tuple[mx.array, mx.array]] = OrderedDict()
+
+    def __call__(
+        self, queries: Any, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: Any = None
+    ) -> mx.array:
+        if isinstance(mask, mx.array) and mask.dtype == mx.bool_ and queries.dtype in (mx.bfloat16, mx.float16):
+            key = (id(mask), queries.dtype)
+            if key not in self.added:
+                addend = mx.where(mask, mx.array(0, queries.dtype), mx.array(-mx.inf, queries.dtype))
+                self.added[key] = (mask, addend)  # holding the mask keeps its id from being reused
+                if len(self.added) > _KEPT:
+                    self.added.popitem(last=False)
+            mask = self.added[key][1]
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+
+def patches() -> Mapping[str, Callable[..., Any]]:
+    """Return the functions that replace mlx-lm's of the same name while a batch is scored or differentiated."""
+    return {"scaled_dot_product_attention": SharedMasks()} if is_default() else {}

@@ -1,4 +1,4 @@
-"""The CUDA of the kernels in cuda.py, which says what they compute. Names in capitals are constants of a kernel."""
+"""The CUDA source of the kernels in cuda.py, which documents them. Names in capitals are constants of a kernel."""
 
 from __future__ import annotations
 

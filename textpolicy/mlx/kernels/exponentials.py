@@ -1,4 +1,4 @@
-"""A faster exponential for CPUs, where MLX computes one number at a time, and what models make of it."""
+"""A faster exponential for CPUs, where MLX computes one number at a time, and the SwiGLU and attention built on it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import mlx.core as mx
 
 # exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln 2 / 2; ln 2 in two parts, so that r is exact (Cody, Waite).
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
-_TO_WHOLE = 12582912.0  # 1.5 * 2^23: added and taken away, it rounds to a whole number, which a compiler can vectorise
-_LOWEST = -3.4e38  # a score that is hidden; a row of nothing else would not become NaN
+_TO_WHOLE = 12582912.0  # 1.5 * 2^23: adding and subtracting it rounds to a whole number, in a way compilers vectorise
+_LOWEST = -3.4e38  # the score of a hidden slot; -inf would make a row with no visible slot NaN
 _TERMS = [1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2]  # of exp(r) = 1 + r + r^2 (1/2 + r (1/6 + ...))
 
 
 @mx.compile
-def _parts(x: mx.array) -> tuple[mx.array, mx.array]:
-    """exp(r), and 2^n as the bits of a float."""
+def _exp_factors(x: mx.array) -> tuple[mx.array, mx.array]:
+    """Return exp(r), and 2^n as the bits of a float."""
     x = mx.maximum(mx.minimum(x, 88.0), -87.0)
     n = (x * 1.4426950408889634 + _TO_WHOLE) - _TO_WHOLE
     r = x - n * _LN2_HIGH - n * _LN2_LOW
@@ -28,7 +28,7 @@ def _parts(x: mx.array) -> tuple[mx.array, mx.array]:
 
 @mx.compile
 def _scaled(x: mx.array, p: mx.array, power: mx.array) -> mx.array:
-    return mx.where(x < -87.0, 0.0, p * power)  # what cannot be must not be drawn, however rarely
+    return mx.where(x < -87.0, 0.0, p * power)  # exactly 0, so that an impossible token is never drawn
 
 
 @mx.compile
@@ -41,26 +41,29 @@ def _gated(gate: mx.array, x: mx.array, s: mx.array) -> mx.array:
     return gate * s * x
 
 
-def _slopes(gate: mx.array, x: mx.array, s: mx.array, slope: mx.array) -> tuple[mx.array, mx.array]:
+@mx.compile
+def _gate_slopes(gate: mx.array, x: mx.array, s: mx.array, slope: mx.array) -> tuple[mx.array, mx.array]:
     return slope * x * s * (1.0 + gate * (1.0 - s)), slope * gate * s
 
 
-_compiled_slopes: Any = mx.compile(_slopes)
+@mx.compile
+def _score_slopes(mass: mx.array, slope: mx.array, mean: mx.array) -> mx.array:
+    return mass * (slope - mean)
 
 
 def exp(x: mx.array) -> mx.array:
-    """exp(x) of float32 numbers, to 2e-7 of its value; 0 below -87. It carries no gradient."""
-    p, power = _parts(x)
+    """Return exp(x) of float32 ``x`` with a relative error of at most 2e-7; 0 below -87. It has no gradient."""
+    p, power = _exp_factors(x)
     return _scaled(x, p, mx.view(power, mx.float32))
 
 
 def exp_without_gradient(x: mx.array) -> mx.array:
-    """exp(x) as fast as the default device does it."""
+    """Return exp(x) by the fastest method of the default device."""
     return exp(x) if _on_cpu() and x.dtype == mx.float32 else mx.exp(x)
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """gate sigmoid(gate) x, with its gradient; another type than float32 as mlx-lm does it."""
+    """Return SwiGLU, silu(gate) * x, with its gradient; calls mlx-lm's unless both are float32."""
     if gate.dtype != mx.float32 or x.dtype != mx.float32:
         from mlx_lm.models.activations import swiglu as theirs
 
@@ -71,7 +74,7 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 @mx.custom_function
 def _swiglu(gate: mx.array, x: mx.array) -> list[mx.array]:
-    p, power = _parts(-gate)
+    p, power = _exp_factors(-gate)
     s = _logistic(p, mx.view(power, mx.float32))
     return [_gated(gate, x, s), s]
 
@@ -79,21 +82,21 @@ def _swiglu(gate: mx.array, x: mx.array) -> list[mx.array]:
 @_swiglu.vjp
 def _swiglu_backward(primals: Any, slopes: Any, outputs: Any) -> tuple[mx.array, mx.array]:
     gate, x = primals
-    by_gate, by_x = _compiled_slopes(gate, x, outputs[1], slopes[0])
+    by_gate, by_x = _gate_slopes(gate, x, outputs[1], slopes[0])
     return by_gate, by_x
 
 
-@mx.compile
-def _by_scores(mass: mx.array, slope: mx.array, mean: mx.array) -> mx.array:
-    return mass * (slope - mean)
-
-
 def attention(queries: Any, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: Any = None) -> mx.array:
-    """softmax(scale q k^T) v of queries (B, H, L, D), keys (B, G, S, D) and values (B, G, S, E), with its gradient.
+    """Return softmax(scale q k^T) v of queries (B, H, L, D), keys (B, G, S, D) and values (B, G, S, E), with gradient.
 
-    Float32 under no mask, "causal" or booleans alike for all heads; all else as mlx-lm does it.
+    It computes float32 without a mask, under "causal" or under booleans shared by all heads; for anything else it
+    calls mlx-lm's.
     """
-    if sinks is not None or not _is_plain(mask) or any(a.dtype != mx.float32 for a in (queries, keys, values)):
+    if isinstance(mask, mx.array):
+        supported = mask.dtype == mx.bool_ and mask.ndim <= 4 and (mask.ndim == 2 or mask.shape[-3] == 1)
+    else:
+        supported = mask is None or mask == "causal"
+    if sinks is not None or not supported or any(a.dtype != mx.float32 for a in (queries, keys, values)):
         from mlx_lm.models.base import scaled_dot_product_attention as theirs
 
         return theirs(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
@@ -106,14 +109,11 @@ def attention(queries: Any, keys: Any, values: Any, cache: Any, scale: float, ma
     return out[0]
 
 
-def _is_plain(mask: Any) -> bool:
-    if not isinstance(mask, mx.array):
-        return mask is None or mask == "causal"
-    return mask.dtype == mx.bool_ and mask.ndim <= 4 and (mask.ndim == 2 or mask.shape[-3] == 1)
-
-
 def _attention(scale: float, mask: mx.array | None) -> Callable[..., Any]:
-    """The heads that share keys are rows of one product; what the softmax adds up is kept for the backward pass."""
+    """Return the attention with this scale and mask, which keeps the softmax's numerator and sum for its gradient.
+
+    Heads that share keys are rows of one matrix product.
+    """
 
     def by_group(a: mx.array, keys: mx.array) -> mx.array:
         return a.reshape(a.shape[0], keys.shape[1], -1, a.shape[-1])  # (B, G, H / G L, ...)
@@ -123,8 +123,8 @@ def _attention(scale: float, mask: mx.array | None) -> Callable[..., Any]:
         scores = (scale * by_group(queries, keys)) @ keys.swapaxes(-1, -2)
         if mask is not None:
             (b, g, rows, slots), length = scores.shape, queries.shape[2]
-            seen = mx.where(mask, scores.reshape(b, g, rows // length, length, slots), _LOWEST)
-            scores = seen.reshape(b, g, rows, slots)
+            visible = mx.where(mask, scores.reshape(b, g, rows // length, length, slots), _LOWEST)
+            scores = visible.reshape(b, g, rows, slots)
         mass = exp(scores - scores.max(axis=-1, keepdims=True))
         total = mass.sum(axis=-1, keepdims=True)
         return [((mass @ values) / total).reshape(*queries.shape[:-1], -1), mass, total]
@@ -135,15 +135,15 @@ def _attention(scale: float, mask: mx.array | None) -> Callable[..., Any]:
         out, mass, total = outputs
         slope = by_group(slopes[0], keys) / total
         mean = (slope * by_group(out, keys)).sum(axis=-1, keepdims=True)
-        by_scores = _by_scores(mass, slope @ values.swapaxes(-1, -2), mean)
+        by_scores = _score_slopes(mass, slope @ values.swapaxes(-1, -2), mean)
         by_keys = by_scores.swapaxes(-1, -2) @ (scale * by_group(queries, keys))
         return (scale * (by_scores @ keys)).reshape(queries.shape), by_keys, mass.swapaxes(-1, -2) @ slope
 
     return attend
 
 
-def substitutes() -> Mapping[str, Callable[..., Any]]:
-    """What models are to call instead of mlx-lm's functions on the default device, by name."""
+def patches() -> Mapping[str, Callable[..., Any]]:
+    """Return the functions that replace mlx-lm's of the same name on a CPU; empty on another default device."""
     return {"swiglu": swiglu, "scaled_dot_product_attention": attention} if _on_cpu() else {}
 
 

@@ -1,6 +1,6 @@
-"""One token for every row through a model built like Llama, nine kernels a block: the products and what is between.
+"""Run one token per row through a model built like Llama with nine kernels a block: the products and cuda.py's own.
 
-As mlx-lm writes it a block has twice as many, and in a decoding step most of them wait more than they work.
+In mlx-lm's code a block launches twice as many, and in a decoding step most of the time goes into launching them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import mlx.nn as nn
 from mlx_lm.models import llama, qwen3, rope_utils
 
 from . import cuda
-from .fused_linear import Together, View
+from .fused_linear import FusedLinear, View
 
-_WIDEST = 8192  # of what one block of threads can add up and norm
+_WIDEST = 8192  # outputs that one block of threads can add up and norm
 
 # Queries, keys and values (R, heads, 1, D) of a step in one layer, and the scale; returns (R, heads, 1, D)
 Attend = Callable[[mx.array, mx.array, mx.array, float], mx.array]
@@ -24,25 +24,25 @@ Attend = Callable[[mx.array, mx.array, mx.array, float], mx.array]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """The joined layers of one block, and the frequencies (D/2,) float32 of its rotation."""
+    """The fused layers of one block, and the frequencies (D/2,) float32 of its rotation."""
 
-    heads: Together
-    out: Together
-    gate_and_up: Together
-    down: Together
+    heads: FusedLinear
+    out: FusedLinear
+    gate_and_up: FusedLinear
+    down: FusedLinear
     frequencies: mx.array
 
 
 def blocks_of(model: nn.Module, view: View) -> tuple[Block, ...]:
-    """Those of ``model``, of which ``view`` is one; () if it is not built like Llama, or not joined by the kernel."""
+    """Return the blocks of ``model``, seen by ``view``; () unless it is built like Llama and fused by the kernel."""
     if type(model) not in (llama.Model, qwen3.Model):
         return ()
-    joined = {tuple(map(id, together.layers)): together for together in view.groups if together.by_kernel}
+    joined = {tuple(map(id, fused.layers)): fused for fused in view.groups if fused.by_kernel}
     found = [_block(layer.self_attn, layer.mlp, joined) for layer in model.layers]
     return tuple(block for block in found if block) if all(found) else ()
 
 
-def _block(attention: Any, mlp: Any, joined: dict[tuple[int, ...], Together]) -> Block | None:
+def _block(attention: Any, mlp: Any, joined: dict[tuple[int, ...], FusedLinear]) -> Block | None:
     heads = joined.get((id(attention.q_proj), id(attention.k_proj), id(attention.v_proj)))
     out = joined.get((id(attention.o_proj),))
     gate_and_up = joined.get((id(mlp.gate_proj), id(mlp.up_proj)))
@@ -59,7 +59,7 @@ def _block(attention: Any, mlp: Any, joined: dict[tuple[int, ...], Together]) ->
 
 
 def _frequencies(rope: Any) -> mx.array | None:
-    """(D/2,) float32: what numbers i and i + D/2 of a head turn by from one position to the next."""
+    """Return the angles (D/2,) float32 by which elements i and i + D/2 rotate per position; None if not supported."""
     if type(rope) not in (nn.RoPE, rope_utils.Llama3RoPE) or rope.traditional:
         return None
     if type(rope) is rope_utils.Llama3RoPE:
@@ -70,7 +70,10 @@ def _frequencies(rope: Any) -> mx.array | None:
 def logits(
     model: Any, blocks: Sequence[Block], tokens: mx.array, positions: mx.array, attend: Sequence[Attend]
 ) -> mx.array:
-    """(R, V) after (R,) ``tokens`` at ``positions`` (R,); ``model`` is the view's, ``attend`` has one per layer."""
+    """Return the logits (R, V) after ``tokens`` (R,) at ``positions`` (R,), given the view's ``model``.
+
+    ``attend`` has one attention per layer.
+    """
     body = model.model
     angles = positions[:, None] * blocks[0].frequencies  # one rotation serves all blocks of these models
     turns = mx.cos(angles), mx.sin(angles)
@@ -89,7 +92,7 @@ def logits(
 
 
 def _norms(attention: Any) -> tuple[tuple[mx.array, mx.array] | None, float]:
-    """Weights of the norms over queries and keys, which Qwen3 has, and their epsilon."""
+    """Return the weights of Qwen3's norms over queries and keys, and their epsilon; None and 0 for Llama."""
     if not isinstance(attention, qwen3.Attention):
         return None, 0.0
     return (attention.q_norm.weight, attention.k_norm.weight), attention.q_norm.eps

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..adapters.merging import trainable
 from ..adapters.tinylora import ProjectedCore
-from ..kernels.module_copies import Path, StandIn, parameters, with_child
+from ..kernels.patching import Path, StandIn, parameters, with_child
 from ..read.context import Attention, Group, State
 
 Layer = Attention | State | Group  # what a block reads and extends; see context.py

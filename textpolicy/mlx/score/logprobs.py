@@ -18,7 +18,7 @@ import mlx.nn as nn
 from ..adapters.merging import trainable
 from ..adapters.tinylora import SharedVectors
 from ..kernels.exponentials import exp_without_gradient
-from ..kernels.module_copies import Path, StandIn, child, parameters, with_child
+from ..kernels.patching import Path, StandIn, child, parameters, with_child
 
 logger = logging.getLogger(__name__)
 

@@ -8,19 +8,10 @@ from pathlib import Path
 import pytest
 from made_runs import write_run
 
-from textpolicy.campaign.presets import (
-    lr_sweep,
-)
-from textpolicy.campaign.presets import (
-    math_jobs as math_words,
-)
-from textpolicy.campaign.presets import (
-    sepa as sepa_campaign,
-)
-from textpolicy.campaign.presets import (
-    tinker_math as math_campaign,
-)
-from textpolicy.campaign.presets.scripts import joined, script
+from textpolicy.campaign.presets import lr_sweep, scripts
+from textpolicy.campaign.presets import sepa as sepa_campaign
+from textpolicy.campaign.presets import tinker_math as math_campaign
+from textpolicy.campaign.presets.scripts import script
 
 HERE = Path(__file__).parent
 
@@ -28,7 +19,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(autouse=True)
 def pretend(monkeypatch):
     """Runs are those of tests/campaign/pretended_math.py."""
-    monkeypatch.setattr(math_words, "MODULE", "pretended_math")
+    monkeypatch.setattr(scripts, "MODULE", "pretended_math")
     paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
 
@@ -203,10 +194,10 @@ def test_a_sepa_campaign_that_cannot_work_leaves_nothing(tmp_path, capsys, words
     assert not (tmp_path / "c").exists()
 
 
-def test_a_sepa_campaign_that_is_not_finished_says_that_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sepa_campaign, "carry_out", lambda *_, **__: [])
+def test_a_sepa_campaign_that_is_not_finished_says_that_the_same_command_resumes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scripts, "carry_out", lambda *_, **__: [])
     assert sepa(tmp_path / "c", "--seeds", "1", "2", "--execute") == 1
-    assert capsys.readouterr().out == f"partial: {tmp_path / 'c'}; the same command goes on\n"
+    assert capsys.readouterr().out == f"partial: {tmp_path / 'c'}; the same command resumes\n"
     assert read(tmp_path / "c" / "manifest.json")["status"] == "partial"
     assert not (tmp_path / "c" / "analysis").exists()
 
@@ -218,11 +209,15 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sepa_campaign, "carry_out", interrupted)
+    monkeypatch.setattr(scripts, "carry_out", interrupted)
     assert sepa(tmp_path / "c", "--execute") == 130
-    assert capsys.readouterr().err == "sepa: stopped by Ctrl-C; the same command goes on\n"
+    assert capsys.readouterr().err == "sepa: stopped by Ctrl-C; the same command resumes\n"
 
 
-def test_lists_may_stand_word_by_word():
-    assert joined(["--seeds", "1", "2", "--lr", "3"], ["--seeds"]) == ["--seeds=1,2", "--lr", "3"]
-    assert joined(["--seeds=1", "2", "--x=5"], ["--seeds"]) == ["--seeds=1,2", "--x=5"]
+@pytest.mark.parametrize("words", [["--seeds", "1", "2", "--lr", "3"], ["--seeds=1", "2", "--lr=3"]])
+def test_lists_may_stand_word_by_word(words):
+    parsed = []
+    assert (
+        script("x", math_campaign.MathCampaignArguments, lambda args: parsed.append(args) or 0, ["--seeds"], words) == 0
+    )
+    assert (parsed[0].seeds, parsed[0].lr) == ((1, 2), 3.0)

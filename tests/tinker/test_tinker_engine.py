@@ -37,6 +37,9 @@ class Listening:
     def telling(self, doing):
         return nullcontext()
 
+    def call(self, doing, method, *args, **settings):
+        return self.wait(method(*args, **settings), doing)
+
     def wait(self, pending, doing):
         name, result = pending
         self.log.append(f"wait {name}")
@@ -144,12 +147,12 @@ def test_untempered_training_takes_the_log_probs_for_what_they_are():
 
 @pytest.mark.parametrize("setting", [{"min_p": 0.1}, {"repetition_penalty": 1.1}])
 def test_what_the_service_cannot_sample_with_is_refused(setting):
-    with pytest.raises(UserError, match=f"{next(iter(setting))} is .* and the Tinker service has none"):
+    with pytest.raises(UserError, match=f"{next(iter(setting))} is .*, which the Tinker service does not support"):
         listening()[1].sample([[1]], 1, Sampling(**setting))
 
 
 def test_an_empty_prompt_is_refused():
-    with pytest.raises(UserError, match="a prompt holds no tokens"):
+    with pytest.raises(UserError, match="a prompt has no tokens"):
         listening()[1].sample([[1], []], 1, Sampling())
 
 
@@ -212,7 +215,7 @@ def test_advantages_that_are_not_finite_are_never_sent(value):
     server, engine = listening()
     batch = credited()
     spoilt = replace(batch, advantages=np.where(batch.weights != 0, value, 0).astype(np.float32))
-    with pytest.raises(UserError, match=r"advantages of a datum has shape .* or is not finite; mend the batch"):
+    with pytest.raises(UserError, match=r"advantages of a datum has shape .* or is not finite; fix the batch"):
         engine.update(spoilt, Surrogate(), 1e-3)
     assert server.log == []
 
@@ -232,7 +235,7 @@ def test_a_tokenizer_without_an_end_of_sequence_needs_stop_tokens():
             return SimpleNamespace(eos_token_id=None)
 
     server = Endless()
-    with pytest.raises(UserError, match="names no end of sequence; give stop"):
+    with pytest.raises(UserError, match="has no end-of-sequence token; pass stop"):
         TinkerEngine(server, server, "model")
     assert TinkerEngine(server, server, "model", stop=[9, 4]).stop.tolist() == [4, 9]
 
@@ -262,7 +265,7 @@ def test_a_ratio_per_sequence_needs_one_advantage_per_completion():
     _, engine = listening()
     episodes = fixed_episodes()
     uneven = Batch.pack(episodes, [np.arange(len(e.tokens), dtype=float) for e in episodes])
-    with pytest.raises(UserError, match="advantages that differ from token to token"):
+    with pytest.raises(UserError, match="advantages differ from token to token"):
         engine.update(uneven, Surrogate(ratio="sequence"), 1e-3)
 
 
@@ -316,7 +319,7 @@ def test_a_checkpoint_that_does_not_say_where_the_server_keeps_it_is_refused(con
     if content is not None:
         (tmp_path / "server.json").write_text(content)
     for read in (engine.read_state, engine.read_weights):
-        with pytest.raises(UserError, match=r"server\.json does not say where the server keeps it; remove"):
+        with pytest.raises(UserError, match=r"server\.json has no path of a state on the server; remove"):
             read(tmp_path)
 
 
@@ -328,7 +331,7 @@ def test_a_server_that_has_gone_ends_the_wait_and_one_that_is_slow_does_not(monk
 
     service = object.__new__(module.Service)
     service.url, service.patience, service._key = "http://127.0.0.1:9", 0.2, None
-    with pytest.raises(ServiceError, match=r"sampling came to nothing: .* has not answered for 0.2 s"):
+    with pytest.raises(ServiceError, match=r"sampling failed: .* has not answered for 0.2 s"):
         service.wait(SimpleNamespace(future=Future), "sampling")
     slow, looks = Future(), []
     monkeypatch.setattr(

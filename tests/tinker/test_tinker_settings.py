@@ -38,12 +38,12 @@ def test_the_defaults_run_on_either_engine():
         ({"algorithm": {"correction": {"level": "token"}}}, "algorithm.correction is set"),
         ({"algorithm": {"off_policy_limit": 1.0}}, "algorithm.off_policy_limit is set"),
         ({"algorithm": {"name": "gtpo", "uncertainty": "entropy"}}, "algorithm.uncertainty is entropy"),
-        ({"algorithm": {"name": "gtpo_paper"}}, "the recipe gtpo_paper reads exact entropies"),
-        ({"algorithm": {"top_entropy": 0.2}}, "algorithm.top_entropy reads exact entropies"),
+        ({"algorithm": {"name": "gtpo_paper"}}, "the recipe gtpo_paper needs exact entropies"),
+        ({"algorithm": {"top_entropy": 0.2}}, "algorithm.top_entropy needs exact entropies"),
         ({"algorithm": {"name": "sapo"}}, "no loss for SoftGate"),
         ({"algorithm": {"name": "rloo"}}, "ratio per sequence-sum"),
-        ({"machine": {"checkpoint_every": 1}}, "machine.checkpoint_every is of this machine"),
-        ({"machine": {"micro_batch_tokens": 100}}, "machine.micro_batch_tokens is of this machine"),
+        ({"machine": {"checkpoint_every": 1}}, "machine.checkpoint_every applies to this machine"),
+        ({"machine": {"micro_batch_tokens": 100}}, "machine.micro_batch_tokens applies to this machine"),
         ({"rollout": {"temperature": 0.7}}, "rollout.temperature is 0.7"),
         (
             {"tinker": {"reduction": "mean"}, "optimizer": {"max_grad_norm": 0.5}},
@@ -87,7 +87,7 @@ def test_settings_written_down_by_a_run_read_back():
 
 def test_a_key_of_the_wrong_form_is_refused_without_being_shown(monkeypatch):
     monkeypatch.setenv("TINKER_API_KEY", "sk-planted-secret")
-    with pytest.raises(UserError, match="begins with tml-") as refused:
+    with pytest.raises(UserError, match="they start with tml-") as refused:
         Service("http://127.0.0.1:9")
     assert "planted" not in str(refused.value)
 
@@ -150,5 +150,5 @@ def test_a_server_lives_if_it_answers_as_one(answer, lives):
 def test_an_adapter_folder_that_does_not_say_where_the_server_keeps_it_is_refused(content, tmp_path):
     if content is not None:
         (tmp_path / "tinker.json").write_text(content)
-    with pytest.raises(UserError, match=r"tinker\.json does not say where the server keeps the adapter"):
+    with pytest.raises(UserError, match=r"tinker\.json has no path of the adapter on the server"):
         kept(settings(), tmp_path)

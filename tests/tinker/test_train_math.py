@@ -513,7 +513,7 @@ def test_the_reward_is_math_verifys_and_a_missing_box_is_wrong(problems):
 
 @pytest.mark.parametrize(
     ("key", "what"),
-    [("sk-planted-key-of-someone-else", "holds no key of Tinker"), (KEY, "no Tinker server answers at")],
+    [("sk-planted-key-of-someone-else", "is not a Tinker key"), (KEY, "no Tinker server answers at")],
 )
 def test_what_stops_a_command_before_it_begins_is_one_sentence_without_the_key(
     key, what, problems, tmp_path, monkeypatch, capsys

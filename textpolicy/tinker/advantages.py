@@ -1,4 +1,4 @@
-"""The credit of the recipes as functions of plain lists, for loops written against the Tinker service."""
+"""The recipes' credit as functions of plain lists, for loops written against the Tinker service."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ TRANSFORMS: dict[str, tuple[str, ...]] = {
 
 
 def compute_grpo_advantages(rewards: Sequence[float]) -> list[float]:
-    """A_i = r_i - mean r over the completions of one prompt, without a standard deviation; 0 where unscorable."""
+    """Return A_i = r_i - mean r over the completions of one prompt; 0 where a reward is NaN."""
     return BASELINES["grpo"](Rewards.of(rewards)).tolist()
 
 
 def compute_maxrl_advantages(rewards: Sequence[float], eps: float = 1e-6) -> list[float]:
-    """A_i = (r_i - mean r) / (mean r + eps), all 0 where mean r <= eps. Raises UserError for negative rewards."""
+    """Return A_i = (r_i - mean r) / (mean r + eps), all 0 if mean r <= eps. Raises UserError for negative rewards."""
     return MeanNormalized(eps)(Rewards.of(rewards)).tolist()
 
 
 def apply_gtpo_weighting(advantage: float, entropies: Sequence[float], beta: float = 0.1) -> list[float]:
-    """A max(0, 1 + beta (H_t / mean H - 1)) for each token of one completion; A itself where mean H is below 1e-7.
+    """Return A max(0, 1 + beta (H_t / mean H - 1)) for each token of one completion; A itself if mean H < 1e-7.
 
     ``entropies`` are in nats, exact or surprisals: see ``uncertainty_weights``. Raises UserError.
     """
@@ -53,12 +53,12 @@ def apply_gtpo_weighting(advantage: float, entropies: Sequence[float], beta: flo
 
 
 def apply_hicra(token_advs: Sequence[float], planning_mask: Sequence[int], alpha: float = 0.2) -> list[float]:
-    """A_t + alpha |A_t| on the tokens that ``planning_mask`` marks by 1. Raises UserError."""
+    """Return A_t + alpha |A_t| on the tokens that ``planning_mask`` marks by 1, A_t elsewhere. Raises UserError."""
     return amplify(np.array(token_advs, float), _mask(planning_mask, len(token_advs)), alpha).tolist()
 
 
 def apply_sepa_pooling(entropies: Sequence[float], planning_mask: Sequence[int], lambda_t: float) -> list[float]:
-    """lam mean(H_exec) + (1 - lam) H_t off the planning tokens of one completion, lam = ``lambda_t`` in [0, 1].
+    """Return lam mean(H_exec) + (1 - lam) H_t for execution tokens and H_t for planning ones, lam = ``lambda_t``.
 
     Raises UserError.
     """
@@ -79,30 +79,42 @@ def compute_composable_advantages(
     sepa_lambda: float = 0.0,
     strategic_grams: Sequence[str] | None = None,
 ) -> tuple[list[list[float]], dict[str, float] | None]:
-    """The token advantages of the G completions of one prompt, and statistics of their surprisals.
+    """Return the token advantages of the G completions of one prompt, and statistics of their surprisals.
 
     ``advantage_mode`` is grpo or maxrl; ``transform_mode`` none, gtpo, gtpo_hicra, gtpo_sepa or
     gtpo_sepa_hicra: SEPA pools with ``sepa_lambda`` before GTPO weighs, and HICRA comes last. ``tokenizer``
     needs decode(ids) -> text, and is not used without SEPA or HICRA. The statistics, in nats and before
-    pooling, are mean and variance over execution and planning tokens; None where no planning tokens were
-    looked for. Raises UserError.
+    pooling, are mean and variance over execution and planning tokens; None for a mode without planning tokens.
+    Raises UserError.
     """
-    _refuse_unlike(rewards_G, sampled_tokens_G, logprobs_G)
-    how = recipe(advantage_mode, transform_mode, gtpo_beta=gtpo_beta, hicra_alpha=hicra_alpha, grams=strategic_grams)
+    if not len(rewards_G) == len(sampled_tokens_G) == len(logprobs_G):
+        counts = f"{len(rewards_G)} rewards, {len(sampled_tokens_G)} token lists and {len(logprobs_G)} log-prob lists"
+        raise UserError(f"there are {counts}; give one of each per completion")
+    for i, (ids, l) in enumerate(zip(sampled_tokens_G, logprobs_G, strict=True)):
+        if len(ids) != len(l):
+            raise UserError(f"completion {i} has {len(ids)} tokens and {len(l)} log-probs; give one for each token")
+    algorithm = recipe(
+        advantage_mode, transform_mode, gtpo_beta=gtpo_beta, hicra_alpha=hicra_alpha, grams=strategic_grams
+    )
     if len(rewards_G) == 0:
         return [], None
-    text = None if how.grams is None else Pieces(text_decode(tokenizer))
-    pieces = [() if text is None else text(ids) for ids in sampled_tokens_G]
-    rows = zip(sampled_tokens_G, logprobs_G, rewards_G, pieces, strict=True)
-    credit = how.tokens([_episode(*row) for row in rows], _Constant(sepa_lambda))
+    spell = None if algorithm.grams is None else Pieces(text_decode(tokenizer))
+    episodes = []
+    for ids, l, reward in zip(sampled_tokens_G, logprobs_G, rewards_G, strict=True):
+        tokens = np.array([0, *ids], np.int64)  # one token stands for the prompt
+        mask = np.arange(len(tokens)) > 0
+        logprobs = np.array([0.0, *l])
+        pieces = () if spell is None else spell(ids)
+        episodes.append(Episode(tokens, mask, logprobs, entropy=None, reward=reward, group=0, pieces=pieces))
+    credit = algorithm.tokens(episodes, _Constant(sepa_lambda))
     ends = np.cumsum([len(ids) for ids in sampled_tokens_G])
-    stats = None if how.grams is None else surprisal_statistics(np.concatenate(logprobs_G), credit.planning)
+    stats = None if algorithm.grams is None else surprisal_statistics(np.concatenate(logprobs_G), credit.planning)
     return [part.tolist() for part in np.split(credit.advantage, ends)[:-1]], stats
 
 
 @dataclass(frozen=True)
 class _Constant:
-    """A controller that pools with one strength."""
+    """The controller that always pools with one strength."""
 
     strength: float
 
@@ -119,9 +131,9 @@ def recipe(
     pooling: Pooling | None = None,
     grams: Sequence[str] | None = None,
 ) -> Algorithm:
-    """The recipe of an advantage mode and a transform mode; maxrl with gtpo_sepa_hicra is "full".
+    """Return the recipe of an advantage mode and a transform mode; maxrl with gtpo_sepa_hicra is "full".
 
-    ``pooling`` is SEPA's, where the mode has it; ``grams`` are strategic ones; None is the default. Raises UserError.
+    ``pooling`` applies to modes with SEPA; ``grams`` are strategic phrases, None the built-in ones. Raises UserError.
     """
     if advantage_mode not in BASELINES:
         raise unknown_name("advantage mode", advantage_mode, BASELINES)
@@ -138,15 +150,8 @@ def recipe(
     )
 
 
-def _episode(ids: Sequence[int], logprobs: Sequence[float], reward: float, pieces: tuple[str, ...]) -> Episode:
-    """A completion after one token that stands for its prompt; log-probs in float64."""
-    tokens = np.array([0, *ids], np.int64)
-    mask = np.arange(len(tokens)) > 0
-    return Episode(tokens, mask, np.array([0.0, *logprobs]), entropy=None, reward=reward, group=0, pieces=pieces)
-
-
 def surprisal_statistics(logprobs: np.ndarray, planning: np.ndarray) -> dict[str, float]:
-    """Mean and variance of the surprisals of execution and of planning tokens; nothing of a kind that is absent."""
+    """Return mean and variance of the surprisals of execution and of planning tokens; absent kinds are left out."""
     parts = {"exec": -logprobs[~planning], "plan": -logprobs[planning]}
     seen = {name: part for name, part in parts.items() if part.size}
     means = {f"{name}_entropy_mean": float(part.mean()) for name, part in seen.items()}
@@ -157,14 +162,3 @@ def _mask(planning_mask: Sequence[int], count: int) -> np.ndarray:
     if len(planning_mask) != count:
         raise UserError(f"the planning mask has {len(planning_mask)} entries for {count} tokens; give one per token")
     return np.array(planning_mask) != 0
-
-
-def _refuse_unlike(
-    rewards: Sequence[float], tokens: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]
-) -> None:
-    if not len(rewards) == len(tokens) == len(logprobs):
-        counts = f"{len(rewards)} rewards, {len(tokens)} token lists and {len(logprobs)} lists of log-probs"
-        raise UserError(f"there are {counts}; give one of each per completion")
-    for i, (ids, l) in enumerate(zip(tokens, logprobs, strict=True)):
-        if len(ids) != len(l):
-            raise UserError(f"completion {i} has {len(ids)} tokens and {len(l)} log-probs; give one for each token")

@@ -11,7 +11,7 @@ from ..types import Batch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DatumArrays:
-    """One sequence of T positions: ``model_input[:t + 1]`` is what ``target_tokens[t]`` is predicted from."""
+    """The arrays of one sequence of T positions: ``target_tokens[t]`` is predicted from ``model_input[:t + 1]``."""
 
     row: int  # of the batch it was cut from
     model_input: np.ndarray  # (T,) int64
@@ -22,23 +22,25 @@ class DatumArrays:
 
 
 def datum_arrays(batch: Batch) -> list[DatumArrays]:
-    """The rows of ``batch`` that hold a sampled token, without padding, in the dtypes that Tinker takes.
+    """Return the rows of ``batch`` that have a sampled token, without padding, in the dtypes that Tinker takes.
 
-    Nothing is shifted here: ``Batch.pack`` did that. Advantages are passed on as they are; Tinker's losses
+    Nothing is shifted here: ``Batch.pack`` did that. Advantages are passed on unchanged; Tinker's losses
     are sums over tokens, so multiply them by ``batch.weights`` first to get the batch's aggregation.
     Source: the Tinker documentation on losses, whose arrays all share next-token alignment.
     """
-    return [_cut(batch, row, mask) for row, mask in enumerate(batch.weights != 0) if mask.any()]
-
-
-def _cut(batch: Batch, row: int, mask: np.ndarray) -> DatumArrays:
-    end = int(np.flatnonzero(mask)[-1]) + 1
-    mask = mask[:end]
-    return DatumArrays(
-        row=row,
-        model_input=batch.inputs[row, :end].astype(np.int64),
-        target_tokens=batch.targets[row, :end].astype(np.int64),
-        logprobs=np.where(mask, batch.logprobs[row, :end], 0).astype(np.float32),
-        advantages=np.where(mask, batch.advantages[row, :end], 0).astype(np.float32),
-        mask=mask.astype(np.float32),
-    )
+    data = []
+    for row, mask in enumerate(batch.weights != 0):
+        if mask.any():
+            end = int(np.flatnonzero(mask)[-1]) + 1
+            sampled = mask[:end]
+            data.append(
+                DatumArrays(
+                    row=row,
+                    model_input=batch.inputs[row, :end].astype(np.int64),
+                    target_tokens=batch.targets[row, :end].astype(np.int64),
+                    logprobs=np.where(sampled, batch.logprobs[row, :end], 0).astype(np.float32),
+                    advantages=np.where(sampled, batch.advantages[row, :end], 0).astype(np.float32),
+                    mask=sampled.astype(np.float32),
+                )
+            )
+    return data

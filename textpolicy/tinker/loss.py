@@ -1,4 +1,4 @@
-"""Which of the Tinker service's losses a surrogate is, and a refusal where none is."""
+"""The Tinker service's loss for a surrogate, and a refusal of surrogates that it has no loss for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..errors import UserError
 from ..losses import Clip, ClippedWeight, ImportanceSampling, Surrogate
 
-_UNBOUNDED = math.exp(20)  # a ratio that no bound reaches; the local loss keeps ratios within it, too
+_UNBOUNDED = math.exp(20)  # the local loss keeps ratios below it, so it is no bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,38 +21,34 @@ class TinkerLoss:
     masked: bool = False
 
 
-def tinker_loss(how: Surrogate) -> TinkerLoss:
-    """ppo, gspo, cispo or importance_sampling; its thresholds are ratios, 1 - clip_low and 1 + clip_high.
+def tinker_loss(surrogate: Surrogate) -> TinkerLoss:
+    """Return ppo, gspo, cispo or importance_sampling; its thresholds are ratios, 1 - clip_low and 1 + clip_high.
 
     The service's gspo is GSPO-token (arXiv:2507.18071, eq. 13-14), whose gradient is that of a ratio per sequence
-    where the advantage is the same for all tokens of a completion. Raises UserError for what no loss there says.
+    where the advantage is the same for all tokens of a completion. Raises UserError for any other surrogate.
     """
-    _refuse_additions(how)
-    match how.objective:
-        case Clip(delta=None, dual_clip=None) if how.ratio == "token":
-            return TinkerLoss("ppo", _band(1 - how.objective.clip_low, 1 + how.objective.clip_high))
-        case Clip(delta=None, dual_clip=None) if how.ratio in ("sequence", "sequence-token"):
-            return TinkerLoss("gspo", _band(1 - how.objective.clip_low, 1 + how.objective.clip_high), masked=True)
-        case ClippedWeight() if how.ratio == "token":
-            high = how.objective.weight_high
-            return TinkerLoss("cispo", _band(how.objective.weight_low or 0.0, _UNBOUNDED if high is None else high))
-        case ImportanceSampling() if how.ratio == "token":
-            return TinkerLoss("importance_sampling")
-    raise UserError(
-        f"the Tinker service has no loss for {how.objective} with a ratio per {how.ratio}; choose a recipe with plain "
-        "clipping, clipped weights or importance sampling and a ratio per token, gspo, or --engine mlx"
-    )
-
-
-def _band(low: float, high: float) -> dict[str, float]:
-    return {"clip_low_threshold": max(low, 0.0), "clip_high_threshold": high}
-
-
-def _refuse_additions(how: Surrogate) -> None:
     for there, name, instead in (
-        (how.kl is not None, "algorithm.kl", "set algorithm.kl.place to reward"),
-        (how.correction is not None, "algorithm.correction", "leave it out: the ratio is taken to the sampler"),
-        (how.off_policy_limit is not None, "algorithm.off_policy_limit", "leave it out"),
+        (surrogate.kl is not None, "algorithm.kl", "set algorithm.kl.place to reward"),
+        (surrogate.correction is not None, "algorithm.correction", "leave it out: the ratio is taken to the sampler"),
+        (surrogate.off_policy_limit is not None, "algorithm.off_policy_limit", "leave it out"),
     ):
         if there:
-            raise UserError(f"{name} is set and no loss of the Tinker service has it; {instead}, or take --engine mlx")
+            raise UserError(
+                f"{name} is set, which no loss of the Tinker service supports; {instead}, or use --engine mlx"
+            )
+    match surrogate.objective:
+        case Clip(delta=None, dual_clip=None, clip_low=low, clip_high=high):
+            band = {"clip_low_threshold": max(1 - low, 0.0), "clip_high_threshold": 1 + high}
+            if surrogate.ratio == "token":
+                return TinkerLoss("ppo", band)
+            if surrogate.ratio in ("sequence", "sequence-token"):
+                return TinkerLoss("gspo", band, masked=True)
+        case ClippedWeight(weight_low=low, weight_high=high) if surrogate.ratio == "token":
+            most = _UNBOUNDED if high is None else high
+            return TinkerLoss("cispo", {"clip_low_threshold": max(low or 0.0, 0.0), "clip_high_threshold": most})
+        case ImportanceSampling() if surrogate.ratio == "token":
+            return TinkerLoss("importance_sampling")
+    raise UserError(
+        f"the Tinker service has no loss for {surrogate.objective} with a ratio per {surrogate.ratio}; choose a recipe "
+        "with plain clipping, clipped weights or importance sampling and a ratio per token, gspo, or use --engine mlx"
+    )

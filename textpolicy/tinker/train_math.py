@@ -34,8 +34,8 @@ _FREE = ("log_dir", "max_steps", "save_every", "eval_every", "resume", "dry_run"
          "price_prefill", "price_sample", "price_train", "max_tokens_total", "max_cost")  # fmt: skip
 
 
-class TrainMathArguments(Section):
-    """Train a model on a Tinker server to solve problems in mathematics."""
+class MathSettings(Section):
+    """The settings of a math run that a campaign's runs share."""
 
     model: str = "Qwen/Qwen3-4B-Instruct-2507"
     """A model that the server offers."""
@@ -43,14 +43,6 @@ class TrainMathArguments(Section):
     """The server's address; TINKER_BASE_URL if not given, or else the hosted service."""
     lora_rank: PositiveInt = 32
     """Width of the LoRA."""
-    algorithm: Literal["grpo", "full"] | None = None
-    """full, the default, is MaxRL, SEPA, GTPO and HICRA together; grpo is the group's mean as the baseline."""
-    advantage_mode: Literal["grpo", "maxrl"] | None = None
-    """In place of algorithm: the baseline."""
-    transform_mode: Literal["none", "gtpo", "gtpo_hicra", "gtpo_sepa", "gtpo_sepa_hicra"] | None = None
-    """In place of algorithm: how credit is spread over tokens."""
-    max_steps: PositiveInt = 500
-    """Training steps."""
     batch_size: PositiveInt = 8
     """Distinct problems in each step."""
     group_size: Annotated[int, Field(ge=2)] = 16
@@ -58,9 +50,7 @@ class TrainMathArguments(Section):
     max_tokens: PositiveInt = 2048
     """Longest completion, in tokens."""
     temperature: Positive = 0.7
-    """Of sampling. The service scores at 1, so at 1 alone the ratio of the update is exact."""
-    lr: Positive = 4e-5
-    """Learning rate of Adam."""
+    """Sampling temperature. The service scores at 1, so the ratio of the update is exact only at 1."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay."""
     max_examples: PositiveInt | None = None
@@ -79,24 +69,41 @@ class TrainMathArguments(Section):
     """SEPA: steps before the ramp."""
     sepa_correct_rate_gate: Annotated[float, Field(ge=0, le=1)] = 0.1
     """SEPA: nothing is pooled before a step has had this share of correct completions."""
+    eval_every: Annotated[int, Field(ge=0)] = 20
+    """Steps between evaluations on held-out problems, answered greedily; 0 is never."""
+    eval_problems: Annotated[int, Field(ge=0)] = 100
+    """Evaluate on the first so many held-out problems; 0 for all."""
+    task: str = "math"
+    """math is the MATH data set where it can be reached, else made-up problems; `textpolicy tasks` lists others."""
+    data: Path | None = None
+    """Problems of your own, .jsonl, .csv or .parquet: columns problem and answer, or problem and solution."""
+    reduction: Literal["sum", "mean"] = "sum"
+    """How the server's losses reduce: sum on hosted Tinker, mean on SkyRL's JAX engine."""
+
+
+class TrainMathArguments(MathSettings):
+    """Train a model on a Tinker server to solve problems in mathematics."""
+
+    algorithm: Literal["grpo", "full"] | None = None
+    """full, the default, is MaxRL, SEPA, GTPO and HICRA together; grpo is the group's mean as the baseline."""
+    advantage_mode: Literal["grpo", "maxrl"] | None = None
+    """Instead of algorithm: the baseline."""
+    transform_mode: Literal["none", "gtpo", "gtpo_hicra", "gtpo_sepa", "gtpo_sepa_hicra"] | None = None
+    """Instead of algorithm: how credit is spread over tokens."""
+    max_steps: PositiveInt = 500
+    """Training steps."""
+    lr: Positive = 4e-5
+    """Learning rate of Adam."""
     strategic_grams: str | None = None
     """JSON list of phrases that mark planning, or a file with one; the built-in list if not given."""
     log_dir: Path = Path("logs/tinker_math")
     """Folder of the run."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Fixes the adapter's start, the order of problems and every draw that the server lets it."""
-    task: str = "math"
-    """math is the MATH data set where it can be reached, else made-up problems; `textpolicy tasks` lists others."""
-    data: Path | None = None
-    """Problems of your own, .jsonl, .csv or .parquet: columns problem and answer, or problem and solution."""
-    eval_every: Annotated[int, Field(ge=0)] = 20
-    """Steps between looks at held-out problems, answered greedily; 0 is never."""
-    eval_problems: Annotated[int, Field(ge=0)] = 100
-    """Judge on the first so many held-out problems; 0 for all."""
+    """Fixes the adapter's start, the order of problems and every draw, as far as the server allows."""
     resume: bool = False
-    """Go on with the run in log_dir from its last checkpoint."""
+    """Resume the run in log_dir from its last checkpoint."""
     dry_run: bool = False
-    """Say what the run may cost, and end."""
+    """Print what the run may cost, and exit."""
     expected_tokens: PositiveInt | None = None
     """In a dry run: also price completions of this length."""
     price_prefill: NonNegative = 0.0
@@ -106,11 +113,9 @@ class TrainMathArguments(Section):
     price_train: NonNegative = 0.0
     """Per million tokens that are learned from, prompts included."""
     max_tokens_total: PositiveInt | None = None
-    """End in order before a step that could pass so many tokens of all kinds."""
+    """Stop before a step that could pass so many tokens of all kinds."""
     max_cost: Positive | None = None
-    """End in order before a step that could pass this cost, at the prices given."""
-    reduction: Literal["sum", "mean"] = "sum"
-    """How the server's losses reduce: sum on hosted Tinker, mean on SkyRL's JAX engine."""
+    """Stop before a step that could pass this cost, at the prices given."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import shlex
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
 from ...analysis.sepa.emergence_runs import read_rows
 from ...config.settings import Positive, PositiveInt
 from ..jobs import Job, carry_out, write_whole
-from .math_jobs import MathAlgorithm, MathSettings, math_job
+from .scripts import MathAlgorithm, MathCampaignSettings, Seeds, math_job, new_root
 
 
-class SweepArguments(MathSettings):
+class SweepArguments(MathCampaignSettings):
     """Try learning rates with short runs on a Tinker server; this costs money on the hosted one."""
 
     sweep_root: Path | None = None
@@ -31,15 +30,15 @@ class SweepArguments(MathSettings):
     """Learning rates to try."""
     algorithms: tuple[MathAlgorithm, ...] = ("grpo", "full")
     """Recipes to try them with."""
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
-    """Of the runs at each rate; take others in the campaign, for these were looked at."""
+    seeds: Seeds = (0,)
+    """The seeds of the runs at each rate; use others in the campaign, since these chose the rate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What one learning rate gave, means over its seeds; None where no run came to its end."""
+    """The results of one learning rate, means over its seeds; None where no run is finished."""
 
-    algorithm: str
+    algorithm: MathAlgorithm
     lr: float
     seeds: int  # finished runs
     steps: int
@@ -51,41 +50,52 @@ class Probe:
     status: str  # completed or failed
 
 
-def run(asked: SweepArguments) -> int:
-    """Train, print the table and the best rates, write ``sweep_results.json``. Exit code 1 if no run finished."""
-    root = asked.sweep_root or Path(f"results/tinker_lr_sweep_{time.strftime('%Y%m%d_%H%M%S')}")
-    jobs = {(a, lr): probe_jobs(asked, root, a, lr) for a in asked.algorithms for lr in asked.lr_values}
+def run(args: SweepArguments) -> int:
+    """Train, print the table and the best rates, write ``sweep_results.json``. Return 1 if no run finished, else 0."""
+    root = args.sweep_root or new_root("tinker_lr_sweep")
+    jobs: dict[tuple[MathAlgorithm, float], list[Job]] = {}
+    for algorithm in args.algorithms:
+        for lr in args.lr_values:
+            label = f"{algorithm}_lr{label_of(lr)}"
+            folders = {s: root / (label if len(args.seeds) == 1 else f"{label}_seed{s}") for s in args.seeds}
+            jobs[algorithm, lr] = [
+                math_job(args, label, algorithm, lr, s, args.probe_steps, folder) for s, folder in folders.items()
+            ]
     carry_out([job for some in jobs.values() for job in some], root, continue_on_error=True)
-    probes = [probed(a, lr, some) for (a, lr), some in jobs.items()]
-    best = {a: found for a in asked.algorithms if (found := best_of([p for p in probes if p.algorithm == a]))}
-    write_whole(root / "sweep_results.json", json.dumps(results(asked, probes, best), indent=2) + "\n")
+    probes = [probed(algorithm, lr, some) for (algorithm, lr), some in jobs.items()]
+    best: dict[MathAlgorithm, Probe] = {}  # by held-out accuracy; the lower rate where two are as good
+    for p in probes:
+        if p.status == "completed" and p.held_out is not None:
+            best[p.algorithm] = max(best.get(p.algorithm, p), p, key=lambda p: (p.held_out, -p.lr))
+    results = {
+        "settings": args.model_dump(mode="json"),
+        "results": [asdict(p) for p in probes],
+        "best_lr": {algorithm: p.lr for algorithm, p in best.items()},
+        "chosen_by": "held-out accuracy at the last step",
+    }
+    write_whole(root / "sweep_results.json", json.dumps(results, indent=2) + "\n")
     print("\n".join(table(probes)))
     if not best:
-        print(f"no run came to its end; see {root / 'logs'}")
+        print(f"no run finished; see {root / 'logs'}")
         return 1
-    print("\n".join(f"best for {a}: {p.lr:g}" for a, p in best.items()))
-    print(f"a campaign with them: {shlex.join(recommended(asked, best))}")
+    print("\n".join(f"best for {algorithm}: {p.lr:g}" for algorithm, p in best.items()))
+    arms = {"grpo": "baseline", "full": "candidate"}
+    rates = [f"--{arms[algorithm]}-lr={p.lr:g}" for algorithm, p in best.items()]
+    words = ["scripts/tinker_campaign.py", f"--model={args.model}", *rates, "--seeds=101,102,103,104,105,106"]
+    print(f"a campaign with them: {shlex.join(['python', *words])}")
     return 0
 
 
-def probe_jobs(asked: SweepArguments, root: Path, algorithm: MathAlgorithm, lr: float) -> list[Job]:
-    """The runs of one rate, a folder each."""
-    label = f"{algorithm}_lr{label_of(lr)}"
-    folders = {s: root / (label if len(asked.seeds) == 1 else f"{label}_seed{s}") for s in asked.seeds}
-    return [math_job(asked, label, algorithm, lr, s, asked.probe_steps, folder) for s, folder in folders.items()]
-
-
 def label_of(lr: float) -> str:
-    """One digit where that is all there is to it (4e-05), as many as it takes else (1.2e-05)."""
+    """Return ``lr`` with one digit where that is exact (4e-05), else with as many as needed (1.2e-05)."""
     short = f"{lr:.0e}"
     return short if float(short) == lr else f"{lr:g}"
 
 
-def probed(algorithm: str, lr: float, jobs: Sequence[Job]) -> Probe:
+def probed(algorithm: MathAlgorithm, lr: float, jobs: Sequence[Job]) -> Probe:
     """Read the finished runs of one rate."""
     done = [job.folder for job in jobs if job.done]
     rows = [read_rows(folder / "metrics.jsonl") for folder in done]
-    last = [read_rows(folder / "evals.jsonl")[-1]["accuracy"] for folder in done]
     return Probe(
         algorithm=algorithm,
         lr=lr,
@@ -94,54 +104,25 @@ def probed(algorithm: str, lr: float, jobs: Sequence[Job]) -> Probe:
         datums=int(sum(row["num_datums"] for run in rows for row in run)),
         correct_rate=_mean([run[-1]["correct_rate"] for run in rows]),
         running_correct_rate=_mean([run[-1]["running_correct_rate"] for run in rows]),
-        held_out=_mean(last),
+        held_out=_mean([read_rows(folder / "evals.jsonl")[-1]["accuracy"] for folder in done]),
         loss=_mean([row["loss"] for run in rows for row in run]),
         status="completed" if len(done) == len(jobs) else "failed",
     )
 
 
-def best_of(probes: Sequence[Probe]) -> Probe | None:
-    """The completed one with the best held-out accuracy; the lower rate where two are as good."""
-    known = [p for p in probes if p.status == "completed" and p.held_out is not None]
-    return max(known, key=lambda p: (p.held_out, -p.lr), default=None)
-
-
-def results(asked: SweepArguments, probes: Sequence[Probe], best: dict[MathAlgorithm, Probe]) -> dict[str, Any]:
-    """What ``sweep_results.json`` holds."""
-    return {
-        "settings": asked.model_dump(mode="json"),
-        "results": [asdict(p) for p in probes],
-        "best_lr": {algorithm: p.lr for algorithm, p in best.items()},
-        "chosen_by": "held-out accuracy at the last step",
-    }
-
-
-def recommended(asked: SweepArguments, best: dict[MathAlgorithm, Probe]) -> list[str]:
-    """The campaign's command, with a rate for each arm."""
-    arms = {"grpo": "baseline", "full": "candidate"}
-    rates = [f"--{arms[a]}-lr={p.lr:g}" for a, p in best.items()]
-    return ["python", "scripts/tinker_campaign.py", f"--model={asked.model}", *rates, "--seeds=101,102,103,104,105,106"]
-
-
 def table(probes: Sequence[Probe]) -> list[str]:
-    """One line per rate."""
+    """Return one line per rate, after the heads."""
     heads = ("Algorithm", "LR", "Steps", "Datums", "Correct%", "Running%", "HeldOut%", "MeanLoss", "Status")
-    widths = (10, 9, 6, 7, 9, 9, 9, 10, 9)
-    cells = [heads, *map(_cells, probes)]
+    widths, rows = (10, 9, 6, 7, 9, 9, 9, 10, 9), [list(heads)]
+    for p in probes:
+        shares = (p.correct_rate, p.running_correct_rate, p.held_out)
+        percent = ["-" if share is None else f"{100 * share:.1f}" for share in shares]
+        loss = "-" if p.loss is None else f"{p.loss:.4f}"
+        rows.append([p.algorithm, f"{p.lr:g}", str(p.steps), str(p.datums), *percent, loss, p.status])
     return [
         "  ".join(c.rjust(w) if n else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in cells
+        for row in rows
     ]
-
-
-def _cells(p: Probe) -> tuple[str, ...]:
-    rates = [_percent(p.correct_rate), _percent(p.running_correct_rate), _percent(p.held_out)]
-    loss = "-" if p.loss is None else f"{p.loss:.4f}"
-    return p.algorithm, f"{p.lr:g}", str(p.steps), str(p.datums), *rates, loss, p.status
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,26 +17,27 @@ from ...analysis.sepa.litmus import (
     get_sepa_litmus_profile,
 )
 from ...analysis.sepa.significance import build_sepa_significance_markdown, evaluate_sepa_significance
-from ...config.settings import NonNegative, Positive, PositiveInt, Section
+from ...config.settings import NonNegative, Positive, PositiveInt
 from ...errors import UserError
-from ..findings import Findings, curve_of, find
-from ..jobs import Job, carry_out, write_whole
+from ..findings import curve_of, find
+from ..jobs import Job, write_whole
 from ..plan import jobs_of, write_manifest, write_plan
 from ..report import write_report
-from ..settings import CampaignSettings, Share, check_campaign
+from ..settings import CampaignSettings, check_campaign
+from .scripts import CampaignArguments, Seeds, new_root, run_campaign
 
 
-class SEPACampaignArguments(Section):
+class SEPACampaignArguments(CampaignArguments):
     """Compare SEPA with HICRA on countdown, seed by seed; without --execute only the plan is written."""
 
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = tuple(range(101, 109))
-    """The same for both arms."""
+    seeds: Seeds = tuple(range(101, 109))
+    """The seeds of both arms."""
     model: str = "smollm2-135m"
     """Built-in name, folder or hub id."""
     steps: PositiveInt = 12
     """Training steps of each run."""
     num_problems: PositiveInt = 16
-    """Held-out problems that every run is judged on."""
+    """Held-out problems that every run is evaluated on."""
     episodes_per_step: PositiveInt = 8
     """Completions in each step."""
     group_size: Annotated[int, Field(ge=2)] = 4
@@ -47,13 +47,13 @@ class SEPACampaignArguments(Section):
     max_tokens: PositiveInt = 128
     """Longest completion, in tokens."""
     temperature: Positive = 0.4
-    """Of sampling."""
+    """Sampling temperature."""
     lr: Positive = 5e-6
     """Learning rate of both arms."""
     advantage_mode: Literal["grpo", "maxrl"] = "grpo"
     """grpo compares the recipes hicra and sepa, maxrl the recipes maxrl and full."""
     baseline_hicra_gamma: NonNegative = 0.3
-    """HICRA's strength, of the baseline; with maxrl of the candidate, as the baseline has none."""
+    """HICRA's strength in the baseline; with maxrl in the candidate, as the baseline has none."""
     candidate_sepa_steps: Annotated[int, Field(ge=0)] = 8
     """SEPA: steps of the ramp."""
     candidate_sepa_schedule: Literal["linear", "auto"] = "linear"
@@ -63,24 +63,12 @@ class SEPACampaignArguments(Section):
     candidate_sepa_correct_rate_gate: Annotated[float, Field(ge=0, le=1)] = 0.0
     """SEPA: nothing is pooled before a step has had this share of correct completions."""
     litmus_profile: str = "official_v1"
-    """Thresholds of the litmus."""
+    """Thresholds of the litmus test."""
     litmus_min_run_pairs: Annotated[int, Field(ge=0)] = 0
-    """Pairs of runs that the litmus asks for; the profile's if 0."""
-    resamples: Annotated[int, Field(ge=100)] = 20_000
-    """Arrangements drawn where there are too many to go through."""
-    alpha: Share = 0.05
-    """Level of the tests."""
-    execute: bool = False
-    """Train."""
-    continue_on_error: bool = False
-    """Start the runs behind one that failed."""
-    parallel: PositiveInt = 1
-    """Runs at a time."""
-    campaign_root: Path | None = None
-    """Folder of the campaign; a new one under results/ if not given."""
+    """Pairs of runs that the litmus test requires; the profile's if 0."""
 
     def settings(self) -> CampaignSettings:
-        """As a campaign. Raises UserError, also for seeds given twice and sizes that do not divide."""
+        """Return the campaign. Raises UserError, also for seeds given twice and sizes that do not divide."""
         for whole, part in (("episodes_per_step", "group_size"), ("episodes_per_step", "batch_size")):
             if getattr(self, whole) % getattr(self, part):
                 raise UserError(
@@ -103,11 +91,6 @@ class SEPACampaignArguments(Section):
             },
             "evaluation": {"every": self.steps, "problems": self.num_problems},
         }
-        values = {"seeds": self.seeds, "baseline": "baseline", "alpha": self.alpha, "base": base, "arms": self.arms()}
-        return check_campaign(values, "sepa_campaign")
-
-    def arms(self) -> dict[str, dict[str, Any]]:
-        """Two recipes with their settings."""
         pooling = {
             "steps": self.candidate_sepa_steps,
             "schedule": self.candidate_sepa_schedule,
@@ -118,70 +101,60 @@ class SEPACampaignArguments(Section):
         second: dict[str, Any] = {"name": "sepa", "sepa": pooling}
         if self.advantage_mode == "maxrl":
             first, second = {"name": "maxrl"}, {**first, **second, "name": "full"}
-        return {"baseline": {"algorithm": first}, "candidate": {"algorithm": second}}
+        arms = {"baseline": {"algorithm": first}, "candidate": {"algorithm": second}}
+        values = {"seeds": self.seeds, "baseline": "baseline", "alpha": self.alpha, "base": base, "arms": arms}
+        return check_campaign(values, "sepa_campaign")
 
 
-def run(asked: SEPACampaignArguments) -> int:
-    """Write the plan; with ``execute`` train, compare and report. Returns the exit code."""
-    profile = get_sepa_litmus_profile(asked.litmus_profile)
-    settings = asked.settings()
-    root = asked.campaign_root or Path(f"results/sepa_campaign_{time.strftime('%Y%m%d_%H%M%S')}")
+def run(args: SEPACampaignArguments) -> int:
+    """Write the plan; with ``execute`` train, compare and report. Return the exit code."""
+    profile = get_sepa_litmus_profile(args.litmus_profile)
+    settings = args.settings()
+    root = args.campaign_root or new_root("sepa_campaign")
     write_plan(settings, root)
     jobs = jobs_of(settings, root)
-    if not asked.execute:
-        print(f"{len(settings.arms)} arms x {len(settings.seeds)} seeds, planned in {root}; nothing was run")
-        return 0
-    carry_out(jobs, root, parallel=asked.parallel, continue_on_error=asked.continue_on_error)
-    completed = all(job.done for job in jobs)
-    write_manifest(settings, root, "completed" if completed else "partial")
-    if not completed:
-        print(f"partial: {root}; the same command goes on")
-        return 1
-    least = asked.litmus_min_run_pairs or profile.evidence.run_pairs
+    return run_campaign(
+        args,
+        root,
+        jobs,
+        lambda status, attempts, analysis: write_manifest(settings, root, status),
+        lambda: report(args, settings, jobs, root, profile),
+    )
+
+
+def report(
+    args: SEPACampaignArguments, settings: CampaignSettings, jobs: Sequence[Job], root: Path, profile: SEPALitmusProfile
+) -> dict[str, Any]:
+    """Write the campaign's report and analysis/{litmus,significance,dynamics}.{json,md}; the manifest gets no more."""
     found = find(settings, root, jobs)
     write_report(found, root)
-    write_sepa_pages(asked, found, jobs, root, replace(profile, evidence=replace(profile.evidence, run_pairs=least)))
-    print(found.verdict)
-    return 0
-
-
-def write_sepa_pages(
-    asked: SEPACampaignArguments, found: Findings, jobs: Sequence[Job], root: Path, profile: SEPALitmusProfile
-) -> None:
-    """analysis/{litmus,significance,dynamics}.{json,md}."""
     arms = [[job.folder for job in jobs if job.arm == arm] for arm in ("baseline", "candidate")]
-    litmus = evaluate_sepa_litmus(*arms, thresholds=profile.thresholds, evidence=profile.evidence)
+    evidence = replace(profile.evidence, run_pairs=args.litmus_min_run_pairs or profile.evidence.run_pairs)
+    litmus = evaluate_sepa_litmus(*arms, thresholds=profile.thresholds, evidence=evidence)
     significance = evaluate_sepa_significance(
-        *arms, alpha=asked.alpha, num_resamples=asked.resamples, paired=len(asked.seeds) > 1
+        *arms, alpha=args.alpha, num_resamples=args.resamples, paired=len(args.seeds) > 1
     )
-    pages = {
-        "litmus": (litmus.to_dict(), build_litmus_markdown(litmus)),
-        "significance": (significance.to_dict(), build_sepa_significance_markdown(significance)),
-        "dynamics": (dynamics(found), dynamics_markdown(found)),
-    }
-    for name, (values, page) in pages.items():
-        write_whole(root / "analysis" / f"{name}.json", json.dumps(values, indent=2) + "\n")
-        write_whole(root / "analysis" / f"{name}.md", page)
-
-
-def dynamics(found: Findings) -> dict[str, Any]:
-    """The held-out curve of each arm, over its seeds."""
-    return {
-        arm.name: [
-            {"step": step, "mean": sum(v) / len(v), "lowest": min(v), "highest": max(v)} for step, v in curve_of(arm)
-        ]
-        for arm in found.arms
-    }
-
-
-def dynamics_markdown(found: Findings) -> str:
-    """The same as a page."""
+    dynamics: dict[str, list[dict[str, float]]] = {}  # the held-out curve of each arm, over its seeds
     lines = [
         "# Held-out accuracy by step",
         "",
         "| arm | step | mean | lowest seed | highest seed |",
         "|---|---|---|---|---|",
     ]
-    for arm, points in dynamics(found).items():
-        lines += [f"| {arm} | {p['step']} | {p['mean']:.1%} | {p['lowest']:.1%} | {p['highest']:.1%} |" for p in points]
-    return "\n".join(lines) + "\n"
+    for arm in found.arms:
+        points = [
+            {"step": step, "mean": sum(v) / len(v), "lowest": min(v), "highest": max(v)} for step, v in curve_of(arm)
+        ]
+        dynamics[arm.name] = points
+        for p in points:
+            lines.append(f"| {arm.name} | {p['step']} | {p['mean']:.1%} | {p['lowest']:.1%} | {p['highest']:.1%} |")
+    pages = {
+        "litmus": (litmus.to_dict(), build_litmus_markdown(litmus)),
+        "significance": (significance.to_dict(), build_sepa_significance_markdown(significance)),
+        "dynamics": (dynamics, "\n".join(lines) + "\n"),
+    }
+    for name, (values, page) in pages.items():
+        write_whole(root / "analysis" / f"{name}.json", json.dumps(values, indent=2) + "\n")
+        write_whole(root / "analysis" / f"{name}.md", page)
+    print(found.verdict)
+    return {}

@@ -1,5 +1,6 @@
 r"""Boxed answers and their grading, judged by hand; hostile answers end in time, from any thread."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -8,19 +9,26 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing.connection import Connection
 
 import pytest
 
 from textpolicy.errors import MissingDependencyError, RewardError, UserError
 from textpolicy.rewards import math as grading
 from textpolicy.rewards.math import extract_boxed, grade_math_answer, normalize_math_answer
+from textpolicy.rewards.workers import ChildDiedError, Worker
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_process():
     """The grading processes of these tests, ended with them."""
     yield
-    grading._graders().stop()
+    for worker in graders().all:
+        worker.stop()
+
+
+def graders():
+    return grading._graders(os.getpid())
 
 
 # ---- what is in the box
@@ -280,7 +288,7 @@ def test_answers_are_not_mixed_up_between_threads():
 
 
 def running():
-    return [g.process for g in grading._graders().all if g.process is not None]
+    return [w.process for w in graders().all if w.process is not None and w.process.poll() is None]
 
 
 def children_of(pid):
@@ -321,34 +329,41 @@ def test_a_child_that_was_killed_idle_or_at_work_is_replaced_and_the_request_rep
 
 
 @pytest.mark.skipif(shutil.which("pgrep") is None, reason="finds children by pgrep")
-def test_a_process_that_is_killed_every_time_is_said_with_the_answer(monkeypatch):
-    answered, asked = grading._Grader.answered, []
+def test_a_process_that_is_killed_every_time_is_an_error_that_quotes_the_answer(monkeypatch):
+    assert grade_math_answer("x+1", "1+x")
+    start, attempts = Worker.start, []
 
-    def killed(self, given, reference, timeout):
-        asked.append(given)
-        os.kill(self.process.pid, signal.SIGSTOP)  # it says ready before it forks; stopped, it forks no more
+    def killed(self):
+        start(self)
+        attempts.append(self)
+        os.kill(self.process.pid, signal.SIGSTOP)  # it may be ready before it forks; stopped, it forks no more
         os.waitpid(self.process.pid, os.WUNTRACED)
         children = children_of(self.process.pid)
         self.process.kill()
         self.process.wait()
         for child in children:
             os.kill(child, signal.SIGKILL)
-        return answered(self, given, reference, timeout)
 
     with monkeypatch.context() as patch:
-        patch.setattr(grading._Grader, "answered", killed)
+        patch.setattr(Worker, "start", killed)
         with pytest.raises(RewardError, match=r"killed twice at the answer 'x\+1'; look for what kills it"):
             grade_math_answer("x+1", "1+x")
-    assert asked == ["x+1", "x+1"]
+    assert len(attempts) == 2
     assert grade_math_answer("x+1", "1+x")
 
 
 def test_an_answer_whose_child_is_killed_every_time_equals_nothing(monkeypatch):
-    asked = []
+    attempts = []
+
+    def killed(self, request, limit):
+        attempts.append(limit)
+        raise ChildDiedError
+
     with monkeypatch.context() as patch:
-        patch.setattr(grading._Grader, "answered", lambda self, *_: asked.append(1) or grading.KILLED)
+        patch.setattr(Worker, "exchange", killed)
         assert not grade_math_answer("x+1", "1+x")
-    assert asked == [1, 1]
+    assert len(attempts) == 2
+    assert attempts[1] < attempts[0] == 3
     assert grade_math_answer("x+1", "1+x")
 
 
@@ -358,28 +373,66 @@ def test_a_late_answer_costs_its_limit_and_no_start():
     assert seconds(lambda: grade_math_answer("x+1", "1+x")) < 0.2
 
 
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="finds children by pgrep")
+def test_a_late_answer_leaves_no_process_behind():
+    assert grade_math_answer("x+1", "1+x")
+    before = {process.pid: children_of(process.pid) for process in running()}
+    assert not grade_math_answer(SLOW, "5", timeout=0.2)
+    assert grade_math_answer("x+1", "1+x")
+    after = {process.pid: children_of(process.pid) for process in running()}
+    assert after.keys() == before.keys()
+    assert after != before  # the late child was replaced
+    assert all(len(children) == 1 for children in after.values())
+
+
+def test_a_worker_that_no_longer_answers_is_ended_although_its_alarm_never_came(monkeypatch):
+    assert grade_math_answer("x+1", "1+x")
+    monkeypatch.setattr("textpolicy.rewards.workers._GRACE", 0.2)
+    stopped = [pid for process in running() for pid in (process.pid, *children_of(process.pid))]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    assert seconds(lambda: grade_math_answer("x+1", "1+x", timeout=0.2)) < 2
+    for pid in set(stopped) - {process.pid for process in running()}:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert grade_math_answer("x+1", "1+x")
+
+
 def test_an_interrupted_request_leaves_no_answer_to_the_next(monkeypatch):
     assert grade_math_answer("x+1", "1+x")
+    poll = Connection.poll
+
+    def interrupted(self, timeout=0.0):
+        assert poll(self, 10)  # the answer is there, and is not read
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(grading._Grader, "answered", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Connection, "poll", interrupted)
         with pytest.raises(KeyboardInterrupt):
             grade_math_answer("x+2", "2+x")
     assert not grade_math_answer("x+1", "2+x")
 
 
-def test_a_forked_process_starts_a_grader_of_its_own(monkeypatch):
+def test_a_forked_process_starts_a_grader_of_its_own_and_leaves_the_others_running():
     assert grade_math_answer("x+1", "1+x")
-    mine = grading._graders()
-    monkeypatch.setattr(os, "getpid", lambda: -1)
-    assert grading._graders() is not mine
+    mine, [process, *_] = graders(), running()
+    assert grading._graders(-1) is not mine
+    child = os.fork()
+    if child == 0:
+        mine.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert process.poll() is None
+    assert grade_math_answer("x+1", "1+x")
+    assert process in running()
 
 
 def test_a_grader_that_cannot_start_says_so(monkeypatch):
-    grading._graders().stop()
+    for worker in graders().all:
+        worker.stop()
     monkeypatch.setattr(sys, "executable", "false")
-    with pytest.raises(RewardError, match="import math_verify"):
+    with pytest.raises(RewardError, match="ended at its start; see why in what it wrote to the standard error"):
         grade_math_answer("x+1", "1+x")
-    grading._graders().stop()
 
 
 def test_without_math_verify_the_install_line_is_given(monkeypatch):
@@ -392,9 +445,9 @@ def test_without_math_verify_the_install_line_is_given(monkeypatch):
 
 def test_nothing_is_left_running_or_imported():
     program = (
-        "import sys; from textpolicy.rewards.math import grade_math_answer, _graders\n"
+        "import sys; from textpolicy.rewards.math import grade_math_answer, _graders; import os\n"
         "assert grade_math_answer('x+1', '1+x') and 'sympy' not in sys.modules\n"
-        "print(_graders().all[0].process.pid)"
+        "print(_graders(os.getpid()).pids()[0])"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr == ""

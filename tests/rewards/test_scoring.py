@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -493,8 +494,10 @@ def test_a_reward_that_kills_its_worker_every_time_is_a_clear_error_within_five_
 
 
 def test_a_worker_that_cannot_start_says_where_to_look(made, monkeypatch):
-    monkeypatch.setattr("textpolicy._system.processes.interpreter", lambda: ["false"])
-    with pytest.raises(RewardError, match="a worker process for rewards ended at its start; what it wrote to"):
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(
+        RewardError, match="a worker process for rewards ended at its start; see why in what it wrote to"
+    ):
         rewards(made(letters), "a")
 
 

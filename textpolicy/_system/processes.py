@@ -1,4 +1,4 @@
-"""Fresh interpreters that import this package and whatever this one can, and functions that are sent to them."""
+"""Fresh interpreters that can import this package and whatever this process can; functions are sent to them."""
 
 from __future__ import annotations
 
@@ -12,34 +12,25 @@ from typing import Any
 from .extras import extra
 
 
-def worker(serve: str, *arguments: object) -> tuple[subprocess.Popen[bytes], Connection]:
-    """A process that calls the function ``serve`` ("module:name") with a pipe's descriptor, and our end of that pipe.
+def worker(serve: str, *arguments: object, **variables: str) -> tuple[subprocess.Popen[bytes], Connection]:
+    """Start a process that calls the function ``serve`` ("module:name") with a pipe's descriptor.
 
-    It imports no script of the user: what it runs comes through the pipe.
+    Returns the process and this end of the pipe. It imports no script of the user: all that it runs is sent
+    through the pipe. ``variables`` are added to its environment.
     """
     module, name = serve.split(":")
     ours, theirs = Pipe()
     with theirs:
         given = ", ".join(map(repr, (theirs.fileno(), *arguments)))
         process = subprocess.Popen(
-            [*interpreter(), f"from {module} import {name}; {name}({given})"],
+            [sys.executable, "-P", "-c", f"from {module} import {name}; {name}({given})"],  # -P: no current folder
             pass_fds=[theirs.fileno()],
-            env=environment(),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables},
             stdin=subprocess.DEVNULL,
         )
     return process, ours
 
 
-def interpreter() -> list[str]:
-    """The command that runs the Python code after it; nothing from the current folder comes before the path below."""
-    return [sys.executable, "-P", "-c"]
-
-
-def environment(**more: str) -> dict[str, str]:
-    """This process's environment and import path, and ``more``."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **more}
-
-
 def cloudpickle() -> Any:
-    """What sends functions defined anywhere, lambdas too, which pickle does not. Raises MissingDependencyError."""
+    """Return cloudpickle, which sends functions defined anywhere, lambdas too. Raises MissingDependencyError."""
     return extra("cloudpickle", "textpolicy[workers]")

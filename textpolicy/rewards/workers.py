@@ -1,7 +1,10 @@
-"""Worker processes for reward functions: killed at their time limit, replaced when they die."""
+"""The one pool of worker processes: a call is killed at its time limit, and a process that dies is replaced."""
 
 from __future__ import annotations
 
+import gc
+import math
+import os
 import pickle
 import queue
 import signal
@@ -14,26 +17,32 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from .._system import processes as _processes
+from .._system import processes
 from ..errors import RewardError, UserError
 from .contract import name_of
 
 START_LIMIT = 60.0  # seconds until a new worker process has read its functions
-ATTEMPTS = 2  # that a call has when its worker dies, by whatever hand
-_LOOK = 0.5  # seconds between looks at whether a silent worker still lives
+ATTEMPTS = 2  # of a call whose worker dies, whoever killed it
+_POLL = 0.5  # seconds between checks that a silent worker is alive
+_GRACE = 5.0  # seconds that a forked child has to die of its alarm, before its whole worker is killed
+_CHILD_DIED = 0  # number of the message that a worker's child died; requests have numbers from 1
 
 
 class TooSlowError(Exception):
-    """A call took longer than its limit; its worker was killed."""
+    """The call took longer than its limit; the process that made it was killed."""
 
 
 class WorkerDiedError(Exception):
-    """A call's worker processes died, every one of them."""
+    """The worker process died at every attempt of a call."""
+
+
+class ChildDiedError(WorkerDiedError):
+    """The forked child died at the last attempt of a call, and its worker process lives."""
 
 
 @dataclass(frozen=True, slots=True)
 class Raised:
-    """What a function raised in a worker process: exceptions themselves need not travel."""
+    """The description of an exception in a worker process: exceptions themselves need not be picklable."""
 
     kind: str  # the exception's class
     text: str
@@ -41,7 +50,7 @@ class Raised:
 
 
 class WorkerRaisedError(Exception):
-    """Carries what a function raised in a worker process, traceback and all."""
+    """The function raised in its worker process; the message is the traceback."""
 
     def __init__(self, raised: Raised) -> None:
         super().__init__(raised.trace)
@@ -49,83 +58,95 @@ class WorkerRaisedError(Exception):
 
 
 class Workers:
-    """``count`` processes that have the ``functions`` and can be asked to call them, from any thread.
+    """The pool: ``count`` processes that hold ``functions`` and call them on request, from any thread.
 
-    They start when first needed, and end with this object or the program. Functions travel by
-    cloudpickle, so lambdas and those of a script's main module do too.
+    Processes start when first needed, and end with this object or the program. Functions are sent by
+    cloudpickle, so lambdas and those of a script's main module can be sent too.
+
+    With ``prepare``, each process calls it once and then forks a child, which answers. A late child dies
+    of an alarm, which nothing that it computes can put off, and is replaced at once because nothing is
+    imported again. ``functions`` and ``prepare`` must then be importable by name.
     """
 
-    def __init__(self, functions: Sequence[Callable[..., Any]], count: int) -> None:
-        """Raises UserError for functions that cannot travel, MissingDependencyError without cloudpickle."""
-        blob = _pickled(functions)
-        self._all = [Worker(blob) for _ in range(count)]
+    def __init__(
+        self, functions: Sequence[Callable[..., Any]], count: int, prepare: Callable[[], None] | None = None
+    ) -> None:
+        """Raises UserError for functions that cannot be sent, MissingDependencyError without cloudpickle."""
+        dumps = processes.cloudpickle().dumps if prepare is None else pickle.dumps
+        try:
+            blob = bytes(dumps((list(functions), prepare)))
+        except (TypeError, pickle.PicklingError) as error:
+            names = ", ".join(map(name_of, functions))
+            raise UserError(
+                f"the reward {names} cannot be sent to a worker process ({error}); remove what it refers to "
+                "that cannot be pickled, or set processes=False"
+            ) from error
+        self.all = [Worker(blob, forks=prepare is not None) for _ in range(count)]
         self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
-        for worker in self._all:
+        for worker in reversed(self.all):
             self._idle.put(worker)
-        self.close = weakref.finalize(self, _stop, self._all)  # at the latest when the program ends
+        self.close = weakref.finalize(self, _stop_all, self.all, os.getpid())  # at the latest when the program ends
 
     def call(self, index: int, arguments: Mapping[str, Any], limit: float | None) -> Any:
-        """What function number ``index`` returns.
+        """Return what function number ``index`` returns.
 
-        Raises TooSlowError after ``limit`` seconds, WorkerDiedError when its process died in two attempts,
-        WorkerRaisedError with what it raised.
+        Raises TooSlowError after ``limit`` seconds, WorkerDiedError when its process died in two attempts
+        (ChildDiedError: when its child did, and attempts share the limit), WorkerRaisedError with what it raised.
         """
-        frame = pickle.dumps((index, dict(arguments)))
+        request = pickle.dumps((index, dict(arguments)))
         worker = self._idle.get()
         try:
-            answer = self._asked(worker, frame, limit)
+            for attempt in range(1, ATTEMPTS + 1):
+                worker.start()
+                started = time.monotonic()
+                try:
+                    answer = worker.exchange(request, limit)
+                    break
+                except WorkerDiedError:
+                    if attempt == ATTEMPTS or not self.close.alive:
+                        raise
+                    if worker.forks and limit is not None:
+                        limit -= time.monotonic() - started
         finally:
             self._idle.put(worker)
         if isinstance(answer, Raised):
             raise WorkerRaisedError(answer)
         return answer
 
-    def _asked(self, worker: Worker, frame: bytes, limit: float | None) -> Any:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return worker.ask(frame, limit)
-            except WorkerDiedError:
-                if attempt == ATTEMPTS or not self.close.alive:
-                    raise
-        raise AssertionError("unreachable")
-
     def pids(self) -> list[int]:
-        """The ids of the processes that run now."""
-        return [w.process.pid for w in self._all if w.process is not None and w.process.poll() is None]
+        """Return the ids of the processes that run now."""
+        return [w.process.pid for w in self.all if w.process is not None and w.process.poll() is None]
 
 
-def _stop(workers: Sequence[Worker]) -> None:
-    for worker in workers:
-        worker.stop()
-
-
-def _pickled(functions: Sequence[Callable[..., Any]]) -> bytes:
-    try:
-        return bytes(_processes.cloudpickle().dumps(list(functions)))
-    except (TypeError, pickle.PicklingError) as error:
-        names = ", ".join(map(name_of, functions))
-        raise UserError(
-            f"the reward {names} cannot be sent to a worker process ({error}); leave out what it holds "
-            "that cannot be pickled, or set processes=False"
-        ) from error
+def _stop_all(workers: Sequence[Worker], owner: int) -> None:
+    """Stop the ``workers`` of process ``owner``; a fork of it must not stop them when it ends."""
+    if os.getpid() == owner:
+        for worker in workers:
+            worker.stop()
 
 
 class Worker:
-    """One process and the pipe to it; started when asked, and again after it ended."""
+    """One process and the pipe to it."""
 
-    def __init__(self, functions: bytes) -> None:
-        self.functions = functions
+    def __init__(self, functions: bytes, forks: bool) -> None:
+        self.functions, self.forks = functions, forks
+        self.number = 0  # of the last request; its answer carries the same
         self.process: subprocess.Popen[bytes] | None = None
         self.pipe: Connection | None = None
 
-    def ask(self, frame: bytes, limit: float | None) -> Any:
-        """The answer to ``frame``; the process does not outlive a failure to give one."""
+    def start(self) -> None:
+        """Start the process unless it runs. Raises RewardError if it does not become ready."""
+        if self.process is not None and self.process.poll() is None:
+            return
+        self.stop()
+        threads = {"OPENBLAS_NUM_THREADS": "1"} if self.forks else {}  # a fork has none of its parent's threads
+        self.process, self.pipe = processes.worker(f"{__name__}:serve", **threads)
         try:
-            pipe = self._running()
-            return self._exchange(pipe, frame, limit)
-        except BaseException:  # an interrupt must not leave its answer to the next call
-            self.stop()
-            raise
+            self.exchange(self.functions, START_LIMIT)
+        except (WorkerDiedError, TooSlowError) as error:
+            raise RewardError(
+                "a worker process for rewards ended at its start; see why in what it wrote to the standard error"
+            ) from error
 
     def stop(self) -> None:
         """Kill the process, if one runs, and wait for it."""
@@ -136,56 +157,83 @@ class Worker:
         if pipe is not None:
             pipe.close()
 
-    def _running(self) -> Connection:
-        if self.pipe is not None and self.process is not None and self.process.poll() is None:
-            return self.pipe
-        self.stop()
-        self.process, self.pipe = _processes.worker(f"{__name__}:serve")
-        try:
-            self._exchange(self.pipe, self.functions, START_LIMIT)
-        except (WorkerDiedError, TooSlowError) as error:
-            raise RewardError(
-                "a worker process for rewards ended at its start; what it wrote to the standard error says why"
-            ) from error
-        return self.pipe
+    def exchange(self, request: bytes, limit: float | None) -> Any:
+        """Send ``request`` and return the answer; the process is killed if it gives none.
 
-    def _exchange(self, pipe: Connection, frame: bytes, limit: float | None) -> Any:
+        Raises TooSlowError after ``limit`` seconds, WorkerDiedError, or ChildDiedError, after which the process lives.
+        """
+        assert self.process is not None
+        assert self.pipe is not None
+        if limit is not None and limit <= 0:
+            raise TooSlowError
+        self.number += 1
+        alarm = limit if self.forks and limit is not None else 0.0
+        deadline = math.inf if limit is None else time.monotonic() + limit + (_GRACE if self.forks else 0.0)
+        number, answer = -1, None
         try:
-            pipe.send_bytes(frame)
-            self._await(pipe, limit)
-            return pickle.loads(pipe.recv_bytes())
-        except (EOFError, OSError) as error:
-            raise WorkerDiedError("the worker process ended") from error
+            self.pipe.send_bytes(pickle.dumps((self.number, alarm, request)))
+            while number not in (_CHILD_DIED, self.number):  # other numbers answer an earlier attempt
+                while not self.pipe.poll(min(_POLL, max(0.0, deadline - time.monotonic()))):
+                    if time.monotonic() >= deadline:
+                        raise TooSlowError
+                    if self.process.poll() is not None:  # a child of it may hold the pipe open
+                        raise WorkerDiedError("the worker process ended")
+                number, answer = pickle.loads(self.pipe.recv_bytes())
+        except BaseException as error:  # an interrupt must not leave its answer to the next request
+            self.stop()
+            if isinstance(error, EOFError | OSError):
+                raise WorkerDiedError("the worker process ended") from error
+            raise
+        if number == self.number:
+            return answer
+        raise TooSlowError if answer == -signal.SIGALRM else ChildDiedError("the child of the worker process ended")
 
-    def _await(self, pipe: Connection, limit: float | None) -> None:
-        deadline = None if limit is None else time.monotonic() + limit
-        while not pipe.poll(_LOOK if deadline is None else min(_LOOK, max(0.0, deadline - time.monotonic()))):
-            if deadline is not None and time.monotonic() >= deadline:
-                raise TooSlowError
-            if self.process is None or self.process.poll() is not None:  # a child of it may hold the pipe open
-                raise WorkerDiedError("the worker process ended")
+
+# ---- what a worker process runs
 
 
 def serve(descriptor: int) -> None:
-    """What a worker process runs: answer frames until the pipe closes. The first holds the functions."""
+    """Receive the functions, then answer requests until the pipe closes; with a ``prepare``, in a forked child."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's
     pipe = Connection(descriptor)
-    functions: list[Callable[..., Any]] = []
+    number, _, blob = pickle.loads(pipe.recv_bytes())
+    functions, prepare = pickle.loads(blob)
+    if prepare is None:
+        pipe.send_bytes(pickle.dumps((number, None)))
+        _answer(pipe, functions)
+        return
+    prepare()
+    gc.freeze()  # what is here is never garbage, and a child that looks for it among all this loses time
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the alarm ends the child
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    pipe.send_bytes(pickle.dumps((number, None)))
+    while True:
+        child = os.fork()
+        if child == 0:
+            try:
+                _answer(pipe, functions)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status == 0:
+            return
+        pipe.send_bytes(pickle.dumps((_CHILD_DIED, status)))
+
+
+def _answer(pipe: Connection, functions: Sequence[Callable[..., Any]]) -> None:
     while True:
         try:
-            frame = pipe.recv_bytes()
+            number, alarm, request = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
-        if not functions:
-            functions = pickle.loads(frame)
-            pipe.send_bytes(pickle.dumps(None))
-        else:
-            pipe.send_bytes(_answer(functions, frame))
-
-
-def _answer(functions: Sequence[Callable[..., Any]], frame: bytes) -> bytes:
-    try:
-        index, arguments = pickle.loads(frame)
-        return pickle.dumps(functions[index](**arguments))
-    except Exception as error:  # noqa: BLE001 (a user's function may raise anything; all of it is sent back)
-        return pickle.dumps(Raised(type(error).__name__, str(error), traceback.format_exc()))
+        if alarm:
+            signal.setitimer(signal.ITIMER_REAL, alarm)
+        try:
+            index, arguments = pickle.loads(request)
+            answer = pickle.dumps((number, functions[index](**arguments)))
+        except Exception as error:  # noqa: BLE001 (a user's function may raise anything; all of it is sent back)
+            answer = pickle.dumps((number, Raised(type(error).__name__, str(error), traceback.format_exc())))
+        if alarm:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        pipe.send_bytes(answer)

@@ -36,7 +36,7 @@ from textpolicy.rewards import (
     toxicity_verifier,
     verifier,
 )
-from textpolicy.rewards.contract import Fitted
+from textpolicy.rewards.contract import BoundReward
 from textpolicy.rewards.length import plateau
 
 pytestmark = pytest.mark.usefixtures("registries")
@@ -201,7 +201,7 @@ def test_a_reward_that_raises_is_an_error_that_names_it_and_keeps_the_cause():
     assert len(str(caught.value)) < 300
 
 
-def test_a_fitted_reward_gets_only_the_keywords_it_takes():
+def test_a_bound_reward_gets_only_the_keywords_it_takes():
     def plain(prompt, completion, example):
         return 1.0
 
@@ -212,7 +212,7 @@ def test_a_fitted_reward_gets_only_the_keywords_it_takes():
         return len(kwargs)
 
     extra = {"tokenizer": object(), "truncated": True}
-    assert [call_reward(Fitted.of(f), "p", "c", {}, **extra).reward for f in (plain, curious, greedy)] == [
+    assert [call_reward(BoundReward.of(f), "p", "c", {}, **extra).reward for f in (plain, curious, greedy)] == [
         1,
         1,
         2,
@@ -224,7 +224,7 @@ def test_a_function_without_the_three_arguments_cannot_be_a_reward():
         return 1.0
 
     with pytest.raises(UserError, match="'score' does not take completion, example"):
-        Fitted.of(score)
+        BoundReward.of(score)
 
 
 def test_an_object_with_a_call_method_can_be_a_reward():
@@ -233,7 +233,7 @@ def test_an_object_with_a_call_method_can_be_a_reward():
             return "bad"
 
     with pytest.raises(RewardError, match="reward 'Judge'"):
-        call_reward(Fitted.of(Judge()), "p", "c", {})
+        call_reward(BoundReward.of(Judge()), "p", "c", {})
 
 
 # ---- built-in rewards
@@ -350,13 +350,13 @@ def test_params_are_keyword_arguments_and_those_of_the_call_win():
     assert configured(prompt="p", completion="two words", example={}, target_length=200) < 0.1
 
 
-def test_a_configured_reward_is_fitted_like_the_function_it_names():
+def test_a_configured_reward_is_bound_like_the_function_it_names():
     @reward
     def strict(prompt, completion, example, scale):
         return scale
 
     configured = create_configured_reward_function(RewardConfig("strict", params={"scale": 3}))
-    assert call_reward(Fitted.of(configured), "p", "c", {}, tokenizer=None, truncated=False) == Scored(3.0)
+    assert call_reward(BoundReward.of(configured), "p", "c", {}, tokenizer=None, truncated=False) == Scored(3.0)
 
 
 def test_an_unknown_reward_verifier_or_parameter_is_named_with_a_near_match():
@@ -417,6 +417,6 @@ def test_a_plateau_falls_by_a_share_for_each_word_too_few_or_too_many():
 def test_a_function_without_a_signature_is_given_all_that_there_is():
     with pytest.raises(ValueError, match="no signature"):
         inspect.signature(getattr)
-    fitted = Fitted.of(getattr)
-    assert (fitted.keywords, fitted.batched, fitted.is_async) == (None, False, False)
-    assert fitted.taken({"prompt": "p", "scale": 2}) == {"prompt": "p", "scale": 2}
+    bound = BoundReward.of(getattr)
+    assert (bound.keywords, bound.batched, bound.is_async) == (None, False, False)
+    assert bound.select({"prompt": "p", "scale": 2}) == {"prompt": "p", "scale": 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import functools
 import os
 import threading
@@ -35,7 +36,7 @@ def wait_for(coroutine: Coroutine[Any, Any, T]) -> T:
 
 @functools.cache
 def _loop(pid: int) -> tuple[asyncio.AbstractEventLoop, threading.Thread]:
-    """One for each process id: a fork does not have its parent's threads."""
+    """Return the event loop of the process ``pid`` and its thread: a fork does not have its parent's threads."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="textpolicy-rewards", daemon=True)
     thread.start()
@@ -43,8 +44,15 @@ def _loop(pid: int) -> tuple[asyncio.AbstractEventLoop, threading.Thread]:
 
 
 async def in_time(awaitable: Awaitable[T], limit: float | None) -> T:
-    """What ``awaitable`` gives. Raises TooSlowError after ``limit`` seconds, even if it refuses to be cancelled."""
-    task = asyncio.ensure_future(_guarded(awaitable))
+    """Return what ``awaitable`` gives. Raises TooSlowError after ``limit`` seconds, even if it ignores cancellation."""
+
+    async def guarded() -> T:
+        try:
+            return await awaitable
+        except (SystemExit, KeyboardInterrupt) as error:  # must not end the event loop
+            raise RuntimeError(f"it raised {type(error).__name__}") from error
+
+    task = asyncio.ensure_future(guarded())
     try:
         done, _ = await asyncio.wait({task}, timeout=limit)
     except asyncio.CancelledError:
@@ -58,33 +66,21 @@ async def in_time(awaitable: Awaitable[T], limit: float | None) -> T:
     return task.result()
 
 
-async def _guarded(awaitable: Awaitable[T]) -> T:
-    """``awaitable``, whose exit() must not end the event loop."""
-    try:
-        return await awaitable
-    except (SystemExit, KeyboardInterrupt) as error:
-        raise RuntimeError(f"it raised {type(error).__name__}") from error
-
-
 async def in_thread(call: Callable[[], T]) -> T:
-    """What ``call`` returns in a thread of its own. Nothing can stop it, so the program does not wait for it."""
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[tuple[T | None, BaseException | None]] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if not answer.done():
-            answer.set_result((result, error))
+    """Return what ``call`` returns in a daemon thread: it cannot be stopped, so the program does not wait for it."""
+    future: concurrent.futures.Future[tuple[T | None, BaseException | None]] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()  # from here on it takes a result, whether or not it is awaited
 
     def run() -> None:
+        outcome: tuple[T | None, BaseException | None]
         try:
-            result = call()
+            outcome = call(), None
         except BaseException as error:  # noqa: BLE001 (raised again where it is awaited)
-            loop.call_soon_threadsafe(settle, None, error)
-        else:
-            loop.call_soon_threadsafe(settle, result, None)
+            outcome = None, error  # as a value: a future refuses StopIteration
+        future.set_result(outcome)
 
     threading.Thread(target=run, daemon=True).start()
-    result, error = await answer
+    result, error = await asyncio.wrap_future(future)
     if error is not None:
         raise error
     return result  # type: ignore[return-value]

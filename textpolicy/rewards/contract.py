@@ -1,4 +1,4 @@
-"""What a reward function is: the arguments that it takes, and how its result is read."""
+"""The contract of a reward function: the arguments that it takes, and how its result is read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import UserError
 
-OnFailure = Literal["raise", "unscorable"]  # what becomes of a completion whose reward raises
+OnFailure = Literal["raise", "unscorable"]  # how a reward that raises is treated
 
 # (prompt, completion, example, **kwargs) -> number, dict or pair; or (prompts, completions, examples, **kwargs)
 # -> one of these for each; either may be async.
@@ -23,7 +23,7 @@ ONE = ("prompt", "completion", "example")
 MANY = ("prompts", "completions", "examples")
 
 
-# ---- what goes in
+# ---- arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ class Request:
     completion: str
     example: Mapping[str, Any] = field(default_factory=dict)
     truncated: bool = False  # its end was cut off, by a limit on tokens
-    extra: Mapping[str, Any] = field(default_factory=dict)  # further keywords of this one
+    extra: Mapping[str, Any] = field(default_factory=dict)  # further keywords for this one
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
-    """A reward or verifier together with what its signature takes, looked up once."""
+class BoundReward:
+    """A reward or verifier together with the keywords that its signature takes, looked up once."""
 
     fn: Callable[..., Any]
     keywords: frozenset[str] | None  # None: it has **kwargs and takes all
@@ -62,7 +62,8 @@ class Fitted:
                 f"{name_of(fn)!r} does not take {', '.join(sorted(missing))}; "
                 "write it as fn(prompt, completion, example, **kwargs)"
             )
-        return cls(fn, keywords, batched, _is_async(fn))
+        is_async = any(map(inspect.iscoroutinefunction, (fn, type(fn).__call__)))  # or an object's __call__ is
+        return cls(fn, keywords, batched, is_async)
 
     @property
     def __name__(self) -> str:
@@ -70,15 +71,15 @@ class Fitted:
 
     def __call__(self, **arguments: Any) -> Any:
         """Call the function with those ``arguments`` that it takes."""
-        return self.fn(**self.taken(arguments))
+        return self.fn(**self.select(arguments))
 
-    def taken(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of the ``arguments`` that the function takes."""
+    def select(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of the ``arguments`` that the function takes."""
         return {k: v for k, v in arguments.items() if self.keywords is None or k in self.keywords}
 
 
 def accepted_keywords(fn: Callable[..., Any]) -> frozenset[str] | None:
-    """The names ``fn`` takes as keywords; None when it takes any, or does not say (a C function)."""
+    """Return the names ``fn`` takes as keywords; None when it takes any, or has no signature (a C function)."""
     try:
         parameters = inspect.signature(fn).parameters.values()
     except (ValueError, TypeError):
@@ -89,39 +90,34 @@ def accepted_keywords(fn: Callable[..., Any]) -> frozenset[str] | None:
 
 
 def parameter_names(fn: Callable[..., Any]) -> frozenset[str]:
-    """The names in the signature of ``fn``; none when it does not say (a C function)."""
+    """Return the names in the signature of ``fn``; empty when it has none (a C function)."""
     try:
         return frozenset(inspect.signature(fn).parameters)
     except (ValueError, TypeError):
         return frozenset()
 
 
-def _is_async(fn: Callable[..., Any]) -> bool:
-    """Whether a call returns something to await; ``fn`` may be an object with an async __call__."""
-    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(type(fn).__call__)
-
-
 def name_of(fn: Callable[..., Any]) -> str:
-    """The name of a function, or of the class of a callable object."""
+    """Return the name of a function, or of the class of a callable object."""
     return getattr(fn, "__name__", type(fn).__name__)  # callable objects have no __name__ of their own
 
 
-# ---- what comes out
+# ---- results
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What a reward, or several together, said of one completion."""
+    """The score of one completion by a reward, or by several together."""
 
     reward: float  # NaN when it could not be scored
-    is_correct: bool | None = None  # None when nothing says
+    is_correct: bool | None = None  # None when no reward returns it
     scores: Mapping[str, float] = field(default_factory=dict)  # of each of several rewards that applied, unweighted
 
 
 def read_result(result: Any) -> Scored | None:
-    """What a reward function returned; None when it says that it does not apply.
+    """Read what a reward function returned; None means that the reward does not apply.
 
-    Raises TypeError, ValueError or OverflowError for what is not a finite number, NaN, None, a ``Scored``,
+    Raises TypeError, ValueError or OverflowError for anything but a finite number, NaN, None, a ``Scored``,
     ``{"reward": x[, "is_correct": b]}`` or ``(reward, is_correct)``.
     """
     match result:

@@ -1,4 +1,4 @@
-"""Reward and verifier functions by name, and rewards put together from settings."""
+"""Register reward and verifier functions by name, and build rewards from settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
 from ..errors import UserError, unknown_name
-from .contract import Fitted, RewardFunction, VerifierFunction, accepted_keywords, name_of
+from .contract import BoundReward, RewardFunction, VerifierFunction, accepted_keywords, name_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -32,9 +32,9 @@ def reward(_func: Any = None, *, name: str | None = None) -> Any:
 
     The function itself is returned, undecorated. It is called as
     ``fn(prompt=..., completion=..., example=..., **kwargs)`` and returns a number,
-    ``{"reward": x, "is_correct": b}`` or ``(reward, is_correct)``. None says that the reward does not
-    apply, NaN that the completion cannot be scored. A function whose parameters are called prompts,
-    completions and examples is given lists and returns one result for each; either kind may be async.
+    ``{"reward": x, "is_correct": b}`` or ``(reward, is_correct)``; None when the reward does not apply,
+    NaN when the completion cannot be scored. A function whose parameters are called prompts, completions
+    and examples receives lists and returns one result for each; either kind may be async.
     """
     return _registrar(REWARD_REGISTRY, "reward", _func, name)
 
@@ -49,22 +49,22 @@ def verifier(_func: Any = None, *, name: str | None = None) -> Any:
 
 
 def get_reward_function(name: str) -> RewardFunction | None:
-    """The reward registered as ``name``, or None, and then the known names are logged."""
+    """Return the reward registered as ``name``; for an unknown one log the known names and return None."""
     return _look_up(REWARD_REGISTRY, "reward", name)
 
 
 def get_verifier_function(name: str) -> VerifierFunction | None:
-    """The verifier registered as ``name``, or None, and then the known names are logged."""
+    """Return the verifier registered as ``name``; for an unknown one log the known names and return None."""
     return _look_up(VERIFIER_REGISTRY, "verifier", name)
 
 
 def list_registered_functions() -> dict[str, list[str]]:
-    """``{"rewards": [...], "verifiers": [...]}``, in the order of registration."""
+    """Return ``{"rewards": [...], "verifiers": [...]}``, in the order of registration."""
     return {"rewards": list(REWARD_REGISTRY), "verifiers": list(VERIFIER_REGISTRY)}
 
 
 def clear_registries() -> None:
-    """Forget every reward and verifier, the built-in ones too."""
+    """Remove every reward and verifier, the built-in ones too."""
     REWARD_REGISTRY.clear()
     VERIFIER_REGISTRY.clear()
 
@@ -79,8 +79,8 @@ def _registrar(registry: dict[str, Any], kind: str, target: Any, name: str | Non
 
 def _register(registry: dict[str, Any], kind: str, name: str, fn: Function) -> Function:
     try:
-        Fitted.of(fn)
-    except UserError as error:  # it is registered all the same: a test may call it in a way of its own
+        BoundReward.of(fn)
+    except UserError as error:  # it is registered anyway: a test may call it differently
         logger.warning("%s %r cannot score completions: %s", kind, name, error)
     if name in registry:
         logger.warning("%s %r was already registered; the new function replaces it", kind, name)
@@ -108,10 +108,10 @@ class RewardConfig:
     """A registered reward with its settings."""
 
     name: str
-    weight: float = 1.0  # of this reward in a weighted sum; with 0 it is only reported
+    weight: float = 1.0  # in a weighted sum; with 0 the reward is only reported
     params: Mapping[str, Any] = field(default_factory=dict)  # keyword arguments of the reward
-    verifiers: Sequence[str] = field(default_factory=list)  # names; the reward counts where all agree
-    verifier_penalty: float = 0.0  # what stands in for the reward where one of them does not; weighted like it
+    verifiers: Sequence[str] = field(default_factory=list)  # names; the reward counts where all accept
+    verifier_penalty: float = 0.0  # replaces the reward where a verifier refuses; weighted like it
 
     def __post_init__(self) -> None:
         for what, number in (("weight", self.weight), ("verifier_penalty", self.verifier_penalty)):
@@ -121,8 +121,8 @@ class RewardConfig:
             logger.warning("reward %r has weight 0, so its verifier_penalty never counts; give it a weight", self.name)
 
 
-def configured(config: RewardConfig) -> Fitted:
-    """The reward ``config`` names, with its params as keyword defaults; weight and verifiers are left to the caller.
+def configured(config: RewardConfig) -> BoundReward:
+    """Return the reward ``config`` names, with its params as keyword defaults; the caller applies weight and verifiers.
 
     Raises UserError for an unknown name, or params the function does not take.
     """
@@ -131,24 +131,24 @@ def configured(config: RewardConfig) -> Fitted:
     for key in config.params:
         if keywords is not None and key not in keywords:
             raise unknown_name(f"parameter of reward {config.name!r} called", key, keywords)
-    return Fitted.of(_called(config.name, functools.partial(fn, **config.params)) if config.params else fn)
+    return BoundReward.of(_called(config.name, functools.partial(fn, **config.params)) if config.params else fn)
 
 
-def verifiers(names: Sequence[str]) -> tuple[Fitted, ...]:
-    """The registered verifiers of these names. Raises UserError for an unknown one, or one that is async or batched."""
-    fitted = tuple(Fitted.of(_require(VERIFIER_REGISTRY, "verifier", name)) for name in names)
-    for name, check in zip(names, fitted, strict=True):
-        if check.is_async or check.batched:  # what it returns would always pass for True
+def verifiers(names: Sequence[str]) -> tuple[BoundReward, ...]:
+    """Return the verifiers of these names. Raises UserError for an unknown one, or one that is async or batched."""
+    bound = tuple(BoundReward.of(_require(VERIFIER_REGISTRY, "verifier", name)) for name in names)
+    for name, check in zip(names, bound, strict=True):
+        if check.is_async or check.batched:  # it would return an object that is always true
             raise UserError(f"verifier {name!r} is async or batched; write it as fn(prompt, completion, example)")
-    return fitted
+    return bound
 
 
 def create_configured_reward_function(config: RewardConfig) -> RewardFunction:
-    """The reward ``config`` names, with its params as keyword defaults, behind its verifiers.
+    """Return the reward ``config`` names, with its params as keyword defaults and its verifiers applied.
 
-    Keywords given at call time win over ``params``. ``weight`` is left to whoever sums rewards.
-    Raises UserError for an unknown name, params the function does not take, or verifiers before a
-    function that is batched or async, which ``Scorer`` takes.
+    Keywords given at call time override ``params``; ``weight`` has no effect here. Raises UserError for an
+    unknown name, params the function does not take, or verifiers of a function that is batched or async,
+    for which use ``Scorer``.
     """
     return apply_verifiers_to_reward(configured(config).fn, config.verifiers, config.verifier_penalty)
 
@@ -156,19 +156,17 @@ def create_configured_reward_function(config: RewardConfig) -> RewardFunction:
 def apply_verifiers_to_reward(
     original_reward_func: RewardFunction, verifier_names: Sequence[str], penalty_on_failure: float = 0.0
 ) -> RewardFunction:
-    """``original_reward_func`` where every verifier agrees, ``penalty_on_failure`` where one does not.
+    """Return a function that gives ``penalty_on_failure`` where a verifier refuses, else calls the original.
 
     The verifiers run in order; after the first refusal neither the others nor the reward are
     called. Raises UserError for an unknown verifier name, or a function that is batched or async;
-    what a verifier raises is not hidden.
+    exceptions of a verifier are passed on.
     """
-    scoring, checks = Fitted.of(original_reward_func), verifiers(verifier_names)
+    scoring, checks = BoundReward.of(original_reward_func), verifiers(verifier_names)
     if not checks:
         return original_reward_func
     if scoring.batched or scoring.is_async:
-        raise UserError(
-            f"{scoring.__name__!r} is batched or async; put it behind verifiers with a RewardConfig in a Scorer"
-        )
+        raise UserError(f"{scoring.__name__!r} is batched or async; give it verifiers with a RewardConfig in a Scorer")
 
     def verified(prompt: str, completion: str, example: Mapping[str, Any], **kwargs: Any) -> Any:
         arguments = {"prompt": prompt, "completion": completion, "example": example, **kwargs}

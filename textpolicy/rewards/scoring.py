@@ -1,4 +1,4 @@
-"""``Scorer``: several rewards, over many completions at a time, with a time limit and a policy for failure.
+"""``Scorer``: several rewards, over many completions at a time, with a time limit and a policy for failures.
 
 reward = sum of weight * score over the rewards that apply
 """
@@ -8,23 +8,161 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import reprlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self, get_args
 
 from .._system.processes import cloudpickle
-from ..errors import RewardError, UserError, unknown_name
+from ..errors import RewardError, RewardResultError, UserError, unknown_name
 from .background import in_thread, in_time, wait_for
-from .calls import Call, Outcome, Part, calls_of
-from .contract import Fitted, OnFailure, Request, RewardFunction, Scored, parameter_names
+from .contract import BoundReward, OnFailure, Request, RewardFunction, Scored, parameter_names, read_result
 from .registry import RewardConfig, configured, verifiers
-from .workers import Workers
+from .workers import Raised, TooSlowError, WorkerDiedError, WorkerRaisedError, Workers
 
 Reward = RewardFunction | RewardConfig | str  # a str is the name of a registered one
+Outcome = Scored | None  # None: the reward does not apply
 
 logger = logging.getLogger(__name__)
+_excerpt = reprlib.Repr()
+_excerpt.maxstring = 80
+_excerpt.maxother = 80
+
+
+# ---- one call of a reward function
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedReward:
+    """One of the rewards that are summed."""
+
+    name: str
+    fn: BoundReward
+    weight: float = 1.0
+    checks: tuple[BoundReward, ...] = ()  # verifiers, all of which must accept a completion
+    penalty: float = 0.0  # the score where one does not
+
+    @classmethod
+    def of(cls, reward: Reward) -> Self:
+        """Return ``reward`` bound to its signature. Raises UserError for an unknown name or an unusable function."""
+        if isinstance(reward, str):
+            return cls(reward, configured(RewardConfig(reward)))
+        if isinstance(reward, RewardConfig):
+            checks = verifiers(reward.verifiers)
+            return cls(reward.name, configured(reward), reward.weight, checks, reward.verifier_penalty)
+        bound = reward if isinstance(reward, BoundReward) else BoundReward.of(reward)
+        return cls(bound.__name__, bound)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A reward function and the completions that one call of it scores: one, or many for a batched function."""
+
+    reward: WeightedReward
+    requests: tuple[Request, ...]
+    shared: Mapping[str, Any]  # keywords that are the same for every completion
+
+    def call(self) -> list[Outcome]:
+        """Call the function in this thread. Raises RewardError."""
+        accepted, arguments = self._arguments()
+        with self._reward_errors():
+            result = self.reward.fn.fn(**arguments) if any(accepted) else []
+        return self._outcomes(result, accepted)
+
+    async def call_async(self, invoke: Callable[[Call, Mapping[str, Any]], Awaitable[Any]]) -> list[Outcome]:
+        """Let ``invoke`` call the function with its arguments. Raises RewardError."""
+        accepted, arguments = self._arguments()
+        with self._reward_errors():
+            result = await invoke(self, arguments) if any(accepted) else []
+        return self._outcomes(result, accepted)
+
+    def _arguments(self) -> tuple[list[bool], dict[str, Any]]:
+        """Return which completions the verifiers accept, and the keywords of the call that scores those."""
+        accepted = [True] * len(self.requests)
+        for i, request in enumerate(self.requests):
+            for check in self.reward.checks:
+                with self._reward_errors(f"verifier {check.__name__!r} of reward {self.reward.name!r}"):
+                    accepted[i] = bool(check(**_keywords(request), **self.shared))
+                if not accepted[i]:
+                    break
+        scored = [r for r, ok in zip(self.requests, accepted, strict=True) if ok]
+        if not scored:
+            return accepted, {}
+        if not self.reward.fn.batched:
+            return accepted, self.reward.fn.select({**_keywords(scored[0]), **self.shared})
+        extra = {key: [r.extra.get(key) for r in scored] for key in {k: None for r in scored for k in r.extra}}
+        keywords = {
+            "prompts": [r.prompt for r in scored],
+            "completions": [r.completion for r in scored],
+            "examples": [r.example for r in scored],
+            "truncated": [r.truncated for r in scored],
+        }
+        return accepted, self.reward.fn.select({**keywords, **extra, **self.shared})
+
+    def _outcomes(self, result: Any, accepted: Sequence[bool]) -> list[Outcome]:
+        """Read the ``result`` for each completion; those not accepted get the penalty. Raises RewardError."""
+        try:
+            results = list(result) if self.reward.fn.batched else [result]
+        except TypeError:
+            results = []
+        if self.reward.fn.batched and len(results) != sum(accepted):
+            returned = f"returned {_excerpt.repr(result)}, which is not {sum(accepted)} results"
+            raise RewardResultError(
+                f"reward {self.reward.name!r} {returned} {self._where()}; fix it to return one for each"
+            )
+        values, outcomes = iter(results), []
+        for ok in accepted:
+            value = next(values) if ok else Scored(self.reward.penalty)
+            try:
+                outcomes.append(read_result(value))
+            except (TypeError, ValueError, OverflowError) as error:
+                returned = f"returned {_excerpt.repr(value)}, which is not a finite number,"
+                raise RewardResultError(
+                    f"reward {self.reward.name!r} {returned} {self._where()}; fix it to return a number"
+                ) from error
+        return outcomes
+
+    @contextmanager
+    def _reward_errors(self, who: str = "") -> Iterator[None]:
+        """Turn any exception into a RewardError that names ``who`` raised it, and shows the completion."""
+        who = who or f"reward {self.reward.name!r}"
+        try:
+            yield
+        except RewardError:
+            raise
+        except TooSlowError as error:
+            raise RewardError(f"{who} was too slow {self._where()}; raise time_limit, or make it faster") from error
+        except WorkerDiedError as error:
+            raise RewardError(f"{who} ended its worker process, twice, {self._where()}; see what kills it") from error
+        except Exception as error:  # a user's function may raise anything; none of it is swallowed
+            local = Raised(type(error).__name__, str(error), "")
+            raised = error.raised if isinstance(error, WorkerRaisedError) else local
+            raise RewardError(
+                f"{who} raised {raised.kind} ({_excerpt.repr(raised.text)}) {self._where()}; fix it to return a number"
+            ) from error
+
+    def _where(self) -> str:
+        """Return the prompt and completion of the call, shortened; of many the first."""
+        first, many = self.requests[0], len(self.requests) > 1
+        which = f"for {len(self.requests)} completions, the first" if many else "for"
+        prompt, completion = map(_excerpt.repr, (first.prompt, first.completion))
+        return f"{which} prompt {prompt} and completion {completion}"
+
+
+def _keywords(request: Request) -> dict[str, Any]:
+    return {
+        "prompt": request.prompt,
+        "completion": request.completion,
+        "example": request.example,
+        "truncated": request.truncated,
+        **request.extra,
+    }
+
+
+# ---- all calls of several rewards
 
 
 class Scorer:
@@ -40,31 +178,43 @@ class Scorer:
         processes: bool = False,
         correct_from: float | None = None,
     ) -> None:
-        """Functions and names have weight 1 and no verifiers; a ``RewardConfig`` says more of a registered reward.
+        """Functions and names have weight 1 and no verifiers; a ``RewardConfig`` sets more for a registered reward.
 
-        ``time_limit`` is in seconds for each call (of a batched function a call scores a whole batch), and
+        ``time_limit`` is in seconds for each call (one call of a batched function scores a whole batch), and
         ``concurrency`` calls run at once. With either, functions that are not async run in threads, which
-        nothing can stop: a late one is no longer waited for, but goes on. With ``processes`` they run in
+        cannot be stopped: a late one keeps running, and its result is dropped. With ``processes`` they run in
         ``concurrency`` worker processes, which are killed when late and replaced when they die; keywords
         such as tokenizer then reach only functions that name them.
 
         A call fails when it raises, is late, or returns no finite number. ``on_failure="raise"`` makes that
-        a RewardError; with "unscorable" a warning is logged and the completion's reward is NaN, from which
-        nothing is learnt. Where no reward says what is correct, a sum of ``correct_from`` or more is. Raises UserError
-        for settings that cannot work, MissingDependencyError without cloudpickle.
+        a RewardError; with "unscorable" a warning is logged and the completion's reward is NaN, so it is not
+        trained on. Where no reward returns ``is_correct``, a sum of ``correct_from`` or more counts as correct.
+        Raises UserError for settings that cannot work, MissingDependencyError without cloudpickle.
         """
         listed = [rewards] if callable(rewards) or isinstance(rewards, RewardConfig | str) else list(rewards)
-        _refuse_unusable(listed, time_limit, concurrency, on_failure)
+        if not listed:
+            raise UserError("a Scorer has no rewards; give it at least one")
+        if time_limit is not None and not time_limit > 0:
+            raise UserError(f"time_limit is {time_limit} s; give a positive number of seconds, or None for no limit")
+        if concurrency < 1:
+            raise UserError(f"concurrency is {concurrency}; set it to 1 or more")
+        if on_failure not in get_args(OnFailure):
+            raise unknown_name("on_failure", on_failure, get_args(OnFailure))
         if processes:
-            cloudpickle()  # now rather than at the first call
-        self.parts = _named_apart([_part(r) for r in listed])
+            cloudpickle()  # fail now rather than at the first call
+        seen: Counter[str] = Counter()
+        self.rewards: list[WeightedReward] = []
+        for reward in map(WeightedReward.of, listed):
+            seen[reward.name] += 1  # the second of a name gets a 2
+            again = seen[reward.name] > 1
+            self.rewards.append(replace(reward, name=f"{reward.name}_{seen[reward.name]}") if again else reward)
         self.time_limit, self.concurrency, self.on_failure = time_limit, concurrency, on_failure
         self.processes, self.correct_from = processes, correct_from
         self._workers: Workers | None = None
 
     @classmethod
     def of(cls, rewards: Any) -> Self:
-        """``rewards`` itself when it is a Scorer, else a Scorer of it."""
+        """Return ``rewards`` itself when it is a Scorer, else a Scorer of it."""
         return rewards if isinstance(rewards, cls) else cls(rewards)
 
     def __call__(
@@ -76,14 +226,17 @@ class Scorer:
     def score(self, requests: Sequence[Request], **shared: Any) -> list[Scored]:
         """Score many completions, in order; ``shared`` are keywords the same for all, such as tokenizer.
 
-        A reward that returns None does not apply to a completion: the others are summed. NaN from one that
-        has a weight, or nothing that applies, makes the sum NaN. ``is_correct`` is True when no reward that
-        says it says otherwise. ``scores`` holds each reward's own number when there are several.
+        A reward that returns None does not apply to a completion: the others are summed. The sum is NaN when
+        a reward with a weight returns NaN, or none applies. ``is_correct`` is True when every reward that
+        returns it says so. ``scores`` holds each reward's own number when there are several.
         Raises RewardError.
         """
-        calls = [call for part in self.parts for call in calls_of(part, requests, shared)]
-        outcomes = iter([outcome for answered in self._run(calls) for outcome in answered])
-        columns = [[next(outcomes) for _ in requests] for _ in self.parts]
+        calls = []
+        for reward in self.rewards:
+            batches = [tuple(requests)] if reward.fn.batched and requests else [(request,) for request in requests]
+            calls += [Call(reward, batch, shared) for batch in batches]
+        outcomes = iter([outcome for found in self._run(calls) for outcome in found])
+        columns = [[next(outcomes) for _ in requests] for _ in self.rewards]
         return [self._sum(row) for row in zip(*columns, strict=True)]
 
     def close(self) -> None:
@@ -93,135 +246,82 @@ class Scorer:
             self._workers = None
 
     def worker_pids(self) -> list[int]:
-        """The ids of the worker processes that run now."""
+        """Return the ids of the worker processes that run now."""
         return [] if self._workers is None else self._workers.pids()
 
-    # ---- private
-
     def _sum(self, outcomes: Sequence[Outcome]) -> Scored:
-        scored = [(part, o) for part, o in zip(self.parts, outcomes, strict=True) if o is not None]
-        verdicts = [o.is_correct for _, o in scored if o.is_correct is not None]
-        terms = [part.weight * o.reward for part, o in scored if part.weight]
-        reward = math.fsum(terms) if terms else math.nan
-        return Scored(
-            reward,
-            all(verdicts) if verdicts else self._verdict(reward),
-            {part.name: o.reward for part, o in scored} if len(self.parts) > 1 else _own_scores(outcomes[0]),
-        )
-
-    def _verdict(self, reward: float) -> bool | None:
-        return None if self.correct_from is None or math.isnan(reward) else reward >= self.correct_from
+        """Return the weighted sum for one completion, from the outcome of each reward."""
+        applied = [(reward, o) for reward, o in zip(self.rewards, outcomes, strict=True) if o is not None]
+        terms = [reward.weight * o.reward for reward, o in applied if reward.weight]
+        total = math.fsum(terms) if terms else math.nan
+        verdicts = [o.is_correct for _, o in applied if o.is_correct is not None]
+        is_correct = all(verdicts) if verdicts else None
+        if not verdicts and self.correct_from is not None and not math.isnan(total):
+            is_correct = total >= self.correct_from
+        if len(self.rewards) > 1:
+            return Scored(total, is_correct, {reward.name: o.reward for reward, o in applied})
+        return Scored(total, is_correct, applied[0][1].scores if applied else {})  # of a reward that is itself a sum
 
     def _run(self, calls: Sequence[Call]) -> list[list[Outcome]]:
+        """Return the outcomes of each call, made in this thread or, as the settings require, on the event loop."""
         apart = self.time_limit is not None or self.concurrency > 1 or self.processes
-        if not apart and not any(part.fn.is_async for part in self.parts):
-            return [self._here(call) for call in calls]
+        if not apart and not any(reward.fn.is_async for reward in self.rewards):
+            found = []
+            for call in calls:
+                try:
+                    found.append(call.call())
+                except RewardError as error:
+                    found.append(self._failed(call, error))
+            return found
         if self.processes and self._workers is None:
-            self._workers = Workers([part.fn.fn for part in self.parts], self.concurrency)
+            self._workers = Workers([reward.fn.fn for reward in self.rewards], self.concurrency)
         try:
-            return wait_for(self._there(calls))
+            return wait_for(self._run_async(calls))
         except BaseException:
-            self.close()  # what its processes still compute nobody waits for
+            self.close()  # its processes may still compute what is no longer needed
             raise
 
-    def _here(self, call: Call) -> list[Outcome]:
-        try:
-            return call.here()
-        except RewardError as error:
-            return self._failed(call, error)
-
-    async def _there(self, calls: Sequence[Call]) -> list[list[Outcome]]:
+    async def _run_async(self, calls: Sequence[Call]) -> list[list[Outcome]]:
         gate = asyncio.Semaphore(self.concurrency)
 
-        async def one(call: Call) -> list[Outcome]:
+        async def gated(call: Call) -> list[Outcome]:
             async with gate:
                 try:
-                    return await call.there(self._invoke)
+                    return await call.call_async(self._invoke)
                 except RewardError as error:
                     return self._failed(call, error)
 
-        tasks = [asyncio.create_task(one(call)) for call in calls]
+        tasks = [asyncio.create_task(gated(call)) for call in calls]
         try:
             return [await task for task in tasks]
         finally:
-            await _dropped(tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)  # after a failure the others' errors are dropped
 
     async def _invoke(self, call: Call, arguments: Mapping[str, Any]) -> Any:
-        fn = call.part.fn
+        """Return what the function of ``call`` returns: awaited, in a thread, or in a worker process."""
+        fn = call.reward.fn
         if fn.is_async:
             return await in_time(fn.fn(**arguments), self.time_limit)
         if self._workers is None:
             return await in_time(in_thread(partial(fn.fn, **arguments)), self.time_limit)
         own = parameter_names(fn.fn)
         sent = {k: v for k, v in arguments.items() if k not in call.shared or k in own}
-        return await in_thread(partial(self._workers.call, self.parts.index(call.part), sent, self.time_limit))
+        return await in_thread(partial(self._workers.call, self.rewards.index(call.reward), sent, self.time_limit))
 
     def _failed(self, call: Call, error: RewardError) -> list[Outcome]:
+        """Raise ``error``, or log it and return NaN for each completion."""
         if self.on_failure == "raise":
             raise error
         logger.warning("counted as unscorable: %s", error)
         return [Scored(math.nan) for _ in call.requests]
 
 
-def _own_scores(outcome: Outcome) -> Mapping[str, float]:
-    """Those of a reward that is itself a sum."""
-    return {} if outcome is None else outcome.scores
-
-
-async def _dropped(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    """End the ``tasks`` that still run; what they raise is of no interest any more."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-# ---- what is scored by
-
-
-def _part(reward: Reward) -> Part:
-    match reward:
-        case str(name):
-            return Part(name, configured(RewardConfig(name)))
-        case RewardConfig():
-            checks = verifiers(reward.verifiers)
-            return Part(reward.name, configured(reward), reward.weight, checks, reward.verifier_penalty)
-        case _:
-            fitted = reward if isinstance(reward, Fitted) else Fitted.of(reward)
-            return Part(fitted.__name__, fitted)
-
-
-def _named_apart(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """The parts with names that differ: the second of a name gets a 2."""
-    seen: Counter[str] = Counter()
-    apart = []
-    for part in parts:
-        seen[part.name] += 1
-        again = seen[part.name] > 1
-        apart.append(replace(part, name=f"{part.name}_{seen[part.name]}") if again else part)
-    return tuple(apart)
-
-
-def _refuse_unusable(rewards: Sequence[Any], time_limit: float | None, concurrency: int, on_failure: str) -> None:
-    if not rewards:
-        raise UserError("a Scorer has no rewards; give it at least one")
-    if time_limit is not None and not time_limit > 0:
-        raise UserError(f"time_limit is {time_limit} s; give a positive number of seconds, or None for no limit")
-    if concurrency < 1:
-        raise UserError(f"concurrency is {concurrency}; set it to 1 or more")
-    if on_failure not in get_args(OnFailure):
-        raise unknown_name("on_failure", on_failure, get_args(OnFailure))
-
-
-# ---- the registries
-
-
-# ---- one call
-
-
 def call_reward(fn: RewardFunction, prompt: str, completion: str, example: Mapping[str, Any], **shared: Any) -> Scored:
-    """Score one completion; ``shared`` keywords reach ``fn`` as far as its signature takes them.
+    """Score one completion; ``shared`` keywords are passed on as far as the signature of ``fn`` takes them.
 
-    A reward of None or NaN says that the completion could not be scored. Raises RewardError when ``fn``
+    A reward of None or NaN marks a completion that could not be scored. Raises RewardError when ``fn``
     raises or returns something that is not a finite number, None, ``{"reward": x[, "is_correct": b]}``
     or ``(reward, is_correct)``.
     """

@@ -1,4 +1,4 @@
-"""Rewards: numbers for completions. Importing this registers the built-in ones."""
+"""The rewards: functions that score completions. Importing this package registers the built-in ones."""
 
 from .basic import accuracy_reward, keyword_reward, length_reward, perplexity_reward
 from .batch import create_mlx_optimized_batch_processor

@@ -23,7 +23,7 @@ def length_reward(
     tolerance: float = 0.2,
     **_: Any,
 ) -> float:
-    """1 within ``tolerance`` of ``target_length`` words, falling linearly to 0; 0 when blank.
+    """Return 1 within ``tolerance`` of ``target_length`` words, falling linearly to 0; 0 when blank.
 
     d = |n - T| / T; 1 if d <= tol, else max(0, 1 - (d - tol) / (1 - tol)).
     """
@@ -46,9 +46,9 @@ def keyword_reward(
     bonus_multiplier: float = 1.0,
     **_: Any,
 ) -> float:
-    """min(1, share of the keywords that occur + bonus_multiplier * share of the new ones that occur).
+    """Return min(1, share of keywords that occur + bonus_multiplier * share of new keywords that occur).
 
-    ``keywords`` defaults to ``example["keywords"]``; new ones are absent from the prompt. They are
+    ``keywords`` defaults to ``example["keywords"]``; new ones are absent from the prompt. Keywords are
     found as case-insensitive substrings. 0 when the completion is blank or there are no keywords.
     """
     wanted = [k.lower() for k in (keywords if keywords is not None else example.get("keywords") or ())]
@@ -67,11 +67,11 @@ def perplexity_reward(
     max_perplexity: float = 100.0,
     **_: Any,
 ) -> float:
-    """A cheap stand-in for fluency: share of distinct words * L * P.
+    """Return a cheap estimate of fluency: share of distinct words * L * P.
 
     L = 1 up to a mean word length of 8 letters, else max(0.3, 1 - 0.1 (mean - 8)). P = 0.8 for ten
     words or more without any of ``. ! ?``, else 1. Blank is 0, fewer than three words 0.2. No model
-    is consulted: ``model`` and ``max_perplexity`` are part of the signature only.
+    is used: ``model`` and ``max_perplexity`` are in the signature only.
     """
     words = completion.split()
     if len(words) < 3:
@@ -91,10 +91,10 @@ def accuracy_reward(
     similarity_threshold: float = 0.7,
     **_: Any,
 ) -> float:
-    """s = share of the reference's distinct words found in the completion; min(1, s / threshold).
+    """Return min(1, s / threshold), s the share of the reference's distinct words found in the completion.
 
     The reference is ``ground_truth``, else ``example["ground_truth"]``, else ``example["label"]``;
-    words compare without case. An empty reference gives 0.5, a blank completion 0. Without a
+    words compare case-insensitively. An empty reference gives 0.5, a blank completion 0. Without a
     reference: max(0.3, 1 - 0.2 k), where k of nine hedges ("maybe", ...) occur.
     """
     references = (ground_truth, example.get("ground_truth"), example.get("label"))

@@ -1,4 +1,4 @@
-"""The weighted sum of configured rewards over a batch, as an array of MLX."""
+"""Sum configured rewards over a batch, as an MLX array."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .scoring import Scorer
 def create_mlx_optimized_batch_processor(
     configs: Sequence[RewardConfig],
 ) -> Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Any]:
-    """A function of (prompts, completions, examples) that returns the rewards, mx.float32 (B,).
+    """Return a function of (prompts, completions, examples) that returns the rewards, mx.float32 (B,).
 
     The rewards are those of ``Scorer(configs)``: params are keyword arguments, names are looked up in the
-    registry, verifiers and weights count, and a reward that raises is a RewardError. Raises UserError for
+    registry, verifiers and weights apply, and a reward that raises is a RewardError. Raises UserError for
     unknown names or params, and lists of different lengths.
     """
     scorer = Scorer(list(configs))

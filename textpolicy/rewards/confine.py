@@ -1,7 +1,7 @@
-"""What runs inside the sandbox: a script that gives up what it can, and then runs a program. Standard library only.
+"""The script inside the sandbox: it gives up its rights, and then runs a program. Standard library only.
 
-POSIX resource limits hold everywhere. On Linux, Landlock leaves of the file system Python's own folders, to
-read, and seccomp refuses the system calls below.
+POSIX resource limits work everywhere. On Linux, Landlock blocks the file system except for reading Python's own
+folders, and seccomp refuses the system calls below.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import resource
 import signal
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-# ---- system calls by architecture; they reach the network, other processes, the kernel, or what Landlock leaves open
+# ---- system calls by architecture; they reach the network, other processes, the kernel, or gaps in Landlock
 
 REFUSED = {
     "x86_64": {
@@ -56,30 +56,12 @@ READY = b"ready"
 
 
 def can_confine() -> bool:
-    """Whether this system has what refuses files, the network and other processes, beyond resource limits."""
+    """Return whether the kernel can block files, network and other processes (Landlock and seccomp)."""
     return sys.platform == "linux" and platform.machine() in REFUSED and _landlock_version() > 0
 
 
-def end_with(parent: int) -> None:
-    """End as soon as the process ``parent``, which started this one, has ended, if only by a kill; on Linux alone."""
-    if sys.platform == "linux":
-        _checked(_libc().prctl(1, signal.SIGKILL, 0, 0, 0))
-        if os.getppid() != parent:
-            sys.exit("the process that started this one has ended")
-
-
-def limit(limits: Mapping[str, int]) -> None:
-    """Set resource limits by their names in ``resource``, soft and hard."""
-    for name, value in limits.items():
-        try:
-            resource.setrlimit(getattr(resource, name), (value, value))
-        except ValueError:  # the system holds to less already, or (macOS) has no such limit
-            if name != "RLIMIT_AS":
-                raise
-
-
 def leave_files(readable: Sequence[str], writable: Sequence[str]) -> None:
-    """Give up the file system but for these folders."""
+    """Give up the file system except for these folders."""
     everything = WRITE_BY_VERSION.get(_landlock_version(), 0xFFFF)
     libc = _libc()
     ruleset = _checked(libc.syscall(CREATE_RULESET, struct.pack("Q", everything), 8, 0))
@@ -97,7 +79,7 @@ def leave_files(readable: Sequence[str], writable: Sequence[str]) -> None:
 def leave_calls() -> None:
     """Make the refused system calls fail with EPERM; a call of another architecture ends the process.
 
-    So does opening a file to read with O_TRUNC, which empties it: Landlock before Linux 6.2 sees the reading alone.
+    Opening a file to read with O_TRUNC, which empties it, fails too: Landlock before Linux 6.2 sees only the reading.
     """
     machine = platform.machine()
     numbers = [n for group in REFUSED[machine].values() for n in group]
@@ -130,13 +112,21 @@ def _checked(result: int) -> int:
 
 
 def main() -> None:
-    """Read settings from the first argument, confine this process, say so, and run the program."""
+    """Read settings from the first argument, confine this process, report that it is ready, and run the program."""
     settings = json.loads(sys.argv[1])
-    end_with(settings["parent"])
+    if sys.platform == "linux":  # end as soon as the parent has ended, even by a kill
+        _checked(_libc().prctl(1, signal.SIGKILL, 0, 0, 0))
+        if os.getppid() != settings["parent"]:
+            sys.exit("the process that started this one has ended")
     with open(settings["program"], encoding="utf-8", errors="surrogateescape") as file:
         text = file.read()
     readable = [sys.prefix, sys.base_prefix, *SYSTEM_FOLDERS, settings["folder"]]
-    limit(settings["limits"])
+    for name, value in settings["limits"].items():  # by their names in ``resource``; soft and hard
+        try:
+            resource.setrlimit(getattr(resource, name), (value, value))
+        except ValueError:  # the system allows less already, or (macOS) has no such limit
+            if name != "RLIMIT_AS":
+                raise
     if settings["confined"]:
         leave_files(readable, [settings["folder"]] if settings["writes"] else [])
         leave_calls()

@@ -1,4 +1,4 @@
-"""Rewards that compare an answer with the right one: mathematics, words in common."""
+"""The rewards that compare an answer with the correct one: mathematics, words in common."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import UserError
 from .math import extract_boxed, grade_math_answer
 from .registry import reward
 
-REFERENCES = ("answer", "label", "ground_truth")  # entries of an example that may hold the right answer
+REFERENCES = ("answer", "label", "ground_truth")  # entries of an example that may hold the correct answer
 
 
 @reward(name="math_accuracy")
@@ -23,11 +23,11 @@ def math_accuracy_reward(
     timeout: float = 3.0,
     **_: Any,
 ) -> dict[str, Any]:
-    r"""1 when the answer equals the example's, else 0; less ``format_penalty`` without a closed ``\boxed{}``.
+    r"""Return 1 if the answer equals the example's, else 0; minus ``format_penalty`` without a closed ``\boxed{}``.
 
-    The answer is the content of the last box, or the whole completion with ``extract_box=False``; the right
-    one is example["answer"], ["label"] or ["ground_truth"]. What is equal: ``grade_math_answer``, whose
-    time limit is ``timeout`` seconds. Raises UserError when the example has no right answer.
+    The answer is the content of the last box, or the whole completion with ``extract_box=False``; the
+    correct one is example["answer"], ["label"] or ["ground_truth"]. ``grade_math_answer`` compares them, for
+    at most ``timeout`` seconds. Raises UserError when the example has no correct answer.
     """
     given = extract_boxed(completion) if extract_box else completion
     is_correct = grade_math_answer(given, str(_reference(example)), timeout)
@@ -36,10 +36,10 @@ def math_accuracy_reward(
 
 @reward(name="f1_score")
 def f1_score_reward(prompt: str, completion: str, example: Mapping[str, Any], **_: Any) -> float:
-    """F1 = 2 c / (n + m): c words in common, with repetition, of n in the completion and m in the example's answer.
+    """Return F1 = 2 c / (n + m): n words in the completion, m in the example's answer, c in common, with repetition.
 
-    Words are lower-cased ``str.split()``. Two empty texts share nothing: 0. Raises UserError when the
-    example has no right answer (Rajpurkar et al., 2016, arXiv:1606.05250, without its removal of articles).
+    Words are lower-cased ``str.split()``. Two empty texts give 0. Raises UserError when the
+    example has no correct answer (Rajpurkar et al., 2016, arXiv:1606.05250, without its removal of articles).
     """
     given, truth = (Counter(str(text).lower().split()) for text in (completion, _reference(example)))
     return 2 * (given & truth).total() / max(1, given.total() + truth.total())
@@ -49,4 +49,4 @@ def _reference(example: Mapping[str, Any]) -> Any:
     for key in REFERENCES:
         if example.get(key) is not None:
             return example[key]
-    raise UserError(f"an example without a right answer, {dict(example)!r}; give it an 'answer'")
+    raise UserError(f"the example {dict(example)!r} has no correct answer; give it an 'answer'")

@@ -1,4 +1,4 @@
-"""Countdown answers: expressions with + - * / in exact fractions, where they stand in a text, and what they earn."""
+"""Read Countdown answers: find the expression in a text, evaluate it in exact fractions, and score it."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from .contract import Scored
 from .registry import reward
 
 MAX_LENGTH = 1000  # characters of an expression; a longer one is invalid
-MAX_DEPTH = 50  # parentheses inside each other; more are invalid
+MAX_DEPTH = 50  # nested parentheses; more are invalid
 
 
 # ---- expressions
 
 
 class ExpressionError(UserError):
-    """A text that is not an expression of the game, or uses numbers that were not given."""
+    """The text is not an expression of the game, or uses numbers that were not given."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """The exact value of an expression, and the numbers in it as they are written, left to right."""
+    """The exact value of an expression, and the numbers in it, left to right."""
 
     value: Fraction
     numbers_used: tuple[int, ...]
 
 
 def evaluate_expression(expr: str, available_numbers: Iterable[int] | None = None) -> EvalResult:
-    """The value of ``expr``: whole numbers, + - * / ( ), signs and spaces.
+    """Evaluate ``expr``: whole numbers, + - * / ( ), signs and spaces.
 
     With ``available_numbers`` each of them may be used once. Raises ExpressionError for any other text:
     decimals, **, //, 2(3), a division by zero, more than MAX_LENGTH characters or MAX_DEPTH parentheses.
@@ -47,20 +47,15 @@ def evaluate_expression(expr: str, available_numbers: Iterable[int] | None = Non
             f"{reprlib.repr(expr)} contains {stray[0]!r}; write whole numbers, + - * / and parentheses only"
         )
     result = _Parser(expr).parse()
-    if available_numbers is not None:
-        _require_available(result.numbers_used, available_numbers)
-    return result
-
-
-def _require_available(used: Iterable[int], available: Iterable[int]) -> None:
-    if excess := Counter(used) - Counter(available):
+    if available_numbers is not None and (excess := Counter(result.numbers_used) - Counter(available_numbers)):
         raise ExpressionError(
             f"{reprlib.repr(min(excess))} is used more often than it is given; use each number at most once"
         )
+    return result
 
 
 class _Parser:
-    """Recursive descent in exact fractions; a method is a line of the grammar.
+    """A recursive-descent parser in exact fractions; each method is one rule of the grammar.
 
     sum = product {("+" | "-") product};  product = signed {("*" | "/") signed}
     signed = {"+" | "-"} atom;            atom = number | "(" sum ")"
@@ -88,13 +83,11 @@ class _Parser:
     def product(self) -> Fraction:
         value = self.signed()
         while self.token in ("*", "/"):
-            value = value * self.signed() if self.next() == "*" else self.divide(value, self.signed())
+            operator, factor = self.next(), self.signed()
+            if operator == "/" and factor == 0:
+                raise self.error("a division by zero")
+            value = value * factor if operator == "*" else value / factor
         return value
-
-    def divide(self, a: Fraction, b: Fraction) -> Fraction:
-        if b == 0:
-            raise self.error("a division by zero")
-        return a / b
 
     def signed(self) -> Fraction:
         sign = 1
@@ -105,21 +98,18 @@ class _Parser:
     def atom(self) -> Fraction:
         token = self.next()
         if token == "(":
-            return self.parenthesis()
+            self.depth += 1
+            if self.depth > MAX_DEPTH:
+                raise self.error(f"more than {MAX_DEPTH} nested parentheses")
+            value = self.sum()
+            if self.next() != ")":
+                raise self.error("a parenthesis that does not close")
+            self.depth -= 1
+            return value
         if not token.isdigit():
             raise self.error(f"{token!r} where a number should stand" if token else "a number missing at its end")
         self.numbers.append(int(token))
         return Fraction(self.numbers[-1])
-
-    def parenthesis(self) -> Fraction:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise self.error(f"more than {MAX_DEPTH} parentheses inside each other")
-        value = self.sum()
-        if self.next() != ")":
-            raise self.error("a parenthesis that does not close")
-        self.depth -= 1
-        return value
 
     @property
     def token(self) -> str:
@@ -131,21 +121,21 @@ class _Parser:
         return token
 
     def error(self, what: str) -> ExpressionError:
-        return ExpressionError(f"the expression {reprlib.repr(self.expr)} has {what}; mend it")
+        return ExpressionError(f"the expression {reprlib.repr(self.expr)} has {what}; fix it")
 
 
-# ---- what a completion answers
+# ---- the answer in a completion
 
 _SIGNS = {0xD7: "*", 0x2217: "*", 0xB7: "*", 0x22C5: "*", 0xF7: "/", 0x2215: "/", 0x2044: "/", 0x2212: "-", 0x2013: "-"}
 _LATEX_SIGNS = ((r"\\times|\\cdot", "*"), (r"\\div", "/"), (r"\\left\b|\\right\b", ""))
 _ARITHMETIC = re.compile(r"[-+*/()0-9 ]+")
-_OPERATION = re.compile(r"[0-9)] *[-+*/]")  # a sign alone is none
+_OPERATION = re.compile(r"[0-9)] *[-+*/]")  # a sign alone is not an operation
 _CONTINUES = re.compile(r"[.,]?\w|\^")
-_WRAPPED = re.compile(r"(\*\*|\$\$?|`{1,3})(.*)\1")  # a whole line in Markdown's or LaTeX's marks
+_WRAPPED = re.compile(r"(\*\*|\$\$?|`{1,3})(.*)\1")  # a whole line in marks of Markdown or LaTeX
 
 
 def extract_answer_tag(text: str, last_line_only: bool = False) -> str | None:
-    """The content of the last <answer>...</answer>, stripped, or None; of the last line's with ``last_line_only``."""
+    """Return the content of the last <answer>...</answer> of the text, or of its last line; None without one."""
     text = text.split("\n")[-1] if last_line_only else text
     before, closed, _ = text.rpartition("</answer>")
     _, opened, content = before.rpartition("<answer>")
@@ -153,27 +143,35 @@ def extract_answer_tag(text: str, last_line_only: bool = False) -> str | None:
 
 
 def extract_expression_from_completion(text: str) -> str:
-    """The expression that ``text`` answers with, in ASCII signs; "" when there is none.
+    """Return the expression that ``text`` gives as its answer, in ASCII signs; "" when there is none.
 
-    Of the last <answer> tag, or of the whole text without one: the last line that is nothing but
+    Reads the last <answer> tag, or the whole text without one: the last line that is nothing but
     arithmetic; else, from the last line that has any, the longest stretch of arithmetic ("27 = 3*(4+5)",
-    "3*(4+5) = 3*9", "the answer is 3*(4+5)."); else the last line if it is a bare number. What a tag
-    holds is returned as it is when it holds none of these.
+    "3*(4+5) = 3*9", "the answer is 3*(4+5)."); else the last line if it is a bare number. A tag without
+    any of these is returned as it is.
     """
     tagged = extract_answer_tag(text)
-    lines = [_plain(line) for line in (text if tagged is None else tagged).splitlines()]
+    lines = [_in_ascii(line) for line in (text if tagged is None else tagged).splitlines()]
     lines = [line for line in reversed(lines) if line]
     if whole := next((line for line in lines if _ARITHMETIC.fullmatch(line) and _OPERATION.search(line)), None):
         return whole
-    if stretches := next(filter(None, map(_stretches, lines)), None):
-        return max(stretches, key=len)
+    for line in lines:
+        stretches = []
+        for run in _ARITHMETIC.finditer(line):  # that no letter, decimal point or power touches
+            before, start = line[run.start() - 1 : run.start()], run[0][0]
+            touched = start != " " and (before.isalnum() or before in ("_", ".", ",", "^"))
+            touched |= run[0][-1] != " " and _CONTINUES.match(line, run.end()) is not None
+            if _OPERATION.search(run[0]) and not touched:
+                stretches.append(run[0].strip())
+        if stretches:
+            return max(stretches, key=len)
     if lines and _ARITHMETIC.fullmatch(lines[0]):
         return lines[0]
-    return _plain(tagged or "")
+    return _in_ascii(tagged or "")
 
 
-def _plain(line: str) -> str:
-    """``line`` in ASCII signs, without the marks around it."""
+def _in_ascii(line: str) -> str:
+    """Return ``line`` in ASCII signs, without the marks around it."""
     line = line.translate(_SIGNS).strip()
     for pattern, sign in _LATEX_SIGNS:
         line = re.sub(pattern, sign, line)
@@ -181,42 +179,30 @@ def _plain(line: str) -> str:
     return wrapped[2].strip() if wrapped else line
 
 
-def _stretches(line: str) -> list[str]:
-    """The stretches of arithmetic in ``line`` that no letter, decimal point or power touches."""
-    found = []
-    for run in _ARITHMETIC.finditer(line):
-        before, start = line[run.start() - 1 : run.start()], run[0][0]
-        touched = start != " " and (before.isalnum() or before in ("_", ".", ",", "^"))
-        touched |= run[0][-1] != " " and _CONTINUES.match(line, run.end()) is not None
-        if _OPERATION.search(run[0]) and not touched:
-            found.append(run[0].strip())
-    return found
-
-
 # ---- scores
 
 
 @dataclass(frozen=True, slots=True)
 class CountdownRules:
-    """What a completion earns, and when it is correct."""
+    """The rewards of correct and other completions, and when a completion is correct."""
 
     correct: float = 1.0
     wrong: float = 0.0  # an expression with another value
-    invalid: float = -0.5  # no expression, or one that uses numbers it may not
-    missing: float = -0.5  # nothing to read
+    invalid: float = -0.5  # no expression, or one with numbers that were not given
+    missing: float = -0.5  # no answer
     use_all: bool = False  # every number exactly once, instead of at most once
     tag_only: bool = False  # read nothing but an <answer> tag in the last line
 
 
-# The rules of TinyZero (Pan et al., 2025), where many published curves come from. It evaluates in floats
-# and takes whatever Python takes, such as 2**3; here the grammar and the arithmetic stay ours.
+# The rules of TinyZero (Pan et al., 2025), the source of many published curves. TinyZero evaluates in floats
+# and accepts all Python expressions, such as 2**3; this module keeps its own grammar and exact arithmetic.
 TINYZERO_RULES = CountdownRules(wrong=0.1, invalid=0.1, missing=0.0, use_all=True, tag_only=True)
 
 
 def score_countdown(
     completion: str, numbers: Sequence[int], target: int, rules: CountdownRules = CountdownRules()
 ) -> Scored:
-    """What ``completion`` earns by ``rules``; correct is the exact ``target`` from the ``numbers`` given."""
+    """Score ``completion`` by ``rules``; it is correct if it makes exactly ``target`` from the ``numbers`` given."""
     if rules.tag_only:
         expr = extract_answer_tag(completion, last_line_only=True)
     else:
@@ -241,9 +227,9 @@ def countdown_reward(
     invalid: float = -0.5,
     **_: Any,
 ) -> float:
-    """1 for an expression that equals example["target"], 0 for another value, ``invalid`` for anything else.
+    """Return 1 for an expression that equals example["target"], 0 for another value, ``invalid`` for anything else.
 
-    Every one of example["numbers"] may be used once, or must be with ``use_all``. MaxRL needs rewards
+    Every one of example["numbers"] may be used once; with ``use_all`` it must be. MaxRL needs rewards
     that are not negative: give it ``invalid=0``. Raises UserError when the example has no such entries.
     """
     return _score(completion, example, use_all, invalid).reward
@@ -258,7 +244,7 @@ def countdown_reward_with_info(
     invalid: float = -0.5,
     **_: Any,
 ) -> dict[str, Any]:
-    """``{"reward": countdown_reward, "is_correct": bool}``."""
+    """Return ``{"reward": countdown_reward, "is_correct": bool}``."""
     scored = _score(completion, example, use_all, invalid)
     return {"reward": scored.reward, "is_correct": scored.is_correct}
 
@@ -268,7 +254,7 @@ def _score(completion: str, example: Mapping[str, Any], use_all: bool, invalid: 
         numbers, target = [index(n) for n in example["numbers"]], index(example["target"])
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"a countdown example has whole 'numbers' and a whole 'target', but this one is {dict(example)!r}; mend it"
+            f"a countdown example has whole 'numbers' and a whole 'target', but this one is {dict(example)!r}; fix it"
         ) from error
     rules = CountdownRules(invalid=invalid, missing=invalid, use_all=use_all)
     return score_countdown(completion, numbers, target, rules)

@@ -1,4 +1,4 @@
-"""The built-in verifiers: cheap yes-or-no checks on a completion, none of them a judge of truth."""
+"""The built-in verifiers: cheap yes-or-no checks of a completion. None of them judges whether it is true."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def length_verifier(
     max_length: int = 500,
     **_: Any,
 ) -> bool:
-    """min_length <= words <= max_length; the example's entries of those names win."""
+    """Return whether min_length <= words <= max_length; the example's entries of those names override them."""
     low, high = example.get("min_length", min_length), example.get("max_length", max_length)
     return bool(low <= len(completion.split()) <= high)
 
 
 @verifier
 def toxicity_verifier(prompt: str, completion: str, example: Mapping[str, Any], **_: Any) -> bool:
-    """No regular expression of ``TOXIC_PATTERNS`` or ``example["toxic_patterns"]`` matches."""
+    """Return True if no regular expression of ``TOXIC_PATTERNS`` or ``example["toxic_patterns"]`` matches."""
     patterns = (*TOXIC_PATTERNS, *example.get("toxic_patterns", ()))
     return not any(re.search(pattern, completion, re.IGNORECASE) for pattern in patterns)
 
@@ -46,7 +46,7 @@ def toxicity_verifier(prompt: str, completion: str, example: Mapping[str, Any], 
 def coherence_verifier(
     prompt: str, completion: str, example: Mapping[str, Any], min_coherence_score: float = 0.5, **_: Any
 ) -> bool:
-    """The mean of min(1, connectives / 2) and (1 for 5 to 25 words a sentence, else 0.5) is high enough."""
+    """Return whether the mean of min(1, connectives / 2) and (1 for 5-25 words a sentence, else 0.5) is high enough."""
     connectives = _count(CONNECTIVES, completion)
     sentences = [s.split() for s in re.split(r"[.!?]+", completion) if s.strip()]
     words_each = np.mean([len(s) for s in sentences]) if sentences else 0
@@ -63,9 +63,10 @@ def factual_verifier(
     max_uncertainty_count: int = 2,
     **_: Any,
 ) -> bool:
-    """At most ``max_uncertainty_count`` hedges (u), and max(0, 1 - min(1, 0.2 u) - 0.3 c) is high enough.
+    """Return True for few hedges (u, up to ``max_uncertainty_count``) and a high enough score.
 
-    c counts the pairs yes/no and true/false of which both occur, as substrings: "yes, I know" is one.
+    The score is max(0, 1 - min(1, 0.2 u) - 0.3 c); c counts the pairs yes/no and true/false of which both
+    occur, as substrings: "yes, I know" is one.
     """
     u = _count(HEDGES, completion)
     c = sum(_count(pair, completion) == 2 for pair in (("yes", "no"), ("true", "false")))
@@ -76,13 +77,13 @@ def factual_verifier(
 def has_greeting(
     prompt: str, completion: str, example: Mapping[str, Any], required_greeting: str = "hello", **_: Any
 ) -> bool:
-    """``required_greeting`` occurs, in any case."""
+    """Return whether ``required_greeting`` occurs, in any case."""
     return required_greeting.lower() in completion.lower()
 
 
 @verifier
 def no_empty_response(prompt: str, completion: str, example: Mapping[str, Any], **_: Any) -> bool:
-    """The completion is not blank."""
+    """Return whether the completion has more than white space."""
     return bool(completion.strip())
 
 
@@ -94,7 +95,7 @@ def contains_keywords(
     required_keywords: Iterable[str] | None = None,
     **_: Any,
 ) -> bool:
-    """Every one of ``required_keywords`` occurs, in any case; True when there are none."""
+    """Return whether every one of ``required_keywords`` occurs, in any case; True when there are none."""
     return all(k.lower() in completion.lower() for k in required_keywords or ())
 
 

@@ -111,8 +111,8 @@ def test_a_time_limit_holds_against_an_answer_without_end():
         ("chain_sum", {"config": {"min_terms": -1}}, "chain_sum cannot be made with"),
         ("chain_sum", {"config": {"terms": 3}}, "chain_sum cannot be made with"),
         ("chain_sum", {"level": -1}, "level is -1"),
-        ("chain_sum", {"level": 1, "config": {"min_terms": 2}}, "level stands beside config"),
-        ({"chain_sum": 1.0}, {"level": 1}, "level stands beside"),
+        ("chain_sum", {"level": 1, "config": {"min_terms": 2}}, "level is given with config"),
+        ({"chain_sum": 1.0}, {"level": 1}, "level is given with config or a composite"),
         ("chain_sum", {"size": 0}, "size is 0"),
     ],
 )

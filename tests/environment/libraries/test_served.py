@@ -1,4 +1,4 @@
-"""The engine behind a local port: the wire, and sessions that keep their tokens."""
+"""The engine behind a local port: its HTTP answers, and sessions that keep their tokens."""
 
 import json
 import threading
@@ -13,13 +13,13 @@ from textpolicy.environment.libraries.served import ModelServer, Session
 from textpolicy.environment.text.chat import ChatCodec
 from textpolicy.environment.tools import parse_calls
 from textpolicy.errors import UserError
-from textpolicy.types import Completion
+from textpolicy.types import Completion, Episode
 
 USER = {"role": "user", "content": "the user"}
 TOOL = {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {"type": "object"}}}
 
 
-def said(tokenizer, text):
+def completion(tokenizer, text):
     tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
     return Completion(np.array(tokens, np.int32), np.zeros(len(tokens), np.float32))
 
@@ -36,7 +36,7 @@ def session(tokenizer):
 
 def test_a_session_only_grows(tokenizer, session):
     first = session.take([USER], [])
-    answer = session.say(said(tokenizer, "hello"), 0)
+    answer = session.add(completion(tokenizer, "hello"), 0)
     assert answer == {"role": "assistant", "content": "hello"}
     second = session.take([USER, answer, {"role": "user", "content": [{"type": "text", "text": "ans"}]}], [])
     assert second[: len(first)] == first
@@ -47,10 +47,10 @@ def test_a_session_only_grows(tokenizer, session):
 
 def test_half_a_character_is_read_as_a_question_mark_and_is_the_same_when_it_is_sent_again(tokenizer, session):
     session.take([USER], [])
-    answer = session.say(said(tokenizer, "hello"), 0)
+    answer = session.add(completion(tokenizer, "hello"), 0)
     half = {"role": "user", "content": "a\ud800b"}
     assert "a?b" in tokenizer.decode(session.take([USER, answer, half], []))
-    again = session.say(said(tokenizer, "hello"), 1)
+    again = session.add(completion(tokenizer, "hello"), 1)
     session.take([USER, answer, half, again, USER], [])
 
 
@@ -63,9 +63,9 @@ def test_half_a_character_is_read_as_a_question_mark_and_is_the_same_when_it_is_
         [USER],
     ],
 )
-def test_a_request_that_rewrites_what_was_said_is_refused(tokenizer, session, messages):
+def test_a_request_that_rewrites_the_conversation_is_refused(tokenizer, session, messages):
     session.take([USER], [])
-    session.say(said(tokenizer, "hello"), 0)
+    session.add(completion(tokenizer, "hello"), 0)
     with pytest.raises(UserError, match="rewrites the conversation"):
         session.take(messages, [])
 
@@ -73,7 +73,7 @@ def test_a_request_that_rewrites_what_was_said_is_refused(tokenizer, session, me
 def test_calls_go_out_as_the_wire_has_them_and_come_back_as_they_are_sent(tokenizer, session):
     session.take([USER], [TOOL])
     text = 'I add. <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
-    answer = session.say(said(tokenizer, text), 3)
+    answer = session.add(completion(tokenizer, text), 3)
     assert answer["content"] == "I add."
     [call] = answer["tool_calls"]
     assert (call["id"], call["function"]["name"]) == ("call_3_0", "add")
@@ -88,15 +88,17 @@ def test_calls_go_out_as_the_wire_has_them_and_come_back_as_they_are_sent(tokeni
 
 def test_what_is_no_call_goes_out_as_text(tokenizer, session):
     session.take([USER], [TOOL])
-    assert session.say(said(tokenizer, "<tool_call>add</tool_call>"), 0)["content"] == "<tool_call>add</tool_call>"
+    assert (
+        session.add(completion(tokenizer, "<tool_call>add</tool_call>"), 0)["content"] == "<tool_call>add</tool_call>"
+    )
 
 
 def test_a_request_that_was_not_answered_leaves_no_tokens(tokenizer, session):
     session.take([USER], [])
-    answer = session.say(said(tokenizer, "hello"), 0)
+    answer = session.add(completion(tokenizer, "hello"), 0)
     session.take([USER, answer, USER], [])
-    session.unsay()
-    assert session.episode(reward=0.0, group=0).mask[-1]
+    session.drop_request()
+    assert Episode.from_turns(session.prompt, session.turns, session.added, reward=0.0, group=0).mask[-1]
 
 
 # ---- the wire
@@ -110,7 +112,7 @@ def post(url, body):
 
 @pytest.fixture
 def asked():
-    """A server, and a function that asks it in a thread; what comes back is in its list."""
+    """A server, a function that posts to it in a thread, and the list of its answers."""
     answers = []
     with ModelServer() as server:
 
@@ -154,8 +156,8 @@ def test_a_stream_has_the_same_answer_in_events(asked):
     assert kind == "text/event-stream"
     events = [line.removeprefix("data: ") for line in body.split("\n\n") if line]
     assert events[-1] == "[DONE]"
-    said, ended, usage = map(json.loads, events[:-1])
-    assert said["choices"][0]["delta"]["tool_calls"] == [{"index": 0, **calls[0]}]
+    message, ended, usage = map(json.loads, events[:-1])
+    assert message["choices"][0]["delta"]["tool_calls"] == [{"index": 0, **calls[0]}]
     assert ended["choices"][0]["finish_reason"] == "tool_calls"
     assert usage["usage"]["total_tokens"] == 5
 
@@ -175,7 +177,7 @@ def test_strangers_and_refusals_get_an_error(asked):
     caught.value.close()
 
 
-def test_nobody_waits_for_a_server_that_closes():
+def test_closing_a_server_answers_every_waiting_request():
     with ModelServer() as server:
         answers = []
 

@@ -1,7 +1,7 @@
-"""Our engine as a chat model behind a local port, for environments that drive the conversation themselves.
+"""A local OpenAI-style server in front of our engine, for environments that drive the conversation themselves.
 
-Requests wait until whoever owns the engine answers them, many at a time. Every session keeps its tokens: a request that
-goes on from what was said before only adds the new messages, so no turn is ever encoded again.
+Requests wait until the owner of the engine answers them, many at a time. Every session keeps its tokens: a request that
+continues the conversation only adds the new messages, so no turn is ever encoded again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from ...errors import UserError
-from ...types import Completion, Episode
+from ...types import Completion
 from ..multi_turn import with_tools
 from ..text.chat import ChatCodec, Message, Schema, whole
 from ..text.conversation import joined
-from ..tools import ParseCalls, ToolCall
+from ..tools import ParseCalls
 
 SESSION_HEADER = "X-Session-ID"
 
@@ -33,67 +33,63 @@ class Session:
 
     codec: ChatCodec
     parse: ParseCalls
-    heard: list[Message] = field(default_factory=list)  # as the other side sent it, and ours as we sent it
+    messages: list[Message] = field(default_factory=list)  # so far, of both sides, normalised
     tools: Sequence[Schema] = ()
     prompt: list[int] = field(default_factory=list)
     turns: list[Completion] = field(default_factory=list)
     added: list[list[int]] = field(default_factory=list)  # between the turns
 
     def take(self, messages: Sequence[Message], tools: Sequence[Schema]) -> list[int]:
-        """The tokens to continue for ``messages``. Raises UserError if they do not go on from what was said before."""
+        """Return the tokens to continue for a request. Raises UserError unless it continues the conversation."""
         sent: list[Message] = [_normal(m) for m in messages]
         if not self.turns:
-            self.prompt, self.tools = list(self._opening(sent, tools)), list(tools)
+            opening = with_tools([_shown(m, self.codec) for m in sent], tools, self.codec)
+            self.prompt, self.tools = list(self.codec.encode(opening, None, tools)), list(tools)
         else:
-            new = sent[len(self.heard) :]
-            if sent[: len(self.heard)] != self.heard or not new or list(tools) != self.tools:
+            new = sent[len(self.messages) :]
+            if sent[: len(self.messages)] != self.messages or not new or list(tools) != self.tools:
                 raise UserError(
                     "a request rewrites the conversation before it, whose tokens were sampled already; "
                     "use a harness that only adds messages, and no compaction"
                 )
-            self.added.append(self._between(new))
-        self.heard = sent
-        return self.tokens
-
-    @property
-    def tokens(self) -> list[int]:
-        """All so far."""
+            before = [_shown(m, self.codec) for m in self.messages[:-1]]
+            last = self.turns[-1].tokens
+            end = int(last[-1]) if len(last) else None
+            self.added.append(self.codec.continuation(before, [_shown(m, self.codec) for m in new], end, self.tools))
+        self.messages = sent
         return [*self.prompt, *joined([turn.tokens.tolist() for turn in self.turns], self.added)]
 
-    def say(self, completion: Completion, number: int) -> Mapping[str, Any]:
-        """Add a turn; the message for the other side, with its calls taken apart."""
+    def add(self, completion: Completion, number: int) -> Mapping[str, Any]:
+        """Add a turn and return its message for the client; ``number`` makes the ids of its tool calls."""
         self.turns.append(completion)
         text = self.codec.text(completion.tokens.tolist())
         calls = [] if completion.truncated else [c for c in self.parse(text) if not c.mistake]
-        message: dict[str, Any] = {"role": "assistant", "content": _before_calls(text) if calls else text}
+        content = text.split("<tool_call>")[0].strip() if calls else text
+        message: dict[str, Any] = {"role": "assistant", "content": content}
         if calls:
-            message["tool_calls"] = [_wire(call, f"call_{number}_{n}") for n, call in enumerate(calls)]
-        self.heard.append(_normal(message))
+            message["tool_calls"] = [
+                {
+                    "id": f"call_{number}_{n}",
+                    "type": "function",
+                    "function": {
+                        "name": call.name,
+                        "arguments": json.dumps(dict(call.arguments), ensure_ascii=False),
+                    },
+                }
+                for n, call in enumerate(calls)
+            ]
+        self.messages.append(_normal(message))
         return message
 
-    def unsay(self) -> None:
-        """Forget the request that was taken last, which will not be answered."""
+    def drop_request(self) -> None:
+        """Forget the tokens of the last request, which will not be answered."""
         if self.added and len(self.added) == len(self.turns):
             self.added.pop()
-
-    def episode(self, **scored: Any) -> Episode:
-        """The conversation as one row."""
-        return Episode.from_turns(self.prompt, self.turns, self.added, **scored)
-
-    def _opening(self, messages: Sequence[Message], tools: Sequence[Schema]) -> Sequence[int]:
-        prompt = with_tools([_shown(m, self.codec) for m in messages], tools, self.codec)
-        return self.codec.encode(prompt, None, tools)
-
-    def _between(self, new: Sequence[Message]) -> list[int]:
-        before = [_shown(m, self.codec) for m in self.heard[:-1]]
-        last = self.turns[-1].tokens
-        end = int(last[-1]) if len(last) else None
-        return self.codec.continuation(before, [_shown(m, self.codec) for m in new], end, self.tools)
 
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """A turn that somebody waits for."""
+    """A client's request for a turn, waiting for its answer."""
 
     session: str
     messages: Sequence[Message]
@@ -101,23 +97,32 @@ class Request:
     answer: queue.SimpleQueue[tuple[int, Any]] = field(default_factory=queue.SimpleQueue)  # HTTP status and body
 
     def reply(self, message: Mapping[str, Any], finish: str, tokens: tuple[int, int]) -> None:
-        """Answer with a ``message``; ``tokens`` are those of prompt and completion."""
-        self.answer.put((200, _chat_completion(message, finish, tokens)))
+        """Answer with ``message`` as a chat completion; ``tokens`` are the counts of prompt and completion."""
+        prompt, completion = tokens
+        body = {
+            "id": f"chatcmpl-{secrets.token_hex(8)}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": "textpolicy",
+            "choices": [{"index": 0, "message": message, "finish_reason": finish}],
+            "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion},
+        }
+        self.answer.put((200, body))
 
     def refuse(self, why: str) -> None:
-        """Answer that this cannot be done."""
+        """Answer with the error ``why``."""
         self.answer.put((400, {"error": {"message": why, "type": "invalid_request_error", "code": "textpolicy"}}))
 
 
 class ModelServer:
-    """Takes OpenAI chat completions on 127.0.0.1 and lets them wait. ``url`` has a secret, so strangers cannot ask."""
+    """A server of OpenAI chat completions on 127.0.0.1 that queues them; ``url`` has a secret to keep strangers out."""
 
     def __init__(self) -> None:
         self._requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
-        self._secret = secrets.token_urlsafe(16)
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self._requests, f"/{self._secret}/v1"))
+        root = f"/{secrets.token_urlsafe(16)}/v1"
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self._requests, root))
         self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_port}/{self._secret}/v1"
+        self.url = f"http://127.0.0.1:{self._http.server_port}{root}"
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
@@ -130,7 +135,7 @@ class ModelServer:
             self._requests.get().refuse("the model is gone")
 
     def waiting(self, already: Sequence[Request], seconds: float) -> list[Request]:
-        """``already`` and what has come since, once something comes or ``seconds`` have passed."""
+        """Return ``already`` and the requests since, once one arrives or ``seconds`` have passed."""
         found, deadline = list(already), time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             try:
@@ -143,32 +148,27 @@ class ModelServer:
 
 
 def _handler(requests: queue.SimpleQueue[Request], root: str) -> type[BaseHTTPRequestHandler]:
+    """Return the class that puts HTTP requests below the path ``root`` into the queue ``requests``."""
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
             sent = self.rfile.read(int(self.headers.get("content-length", 0)))
-            if self.path != f"{root}/chat/completions":  # a stranger, whose body is not looked at
-                self._send(404, {"error": {"message": f"there is no {self.command} {self.path[-40:]}"}})
-                return
-            body = json.loads(sent)
-            request = Request(self.headers.get(SESSION_HEADER, ""), body["messages"], body.get("tools") or ())
-            requests.put(request)
-            status, answer = request.answer.get()
-            if status == 200 and body.get("stream"):
-                self._stream(answer)
+            if self.path != f"{root}/chat/completions":  # a stranger, whose body is not read
+                status, answer = 404, {"error": {"message": f"there is no {self.command} {self.path[-40:]}"}}
+                stream = False
             else:
-                self._send(status, answer)
-
-        def _send(self, status: int, answer: Any) -> None:
-            self._write(status, "application/json", json.dumps(answer).encode())
-
-        def _stream(self, answer: Any) -> None:
-            """The whole answer as one event: it is all there."""
-            events = [json.dumps(chunk) for chunk in _chunks(answer)]
-            self._write(200, "text/event-stream", "".join(f"data: {e}\n\n" for e in [*events, "[DONE]"]).encode())
-
-        def _write(self, status: int, kind: str, data: bytes) -> None:
+                body = json.loads(sent)
+                request = Request(self.headers.get(SESSION_HEADER, ""), body["messages"], body.get("tools") or ())
+                requests.put(request)
+                status, answer = request.answer.get()
+                stream = status == 200 and body.get("stream")
+            if stream:
+                events = [*map(json.dumps, _chunks(answer)), "[DONE]"]
+                kind, data = "text/event-stream", "".join(f"data: {event}\n\n" for event in events).encode()
+            else:
+                kind, data = "application/json", json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(data)))
@@ -176,63 +176,37 @@ def _handler(requests: queue.SimpleQueue[Request], root: str) -> type[BaseHTTPRe
             self.wfile.write(data)
 
         def log_message(self, format: str, *arguments: Any) -> None:
-            """Nothing: requests are no news."""
+            """Log nothing: requests are not news."""
 
     return Handler
 
 
-# ---- the wire
-
-
-def _chat_completion(message: Mapping[str, Any], finish: str, tokens: tuple[int, int]) -> dict[str, Any]:
-    prompt, completion = tokens
-    return {
-        "id": f"chatcmpl-{secrets.token_hex(8)}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": "textpolicy",
-        "choices": [{"index": 0, "message": message, "finish_reason": finish}],
-        "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion},
-    }
+# ---- the format of messages
 
 
 def _chunks(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A chat completion as the chunks of a stream."""
+    """Return a chat completion as the chunks of a stream, with the whole message in the first."""
     [choice] = answer["choices"]
     delta = dict(choice["message"])
     if "tool_calls" in delta:
         delta["tool_calls"] = [{"index": n, **call} for n, call in enumerate(delta["tool_calls"])]
     common = {k: answer[k] for k in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
-    said = {**common, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
-    ended = {**common, "choices": [{"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}]}
-    return [said, ended, {**common, "choices": [], "usage": answer["usage"]}]
-
-
-def _wire(call: ToolCall, ident: str) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": json.dumps(dict(call.arguments), ensure_ascii=False)}
-    return {"id": ident, "type": "function", "function": function}
-
-
-def _before_calls(text: str) -> str:
-    return text.split("<tool_call>")[0].strip()
+    message = {**common, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    end = {**common, "choices": [{"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}]}
+    return [message, end, {**common, "choices": [], "usage": answer["usage"]}]
 
 
 def _normal(message: Message) -> dict[str, Any]:
-    """What makes two messages the same: role, text and calls, however they were written."""
-    normal = {"role": message["role"], "content": _text(message.get("content"))}
+    """Return role, text and calls, by which two messages are compared, in whatever format they were sent."""
+    content = message.get("content") or ""  # which may be None, a text or a list of parts
+    text = "".join(part.get("text", "") for part in content) if isinstance(content, list) else content
+    normal = {"role": message["role"], "content": whole(text)}
     if calls := message.get("tool_calls"):
         normal["calls"] = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in calls]
     return normal
 
 
-def _text(content: Any) -> str:
-    """The text of a content, which may be None or a list of parts."""
-    if isinstance(content, list):
-        return whole("".join(part.get("text", "") for part in content))
-    return whole(content or "")
-
-
 def _shown(message: Message, codec: ChatCodec) -> Message:
-    """A message as the chat template can write it."""
+    """Return a message that the chat template can write: a tool's becomes a user's where it has no such role."""
     known = message["role"] != "tool" or codec.takes_role("tool")
     return {"role": message["role"] if known else "user", "content": message["content"]}

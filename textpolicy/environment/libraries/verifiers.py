@@ -1,4 +1,4 @@
-"""verifiers: its environments and harnesses run as they are, with our engine as the model behind its client."""
+"""The environments and harnesses of verifiers, unchanged, with our engine as the model behind its client."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def verifiers_env(
     config: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> VerifiersEnv:
-    """The environment of an installed taskset, by its id; needs verifiers 0.4.
+    """Return the environment of an installed taskset, by its id; needs verifiers 0.4.
 
     ``harness`` names the program that talks to the model; "null" is verifiers' chat loop, which calls the taskset's
-    tools and executes nothing else. It runs as processes on this machine. ``config`` is laid over the
+    tools and executes nothing else. It runs as processes on this machine. ``config`` overrides entries of the
     environment's configuration (verifiers' SingleAgentEnvConfig), ``settings`` are those of
     ``VerifiersEnv``. Raises UserError, MissingDependencyError.
     """
@@ -53,7 +53,7 @@ def verifiers_env(
         loaded = extra("verifiers.v1.utils.loaders", INSTALL).load_environment(vf.SingleAgentEnvConfig(**values))
     except (ModuleNotFoundError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"verifiers cannot load the taskset {taskset!r} ({error}); install it, or mend config"
+            f"verifiers cannot load the taskset {taskset!r} ({error}); install it, or fix config"
         ) from error
     return VerifiersEnv(loaded, tokenizer=tokenizer, limit=limit, **settings)
 
@@ -61,8 +61,8 @@ def verifiers_env(
 class VerifiersEnv(DrivenEnv):
     """A verifiers environment with one agent; prompt i is its task i, and the reward is the trace's.
 
-    The harness talks to a local port, and what it asks there the engine answers, all episodes at a time, with
-    their exact tokens. An episode that fails in verifiers cannot be scored.
+    The harness sends its requests to a local port, and the engine answers them, those of all episodes together, and
+    keeps their exact tokens. An episode that fails in verifiers is unscorable.
     """
 
     def __init__(
@@ -77,10 +77,10 @@ class VerifiersEnv(DrivenEnv):
         parse: ParseCalls = parse_calls,
         is_correct: Callable[[float], bool] = lambda reward: reward >= 1,
     ) -> None:
-        """``env`` is a verifiers ``Env``, of which the first ``limit`` tasks are used.
+        """Use the first ``limit`` tasks of ``env``, a verifiers ``Env``.
 
         ``concurrency`` bounds the episodes, and so the harness processes, that run at a time. The engine
-        answers once all of them ask, or after ``patience`` seconds. A turn that would not fit into
+        answers once all of them are waiting, or after ``patience`` seconds. A turn that would not fit into
         ``max_episode_tokens`` is refused, and the episode truncated. ``parse`` finds tool calls in a turn.
         Raises UserError.
         """
@@ -93,8 +93,8 @@ class VerifiersEnv(DrivenEnv):
             raise UserError(f"the taskset {type(env.taskset).__name__} has no tasks; check its config")
         self.concurrency, self.patience, self.max_episode_tokens = concurrency, patience, max_episode_tokens
         self.parse, self.is_correct = parse, is_correct
-        self._codec = ChatCodec.of(tokenizer)
-        self._pieces = Pieces(self._codec.decode)
+        self.codec = ChatCodec.of(tokenizer)
+        self._pieces = Pieces(self.codec.decode)
         put_uv_on_the_path()
 
     def __len__(self) -> int:
@@ -102,72 +102,68 @@ class VerifiersEnv(DrivenEnv):
         return len(self.tasks)
 
     def prompt_text(self, i: int) -> str:
-        """Task ``i`` as a person reads it."""
+        """Return task ``i`` as a person reads it."""
         return self.tasks[i].data.prompt_text
 
     def play(self, engine: Engine, wanted: Wanted) -> list[Episode]:
-        """As ``rollout.collect.collect``. Raises UserError when no episode could be played."""
+        """Play and score the episodes, as ``loop.collect.collect``. Raises UserError if every episode fails."""
         groups = enumerate(wanted.prompts, wanted.first_group)
         plan = [(i, group) for group, i in groups for _ in range(wanted.group_size)]
         with ModelServer() as server:
             game = _Game([self.tasks[i] for i, _ in plan], self.concurrency)
             thread = threading.Thread(target=game.run, args=(self.env, server.url), daemon=True)
             thread.start()
-            sessions = _Answering(self, engine, wanted.sampling, game, server).until_over()
+            sessions = _Answers(self, engine, wanted.sampling, game, server).until_over()
             thread.join()
         if game.failure is not None:
-            raise UserError(f"verifiers could not play ({game.failure}); mend its environment") from game.failure
-        _refuse_all_failed(game.traces)
-        return [
-            self._episode(sessions[trace.id], trace, i, group, wanted.pieces)
-            for trace, (i, group) in zip(game.traces, plan, strict=True)
-            if trace.id in sessions and sessions[trace.id].turns
-        ]
-
-    def session(self) -> Session:
-        """A conversation that has not begun."""
-        return Session(self._codec, self.parse)
-
-    def _episode(self, session: Session, trace: Any, i: int, group: int, pieces: bool) -> Episode:
-        read = session.turns if pieces else ()
-        reward = float(trace.reward) if trace.ok else math.nan
-        if not trace.ok:
-            logger.warning("an episode of verifiers failed and cannot be scored: %s", _first_error(trace))
-        return session.episode(
-            reward=reward,
-            is_correct=self.is_correct(reward) if trace.ok else None,
-            group=group,
-            prompt=self.prompt_text(i),
-            text=trace.transcript,
-            truncated=bool(trace.is_truncated) or session.turns[-1].truncated,
-            pieces=tuple(piece for turn in read for piece in self._pieces(turn.tokens)),
-        )
+            raise UserError(f"verifiers could not play ({game.failure}); fix its environment") from game.failure
+        if not any(trace.ok for trace in game.traces):
+            raise UserError(f"every episode of verifiers failed, the first with: {_first_error(game.traces[0])}")
+        episodes = []
+        for trace, (i, group) in zip(game.traces, plan, strict=True):
+            session = sessions.get(trace.id)
+            if session is None or not session.turns:
+                continue
+            if not trace.ok:
+                logger.warning("an episode of verifiers failed and is unscorable: %s", _first_error(trace))
+            reward = float(trace.reward) if trace.ok else math.nan
+            read = session.turns if wanted.pieces else ()
+            episode = Episode.from_turns(
+                session.prompt,
+                session.turns,
+                session.added,
+                reward=reward,
+                is_correct=self.is_correct(reward) if trace.ok else None,
+                group=group,
+                prompt=self.prompt_text(i),
+                text=trace.transcript,
+                truncated=bool(trace.is_truncated) or session.turns[-1].truncated,
+                pieces=tuple(piece for turn in read for piece in self._pieces(turn.tokens)),
+            )
+            episodes.append(episode)
+        return episodes
 
 
 @dataclass(eq=False)
 class _Game:
-    """Episodes of verifiers, played in a thread with an event loop of its own."""
+    """The episodes of verifiers, played in a thread with an event loop of its own."""
 
     tasks: Sequence[Any]
     concurrency: int
     traces: list[Any] = field(default_factory=list)  # one per task, once over
-    place: dict[str, int] = field(default_factory=dict)  # of a trace's task, by the trace's id
+    place: dict[str, int] = field(default_factory=dict)  # a trace's id -> the number of its task
     done: int = 0
     over: threading.Event = field(default_factory=threading.Event)
     failure: BaseException | None = None
 
     def run(self, env: Any, url: str) -> None:
+        """Play all tasks, and store the traces or the failure."""
         try:
             self.traces = asyncio.run(self._play(env, url))
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - told to the thread that waits
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the waiting thread raises it
             self.failure = error
         finally:
             self.over.set()
-
-    @property
-    def asking(self) -> int:
-        """How many episodes could be asking the model now."""
-        return len(self.place) - self.done
 
     async def _play(self, env: Any, url: str) -> list[Any]:
         vf = extra("verifiers.v1", INSTALL)
@@ -194,8 +190,8 @@ class _Game:
 
 
 @dataclass(eq=False)
-class _Answering:
-    """Answers what a game's episodes ask, in the order of their tasks, as many as possible at a time."""
+class _Answers:
+    """The engine's answers to a game's requests, in the order of their tasks, as many as possible at a time."""
 
     env: VerifiersEnv
     engine: Engine
@@ -206,7 +202,7 @@ class _Answering:
     rounds: int = 0
 
     def until_over(self) -> dict[str, Session]:
-        """The conversations of all episodes, by trace."""
+        """Answer requests until the game is over and return the conversations of all episodes, by trace."""
         waiting: list[Request] = []
         waited = 0.0
         try:
@@ -214,43 +210,42 @@ class _Answering:
                 before = len(waiting)
                 waiting = self.server.waiting(waiting, _POLL)
                 waited = 0.0 if len(waiting) > before else waited + _POLL
-                if waiting and (len(waiting) >= self.game.asking or waited >= self.env.patience):
+                running = len(self.game.place) - self.game.done  # episodes that could send a request now
+                if waiting and (len(waiting) >= running or waited >= self.env.patience):
                     self._answer(sorted(waiting, key=lambda r: self.game.place.get(r.session, -1)))
                     waiting = []
-        finally:  # nobody is left waiting, whatever the engine raised
+        finally:  # no request stays unanswered, whatever the engine raised
             for request in waiting:
                 request.refuse("the episode is over")
         return self.sessions
 
     def _answer(self, requests: Sequence[Request]) -> None:
-        taken = [(r, tokens) for r in requests if (tokens := self._take(r)) is not None]
+        """Sample a turn for every request that continues its conversation and has room for one; refuse the others."""
+        taken: list[tuple[Request, Session, list[int]]] = []
+        for request in requests:
+            session = self.sessions.setdefault(request.session, Session(self.env.codec, self.env.parse))
+            try:
+                tokens = session.take(request.messages, request.tools)
+            except TextPolicyError as error:
+                request.refuse(str(error))
+                continue
+            room = self.env.max_episode_tokens
+            if room is not None and len(tokens) - len(session.prompt) + self.sampling.max_tokens > room:
+                session.drop_request()
+                request.reply({"role": "assistant", "content": ""}, "length", (len(tokens), 0))
+            else:
+                taken.append((request, session, tokens))
         drawn = self.sampling.elsewhere(self.rounds)
         self.rounds += 1
-        sampled = self.engine.sample([tokens for _, tokens in taken], 1, drawn) if taken else []
-        for (request, tokens), [completion] in zip(taken, sampled, strict=True):
-            session = self.sessions[request.session]
-            message = session.say(completion, len(session.turns))
+        sampled = self.engine.sample([tokens for _, _, tokens in taken], 1, drawn) if taken else []
+        for (request, session, tokens), [completion] in zip(taken, sampled, strict=True):
+            message = session.add(completion, len(session.turns))
             finish = "length" if completion.truncated else "tool_calls" if "tool_calls" in message else "stop"
             request.reply(message, finish, (len(tokens), len(completion.tokens)))
 
-    def _take(self, request: Request) -> list[int] | None:
-        """The tokens to continue, or None for a request that was refused."""
-        session = self.sessions.setdefault(request.session, self.env.session())
-        try:
-            tokens = session.take(request.messages, request.tools)
-        except TextPolicyError as error:
-            request.refuse(str(error))
-            return None
-        room = self.env.max_episode_tokens
-        if room is not None and len(tokens) - len(session.prompt) + self.sampling.max_tokens > room:
-            session.unsay()
-            request.reply({"role": "assistant", "content": ""}, "length", (len(tokens), 0))
-            return None
-        return tokens
-
 
 def put_uv_on_the_path() -> None:
-    """Let verifiers' processes find the uv beside this Python, whose folder is on the PATH in an activated one only.
+    """Add the folder of the uv beside this Python to a PATH without uv, as outside an activated environment.
 
     Without any, verifiers would fetch one from the network.
     """
@@ -259,10 +254,6 @@ def put_uv_on_the_path() -> None:
         os.environ["PATH"] = os.pathsep.join(filter(None, [os.environ.get("PATH"), beside]))
 
 
-def _refuse_all_failed(traces: Sequence[Any]) -> None:
-    if not any(trace.ok for trace in traces):
-        raise UserError(f"every episode of verifiers failed, the first with: {_first_error(traces[0])}")
-
-
 def _first_error(trace: Any) -> str:
+    """Return the first error of a trace, or the condition that stopped it."""
     return trace.errors[0].message if trace.errors else f"it stopped with {trace.stop_condition}"

@@ -91,7 +91,7 @@ def test_rows_of_a_file_with_columns_of_other_names(tmp_path):
 
 
 def test_too_few_rows_are_refused():
-    with pytest.raises(UserError, match="the rows holds 2 different problems; give 3 or more"):
+    with pytest.raises(UserError, match="the number of different problems in the rows is 2; give 3 or more"):
         task_from_rows([*ROWS[:2], ROWS[0]], level)
 
 
@@ -116,12 +116,12 @@ def test_a_file_is_a_task_by_its_own_function_or_another(letters):
         ("nothing.py", "there is no file nothing.py with the task; check the path"),
         ("my_task.py:tusk", "there is no function in my_task.py called 'tusk'; did you mean 'task'"),
         ("my_task.py:other", r"other\(\) of my_task.py returned a str; return a textpolicy.tasks.Task"),
-        ("my_task.py:broken", r"broken\(\) of my_task.py raised KeyError in line 15 \('x'\); mend it"),
-        ("my_task.py:leaky", r"'Type \d+' stands in two splits of the task of my_task.py; keep it in one"),
+        ("my_task.py:broken", r"broken\(\) of my_task.py raised KeyError in line 15 \('x'\); fix it"),
+        ("my_task.py:leaky", r"'Type \d+' is in two splits of the task of my_task.py; keep it in one"),
         ("json.py", "the file json.py has the name of another module, json; rename it"),
         ("this.py", "the file this.py cannot be imported as 'this'; give it a name that no other module has"),
-        ("wrong.py", r"wrong.py raised SyntaxError .*; mend it"),
-        ("bad.py", r"bad.py raised ZeroDivisionError in line 2 \(division by zero\); mend it"),
+        ("wrong.py", r"wrong.py raised SyntaxError .*; fix it"),
+        ("bad.py", r"bad.py raised ZeroDivisionError in line 2 \(division by zero\); fix it"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_one_sentence(letters, own, name, said):

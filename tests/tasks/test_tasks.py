@@ -188,7 +188,7 @@ def hub(monkeypatch):
 def test_without_the_library_made_up_problems_stand_in_and_say_so(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert load_task("math").name == "math_generated"
-    assert "made-up problems stand in for EleutherAI/hendrycks_math: datasets is not installed" in caplog.text
+    assert "made-up problems replace EleutherAI/hendrycks_math: datasets is not installed" in caplog.text
     with pytest.raises(MissingDependencyError, match="datasets is not installed"):
         load_task("math_hub")
 
@@ -201,8 +201,8 @@ def test_a_hub_that_does_not_answer_is_given_up_at_once_and_said_in_one_line(hub
     assert load_task("math").name == "math_generated"
     assert time.perf_counter() - started < 3
     [line] = caplog.messages
-    assert "stand in for EleutherAI/hendrycks_math" in line
-    assert "the hub does not answer, and it was not read here before" in line
+    assert "made-up problems replace EleutherAI/hendrycks_math" in line
+    assert "the hub does not answer, and the cache does not have it" in line
     with pytest.raises(UserError, match="EleutherAI/hendrycks_math cannot be read"):
         load_task("math_hub")
     assert Datasets.config.HF_HUB_OFFLINE is False  # as it was

@@ -468,7 +468,7 @@ def test_the_environment_goes_before_the_file(tmp_path, monkeypatch):
     [
         ([{"problem": "1 + 1?"}], "row 1 of .* lacks a problem or its answer"),
         ([{"answer": 2}], "row 1 of .* lacks a problem or its answer"),
-        ([{"problem": "1 + 1?", "answer": 2}], "holds 1 different problems"),
+        ([{"problem": "1 + 1?", "answer": 2}], "different problems in .* is 1; give 3 or more"),
     ],
 )
 def test_a_file_without_problems_and_answers_is_refused(rows, what, tmp_path):

@@ -1,4 +1,4 @@
-"""Tasks: problems with known answers, split for training and judging."""
+"""Tasks: problems with known answers, split for training and evaluation."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ REASONING_GYM = "reasoning_gym:"  # and the name of a data set
 
 
 def load_task(name: str) -> Task:
-    """The task called ``name``; an unknown name is a ``UserError`` that lists the known ones.
+    """Return the task called ``name``. Raises UserError, with the known names, for an unknown one.
 
-    "reasoning_gym:chain_sum" is the data set chain_sum of reasoning-gym, and so for the others. "FILE.py:FUNCTION" is
-    what that function returns, which is ``task`` if only the file is named.
+    "reasoning_gym:chain_sum" is the data set chain_sum of reasoning-gym, and likewise for the others.
+    "FILE.py:FUNCTION" is the task that the function returns; "FILE.py" alone means its function ``task``.
     """
     if (named := task_file(name)) is not None:
         return own_task(*named)

@@ -10,15 +10,15 @@ from .base import Problem, Task
 from .number import number_reward, with_worked_examples
 
 LARGEST = 40
-WORKED = ((4, 7), (12, 13))  # solved in every prompt, so neither trained on nor judged
+WORKED = ((4, 7), (12, 13))  # solved in every prompt, so in no split
 TEST, VALIDATION = 200, 100
-_SPLIT_SEED = 2026  # the split is part of the task: every run and seed is judged on the same problems
+_SPLIT_SEED = 2026  # the split is part of the task: every run and seed is evaluated on the same problems
 
 
 def addition_task() -> Task:
     """Add two numbers from 1 to 40, and answer with the number alone.
 
-    Split by unordered pair: 3 + 5 and 5 + 3 stay together.
+    The split is by unordered pair: 3 + 5 and 5 + 3 stay together.
     """
     pairs = [(a, b) for a in range(1, LARGEST + 1) for b in range(a, LARGEST + 1) if (a, b) not in WORKED]
     random = np.random.default_rng(_SPLIT_SEED)

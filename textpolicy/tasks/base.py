@@ -1,4 +1,4 @@
-"""What a task is: problems with answers, split for training and judging, a prompt and a reward."""
+"""The records of a task: problems with answers, split for training and evaluation, a prompt and a reward."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ class Problem:
 
     question: str
     answer: str
-    columns: Mapping[str, Any] = field(default_factory=dict)  # what else the reward reads
+    columns: Mapping[str, Any] = field(default_factory=dict)  # further entries of the example
 
     @property
     def example(self) -> dict[str, Any]:
-        """What the reward gets with the prompt."""
+        """The example that the reward gets with the prompt."""
         return {"question": self.question, "answer": self.answer, **self.columns}
 
 
 @dataclass(frozen=True)
 class Task:
-    """A skill to teach. No problem stands in two of the three splits, nor solved in the prompt."""
+    """A skill to teach. No problem is in two of the three splits, or solved in the prompt."""
 
     name: str
     summary: str
     train: tuple[Problem, ...]
     validation: tuple[Problem, ...]  # chooses the checkpoint that is kept
-    test: tuple[Problem, ...]  # judges the run; nothing is chosen by it
+    test: tuple[Problem, ...]  # evaluates the run; nothing is chosen by it
     prompt: Callable[[str], list[Message]]  # question -> chat messages
     reward: Callable[..., Any]  # (prompt, completion, example, **kwargs) -> number, dict or pair
     tools: tuple[Callable[..., Any], ...] = ()  # that may be called before the answer
-    max_tokens: int | None = None  # of a completion, where a run does not say; None leaves it to the run's default
+    max_tokens: int | None = None  # of a completion, unless the run sets it; None is the run's default

@@ -1,4 +1,4 @@
-"""Countdown: reach a target from a few whole numbers with + - * / and parentheses. Problems, and all about answers."""
+"""Countdown: reach a target from a few whole numbers with + - * / and parentheses; problems and their answers."""
 
 from __future__ import annotations
 
@@ -42,18 +42,20 @@ __all__ = [
     "score_countdown",
 ]
 
-MAX_NUMBERS = 6  # of a problem whose solvability is decided; the search grows faster than exponentially
+MAX_NUMBERS = 6  # that is_solvable accepts; the search grows faster than exponentially
 
 
 def is_solvable(numbers: Sequence[int], target: int, use_all: bool = False) -> bool:
-    """Whether some of the ``numbers``, or all of them with ``use_all``, reach ``target``, each used once.
+    """Return whether some of the ``numbers``, or all of them with ``use_all``, reach ``target``, each used once.
 
     values(S) = union over A + B = S of {a + b, |a - b|, a b, a / b, b / a : a in values(A), b in values(B)};
     signs are free in the grammar, so magnitudes suffice. S is a bit mask. Raises UserError for more
     than MAX_NUMBERS numbers.
     """
     if len(numbers) > MAX_NUMBERS:
-        raise UserError(f"whether {len(numbers)} numbers reach a target takes too long; give at most {MAX_NUMBERS}")
+        raise UserError(
+            f"deciding whether {len(numbers)} numbers reach a target takes too long; give at most {MAX_NUMBERS}"
+        )
     everything = (1 << len(numbers)) - 1
     values: dict[int, set[Fraction]] = {1 << i: {Fraction(abs(n))} for i, n in enumerate(numbers)}
     for chosen in range(1, everything + 1):
@@ -65,6 +67,7 @@ def is_solvable(numbers: Sequence[int], target: int, use_all: bool = False) -> b
 
 
 def _values(chosen: int, values: Mapping[int, set[Fraction]]) -> set[Fraction]:
+    """Return values(S) for the bit mask ``chosen``, given those of every smaller set."""
     found: set[Fraction] = set()
     part = (chosen - 1) & chosen
     while part > chosen ^ part:  # each split of the chosen in two, once
@@ -87,11 +90,11 @@ def generate_countdown_problems(
     max_attempts: int | None = None,
     use_all: bool = False,
 ) -> list[dict[str, Any]]:
-    """``num_problems`` of ``{"target": int, "numbers": [int, ...]}``, uniform in ranges that include both ends.
+    """Return ``num_problems`` of ``{"target": int, "numbers": [int, ...]}``, uniform in ranges that include both ends.
 
-    Numbers are drawn before their target, from a generator of its own with ``seed``. With ``ensure_solvable``
+    Numbers are drawn before their target, from a separate generator with ``seed``. With ``ensure_solvable``
     a draw without a solution (one using all numbers, with ``use_all``) is discarded. Raises UserError when
-    ``max_attempts`` draws (100 a problem by default) are not enough, or a range is empty.
+    ``max_attempts`` draws (100 per problem by default) are not enough, or a range is empty.
     """
     for name, (low, high) in (("number_range", number_range), ("target_range", target_range)):
         if low > high:
@@ -107,14 +110,14 @@ def generate_countdown_problems(
             problems.append({"target": target, "numbers": numbers})
     if len(problems) < num_problems:
         raise UserError(
-            f"only {len(problems)} of {num_problems} countdown problems were found to be solvable; "
+            f"only {len(problems)} of {num_problems} countdown problems were solvable; "
             "raise max_attempts, give more numbers, or bring target_range nearer to number_range"
         )
     return problems
 
 
 def format_countdown_prompt(target: int, numbers: Sequence[int], use_all: bool = False) -> str:
-    """The question for one problem; ``use_all`` asks for every number, as the reward's setting does."""
+    """Return the question for one problem; ``use_all`` requires every number, as the reward's setting does."""
     given = ", ".join(map(str, numbers))
     how_often = "exactly once" if use_all else "at most once"
     return (

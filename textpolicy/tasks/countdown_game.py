@@ -8,7 +8,8 @@ from fractions import Fraction
 from functools import cache
 from itertools import combinations
 
-from .base import Message, Problem, Task
+from ..environment.text.chat import as_messages
+from .base import Problem, Task
 from .countdown import (
     countdown_reward_with_info,
     evaluate_expression,
@@ -19,26 +20,36 @@ from .splits import Splits, distinct
 
 NUMBERS, LARGEST, TARGETS = 3, 25, (10, 100)
 TEST, VALIDATION, TRAIN = 200, 100, 1000
-_SPLIT_SEED = 2026  # the split is part of the task: every run and seed is judged on the same problems
+_SPLIT_SEED = 2026  # the split is part of the task: every run and seed is evaluated on the same problems
+
+Term = tuple[Fraction, str]  # a value, and the expression that has it
 
 
+@cache
 def countdown_task() -> Task:
     """Reach a target from three numbers with + - * / and parentheses, scored in exact fractions."""
-    cut = Splits.cut(_problems(), TEST, VALIDATION)
+    count = TEST + VALIDATION + TRAIN
+    made = generate_countdown_problems(2 * count, NUMBERS, (1, LARGEST), TARGETS, seed=_SPLIT_SEED)
+    problems = []
+    for draw in distinct(made, lambda p: (p["target"], *sorted(p["numbers"])), count, tries=2):
+        target, numbers = draw["target"], draw["numbers"]
+        answer = solve_countdown(numbers, target) or ""
+        problems.append(Problem(format_countdown_prompt(target, numbers), answer, draw))
+    cut = Splits.cut(problems, TEST, VALIDATION)
     return Task(
         name="countdown",
         summary=f"reach a target from {NUMBERS} numbers with + - * /",
         train=cut.train,
         validation=cut.validation,
         test=cut.test,
-        prompt=_ask,
+        prompt=as_messages,
         reward=countdown_reward_with_info,
         max_tokens=64,
     )
 
 
 def countdown_tool_task() -> Task:
-    """Countdown with a calculator that the model may call before it answers."""
+    """Reach a target as in "countdown", with a calculator that the model may call before it answers."""
     summary = f"reach a target from {NUMBERS} numbers with + - * /, with a calculator to call"
     return replace(countdown_task(), name="countdown_tool", summary=summary, tools=(calculate,), max_tokens=128)
 
@@ -49,48 +60,26 @@ def calculate(expression: str) -> str:
 
 
 def solve_countdown(numbers: Sequence[int], target: int, use_all: bool = False) -> str | None:
-    """An expression that reaches ``target`` with each of the ``numbers`` at most once (exactly, with ``use_all``).
+    """Return an expression that reaches ``target`` with each of the ``numbers`` at most once (exactly: ``use_all``).
 
-    None if there is none; ``is_solvable`` of textpolicy.tasks.countdown says so faster. Every pair of what is
-    left is joined by every sign, in turn, which takes a moment for five numbers and minutes for seven.
+    None if there is none; ``is_solvable`` of textpolicy.tasks.countdown decides that faster. The search joins every
+    pair of the remaining terms by every sign, which takes a moment for five numbers and minutes for seven.
     """
     return _search([(Fraction(n), str(n)) for n in numbers], target, use_all)
 
 
-Term = tuple[Fraction, str]  # a value, and the expression that has it
-
-
 def _search(terms: list[Term], target: int, use_all: bool) -> str | None:
+    """Return the expression of a term with the value ``target``, joining pairs of terms until there is one."""
     for value, expression in terms:
         if value == target and (len(terms) == 1 or not use_all):
             return expression[1:-1] if expression.startswith("(") else expression
     for i, j in combinations(range(len(terms)), 2):
         rest = [term for n, term in enumerate(terms) if n not in (i, j)]
-        for joined in _joined(terms[i], terms[j]):
-            if found := _search([joined, *rest], target, use_all):
+        (a, x), (b, y) = terms[i], terms[j]
+        joined = [(a + b, f"({x} + {y})"), (a - b, f"({x} - {y})"), (b - a, f"({y} - {x})"), (a * b, f"({x} * {y})")]
+        joined += [(a / b, f"({x} / {y})")] if b else []
+        joined += [(b / a, f"({y} / {x})")] if a else []
+        for term in joined:
+            if found := _search([term, *rest], target, use_all):
                 return found
     return None
-
-
-def _joined(left: Term, right: Term) -> list[Term]:
-    (a, x), (b, y) = left, right
-    out = [(a + b, f"({x} + {y})"), (a - b, f"({x} - {y})"), (b - a, f"({y} - {x})"), (a * b, f"({x} * {y})")]
-    out += [(a / b, f"({x} / {y})")] if b else []
-    return out + ([(b / a, f"({y} / {x})")] if a else [])
-
-
-@cache
-def _problems() -> list[Problem]:
-    count = TEST + VALIDATION + TRAIN
-    made = generate_countdown_problems(2 * count, NUMBERS, (1, LARGEST), TARGETS, seed=_SPLIT_SEED)
-    chosen = distinct(made, lambda p: (p["target"], *sorted(p["numbers"])), count, tries=2)
-    return [_problem(p["target"], p["numbers"]) for p in chosen]
-
-
-def _problem(target: int, numbers: Sequence[int]) -> Problem:
-    columns = {"target": target, "numbers": list(numbers)}
-    return Problem(format_countdown_prompt(target, numbers), solve_countdown(numbers, target) or "", columns)
-
-
-def _ask(question: str) -> list[Message]:
-    return [{"role": "user", "content": question}]

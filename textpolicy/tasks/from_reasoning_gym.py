@@ -1,4 +1,4 @@
-"""Any data set of reasoning-gym as a task, by the name "reasoning_gym:DATA_SET"."""
+"""The tasks "reasoning_gym:DATA_SET", one for each data set of reasoning-gym."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _SPLIT_SEED = 2026
 
 
 def reasoning_gym_task(dataset: str) -> Task:
-    """A data set at its own settings; questions that come twice stand in one split only.
+    """Return the task of a data set at its default settings; a repeated question is in one split only.
 
-    Raises UserError for an unknown one, or one with too few different questions, and MissingDependencyError.
+    Raises UserError for an unknown data set, or one with too few different questions, and MissingDependencyError.
     """
     count = TEST + VALIDATION + TRAIN
     made = make_dataset(dataset, 4 * count, _SPLIT_SEED)

@@ -1,4 +1,4 @@
-"""The embedded default task: name the largest of five numbers, and nothing else."""
+"""The default task "largest": name the largest of five numbers, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,18 +10,25 @@ from .base import Problem, Task
 from .number import number_reward, with_worked_examples
 
 COUNT, LARGEST = 5, 99
-WORKED = ((12, 5, 40, 33, 8), (71, 66, 9, 28, 15))  # solved in every prompt, so neither trained on nor judged
+WORKED = ((12, 5, 40, 33, 8), (71, 66, 9, 28, 15))  # solved in every prompt, so in no split
 TEST, VALIDATION, TRAIN = 200, 100, 2000
-_SPLIT_SEED = 2026  # the split is part of the task: every run and seed is judged on the same problems
+_SPLIT_SEED = 2026  # the split is part of the task: every run and seed is evaluated on the same problems
 
 
 def largest_task() -> Task:
     """Name the largest of five numbers from 1 to 99, and nothing else; the default.
 
-    The five differ, and no set of five stands twice, in whatever order. Naming one of them at random is
+    The five differ, and no set of five occurs twice, in any order. Naming one of them at random is
     right one time in five.
     """
-    lists = _distinct_lists(TEST + VALIDATION + TRAIN)
+    random = np.random.default_rng(_SPLIT_SEED)
+    seen = {frozenset(w) for w in WORKED}
+    lists: list[tuple[int, ...]] = []
+    while len(lists) < TEST + VALIDATION + TRAIN:
+        drawn = tuple(int(i) for i in random.choice(LARGEST, COUNT, replace=False) + 1)
+        if frozenset(drawn) not in seen:
+            seen.add(frozenset(drawn))
+            lists.append(drawn)
     test, validation, train = lists[:TEST], lists[TEST : TEST + VALIDATION], lists[TEST + VALIDATION :]
     return Task(
         name="largest",
@@ -32,18 +39,6 @@ def largest_task() -> Task:
         prompt=partial(with_worked_examples, worked=[_problem(w) for w in WORKED]),
         reward=number_reward,
     )
-
-
-def _distinct_lists(count: int) -> list[tuple[int, ...]]:
-    random = np.random.default_rng(_SPLIT_SEED)
-    seen = {frozenset(w) for w in WORKED}
-    lists: list[tuple[int, ...]] = []
-    while len(lists) < count:
-        drawn = tuple(int(i) for i in random.choice(LARGEST, COUNT, replace=False) + 1)
-        if frozenset(drawn) not in seen:
-            seen.add(frozenset(drawn))
-            lists.append(drawn)
-    return lists
 
 
 def _problem(numbers: tuple[int, ...]) -> Problem:

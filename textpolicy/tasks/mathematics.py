@@ -1,14 +1,13 @@
-r"""The task "math": problems answered in \boxed{}, from a hub data set where it can be reached, else made up."""
+r"""The task "math": problems answered in \boxed{}, from a hub data set if the hub can be reached, else made up."""
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from fractions import Fraction
 from math import comb, gcd, lcm
 from pathlib import Path
-from typing import Any
 
 from ..environment.rows import read_rows
 from ..errors import MissingDependencyError, UserError
@@ -24,21 +23,25 @@ HUB = "EleutherAI/hendrycks_math"  # MATH (Hendrycks et al., 2021, arXiv:2103.03
 SUBJECTS = ("intermediate_algebra", "precalculus", "number_theory", "counting_and_probability", "geometry")
 TEST, VALIDATION, TRAIN = 200, 100, 1000
 _SPLIT_SEED = 2026
+KINDS = ("equation", "fractions", "percentage", "divisor", "multiple", "series", "choice")  # of made-up problems
 
 
 def math_task() -> Task:
-    r"""Mathematical problems answered in \boxed{}: the MATH data set if it can be reached, else made-up ones."""
+    r"""The MATH data set, answered in \boxed{}, or made-up problems if it cannot be reached."""
     try:
         return hub_math_task()
     except (UserError, MissingDependencyError) as reason:
-        logger.warning("made-up problems stand in for %s: %s", HUB, reason)
+        logger.warning("made-up problems replace %s: %s", HUB, reason)
         return generated_math_task()
 
 
 def hub_math_task() -> Task:
-    """The MATH data set, five subjects of it; needs the package datasets and, the first time, the network."""
+    """The MATH data set, five subjects of it; needs the package datasets and, for the first time, the network."""
     rows = hub_rows(HUB, SUBJECTS, ("train", "test"))
-    problems = {name: [_from_row(row) for row in kept if extract_boxed(row["solution"])] for name, kept in rows.items()}
+    problems: dict[str, list[Problem]] = {"train": [], "test": []}
+    for name, kept in problems.items():
+        answers = [(row["problem"], extract_boxed(row["solution"])) for row in rows[name]]
+        kept += [Problem(question, answer) for question, answer in answers if answer]
     random.Random(_SPLIT_SEED).shuffle(problems["test"])
     random.Random(_SPLIT_SEED).shuffle(problems["train"])
     train = problems["train"]
@@ -47,34 +50,33 @@ def hub_math_task() -> Task:
 
 
 def generated_math_task() -> Task:
-    """Made-up problems: equations, fractions, percentages, divisors, series, combinations."""
-    problems = distinct(_made(), lambda p: p.question, TEST + VALIDATION + TRAIN)
+    """The task of made-up problems: equations, fractions, percentages, divisors, series, combinations."""
+    problems = distinct(_made_up(), lambda p: p.question, TEST + VALIDATION + TRAIN)
     return _task("math_generated", "made-up problems of seven kinds", Splits.cut(problems, TEST, VALIDATION))
 
 
 def math_task_of(path: Path) -> Task:
-    r"""The problems of a .jsonl, .csv or .parquet file: columns problem or question, and answer or solution.
+    r"""Return the task of a .jsonl, .csv or .parquet file: columns problem or question, and answer or solution.
 
     A solution's answer is its last \boxed{}. A fifth of the problems, at most 200, is the test split and a tenth, at
     most 100, the validation split, whatever the seed of a run. Raises UserError.
     """
-    splits = Splits.drawn((_of_file(row, n, path) for n, row in enumerate(read_rows(path), 1)), str(path))
-    return _task("math_file", f"the problems of {path.name}", splits)
-
-
-def _of_file(row: Mapping[str, Any], number: int, path: Path) -> Problem:
-    question, answer = row.get("problem", row.get("question")), row.get("answer")
-    if answer is None:
-        answer = extract_boxed(str(row.get("solution", "")))
-    if question is None or answer is None:
-        raise UserError(
-            f"row {number} of {path} lacks a problem or its answer; give columns problem and answer, or problem and "
-            "solution with the answer in \\boxed{}"
-        )
-    return Problem(str(question), str(answer))
+    problems = []
+    for number, row in enumerate(read_rows(path), 1):
+        question, answer = row.get("problem", row.get("question")), row.get("answer")
+        if answer is None:
+            answer = extract_boxed(str(row.get("solution", "")))
+        if question is None or answer is None:
+            raise UserError(
+                f"row {number} of {path} lacks a problem or its answer; give columns problem and answer, or problem "
+                "and solution with the answer in \\boxed{}"
+            )
+        problems.append(Problem(str(question), str(answer)))
+    return _task("math_file", f"the problems of {path.name}", Splits.drawn(problems, str(path)))
 
 
 def _task(name: str, summary: str, splits: Splits) -> Task:
+    """Return a task of problems that are answered in a box."""
     return Task(
         name=name,
         summary=f"{summary}, answered in \\boxed{{}}",
@@ -87,69 +89,38 @@ def _task(name: str, summary: str, splits: Splits) -> Task:
     )
 
 
-def _from_row(row: dict[str, str]) -> Problem:
-    return Problem(row["problem"], extract_boxed(row["solution"]) or "")
-
-
 def _ask(question: str) -> list[Message]:
+    """Return the prompt of a question."""
     return [{"role": "user", "content": f"{question}\nPut the final answer in \\boxed{{}}."}]
 
 
-# ---- made-up problems
-
-
-def _made() -> Iterator[Problem]:
+def _made_up() -> Iterator[Problem]:
+    """Yield made-up problems of seven kinds without end, always the same ones."""
     draw = random.Random(_SPLIT_SEED)
     while True:
-        yield draw.choice(KINDS)(draw)
-
-
-def _equation(draw: random.Random) -> Problem:
-    a, x, b = draw.randint(2, 12), draw.randint(-12, 12), draw.randint(1, 30)
-    return Problem(f"Solve {a}x + {b} = {a * x + b} for x.", str(x))
-
-
-def _fractions(draw: random.Random) -> Problem:
-    a, b = (Fraction(draw.randint(1, 9), draw.randint(2, 9)) for _ in range(2))
-    total = a + b
-    answer = str(total.numerator) if total.denominator == 1 else rf"\frac{{{total.numerator}}}{{{total.denominator}}}"
-    return Problem(f"What is {a} + {b}, in lowest terms?", answer)
-
-
-def _percentage(draw: random.Random) -> Problem:
-    percent, whole = 5 * draw.randint(1, 19), 20 * draw.randint(2, 40)
-    return Problem(f"What is {percent}% of {whole}?", str(percent * whole // 100))
-
-
-def _divisor(draw: random.Random) -> Problem:
-    a, b = draw.randint(12, 120), draw.randint(12, 120)
-    return Problem(f"What is the greatest common divisor of {a} and {b}?", str(gcd(a, b)))
-
-
-def _multiple(draw: random.Random) -> Problem:
-    a, b = draw.randint(4, 40), draw.randint(4, 40)
-    return Problem(f"What is the least common multiple of {a} and {b}?", str(lcm(a, b)))
-
-
-def _series(draw: random.Random) -> Problem:
-    first, step, n = draw.randint(1, 20), draw.randint(1, 9), draw.randint(5, 20)
-    shown = ", ".join(str(first + i * step) for i in range(3))
-    return Problem(
-        f"What is the sum of the first {n} terms of {shown}, ...?", str(n * (2 * first + (n - 1) * step) // 2)
-    )
-
-
-def _choice(draw: random.Random) -> Problem:
-    n, k = draw.randint(4, 12), draw.randint(2, 3)
-    return Problem(f"In how many ways can {k} of {n} people be chosen?", str(comb(n, k)))
-
-
-KINDS: tuple[Callable[[random.Random], Problem], ...] = (
-    _equation,
-    _fractions,
-    _percentage,
-    _divisor,
-    _multiple,
-    _series,
-    _choice,
-)
+        match draw.choice(KINDS):
+            case "equation":
+                a, x, b = draw.randint(2, 12), draw.randint(-12, 12), draw.randint(1, 30)
+                yield Problem(f"Solve {a}x + {b} = {a * x + b} for x.", str(x))
+            case "fractions":
+                first, second = (Fraction(draw.randint(1, 9), draw.randint(2, 9)) for _ in range(2))
+                top, bottom = (first + second).as_integer_ratio()
+                answer = str(top) if bottom == 1 else rf"\frac{{{top}}}{{{bottom}}}"
+                yield Problem(f"What is {first} + {second}, in lowest terms?", answer)
+            case "percentage":
+                percent, whole = 5 * draw.randint(1, 19), 20 * draw.randint(2, 40)
+                yield Problem(f"What is {percent}% of {whole}?", str(percent * whole // 100))
+            case "divisor":
+                a, b = draw.randint(12, 120), draw.randint(12, 120)
+                yield Problem(f"What is the greatest common divisor of {a} and {b}?", str(gcd(a, b)))
+            case "multiple":
+                a, b = draw.randint(4, 40), draw.randint(4, 40)
+                yield Problem(f"What is the least common multiple of {a} and {b}?", str(lcm(a, b)))
+            case "series":
+                start, step, n = draw.randint(1, 20), draw.randint(1, 9), draw.randint(5, 20)
+                shown = ", ".join(str(start + i * step) for i in range(3))
+                total = n * (2 * start + (n - 1) * step) // 2
+                yield Problem(f"What is the sum of the first {n} terms of {shown}, ...?", str(total))
+            case "choice":
+                n, k = draw.randint(4, 12), draw.randint(2, 3)
+                yield Problem(f"In how many ways can {k} of {n} people be chosen?", str(comb(n, k)))

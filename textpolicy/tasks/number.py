@@ -1,4 +1,4 @@
-"""What tasks share whose answer is one whole number: worked examples in the prompt, and the reward."""
+"""The reward and the prompt, with worked examples, of tasks whose answer is one whole number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .base import Message, Problem
 
 
 def number_reward(prompt: str, completion: str, example: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-    """0.1 for a bare whole number, 0.4 for a right last number, 0.5 more for both; correct means both."""
+    """Return 0.1 for a bare whole number, 0.4 for a right last number, 0.5 more for both; correct means both."""
     bare = re.fullmatch(r"[0-9]{1,6}", completion) is not None
     numbers = re.findall(r"[0-9]+", completion)
     right = bool(numbers) and numbers[-1] == example["answer"]
@@ -18,7 +18,7 @@ def number_reward(prompt: str, completion: str, example: dict[str, Any], **kwarg
 
 
 def with_worked_examples(question: str, worked: Sequence[Problem]) -> list[Message]:
-    """A conversation in which the ``worked`` problems were asked and answered before ``question``.
+    """Return a conversation in which the ``worked`` problems are asked and answered before ``question``.
 
     Every prompt of a run begins with them, so their keys and values are computed once per step.
     """

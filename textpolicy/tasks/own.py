@@ -1,4 +1,4 @@
-"""Tasks of your own: a function in a Python file, "FILE.py:FUNCTION", and problems made of rows of data."""
+"""The tasks of users: a function in a Python file, "FILE.py:FUNCTION", or rows of data."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from types import ModuleType
 from typing import Any
 
 from ..environment.rows import read_rows
+from ..environment.text.chat import as_messages
 from ..errors import UserError, unknown_name
 from ..rewards.contract import RewardFunction
 from .base import Message, Problem, Task
 from .splits import Splits
 
-DEFAULT = "task"  # the function, where the name is a file alone
+DEFAULT = "task"  # the function, if the name is a file alone
 
 
 def task_from_rows(
@@ -31,47 +32,43 @@ def task_from_rows(
     max_tokens: int | None = None,
     tools: Sequence[Callable[..., Any]] = (),
 ) -> Task:
-    """A task whose problems are ``rows``: mappings, or a .jsonl, .csv or .parquet file of them.
+    """Return a task whose problems are ``rows``: mappings, or a .jsonl, .csv or .parquet file of them.
 
-    ``question`` and ``answer`` name columns; without an answer there it is "". The reward gets the whole row as
-    ``example``. ``prompt`` makes chat messages of a question, by default one of the user with it alone. Of rows with
-    the same question the first is kept. A fifth of the problems, at most 200, is the test split and a tenth, at most
-    100, the validation split, whatever the seed of a run. Raises UserError.
+    ``question`` and ``answer`` name columns; a missing answer is "". The reward gets the whole row as
+    ``example``. ``prompt`` turns a question into chat messages, by default a user's message with it alone. Of rows
+    with the same question the first is kept. A fifth of the problems, at most 200, is the test split and a tenth, at
+    most 100, the validation split, whatever the seed of a run. Raises UserError.
     """
     source = f"{rows}" if isinstance(rows, str | Path) else "the rows"
     read = read_rows(rows) if isinstance(rows, str | Path) else list(rows)
-    splits = Splits.drawn([_problem(row, n, source, question, answer) for n, row in enumerate(read, 1)], source)
+    problems = []
+    for number, row in enumerate(read, 1):
+        if row.get(question) is None:
+            raise UserError(
+                f"row {number} of {source} has no {question!r} but {', '.join(map(str, row))}; name the column of "
+                "questions with question=..."
+            )
+        solution = "" if row.get(answer) is None else str(row[answer])
+        problems.append(Problem(str(row[question]), solution, dict(row)))
+    splits = Splits.drawn(problems, source)
     return Task(
         name=name,
         summary=f"{len(read)} rows",
         train=splits.train,
         validation=splits.validation,
         test=splits.test,
-        prompt=prompt or _ask,
+        prompt=prompt or as_messages,
         reward=reward,
         tools=tuple(tools),
         max_tokens=max_tokens,
     )
 
 
-def _problem(row: Mapping[str, Any], number: int, source: str, question: str, answer: str) -> Problem:
-    if row.get(question) is None:
-        raise UserError(
-            f"row {number} of {source} has no {question!r} but {', '.join(map(str, row))}; name the column to ask with "
-            "question=..."
-        )
-    return Problem(str(row[question]), "" if row.get(answer) is None else str(row[answer]), dict(row))
-
-
-def _ask(question: str) -> list[Message]:
-    return [{"role": "user", "content": question}]
-
-
 # ---- a function in a file
 
 
 def task_file(name: str) -> tuple[Path, str] | None:
-    """The file and the function that ``name`` means, as "FILE.py:FUNCTION" or "FILE.py"; None if it means neither."""
+    """Return the file and function of a ``name`` like "FILE.py:FUNCTION" or "FILE.py"; None for another name."""
     path, separator, function = name.rpartition(":")
     if separator and path.endswith(".py"):
         return Path(path), function
@@ -79,7 +76,7 @@ def task_file(name: str) -> tuple[Path, str] | None:
 
 
 def short_name(name: str) -> str:
-    """What a folder is called after: of a file without its folder, ending and default function."""
+    """Return the name of a task for a folder: that of a file without its folder, ending and default function."""
     named = task_file(name)
     if named is None:
         return name
@@ -88,7 +85,10 @@ def short_name(name: str) -> str:
 
 
 def own_task(path: Path, function: str) -> Task:
-    """What ``function`` of the Python file ``path`` returns; the file can import others beside it. Raises UserError."""
+    """Return the task that ``function`` of the Python file ``path`` returns; the file can import its neighbours.
+
+    Raises UserError.
+    """
     module = _imported(path)
     made = getattr(module, function, None)
     if not callable(made):
@@ -99,17 +99,25 @@ def own_task(path: Path, function: str) -> Task:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{function}() of {path} raised {_told(error, path)}; mend it") from error
+        raise UserError(f"{function}() of {path} raised {_described(error, path)}; fix it") from error
     if not isinstance(task, Task):
         raise UserError(f"{function}() of {path} returned a {type(task).__name__}; return a textpolicy.tasks.Task")
-    _refuse_unsound(task, path)
+    splits = {"train": task.train, "validation": task.validation, "test": task.test}
+    for name, problems in splits.items():
+        if not problems:
+            raise UserError(f"the task of {path} has no problems in its {name} split; give it at least one")
+    train, validation, test = ({p.question for p in problems} for problems in splits.values())
+    if both := (train & validation) | (train & test) | (validation & test):
+        raise UserError(f"{min(both)[:80]!r} is in two splits of the task of {path}; keep it in one")
     return task
 
 
 def _imported(path: Path) -> ModuleType:
-    """The file as the module of its name, so that worker processes can import it too."""
+    """Import the file as the module of its name, so that worker processes can import it too."""
     if not path.is_file():
-        raise UserError(f"there is no file {path} with the task; check the path, which is taken from where you are")
+        raise UserError(
+            f"there is no file {path} with the task; check the path, which is relative to the current folder"
+        )
     file, name = path.resolve(), path.stem
     if (loaded := sys.modules.get(name)) is not None:
         if Path(getattr(loaded, "__file__", None) or "").resolve() != file:
@@ -123,21 +131,11 @@ def _imported(path: Path) -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:
-        raise UserError(f"{path} raised {_told(error, path)}; mend it") from error
+        raise UserError(f"{path} raised {_described(error, path)}; fix it") from error
 
 
-def _told(error: Exception, path: Path) -> str:
-    """The error with the line of ``path`` that it comes from."""
+def _described(error: Exception, path: Path) -> str:
+    """Return the error with the line of ``path`` that it comes from."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path.resolve()]
     at = f" in line {lines[-1]}" if lines else ""
     return f"{type(error).__name__}{at} ({' '.join(str(error).split())})"
-
-
-def _refuse_unsound(task: Task, path: Path) -> None:
-    splits = {"train": task.train, "validation": task.validation, "test": task.test}
-    for name, problems in splits.items():
-        if not problems:
-            raise UserError(f"the task of {path} has no problems in its {name} split; give it one at least")
-    train, validation, test = ({p.question for p in problems} for problems in splits.values())
-    if both := (train & validation) | (train & test) | (validation & test):
-        raise UserError(f"{min(both)[:80]!r} stands in two splits of the task of {path}; keep it in one")

@@ -1,4 +1,4 @@
-"""What tasks with made-up problems share: distinct problems, cut into the three splits."""
+"""The split of distinct problems into training, validation and test."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..errors import UserError
 from .base import Problem
 
 Made = TypeVar("Made")
-_TEST, _VALIDATION = 200, 100  # at most, of problems that somebody brings
+_TEST, _VALIDATION = 200, 100  # at most, of a user's problems
 _SEED = 2026
 
 
 def distinct(made: Iterable[Made], key: Callable[[Made], Hashable], count: int, tries: int = 20) -> list[Made]:
-    """The first ``count`` of ``made`` that differ by ``key``; a UserError after ``tries`` times as many."""
+    """Return the first ``count`` of ``made`` that differ by ``key``. Raises UserError after ``tries`` times as many."""
     found: dict[Hashable, Made] = {}
     for one in islice(made, count * tries):
         found.setdefault(key(one), one)
@@ -36,13 +36,13 @@ class Splits:
 
     @classmethod
     def cut(cls, problems: Sequence[Problem], test: int, validation: int) -> Self:
-        """The first problems go to ``test``, the next to ``validation``: they stay when training grows."""
-        judged = test + validation
-        return cls(tuple(problems[judged:]), tuple(problems[test:judged]), tuple(problems[:test]))
+        """Put the first problems into ``test``, the next into ``validation``: they stay the same as training grows."""
+        held_out = test + validation
+        return cls(tuple(problems[held_out:]), tuple(problems[test:held_out]), tuple(problems[:test]))
 
     @classmethod
     def drawn(cls, problems: Iterable[Problem], source: str) -> Self:
-        """A fifth, at most 200, to ``test`` and a tenth, at most 100, to ``validation``, drawn always alike.
+        """Draw a fifth, at most 200, for ``test`` and a tenth, at most 100, for ``validation``, always the same ones.
 
         Of equal questions the first is kept. Raises UserError, naming the ``source``, for fewer than 3.
         """
@@ -52,6 +52,8 @@ class Splits:
         kept = list(first.values())
         n = len(kept)
         if n < 3:
-            raise UserError(f"{source} holds {n} different problems; give 3 or more, for training and for judging")
+            raise UserError(
+                f"the number of different problems in {source} is {n}; give 3 or more, for training and evaluation"
+            )
         random.Random(_SEED).shuffle(kept)
         return cls.cut(kept, min(_TEST, max(1, n // 5)), min(_VALIDATION, max(1, n // 10)))

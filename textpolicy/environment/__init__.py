@@ -1,4 +1,4 @@
-"""Environments: prompts, replies to the policy, and the scoring of its completions."""
+"""The environments: prompts, replies to the policy, and the scoring of its completions."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from ..types import Episode
 
 
 class Environment(ABC):
-    """An environment in which a policy acts, one episode at a time."""
+    """The base class of environments in which a policy acts, one episode at a time."""
 
     observation_space: Any = None  # a description, for the reader; nothing in the package uses it
     action_space: Any = None
@@ -53,7 +53,7 @@ class Wanted:
 
 
 class DrivenEnv(ABC):
-    """Prompts whose episodes are played by another program, which requests every turn from the engine."""
+    """The base class of environments that another program plays, requesting every turn from the engine."""
 
     @abstractmethod
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Environments of more than one turn: a partner that replies to the policy, or tools that it may call."""
+"""The environments of more than one turn: a partner replies to the policy, or the policy calls tools."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Describe = Callable[[Sequence[Schema]], str]  # instructions for the policy, "" 
 
 
 class MultiTurnEnv(TextGenerationEnv):
-    """Prompts, and a partner that replies to every turn of the policy until the episode ends.
+    """The environment with a partner that replies to every turn of the policy until the episode ends.
 
     An episode is one row of tokens: prompt, turn, reply, turn, ... Turns stay exactly as they were
     sampled; replies are tokenised once, in the chat template, and take no part in loss or credit. The episode ends
@@ -78,7 +78,7 @@ def sum_of_turns(
 
 
 class ToolEnv(MultiTurnEnv):
-    """Prompts, and Python functions that the policy may call before it answers; a turn without a call is the answer.
+    """The environment with Python functions that the policy may call; a turn without a call is its answer.
 
     The functions run in this process, unconfined. Their results, the errors they raise and the mistakes in
     malformed calls are sent to the policy as messages.

@@ -1,4 +1,4 @@
-"""``TextGenerationEnv``: prompts, tokenised once, and a reward for the completions of a policy."""
+"""The environment of single completions: prompts, tokenised once, and a reward for each completion."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PartnerFactory = Callable[[Mapping[str, Any]], Partner]  # the example of a prom
 
 
 class TextGenerationEnv(Environment):
-    """One prompt, one completion, one reward; episodes go through the prompts in order.
+    """The environment of one prompt, one completion, one reward; episodes go through the prompts in order.
 
     Every prompt is tokenised at construction, and a chat template is applied here and nowhere
     else: a policy continues, and a learner scores, exactly the tokens that ``reset`` returns.

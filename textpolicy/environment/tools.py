@@ -1,4 +1,4 @@
-"""Tools: typed Python functions that a policy may call, their schemas, and the parser of its calls."""
+"""The tools of a policy: typed Python functions, their schemas, and the parser of calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONGEST_RESULT = 2000  # characters of a result that the policy sees
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One tool call as the policy wrote it."""
+    """The call of a tool as the policy wrote it."""
 
     name: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)

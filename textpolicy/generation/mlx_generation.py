@@ -1,4 +1,4 @@
-"""``create_policy``, which makes a rollout policy of a model, and the functions between text and token ids."""
+"""Make a rollout policy of a model, and convert between text and token ids."""
 
 from __future__ import annotations
 

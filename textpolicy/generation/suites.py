@@ -1,4 +1,4 @@
-"""Suites of writing tasks with target words and lengths, and an environment that evaluates a model on one."""
+"""The suites of writing tasks with target words and lengths, and an environment that evaluates a model on one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONNECTIVES = ("because", "therefore", "however", "first", "then", "finally", "f
 
 @dataclass(frozen=True)
 class TextGenerationTask:
-    """A text to write, and the criteria it is scored by."""
+    """The prompt for a text, and the criteria that score it."""
 
     prompt: str
     target_keywords: Sequence[str]  # found anywhere in the text, in upper or lower case

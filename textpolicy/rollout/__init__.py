@@ -1,4 +1,4 @@
-"""Rollouts of the step-by-step API: a policy acts in an environment, and a buffer stores the episodes."""
+"""The rollouts of the step-by-step API: a policy acts in an environment, and a buffer stores the episodes."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Policy(Protocol):
 
 @runtime_checkable
 class BatchedPolicy(Policy, Protocol):
-    """A policy that also answers many prompts in one call."""
+    """The policy that also answers many prompts in one call."""
 
     def sample_batch(
         self, prompts: Sequence[np.ndarray], deterministic: bool = False

@@ -1,4 +1,4 @@
-"""A clock that sums the seconds of each named part of some work."""
+"""Sum the seconds of each named part of some work."""
 
 from __future__ import annotations
 

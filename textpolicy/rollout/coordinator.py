@@ -1,4 +1,4 @@
-"""``RolloutCoordinator``: make an environment and a policy, and collect episodes with them."""
+"""Make an environment and a policy, and collect episodes with them: ``RolloutCoordinator``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``RolloutRunner``: let a policy act in an environment and collect the episodes."""
+"""Let a policy act in an environment and collect the episodes: ``RolloutRunner``."""
 
 from __future__ import annotations
 

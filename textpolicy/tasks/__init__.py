@@ -1,4 +1,4 @@
-"""Tasks: problems with known answers, split for training and evaluation."""
+"""The tasks: problems with known answers, split for training and evaluation."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ Message = Mapping[str, str]  # {"role": "user", "content": "What is 2 + 2?"}
 
 @dataclass(frozen=True)
 class Problem:
-    """One question and the answer it is graded against."""
+    """The question and the answer it is graded against."""
 
     question: str
     answer: str
@@ -25,7 +25,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Task:
-    """A skill to teach. No problem is in two of the three splits, or solved in the prompt."""
+    """The record of a skill to teach. No problem is in two of the three splits, or solved in the prompt."""
 
     name: str
     summary: str

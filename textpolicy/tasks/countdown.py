@@ -1,4 +1,4 @@
-"""Countdown: reach a target from a few whole numbers with + - * / and parentheses; problems and their answers."""
+"""The problems of countdown: reach a target from a few whole numbers with + - * / and parentheses."""
 
 from __future__ import annotations
 

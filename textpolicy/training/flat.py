@@ -1,4 +1,4 @@
-"""A batch as flat arrays, token after token and episode after episode, for losses that users write."""
+"""The flat arrays of a batch, token after token and episode after episode, for losses that users write."""
 
 from __future__ import annotations
 

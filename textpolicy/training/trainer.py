@@ -1,4 +1,4 @@
-"""``Trainer``: one optimiser step from collected episodes, with an advantage and a loss of your own."""
+"""Take optimiser steps on collected episodes, with an advantage and a loss of your own: ``Trainer``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Advantages of ``Trainer``, token by token: the protocol of transforms, and the stages of the recipes as one."""
+"""The transforms of ``Trainer``'s advantages, token by token: their protocol, and the stages of recipes as one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MarkPlanning = Callable[[Sequence[np.ndarray]], np.ndarray]  # ids of each compl
 
 @runtime_checkable
 class PreparesBatch(Protocol):
-    """A transform that adds to the batch before it is called."""
+    """The protocol of a transform that adds to the batch before it is called."""
 
     def prepare_batch(self, batch: dict[str, Any]) -> None:
         """Change ``batch`` in place."""
@@ -31,7 +31,7 @@ class PreparesBatch(Protocol):
 
 @runtime_checkable
 class PostprocessesBatch(Protocol):
-    """A transform that reads the batch after the update."""
+    """The protocol of a transform that reads the batch after the update."""
 
     def postprocess_batch(self, batch: dict[str, Any]) -> None:
         """Read ``batch``; numbers put into ``batch["transform_metrics"]`` are returned by ``Trainer.train``."""

@@ -1,1 +1,1 @@
-"""Environments of other libraries: Gymnasium, reasoning-gym, verifiers and any OpenAI-style client."""
+"""The environments of other libraries: Gymnasium, reasoning-gym, verifiers and any OpenAI-style client."""

@@ -1,4 +1,4 @@
-"""Gymnasium environments: as an ``Environment``, several side by side, and as a game that a language model plays."""
+"""The environments of Gymnasium: as an ``Environment``, several side by side, and as games for a language model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MakeGame = Callable[[], Any]  # makes a gymnasium.Env
 
 
 class GymAdapter(Environment):
-    """One Gymnasium environment under our contract; ``env`` is the environment itself."""
+    """The adapter of one Gymnasium environment to our contract; ``env`` is the environment itself."""
 
     def __init__(self, env_name: str, **kwargs: Any) -> None:
         """Make the environment; ``kwargs`` are those of ``gymnasium.make``.
@@ -55,7 +55,7 @@ class GymAdapter(Environment):
 
 
 class VectorizedEnvironment:
-    """N environments of Gymnasium's vector kind, side by side; all arrays have N rows."""
+    """The adapter of N Gymnasium environments side by side; all arrays have N rows."""
 
     def __init__(self, vec_env: Any) -> None:
         """Wrap ``vec_env``, a ``gymnasium.vector.VectorEnv``, which ``gymnasium.make_vec`` returns."""
@@ -100,7 +100,7 @@ def make_vectorized_env(
 
 
 class GymnasiumTextEnv(MultiTurnEnv):
-    """A Gymnasium environment that a language model plays: observations are messages, turns are actions.
+    """The Gymnasium environment that a language model plays: observations are messages, turns are actions.
 
     Prompt i is the game that ``reset(seed=seed + i)`` begins, so the episodes of a group play the same one. The
     reward is the sum of the game's rewards. A turn that is not a valid action gets a message that says so, and counts

@@ -1,4 +1,4 @@
-"""A local OpenAI-style server in front of our engine, for environments that drive the conversation themselves.
+"""Serve our engine on a local port as OpenAI chat completions, for environments that drive the conversation.
 
 Requests wait until the owner of the engine answers them, many at a time. Every session keeps its tokens: a request that
 continues the conversation only adds the new messages, so no turn is ever encoded again.
@@ -29,7 +29,7 @@ SESSION_HEADER = "X-Session-ID"
 
 @dataclass(eq=False, slots=True)
 class Session:
-    """One conversation, token for token."""
+    """The record of one conversation, token for token."""
 
     codec: ChatCodec
     parse: ParseCalls
@@ -89,7 +89,7 @@ class Session:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """A client's request for a turn, waiting for its answer."""
+    """The request of a client for a turn, waiting for its answer."""
 
     session: str
     messages: Sequence[Message]
@@ -115,7 +115,7 @@ class Request:
 
 
 class ModelServer:
-    """A server of OpenAI chat completions on 127.0.0.1 that queues them; ``url`` has a secret to keep strangers out."""
+    """The server of OpenAI chat completions on 127.0.0.1; a secret in its ``url`` keeps strangers out."""
 
     def __init__(self) -> None:
         self._requests: queue.SimpleQueue[Request] = queue.SimpleQueue()

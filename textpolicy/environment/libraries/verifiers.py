@@ -59,7 +59,7 @@ def verifiers_env(
 
 
 class VerifiersEnv(DrivenEnv):
-    """A verifiers environment with one agent; prompt i is its task i, and the reward is the trace's.
+    """The verifiers environment with one agent; prompt i is its task i, and the reward is the trace's.
 
     The harness sends its requests to a local port, and the engine answers them, those of all episodes together, and
     keeps their exact tokens. An episode that fails in verifiers is unscorable.

@@ -366,7 +366,7 @@ BROKEN = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"has no model\*\.safetensors"),
     "config no JSON": (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
     "config of nothing": (lambda folder: (folder / "config.json").write_text("{}"), "cannot load"),
-    "bad weights": (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "not a sound safetensors"),
+    "bad weights": (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "not a valid safetensors"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "cannot load"),
 }
 

@@ -448,7 +448,7 @@ def test_the_file_in_a_folder_stands_for_the_folder(tmp_path):
         (lambda path: (path / "adapter_config.json").unlink(), r"has no adapter_config\.json"),
         (lambda path: (path / "adapter_config.json").write_text("{"), r"adapter_config\.json of .* cannot be read"),
         (lambda path: (path / "adapter_config.json").write_text('{"textpolicy": {}}'), "cannot be read"),
-        (lambda path: (path / "adapters.safetensors").write_bytes(b"no"), "not a sound safetensors file"),
+        (lambda path: (path / "adapters.safetensors").write_bytes(b"no"), "not a valid safetensors file"),
         (lambda path: (path / "adapters.safetensors").unlink(), r"has no adapters\.safetensors"),
     ],
 )

@@ -460,10 +460,10 @@ def test_what_exists_is_left_alone(capsys, tmp_path, to):
 def test_peft_needs_an_adapter_and_a_base_that_it_can_load(capsys, tmp_path):
     run = run_folder(tmp_path)
     said = refused(capsys, run, "--to=peft")
-    assert "small.gguf', which is made from a GGUF file; write one it can with 'textpolicy export --model" in said
+    assert "small.gguf', which is made from a GGUF file; write one it can load with 'textpolicy export --model" in said
     quantised = find_model(tmp_path / "small.gguf")
-    assert "quantised as only MLX reads it" in refused(capsys, run, "--to=peft", f"--base={quantised}")
-    assert "no folder 'nowhere'" in refused(capsys, run, "--to=peft", "--base=nowhere")
+    assert "quantised in a format that only MLX reads" in refused(capsys, run, "--to=peft", f"--base={quantised}")
+    assert "'nowhere' is neither a folder nor a hub id" in refused(capsys, run, "--to=peft", "--base=nowhere")
     bare = [f"--model={tmp_path / 'small.gguf'}", "--to=peft", "--base=a/b", f"--out={tmp_path / 'out'}"]
     assert "has no adapter for --to peft" in refused(capsys, *bare)
     assert not (run / "export").exists()
@@ -487,10 +487,10 @@ def edited_base(tmp_path, **changes):
 @pytest.mark.parametrize(
     ("to", "changes", "sentence"),
     [
-        ("hf", {"model_type": "mixtral"}, "of type 'mixtral', whose weights mlx-lm may keep in a layout of its own"),
+        ("hf", {"model_type": "mixtral"}, "of type 'mixtral', whose weights mlx-lm may store in its own layout"),
         ("gguf", {"model_type": "qwen2"}, "--to gguf writes llama and mistral models and this is a 'qwen2'"),
-        ("gguf", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "writes the plain rotation"),
-        ("gguf", {"sliding_window": 16}, "has a sliding window"),
+        ("gguf", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "supports only the default rope_scaling"),
+        ("gguf", {"sliding_window": 16}, "does not support attention with a sliding window"),
         ("gguf", {"max_position_embeddings": None}, "no max_position_embeddings"),
     ],
 )
@@ -506,10 +506,10 @@ def test_models_that_a_form_has_no_words_for_are_refused(capsys, tmp_path, monke
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda t: t["model"].update(byte_fallback=True), "is no byte-level BPE"),
-        (lambda t: t.update(pre_tokenizer={"type": "Whitespace"}), "cuts text as none of GGUF's"),
-        (lambda t: t.update(pre_tokenizer=None), "cuts text as none of GGUF's"),
-        (lambda t: t.update(normalizer={"type": "Lowercase"}), "cuts text as none of GGUF's"),
+        (lambda t: t["model"].update(byte_fallback=True), "is not a byte-level BPE"),
+        (lambda t: t.update(pre_tokenizer={"type": "Whitespace"}), "splits text like none of GGUF's"),
+        (lambda t: t.update(pre_tokenizer=None), "splits text like none of GGUF's"),
+        (lambda t: t.update(normalizer={"type": "Lowercase"}), "splits text like none of GGUF's"),
     ],
 )
 def test_tokenizers_that_gguf_cannot_name_are_refused(capsys, tmp_path, change, sentence):
@@ -536,7 +536,7 @@ def test_a_number_beyond_float16_is_refused(capsys, tmp_path):
     write(tmp_path / "small.gguf", edit=huge)
     out = tmp_path / "out.gguf"
     said = refused(capsys, f"--model={tmp_path / 'small.gguf'}", "--to=gguf", f"--out={out}")
-    assert "'model.layers.0.mlp.up_proj.weight' has numbers that float16 cannot hold" in said
+    assert "'model.layers.0.mlp.up_proj.weight' has values beyond float16's range" in said
     assert [p.name for p in tmp_path.iterdir()] == ["small.gguf"]
 
 

@@ -297,7 +297,7 @@ REFUSED = {
     "a merge of unknowns": ({"tokenizer__ggml__merges": ["he xyzzy"]}, "do not fit"),
     "merges that are no text": (
         {"tokenizer__ggml__merges": [1, 2]},
-        "something else than str in tokenizer.ggml.merges",
+        "values of a type other than str in tokenizer.ggml.merges",
     ),
     "a list of lists": ({"general__tags": [[1, 2], [3]]}, "'general.tags' is a nested array"),
     "the other byte order": ({"endianess": gguf.GGUFEndian.BIG}, "byte order is not that of this machine"),

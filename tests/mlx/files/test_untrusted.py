@@ -60,7 +60,7 @@ LIES = {
 def test_a_safetensors_file_that_lies_is_refused(tmp_path, lie):
     path = tmp_path / "a.safetensors"
     path.write_bytes(LIES[lie])
-    with pytest.raises(UserError, match="is not a sound safetensors file") as error:
+    with pytest.raises(UserError, match="is not a valid safetensors file") as error:
         load_arrays(path, "save it again")
     assert "\n" not in str(error.value)
 
@@ -69,11 +69,11 @@ def test_a_safetensors_file_that_lies_is_refused(tmp_path, lie):
 def test_so_are_the_weights_of_an_adapter_and_of_a_model(tmp_path, lie):
     save_adapter(attach(tiny_llama(40), LoRA(rank=2)), tmp_path / "adapter")
     (tmp_path / "adapter" / "adapters.safetensors").write_bytes(LIES[lie])
-    with pytest.raises(UserError, match="is not a sound safetensors file"):
+    with pytest.raises(UserError, match="is not a valid safetensors file"):
         read_adapter(tmp_path / "adapter")
     folder = make_model(tmp_path / "model")
     (folder / "model.safetensors").write_bytes(LIES[lie])
-    with pytest.raises(UserError, match="is not a sound safetensors file"):
+    with pytest.raises(UserError, match="is not a valid safetensors file"):
         load_model(folder)
 
 

@@ -1,4 +1,4 @@
-"""Models leave: a merged folder for mlx-lm or transformers, an adapter for peft, a GGUF file."""
+"""Export models: a merged folder for mlx-lm or transformers, an adapter for peft, or a GGUF file."""
 
 from .gguf_file import QUANTS, export_gguf
 from .model_folder import BITS, export_folder, merge

@@ -1,4 +1,4 @@
-"""What a GGUF file says of a tokenizer, read from a Hugging Face tokenizer.json (byte-level BPE only)."""
+"""Read GGUF's description of a tokenizer from a Hugging Face tokenizer.json (byte-level BPE only)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..files.tokenizer import CONTROL, PRE_TOKENIZERS, USER_DEFINED, TokenizerDa
 
 NORMAL, UNUSED = 1, 5  # further values of tokenizer.ggml.token_type
 
-# Digits, contractions, blank lines, other scripts, a combining accent: what pre-tokenizers differ in
+# A text on which pre-tokenizers differ: digits, contractions, blank lines, other scripts, a combining accent
 SAMPLE = (
     "Hello  world, it's 2024! I'LL pay $1234567.89\n\n\t ok?  \r\n naïve cafe\u0301 Ⅷ ½ привет 你好\uff0c世界 "
     "مرحبا १२३ 🙂🙂 foo_bar(x) == 3.14e-10;   \n\n\n   end's "
@@ -22,10 +22,10 @@ SAMPLE = (
 
 
 def read_bpe(folder: Path, tokenizer: Any, size: int) -> TokenizerData:
-    """The tokenizer in ``folder`` with ``size`` tokens, those that the model has beyond its own being unused.
+    """Return the tokenizer in ``folder`` with ``size`` tokens; the model's tokens beyond its vocabulary are unused.
 
-    ``tokenizer`` is the same one as ``load_model`` returns it. Raises UserError if it is no byte-level BPE, or if
-    none of the pre-tokenizers that GGUF has a name for cuts and encodes a sample text as it does.
+    ``tokenizer`` is the same one as returned by ``load_model``. Raises UserError unless it is a byte-level BPE with at
+    most ``size`` tokens that splits and encodes a sample text like one of the pre-tokenizers that GGUF can name.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -33,12 +33,22 @@ def read_bpe(folder: Path, tokenizer: Any, size: int) -> TokenizerData:
     values = json.loads(path.read_text(encoding="utf-8"))
     model = values["model"]
     if model["type"] != "BPE" or model.get("byte_fallback"):
-        raise UserError(f"{path} is no byte-level BPE, which is all --to gguf writes; use --to mlx or hf")
-    tokens, types = _tokens(model["vocab"], values.get("added_tokens", []), size)
+        raise UserError(f"{path} is not a byte-level BPE, the only kind --to gguf writes; use --to mlx or hf")
+    vocabulary, added = model["vocab"], values.get("added_tokens", [])
+    last = max([*vocabulary.values(), *(entry["id"] for entry in added)])
+    if last >= size:
+        raise UserError(f"the tokenizer has the token {last} and the model only {size} tokens; use its own tokenizer")
+    tokens = [f"[PAD{i}]" for i in range(size)]  # llama.cpp's names for unused tokens
+    types = [UNUSED] * size
+    for token, i in vocabulary.items():
+        tokens[i], types[i] = token, NORMAL
+    for entry in added:
+        tokens[entry["id"]] = entry["content"]
+        types[entry["id"]] = CONTROL if entry["special"] else USER_DEFINED
     merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
     data = TokenizerData(
-        tokens=tokens,
-        token_types=types,
+        tokens=tuple(tokens),
+        token_types=tuple(types),
         merges=tuple(merges),
         pre_tokenizer="",
         eos=tokenizer.eos_token_id,
@@ -48,28 +58,8 @@ def read_bpe(folder: Path, tokenizer: Any, size: int) -> TokenizerData:
         add_bos=tokenizer.encode("a")[0] == tokenizer.bos_token_id,
         chat_template=tokenizer.chat_template,
     )
-    return _named(data, Tokenizer.from_file(str(path)), path)
-
-
-def _tokens(
-    vocabulary: dict[str, int], added: list[dict[str, Any]], size: int
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The tokens by id and their types. Raises UserError if there are more than ``size``."""
-    last = max([*vocabulary.values(), *(entry["id"] for entry in added)])
-    if last >= size:
-        raise UserError(f"the tokenizer has the token {last} and the model only {size} tokens; use its own tokenizer")
-    tokens = [f"[PAD{i}]" for i in range(size)]  # as llama.cpp names those that no text encodes to
-    types = [UNUSED] * size
-    for token, i in vocabulary.items():
-        tokens[i], types[i] = token, NORMAL
-    for entry in added:
-        tokens[entry["id"]] = entry["content"]
-        types[entry["id"]] = CONTROL if entry["special"] else USER_DEFINED
-    return tuple(tokens), tuple(types)
-
-
-def _named(data: TokenizerData, original: Tokenizer, path: Path) -> TokenizerData:
-    """``data`` with the first name in ``PRE_TOKENIZERS`` under which it encodes as the ``original`` does."""
+    # GGUF gives the pre-tokenizer by name: find the first one that encodes as the original does.
+    original = Tokenizer.from_file(str(path))
     pieces = None if original.pre_tokenizer is None else original.pre_tokenizer.pre_tokenize_str(SAMPLE)
     wanted = original.encode(SAMPLE).ids
     for name, make in PRE_TOKENIZERS.items():
@@ -77,6 +67,6 @@ def _named(data: TokenizerData, original: Tokenizer, path: Path) -> TokenizerDat
         if make().pre_tokenize_str(SAMPLE) == pieces and build_tokenizer(named).encode(SAMPLE).ids == wanted:
             return named
     raise UserError(
-        f"{path} cuts text as none of GGUF's {', '.join(PRE_TOKENIZERS)} does, so --to gguf cannot name it; "
+        f"{path} splits text like none of GGUF's {', '.join(PRE_TOKENIZERS)}, so --to gguf cannot name it; "
         "use --to mlx or hf"
     )

@@ -1,4 +1,4 @@
-"""What every export needs: writing whole or not at all, the base's config, dtypes by name, known layouts."""
+"""The parts common to exports: atomic writing, the base's config, dtypes by name, supported layouts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...errors import UserError
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
-# model_type of the models whose weights mlx-lm keeps under Hugging Face's names and in its shapes
+# model_type of the models whose weights have the same names and shapes in mlx-lm and Hugging Face
 HF_LAYOUT = (
     "cohere",
     "gemma",
@@ -35,7 +35,7 @@ HF_LAYOUT = (
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A place beside ``path`` to write a file or folder to; it becomes ``path`` at the end, or nothing is left."""
+    """Yield a temporary path for a file or folder, which is renamed to ``path`` at the end, or deleted on an error."""
     if path.exists():
         raise UserError(f"{path} exists; choose another --out or remove it")
     try:
@@ -49,18 +49,19 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a model's folder."""
+    """Return the config.json of a model's folder."""
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def write_json(values: dict[str, Any], path: Path) -> None:
+    """Write ``values`` as indented JSON."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_layout(config: dict[str, Any], target: str) -> None:
-    """Raise UserError unless the model's parts have the same names in mlx-lm and in transformers."""
+    """Raise UserError unless mlx-lm and transformers keep the model's weights alike."""
     if config["model_type"] not in HF_LAYOUT:
         raise UserError(
-            f"the model is of type {config['model_type']!r}, whose weights mlx-lm may keep in a layout of its own, and "
-            f"--to {target} knows {', '.join(HF_LAYOUT)}; use --to mlx"
+            f"the model is of type {config['model_type']!r}, whose weights mlx-lm may store in its own layout, and "
+            f"--to {target} supports {', '.join(HF_LAYOUT)}; use --to mlx"
         )

@@ -1,4 +1,4 @@
-"""A merged model of the Llama family as a GGUF file, through the gguf package."""
+"""Export a merged model of the Llama family as a GGUF file, with the gguf package."""
 
 from __future__ import annotations
 
@@ -28,62 +28,64 @@ FAMILY = ("llama", "mistral")
 
 
 def export_gguf(model: nn.Module, tokenizer: Any, base: Path, out: Path, *, quant: str = "f16") -> None:
-    """Write ``model``, whose adapters are merged into it, and ``tokenizer`` to the new GGUF file ``out``.
+    """Merge the adapters of ``model`` in place and write it with ``tokenizer`` to the new GGUF file ``out``.
 
-    ``base`` is the folder both were loaded from (see ``find_model``); ``quant`` is a name in ``QUANTS`` and
-    holds for the matrices, norms being float32. Raises UserError if ``out`` exists, and for a model or
-    tokenizer that a Llama's GGUF file has no words for.
+    ``base`` is the folder both were loaded from (see ``find_model``); ``quant``, a name in ``QUANTS``, applies to
+    the matrices; norms are float32. Raises UserError if ``out`` exists, and for a model or tokenizer that a Llama's
+    GGUF file cannot describe.
     """
     args = model.args
     _check_family(read_config(base), args)
     data = read_bpe(base, tokenizer, args.vocab_size)
     weights = dict(tree_flatten(merge(model).parameters()))
-    names = _names(weights, args.num_hidden_layers)
-    kinds = {name: _kind(weights[name], QUANTS[quant][0]) for name in names}
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, args.num_hidden_layers)
+    names: dict[str, str] = {}
+    for name in weights:
+        filed = table.get_name(name, try_suffixes=(".weight",))
+        if filed is None:
+            raise UserError(f"--to gguf has no place for the weight {name!r}; use --to mlx or hf")
+        names[name] = filed
+    # Norms stay float32, and rows that are not a multiple of Q8_0's blocks become float16, as in llama.cpp.
+    f32, f16, q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0
+    kinds = {n: f32 if w.ndim == 1 else f16 if w.shape[-1] % BLOCK else QUANTS[quant][0] for n, w in weights.items()}
     heads = {"q_proj": args.num_attention_heads, "k_proj": args.num_key_value_heads}
     with written_whole(out) as path, closing(gguf.GGUFWriter(path, "llama")) as writer:
         _describe(writer, args, out.stem, QUANTS[quant][1])
         _describe_tokenizer(writer, data)
         for name, filed in names.items():
-            _announce(writer, filed, weights[name].shape, kinds[name])
+            kind, shape = kinds[name], weights[name].shape
+            stored = gguf.quant_shape_to_byte_shape(shape, kind) if kind is q8_0 else shape
+            dtype = np.dtype(np.uint8 if kind is q8_0 else np.float32 if kind is f32 else np.float16)
+            writer.add_tensor_info(filed, stored, dtype, int(np.prod(stored)) * dtype.itemsize, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name in names:  # one at a time, so that no second model is in memory
+        for name in names:  # one at a time, so that the model is not in memory twice
             module = name.split(".")[-2]
             rows = permute(weights[name], heads[module]) if module in heads else weights[name]
             writer.write_tensor_data(_encode(name, np.array(rows), kinds[name]))
 
 
 def permute(rows: mx.array, heads: int) -> mx.array:
-    """llama.cpp's order of the q and k rows: (heads, 2, head_dim/2) -> (heads, head_dim/2, 2)."""
+    """Return the q or k rows in llama.cpp's order: (heads, 2, head_dim/2) -> (heads, head_dim/2, 2)."""
     halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _check_family(config: dict[str, Any], args: Any) -> None:
+    """Raise UserError unless llama.cpp's Llama computes the same as the model."""
     kind = config["model_type"]
     if kind not in FAMILY:
         raise UserError(f"--to gguf writes {' and '.join(FAMILY)} models and this is a {kind!r}; use --to mlx or hf")
     rotation = args.rope_scaling or {}
     if rotation.get("rope_type", rotation.get("type", "default")) != "default" or args.rope_traditional:
-        raise UserError(f"--to gguf writes the plain rotation and this model has {rotation}; use --to mlx or hf")
+        raise UserError(
+            f"--to gguf supports only the default rope_scaling and this model has {rotation}; use --to mlx or hf"
+        )
     if "sliding_attention" in args.layer_types or config.get("sliding_window"):
-        raise UserError("--to gguf cannot say that attention has a sliding window; use --to mlx or hf")
+        raise UserError("--to gguf does not support attention with a sliding window; use --to mlx or hf")
     if args.max_position_embeddings is None:
         raise UserError("the model's config.json has no max_position_embeddings, which GGUF needs; add it")
-
-
-def _names(weights: dict[str, mx.array], layers: int) -> dict[str, str]:
-    """GGUF's name of every weight."""
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
-    names = {}
-    for name in weights:
-        filed = table.get_name(name, try_suffixes=(".weight",))
-        if filed is None:
-            raise UserError(f"--to gguf has no place for the weight {name!r}; use --to mlx or hf")
-        names[name] = filed
-    return names
 
 
 def _describe(writer: gguf.GGUFWriter, args: Any, name: str, file_type: LlamaFileType) -> None:
@@ -124,22 +126,8 @@ def _describe_tokenizer(writer: gguf.GGUFWriter, data: TokenizerData) -> None:
         writer.add_chat_template(data.chat_template)
 
 
-def _kind(weight: mx.array, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
-    """Norms stay float32, and rows that are no whole number of Q8_0's blocks float16, as llama.cpp has it."""
-    if weight.ndim == 1:
-        return GGMLQuantizationType.F32
-    return GGMLQuantizationType.F16 if weight.shape[-1] % BLOCK else wanted
-
-
-def _announce(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> None:
-    of_bytes = np.dtype(np.uint8) if kind is GGMLQuantizationType.Q8_0 else None
-    dtype = of_bytes or np.dtype(np.float32 if kind is GGMLQuantizationType.F32 else np.float16)
-    stored = gguf.quant_shape_to_byte_shape(shape, kind) if of_bytes else shape
-    writer.add_tensor_info(name, stored, dtype, int(np.prod(stored)) * dtype.itemsize, raw_dtype=kind)
-
-
 def _encode(name: str, weight: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    """The bytes of one tensor. Raises UserError for a number that is none, or too large for a half."""
+    """Encode one tensor. Raises UserError for NaN or values beyond float16."""
     if not np.abs(weight).max() <= np.finfo(np.float16).max:
-        raise UserError(f"the weight {name!r} has numbers that float16 cannot hold; use --to mlx or hf")
+        raise UserError(f"the weight {name!r} has values beyond float16's range; use --to mlx or hf")
     return gguf.quants.quantize(weight, kind)

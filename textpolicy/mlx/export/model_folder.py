@@ -1,4 +1,4 @@
-"""A model with its adapters merged, as a folder that mlx-lm or transformers loads."""
+"""Export a model with its adapters merged, as a folder that mlx-lm or transformers loads."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ..adapters.merging import merge_adapters
 from ..files.safetensors import save_arrays
 from .files import DTYPES, check_layout, read_config, write_json, written_whole
 
-BITS = {"q4": 4, "q8": 8}  # of MLX's own affine quantization
+BITS = {"q4": 4, "q8": 8}  # bits of MLX's affine quantization
 GROUP_SIZE = 64  # weights per scale
 
 _BESIDE_THE_WEIGHTS = {".json", ".jsonl", ".jinja", ".model", ".py", ".tiktoken", ".txt"}
-_WEIGHTS = ("config.json", "model.safetensors.index.json")  # written anew
+_WEIGHTS = ("config.json", "model.safetensors.index.json")  # rewritten
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """``model`` itself, its adapters added to its weights, all of them float32 and none quantised.
+    """Merge the adapters of ``model`` into its weights, in place, all of them float32 and none quantised.
 
-    float32 comes before the sum, because a small change is lost in the rounding of a half.
+    The weights are cast to float32 before the sum, because float16 would round a small change away.
     """
     from mlx_lm.utils import dequantize_model
 
@@ -36,7 +36,7 @@ def merge(model: nn.Module) -> nn.Module:
     if attached(model) is not None or wrapped(model):
         merge_adapters(model, dequantize=True)
     dequantize_model(model)
-    model.set_dtype(mx.float32)  # layers whose scales are no floats dequantise to bfloat16
+    model.set_dtype(mx.float32)  # layers with scales of an integer type dequantise to bfloat16
     return model
 
 
@@ -49,12 +49,12 @@ def export_folder(
     dtype: str | None = None,
     bits: int | None = None,
 ) -> None:
-    """Write ``model``, whose adapters are merged into it, to the new folder ``out``.
+    """Merge the adapters of ``model`` in place and write it to the new folder ``out``.
 
-    ``base`` is the folder it was loaded from (see ``find_model``): config, tokenizer and the rest come from
-    there. ``dtype`` is a name in ``DTYPES``; None takes for each weight what ``base`` stores it in (a
-    quantised one's scales). ``bits``, for the layout "mlx" alone, quantises in groups of 64.
-    Raises UserError if ``out`` exists, or if transformers keeps the weights of this model otherwise.
+    ``base`` is the folder it was loaded from (see ``find_model``): config, tokenizer and other files come from
+    there. ``dtype`` is a name in ``DTYPES``; None keeps each weight's dtype in ``base`` (that of the scales, if it is
+    quantised). ``bits``, only for the layout "mlx", quantises in groups of 64. Raises UserError if ``out`` exists, or
+    if transformers stores the weights of this model differently.
     """
     config = read_config(base)
     if layout == "hf":
@@ -64,40 +64,40 @@ def export_folder(
     with written_whole(out) as folder:
         folder.mkdir()
         _copy_companions(base, folder)
-        _write_generation_config(config, folder)
+        path = folder / "generation_config.json"
+        if not path.exists():
+            tokens = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            write_json({key: value for key, value in tokens.items() if value is not None}, path)
         config = _plain_config(config, model, dtype)
-        write_json(_quantize(model, config, bits) if bits else config, folder / "config.json")
+        if bits:
+            from mlx_lm.utils import quantize_model
+
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints the bits per weight
+                _, config = quantize_model(model, config, GROUP_SIZE, bits)
+        write_json(config, folder / "config.json")
         _write_weights(model, folder, "mlx" if layout == "mlx" else "pt")
 
 
 def _cast(model: nn.Module, base: Path, dtype: str | None) -> dict[str, mx.array]:
+    """Return the weights by name, cast to ``dtype`` or, without one, to their floating dtypes in ``base``."""
     weights = dict(tree_flatten(model.parameters()))
     if dtype is not None:
         return {name: w.astype(DTYPES[dtype]) for name, w in weights.items()}
-    stored = _stored_dtypes(base)
-    common = max(stored.values(), key=list(stored.values()).count, default=mx.float32)
-    return {name: w.astype(_dtype_of(name, stored, common)) for name, w in weights.items()}
-
-
-def _stored_dtypes(base: Path) -> dict[str, mx.Dtype]:
-    """The floating dtypes in the files of ``base`` by name; nothing but the headers is read."""
     tensors: dict[str, Any] = {}
     for file in sorted(base.glob("model*.safetensors")):
-        tensors |= mx.load(str(file))  # type: ignore[arg-type]
-    return {name: array.dtype for name, array in tensors.items() if array.dtype in DTYPES.values()}
-
-
-def _dtype_of(name: str, stored: dict[str, mx.Dtype], common: mx.Dtype) -> mx.Dtype:
-    scales = f"{name.removesuffix('.weight')}.scales"
-    return stored.get(name, stored.get(scales, common))
+        tensors |= mx.load(str(file))  # type: ignore[arg-type]  # lazily: only the headers are read
+    stored = {name: array.dtype for name, array in tensors.items() if array.dtype in DTYPES.values()}
+    common = max(stored.values(), key=list(stored.values()).count, default=mx.float32)
+    scales = {name: stored.get(f"{name.removesuffix('.weight')}.scales", common) for name in weights}
+    return {name: w.astype(stored.get(name, scales[name])) for name, w in weights.items()}
 
 
 def _plain_config(config: dict[str, Any], model: nn.Module, dtype: str | None) -> dict[str, Any]:
-    """The base's config without its quantization, and with what transformers asks of one made from a GGUF file."""
+    """Return the base's config without quantization, with the keys transformers needs that one from GGUF may lack."""
     dropped = ("quantization", "quantization_config", "torch_dtype", "dtype", "_name_or_path")
     plain = {key: value for key, value in config.items() if key not in dropped}
     weights = dict(tree_flatten(model.parameters()))
-    plain = {"tie_word_embeddings": "lm_head.weight" not in weights} | plain  # mlx-lm and transformers assume different
+    plain = {"tie_word_embeddings": "lm_head.weight" not in weights} | plain  # mlx-lm's default is not transformers'
     if plain["model_type"] == "llama":
         plain = {"hidden_act": "silu"} | plain
     if dtype is None:
@@ -108,7 +108,7 @@ def _plain_config(config: dict[str, Any], model: nn.Module, dtype: str | None) -
 
 
 def _copy_companions(base: Path, folder: Path) -> None:
-    """Tokenizer, chat template, code, licence: all that stands beside the weights."""
+    """Copy the files beside the weights: tokenizer, chat template, code and licence."""
     for file in base.iterdir():
         named = file.suffix in _BESIDE_THE_WEIGHTS or file.name.startswith("LICENSE")
         if named and file.name not in _WEIGHTS and file.is_file():
@@ -116,28 +116,12 @@ def _copy_companions(base: Path, folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     if path.exists():
         tokenizer = json.loads(path.read_text(encoding="utf-8"))
-        if tokenizer.get("tokenizer_class") == "TokenizersBackend":  # transformers 5 alone knows this name
+        if tokenizer.get("tokenizer_class") == "TokenizersBackend":  # only transformers 5 has this class
             write_json(tokenizer | {"tokenizer_class": "PreTrainedTokenizerFast"}, path)
 
 
-def _write_generation_config(config: dict[str, Any], folder: Path) -> None:
-    path = folder / "generation_config.json"
-    if not path.exists():
-        tokens = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        write_json({key: value for key, value in tokens.items() if value is not None}, path)
-
-
-def _quantize(model: nn.Module, config: dict[str, Any], bits: int) -> dict[str, Any]:
-    """Quantise ``model`` in place as mlx-lm does, and return the config that says so."""
-    from mlx_lm.utils import quantize_model
-
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the bits per weight
-        _, config = quantize_model(model, config, GROUP_SIZE, bits)
-    return config
-
-
 def _write_weights(model: nn.Module, folder: Path, kind: str) -> None:
-    """In files of at most 5 GB, with the index that more than one file needs."""
+    """Write the weights in files of at most 5 GB, with an index if there are several."""
     from mlx_lm.utils import make_shards
 
     weights = dict(tree_flatten(model.parameters()))

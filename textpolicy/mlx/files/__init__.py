@@ -1,1 +1,1 @@
-"""The formats a model is read from: safetensors, GGUF, tokenizer files."""
+"""The file formats of models: safetensors, GGUF and tokenizer files."""

@@ -1,4 +1,4 @@
-"""GGUF files of the Llama family: read one, or convert it to a folder that mlx-lm loads.
+"""Read GGUF files of the Llama family, or convert them to folders that mlx-lm loads.
 
 Every size in the header is checked against the file before ``mx.load``, which may crash on a bad file.
 """
@@ -40,16 +40,16 @@ _REQUIRED: Any = object()
 
 @dataclass(frozen=True, eq=False)
 class GGUFModel:
-    """A model in the layout of Hugging Face's Llama, its quantised weights as MLX triples."""
+    """A model in the layout of Hugging Face's Llama, with quantised weights as MLX triples."""
 
-    config: dict[str, Any]  # config.json, without the quantization
+    config: dict[str, Any]  # config.json without the quantization
     weights: dict[str, mx.array]
     quantization: dict[str, Any]  # config.json's "quantization"; empty when no weight is quantised
     tokenizer: TokenizerData
 
 
 def read_gguf(path: str | Path) -> GGUFModel:
-    """Read a GGUF file, or raise a UserError that says what is wrong with it."""
+    """Read a GGUF file. Raises UserError that says what is wrong with it."""
     path = Path(path)
     header = _read_header(path)
     metadata = _Metadata(path, header)
@@ -57,12 +57,18 @@ def read_gguf(path: str | Path) -> GGUFModel:
     metadata.expect("tokenizer.ggml.model", ("gpt2",))
     tokenizer = _tokenizer(metadata)
     config = _config(metadata, header, tokenizer)
-    types = _check_tensors(path, header, config)
-    return GGUFModel(config, _load_weights(path, config), _quantization(types), tokenizer)
+    bits = _check_tensors(path, header, config)
+    # mlx-lm's table: the most common number of bits, and the layers that differ.
+    quantization: dict[str, Any] = {}
+    if bits:
+        common = max(BITS.values(), key=list(bits.values()).count)
+        quantization = {"group_size": GROUP_SIZE, "bits": common}
+        quantization |= {name: {"group_size": GROUP_SIZE, "bits": b} for name, b in bits.items() if b != common}
+    return GGUFModel(config, _load_weights(path, config), quantization, tokenizer)
 
 
 def convert(path: str | Path, folder: str | Path) -> None:
-    """Write the model in the GGUF file ``path`` as a folder that ``mlx_lm.load`` takes."""
+    """Write the model in the GGUF file ``path`` as a folder that ``mlx_lm.load`` reads."""
     model, folder = read_gguf(path), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(model.tokenizer, folder, model.config["max_position_embeddings"])
@@ -71,11 +77,11 @@ def convert(path: str | Path, folder: str | Path) -> None:
     save_arrays(folder / "model.safetensors", model.weights, {"format": "mlx"})
 
 
-# The header
+# ---- the header
 
 
 class _StrictReader(GGUFReader):
-    """The reader of the gguf package, which by itself takes a read past the end for an empty one."""
+    """The reader of the gguf package, made to refuse reads past the end, which it would take for empty."""
 
     def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
         end = int(offset) + np.dtype(dtype).itemsize * int(count)
@@ -94,29 +100,25 @@ def _read_header(path: Path) -> GGUFReader:
     try:
         with np.errstate(over="raise"):
             header = _StrictReader(path)
-            _check_layout(header)
+            if header.byte_order != "I":
+                raise ValueError("its byte order is not that of this machine")
+            for field in header.fields.values():
+                if len(field.types) > 2:
+                    raise ValueError(f"the metadata {field.name!r} is a nested array")
+            for tensor in header.tensors:
+                if not 1 <= len(tensor.shape) <= 4 or math.prod(tensor.shape.tolist()) != tensor.n_elements:
+                    raise ValueError(f"the tensor {tensor.name!r} has the shape {tensor.shape.tolist()}")
+                offset = tensor.data_offset - header.data_offset
+                if offset < 0 or offset % header.alignment:
+                    raise ValueError(f"the tensor {tensor.name!r} lies at the offset {offset}")
     except (ValueError, KeyError, IndexError, OverflowError, FloatingPointError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} is not a sound GGUF file: {reason}; download it again") from error
+        raise UserError(f"{path} is not a valid GGUF file: {reason}; download it again") from error
     return header
 
 
-def _check_layout(header: GGUFReader) -> None:
-    if header.byte_order != "I":
-        raise ValueError("its byte order is not that of this machine")
-    for field in header.fields.values():
-        if len(field.types) > 2:
-            raise ValueError(f"the metadata {field.name!r} is a nested array")
-    for tensor in header.tensors:
-        if not 1 <= len(tensor.shape) <= 4 or math.prod(tensor.shape.tolist()) != tensor.n_elements:
-            raise ValueError(f"the tensor {tensor.name!r} has the shape {tensor.shape.tolist()}")
-        offset = tensor.data_offset - header.data_offset
-        if offset < 0 or offset % header.alignment:
-            raise ValueError(f"the tensor {tensor.name!r} lies at the offset {offset}")
-
-
 class _Metadata:
-    """Typed access to the key-value pairs of a header."""
+    """The typed access to the key-value pairs of a header."""
 
     def __init__(self, path: Path, header: GGUFReader) -> None:
         self.path = path
@@ -144,7 +146,7 @@ class _Metadata:
     def array(self, key: str, kind: type, default: Any = _REQUIRED) -> tuple[Any, ...]:
         values = self.get(key, list, default)
         if not all(isinstance(value, kind) for value in values):
-            raise UserError(f"{self.path} has something else than {kind.__name__} in {key}; download it again")
+            raise UserError(f"{self.path} has values of a type other than {kind.__name__} in {key}; download it again")
         return tuple(values)
 
     def expect(self, key: str, supported: tuple[str, ...], default: Any = _REQUIRED) -> None:
@@ -218,42 +220,23 @@ def _config(metadata: _Metadata, header: GGUFReader, tokenizer: TokenizerData) -
 
 
 def _shortest(value: float) -> float:
-    """1e-05, where the float32 in the file reads 9.999999747378752e-06."""
+    """Return 1e-05 for a float32 in the file that reads 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
-# The tensors
+# ---- the tensors
 
 
-def _check_tensors(path: Path, header: GGUFReader, config: dict[str, Any]) -> dict[str, GGMLQuantizationType]:
-    """The type of every weight by its new name, once all of them are known to be as the config says."""
+def _check_tensors(path: Path, header: GGUFReader, config: dict[str, Any]) -> dict[str, int]:
+    """Return the bits of the quantised layers by their new names, after checking every tensor against ``config``."""
     if config["num_hidden_layers"] > len(header.tensors):
         raise UserError(
             f"{path} promises {config['num_hidden_layers']} layers with {len(header.tensors)} tensors; "
             "download it again"
         )
-    wanted = _expected_shapes(config)
-    for tensor in header.tensors:
-        if tensor.tensor_type not in (*BITS, *FLOATS):
-            raise UserError(
-                f"{path} holds {tensor.name!r} as {tensor.tensor_type.name}, which cannot be converted; "
-                "take the Q4_0, Q4_1, Q8_0, F16 or F32 file of this model"
-            )
-        shape = tuple(reversed(tensor.shape.tolist()))
-        if (expected := wanted.pop(tensor.name, None)) != shape:
-            fault = "is not known" if expected is None else f"has the shape {shape} instead of {expected}"
-            raise UserError(
-                f"the tensor {tensor.name!r} of {path} {fault}; use the model's Hugging Face folder instead"
-            )
-    if wanted:
-        raise UserError(f"{path} lacks the tensor {next(iter(wanted))}; download it again")
-    return {_hf_name(tensor.name): tensor.tensor_type for tensor in header.tensors}
-
-
-def _expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     q, kv = (config[f"num_{name}_heads"] * config["head_dim"] for name in ("attention", "key_value"))
-    layer = {
+    layer: dict[str, tuple[int, ...]] = {
         "attn_norm": (hidden,),
         "attn_q": (q, hidden),
         "attn_k": (kv, hidden),
@@ -264,16 +247,31 @@ def _expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         "ffn_up": (inner, hidden),
         "ffn_down": (hidden, inner),
     }
-    shapes = {"token_embd.weight": (vocab, hidden), "output_norm.weight": (hidden,)}
+    wanted: dict[str, tuple[int, ...]] = {"token_embd.weight": (vocab, hidden), "output_norm.weight": (hidden,)}
     if not config["tie_word_embeddings"]:
-        shapes["output.weight"] = (vocab, hidden)
+        wanted["output.weight"] = (vocab, hidden)
     for i in range(config["num_hidden_layers"]):
-        shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}
-    return shapes
+        wanted |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}
+    for tensor in header.tensors:
+        if tensor.tensor_type not in (*BITS, *FLOATS):
+            raise UserError(
+                f"{path} has {tensor.name!r} as {tensor.tensor_type.name}, which cannot be converted; "
+                "use the Q4_0, Q4_1, Q8_0, F16 or F32 file of this model"
+            )
+        shape = tuple(reversed(tensor.shape.tolist()))
+        if (expected := wanted.pop(tensor.name, None)) != shape:
+            fault = "is not known" if expected is None else f"has the shape {shape} instead of {expected}"
+            raise UserError(
+                f"the tensor {tensor.name!r} of {path} {fault}; use the model's Hugging Face folder instead"
+            )
+    if wanted:
+        raise UserError(f"{path} lacks the tensor {next(iter(wanted))}; download it again")
+    quantised = [tensor for tensor in header.tensors if tensor.tensor_type in BITS]
+    return {_hf_name(tensor.name).removesuffix(".weight"): BITS[tensor.tensor_type] for tensor in quantised}
 
 
 def _hf_name(name: str) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
+    """Return Hugging Face's name: blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight."""
     match name.split("."):
         case ["blk", index, module, leaf]:
             return f"model.layers.{index}.{_LAYER[module]}.{leaf}"
@@ -294,7 +292,9 @@ def _load_weights(path: Path, config: dict[str, Any]) -> dict[str, mx.array]:
         if module in heads:
             weights[name] = unpermute(array, heads[module])
         elif module.endswith("norm"):
-            weights[name] = _half_if_exact(array)
+            # float16 where that is exact, so that the scale of a norm does not promote a half model to float32
+            half = array.astype(mx.float16)
+            weights[name] = half if mx.array_equal(half.astype(array.dtype), array) else array
     return weights
 
 
@@ -305,19 +305,3 @@ def unpermute(rows: mx.array, heads: int) -> mx.array:
     """
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
-
-
-def _half_if_exact(norm: mx.array) -> mx.array:
-    """float16 where that loses nothing, so that the scale of a norm does not lift a half model to float32."""
-    half = norm.astype(mx.float16)
-    return half if mx.array_equal(half.astype(norm.dtype), norm) else norm
-
-
-def _quantization(types: dict[str, GGMLQuantizationType]) -> dict[str, Any]:
-    """mlx-lm's table: the common number of bits, and the layers that differ."""
-    bits = {name.removesuffix(".weight"): BITS[kind] for name, kind in types.items() if kind in BITS}
-    if not bits:
-        return {}
-    common = max(BITS.values(), key=list(bits.values()).count)
-    table: dict[str, Any] = {"group_size": GROUP_SIZE, "bits": common}
-    return table | {name: {"group_size": GROUP_SIZE, "bits": b} for name, b in bits.items() if b != common}

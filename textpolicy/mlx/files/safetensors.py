@@ -1,4 +1,4 @@
-"""Safetensors files from anywhere: the header is checked against the file before MLX trusts it; and their writing."""
+"""Read untrusted safetensors files, whose header is checked against the file before MLX reads it, and write others."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from ...errors import UserError
 
 
 def load_arrays(path: Path, advice: str) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """The arrays and the metadata of the safetensors file ``path``. Raises UserError, which ends with ``advice``."""
+    """Return the arrays and the metadata of the file ``path``. Raises UserError, which ends with ``advice``."""
     check_safetensors(path, advice)
     try:
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is not a sound safetensors file ({error}); {advice}") from error
+        raise UserError(f"{path} is not a valid safetensors file ({error}); {advice}") from error
     return loaded
 
 
 def check_safetensors(path: Path, advice: str) -> int:
-    """The number of tensors in the file ``path``, whose shapes, offsets and size agree.
+    """Return the number of tensors in the file ``path``, after checking that shapes, offsets and size agree.
 
-    Raises UserError, which ends with ``advice``, where they do not.
+    Raises UserError, which ends with ``advice``, if they do not.
     """
     try:
         with safe_open(str(path), framework="numpy") as file:
             return len(file.keys())
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a sound safetensors file ({error}); {advice}") from error
+        raise UserError(f"{path} is not a valid safetensors file ({error}); {advice}") from error
 
 
 def save_arrays(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer rebuilt from the metadata of a GGUF file (byte-level BPE only)."""
+"""Rebuild a Hugging Face tokenizer from the metadata of a GGUF file (byte-level BPE only)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 @dataclass(frozen=True)
 class TokenizerData:
-    """What a GGUF file says about its tokenizer."""
+    """The tokenizer in the metadata of a GGUF file."""
 
-    tokens: tuple[str, ...]  # by id, in byte-level letters
+    tokens: tuple[str, ...]  # by id, in the byte-level alphabet
     token_types: tuple[int, ...]  # by id
     merges: tuple[str, ...]  # "left right", best first
     pre_tokenizer: str
@@ -39,7 +39,7 @@ def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _words(digits: str) -> str:
-    """The word pattern of Llama 3 and Qwen 2, which differ in how many digits go together."""
+    """Return the word pattern of Llama 3 and Qwen 2, which differ in how they group digits."""
     return (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
         + digits
@@ -47,13 +47,11 @@ def _words(digits: str) -> str:
     )
 
 
-def _smollm() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level(use_regex=True)])
-
-
-# The names that llama.cpp gives in tokenizer.ggml.pre; "default" also stands for files that name none.
+# The names that llama.cpp gives in tokenizer.ggml.pre; "default" is also used for files without one.
 PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "smollm": _smollm,
+    "smollm": lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), _byte_level(use_regex=True)]
+    ),
     "gpt-2": lambda: _byte_level(use_regex=True),
     "default": lambda: _byte_level(use_regex=True),
     "llama-bpe": lambda: _split(_words(r"\p{N}{1,3}")),
@@ -62,56 +60,44 @@ PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
 
 
 def build_tokenizer(data: TokenizerData) -> Tokenizer:
-    """The tokenizer as the ``tokenizers`` library runs it."""
+    """Return the tokenizer of the ``tokenizers`` library. Raises UserError if it is unknown or damaged."""
     if data.pre_tokenizer not in PRE_TOKENIZERS:
         raise UserError(
             f"the pre-tokenizer {data.pre_tokenizer!r} of this GGUF file is not known "
             f"(known: {', '.join(PRE_TOKENIZERS)}); use the model's Hugging Face folder instead"
         )
-    tokenizer = Tokenizer(_bpe(data))
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in data.merges)]
+    if any(not right or " " in right for _, right in pairs):
+        raise UserError("the merges of this GGUF file include an entry that is not a pair; download it again")
+    vocabulary = {token: i for i, token in enumerate(data.tokens)}
+    try:
+        # Llama 3 prefers a whole word in the vocabulary to the merges.
+        bpe = models.BPE(vocabulary, pairs, ignore_merges=data.pre_tokenizer == "llama-bpe")
+    except Exception as error:  # the class that tokenizers raises; nothing narrower exists
+        raise UserError(f"the merges of this GGUF file do not fit its tokens ({error}); download it again") from error
+    tokenizer = Tokenizer(bpe)
     if data.pre_tokenizer == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[data.pre_tokenizer]()
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = _post_processor(data)
-    tokenizer.add_tokens(_added_tokens(data))
+    bytes_only = processors.ByteLevel(trim_offsets=False)
+    tokenizer.post_processor = bytes_only
+    if data.add_bos and data.bos is not None:
+        bos = data.tokens[data.bos]
+        template = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, data.bos)]
+        )
+        tokenizer.post_processor = processors.Sequence([bytes_only, template])
+    # Control tokens are special; user-defined ones are kept whole, and shown when decoding.
+    added = [
+        (t, kind) for t, kind in zip(data.tokens, data.token_types, strict=True) if kind in (CONTROL, USER_DEFINED)
+    ]
+    tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in added])
     return tokenizer
 
 
-def _bpe(data: TokenizerData) -> models.BPE:
-    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in data.merges)]
-    if any(not right or " " in right for _, right in pairs):
-        raise UserError("the merges of this GGUF file hold an entry that is not a pair; download it again")
-    vocabulary = {token: i for i, token in enumerate(data.tokens)}
-    try:
-        # Llama 3 takes a whole word that is in the vocabulary before it looks at the merges
-        return models.BPE(vocabulary, pairs, ignore_merges=data.pre_tokenizer == "llama-bpe")
-    except Exception as error:  # the class that tokenizers raises; nothing narrower exists
-        raise UserError(f"the merges of this GGUF file do not fit its tokens ({error}); download it again") from error
-
-
-def _added_tokens(data: TokenizerData) -> list[AddedToken]:
-    """Control tokens are special; user-defined ones are kept whole, and shown when decoding."""
-    return [
-        AddedToken(token, special=kind == CONTROL, normalized=False)
-        for token, kind in zip(data.tokens, data.token_types, strict=True)
-        if kind in (CONTROL, USER_DEFINED)
-    ]
-
-
-def _post_processor(data: TokenizerData) -> processors.PostProcessor:
-    bytes_only = processors.ByteLevel(trim_offsets=False)
-    if not data.add_bos or data.bos is None:
-        return bytes_only
-    bos = data.tokens[data.bos]
-    template = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, data.bos)]
-    )
-    return processors.Sequence([bytes_only, template])
-
-
 def save_tokenizer(data: TokenizerData, folder: Path, max_length: int) -> None:
-    """Write tokenizer.json and its companions, so that ``AutoTokenizer`` loads them from ``folder``."""
+    """Write tokenizer.json and the files beside it, which ``AutoTokenizer`` loads from ``folder``."""
     import mlx_lm  # noqa: F401 - before transformers, whose advice to install PyTorch it silences
     from transformers import PreTrainedTokenizerFast
 

@@ -41,7 +41,7 @@ ADAPTERS = {
     "tinylora in groups": TinyLoRA(rank=3, u=2, tie=3, sigma="peft"),
     "tinylora by kind": TinyLoRA(u=2, tie=2, tying="structured"),
 }
-OWN = ("lora_a", "lora_b", ".m", ".core.r", "adapter_vectors.v")  # how trained names end, but for full
+OWN = ("lora_a", "lora_b", ".m", ".core.r", "adapter_vectors.v")  # endings of trainable names, except for full
 TOKENS = mx.array([[5, 6, 7, 9, 11]])
 
 
@@ -96,7 +96,7 @@ def test_a_fresh_adapter_leaves_the_model_as_it_was(name):
     np.testing.assert_allclose(logprobs(attach(model, ADAPTERS[name])), plain, atol=nearly or 1e-5)
 
 
-def test_thirteen_parameters_train_in_a_tinylora_as_it_comes():
+def test_a_default_tinylora_has_thirteen_trainable_parameters():
     model = attach(tiny_llama(VOCABULARY), TinyLoRA())
     assert {name: value.shape for name, value in trainable(model).items()} == {"adapter_vectors.v": (1, 13)}
 
@@ -194,12 +194,12 @@ def test_mlx_lm_reads_the_folder(name, tmp_path):
 def test_a_folder_of_mlx_lm_is_read_and_can_be_saved_again(kind, tmp_path):
     theirs = tiny_llama(VOCABULARY)
     theirs.freeze()
-    how = {"rank": 3, "scale": 5.0, "dropout": 0.0, "keys": ["self_attn.q_proj", "mlp.up_proj"]}
-    mlx_lm.tuner.utils.linear_to_lora_layers(theirs, 1, how, use_dora=kind == "dora")
+    settings = {"rank": 3, "scale": 5.0, "dropout": 0.0, "keys": ["self_attn.q_proj", "mlp.up_proj"]}
+    mlx_lm.tuner.utils.linear_to_lora_layers(theirs, 1, settings, use_dora=kind == "dora")
     theirs.layers[1].mlp.up_proj.lora_b = mx.random.normal((3, 64))
     (tmp_path / "theirs").mkdir()
     mx.save_safetensors(str(tmp_path / "theirs" / "adapters.safetensors"), trainable(theirs))
-    config = {"fine_tune_type": kind, "num_layers": 1, "lora_parameters": how, "batch_size": 4}
+    config = {"fine_tune_type": kind, "num_layers": 1, "lora_parameters": settings, "batch_size": 4}
     (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(config))
     loaded = load_adapter(tiny_llama(VOCABULARY), tmp_path / "theirs")
     np.testing.assert_allclose(logprobs(loaded), logprobs(theirs), atol=2e-6)  # ours scales B, theirs the product
@@ -227,7 +227,7 @@ def test_weights_that_mlx_lm_trained_in_full_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("how", "says"),
+    ("settings", "message"),
     [
         ({"rank": 3, "scale": 5.0, "dropout": 0.0, "keys": ["input_layernorm"]}, "RMSNorm"),
         ({"rank": 3, "scale": 5.0, "keys": ["self_attn.q_proj"]}, r"KeyError\('dropout'\)"),
@@ -237,12 +237,12 @@ def test_weights_that_mlx_lm_trained_in_full_are_read(tmp_path):
         ),
     ],
 )
-def test_a_folder_of_mlx_lm_that_cannot_be_put_on_the_model_leaves_the_base_as_it_was(how, says, tmp_path):
-    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": how}
+def test_a_folder_of_mlx_lm_that_cannot_be_put_on_the_model_leaves_the_base_as_it_was(settings, message, tmp_path):
+    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": settings}
     folder = written_by_mlx_lm(tmp_path / "theirs", {"a": mx.zeros((3, 3))}, **config)
     base = tiny_llama(VOCABULARY)
     before = arrays(base)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         load_adapter(base, folder)
     assert arrays(base).keys() == before.keys()
     assert attached(base) is None
@@ -307,7 +307,7 @@ def wider(arrays):
 
 
 @pytest.mark.parametrize(
-    ("edit", "says"),
+    ("edit", "message"),
     [
         (other_rank, r"its config has rank 4, and \S+ has rank 8"),
         (without_one, r"the adapter lacks model\.layers\.0\.mlp\.up_proj\.lora_a"),
@@ -315,12 +315,12 @@ def wider(arrays):
         (wider, r"up_proj\.lora_a has the shape \(48, 4\) instead of \(32, 4\)"),
     ],
 )
-def test_arrays_that_do_not_fit_are_named_and_the_base_is_left_as_it_was(edit, says, tmp_path):
+def test_arrays_that_do_not_fit_are_named_and_the_base_is_left_as_it_was(edit, message, tmp_path):
     save_adapter(adapted("lora"), tmp_path / "adapter")
     rewritten(tmp_path / "adapter", edit)
     base = tiny_llama(VOCABULARY)
     plain = logprobs(base)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         load_adapter(base, tmp_path / "adapter")
     assert np.array_equal(logprobs(base), plain)
     assert attached(base) is None
@@ -349,17 +349,17 @@ def test_a_base_of_other_sizes_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("other", "says"),
+    ("other", "message"),
     [
         ("dora", "is a dora and the model's a lora"),
         ("lora on some", r"has layers 1 where the model has 0, modules \['q_proj', 'mlp.down_proj'\] where"),
         ("lora, rank-stabilised", "has rank_stabilised True where the model has False"),
     ],
 )
-def test_values_are_read_again_only_into_the_same_adapter(other, says, tmp_path):
+def test_values_are_read_again_only_into_the_same_adapter(other, message, tmp_path):
     model = adapted("lora")
     save_adapter(adapted(other), tmp_path / "adapter")
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         reread_adapter(model, tmp_path / "adapter")
     newer = adapted("lora", seed=5)
     save_adapter(newer, tmp_path / "newer")
@@ -416,7 +416,7 @@ def test_a_rename_that_fails_brings_the_older_adapter_back(error, tmp_path, monk
 
 
 @pytest.mark.parametrize("place", ["adapter", "adapter.safetensors"])
-def test_a_disk_without_room_is_one_sentence_and_leaves_the_older_adapter(place, tmp_path):
+def test_a_full_disk_raises_one_error_and_leaves_the_older_adapter(place, tmp_path):
     model = adapted("lora")
     save_adapter(model, tmp_path / place)
     with (
@@ -443,7 +443,7 @@ def test_the_file_in_a_folder_stands_for_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "says"),
+    ("spoil", "message"),
     [
         (lambda path: (path / "adapter_config.json").unlink(), r"has no adapter_config\.json"),
         (lambda path: (path / "adapter_config.json").write_text("{"), r"adapter_config\.json of .* cannot be read"),
@@ -452,10 +452,10 @@ def test_the_file_in_a_folder_stands_for_the_folder(tmp_path):
         (lambda path: (path / "adapters.safetensors").unlink(), r"has no adapters\.safetensors"),
     ],
 )
-def test_a_broken_folder_is_refused_in_a_sentence(spoil, says, tmp_path):
+def test_a_damaged_folder_is_refused(spoil, message, tmp_path):
     save_adapter(adapted("lora"), tmp_path / "adapter")
     spoil(tmp_path / "adapter")
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         load_adapter(tiny_llama(VOCABULARY), tmp_path / "adapter")
 
 
@@ -471,11 +471,11 @@ def test_a_file_without_a_config_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_the_merged_model_is_plain_and_says_what_the_adapted_one_said(name):
+def test_the_merged_model_is_plain_and_has_the_log_probs_of_the_adapted_one(name):
     model = adapted(name)
-    said = logprobs(model)
+    expected = logprobs(model)
     merged = merge_adapters(model, dequantize=True)
-    np.testing.assert_allclose(logprobs(merged), said, atol=2e-4)
+    np.testing.assert_allclose(logprobs(merged), expected, atol=2e-4)
     assert {type(m) for m in merged.layers[1].mlp.leaf_modules().values()} == {nn.Linear}
     assert set(arrays(merged)) == set(arrays(tiny_llama(VOCABULARY)))
     assert trainable(merged) == {}
@@ -488,14 +488,14 @@ def test_a_merged_model_takes_another_adapter():
     assert {value.shape for value in trainable(model).values()} == {(1, 2)}
 
 
-def test_a_quantised_model_is_merged_into_its_own_bits_unless_asked_otherwise():
+def test_a_quantised_model_keeps_its_bits_when_it_is_merged():
     model = adapted("qlora")
-    said = logprobs(model)
+    expected = logprobs(model)
     merged = merge_adapters(model)
     layer = merged.layers[0].mlp.up_proj
     assert isinstance(layer, nn.QuantizedLinear)
     assert (layer.bits, layer.group_size) == (4, 32)
-    assert 0 < np.abs(logprobs(merged) - said).max() < 3  # rounded, and not something else altogether
+    assert 0 < np.abs(logprobs(merged) - expected).max() < 3  # rounded, and not something else altogether
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
@@ -528,7 +528,7 @@ def test_switched_off_the_model_is_its_base_and_an_exception_brings_the_adapter_
     base = tiny_llama(VOCABULARY)
     if ADAPTERS[name].kind == "qlora":
         nn.quantize(base, 32, 4)
-    said, before = logprobs(model), arrays(model)
+    expected, before = logprobs(model), arrays(model)
 
     def fail_with_adapters_off():
         with adapters_off(model):
@@ -537,9 +537,9 @@ def test_switched_off_the_model_is_its_base_and_an_exception_brings_the_adapter_
 
     with pytest.raises(RuntimeError, match="in the middle"):
         fail_with_adapters_off()
-    assert np.array_equal(logprobs(model), said)
+    assert np.array_equal(logprobs(model), expected)
     assert arrays(model).keys() == before.keys()
-    assert not np.array_equal(said, logprobs(base))
+    assert not np.array_equal(expected, logprobs(base))
 
 
 def test_weights_trained_in_full_have_no_reference():
@@ -570,13 +570,13 @@ def test_the_experts_of_a_mixture_are_adapted_saved_merged_and_left_by_those_tha
     assert len(on_experts) == (2 * 3 * 2 if adapter.kind == "lora" else 0)
     moved = [(name, value + 0.2 * mx.random.normal(value.shape)) for name, value in trainable(model).items()]
     model.load_weights(moved, strict=False)
-    said = logprobs(model)
-    assert not np.allclose(said, plain, atol=1e-3)
+    expected = logprobs(model)
+    assert not np.allclose(expected, plain, atol=1e-3)
     with adapters_off(model):
         assert np.array_equal(logprobs(model), plain)
     save_adapter(model, tmp_path / "adapter")
-    assert np.array_equal(logprobs(load_adapter(mixture(), tmp_path / "adapter")), said)
-    np.testing.assert_allclose(logprobs(merge_adapters(model)), said, atol=2e-4)
+    assert np.array_equal(logprobs(load_adapter(mixture(), tmp_path / "adapter")), expected)
+    np.testing.assert_allclose(logprobs(merge_adapters(model)), expected, atol=2e-4)
 
 
 # ---- settings, factors and what cannot work
@@ -588,7 +588,7 @@ def test_every_kind_is_known_by_its_name():
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "message"),
     [
         (lambda: make_adapter("tinylor", {}), "did you mean 'tinylora'"),
         (lambda: make_adapter("full", {"rank": 4}), "full has no use for rank"),
@@ -614,8 +614,8 @@ def test_every_kind_is_known_by_its_name():
         (lambda: attach(quantised(6), DoRA()), "DoRA does not support weights of 6 bits"),
     ],
 )
-def test_what_cannot_work_is_refused_in_a_sentence(call, says):
-    with pytest.raises(UserError, match=says):
+def test_invalid_settings_are_refused(call, message):
+    with pytest.raises(UserError, match=message):
         call()
 
 
@@ -650,14 +650,14 @@ def test_factors_are_computed_once_and_come_from_the_cache_then(tmp_path, monkey
     assert not mx.array_equal(changed["up"].s, first["up"].s)
 
 
-def test_factors_come_from_what_a_quantised_weight_stands_for():
+def test_factors_of_a_quantised_weight_are_those_of_its_dequantised_values():
     layer = nn.QuantizedLinear.from_linear(tiny_llama(9).layers[0].mlp.up_proj, 32, 4)
     dense = np.array(mx.dequantize(layer.weight, layer.scales, layer.biases, 32, 4))
     expected = np.linalg.svd(dense, compute_uv=False)[:3]
     np.testing.assert_allclose(np.array(factorise({"up": layer}, 3)["up"].s), expected, rtol=1e-4)
 
 
-def test_a_cache_that_cannot_be_written_says_so(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TEXTPOLICY_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="set TEXTPOLICY_CACHE to a folder"):

@@ -92,7 +92,7 @@ def test_the_largest_entry_of_every_left_vector_is_positive(rank):
         assert all(max(column, key=abs) > 0 for column in u.T)
 
 
-def test_the_leading_factors_do_not_depend_on_how_many_were_asked_for():
+def test_the_leading_factors_do_not_depend_on_the_rank():
     weight = normal(12, 9)
     few, all_of_them = truncated_svd(weight, 2), truncated_svd(weight, 9)
     for name in ("u", "s", "vt"):
@@ -215,7 +215,7 @@ def test_lora_xs_with_the_r_of_a_tinylora_is_the_same_layer():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_fused_layer_answers_as_the_adapted_one(bias):
+def test_the_fused_layer_computes_what_the_adapted_one_does(bias):
     base, x = linear(5, 4, bias=bias), normal(6, 4, seed=3)
     layer = SVDLinear(base, truncated_svd(base.weight, 2), TrainedCore(2, seed=0))
     layer.core.r = normal(2, 2)
@@ -272,7 +272,7 @@ def test_kinds_with_different_counts_do_not_share_groups():
     assert structured_groups(["0.q", "0.k", "1.q", "2.q"], 1) == [0, 3, 1, 2]
 
 
-def test_no_tied_group_is_larger_than_was_asked_for():
+def test_no_tied_group_is_larger_than_n_tie():
     for modules in range(1, 20):
         for n_tie in range(1, modules + 1):
             assert np.bincount(tiled_groups(modules, n_tie)).max() <= n_tie
@@ -285,7 +285,7 @@ def test_sizes_are_what_the_papers_count():
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "message"),
     [
         (lambda: truncated_svd(normal(3, 3), 0), "rank of the SVD is 0"),
         (lambda: truncated_svd(mx.zeros((3, 4)), 1), "all zeros or not finite"),
@@ -298,6 +298,6 @@ def test_sizes_are_what_the_papers_count():
         (lambda: structured_groups(["0.q", "1.q"], 3), "2 modules are of kind q"),
     ],
 )
-def test_a_setting_that_cannot_work_is_refused_in_a_sentence(call, says):
-    with pytest.raises(UserError, match=says):
+def test_an_invalid_setting_is_refused(call, message):
+    with pytest.raises(UserError, match=message):
         call()

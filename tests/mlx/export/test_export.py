@@ -1,4 +1,4 @@
-"""textpolicy export: what is written says what the adapted model says, whole or not at all."""
+"""textpolicy export: what it writes computes the same as the adapted model, and is written atomically."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ MERGED_ONLY = ("full",)  # there is no adapter for peft
 
 
 def run_folder(tmp_path, kind="lora", weights=Kind.Q8_0, **gguf):
-    """A run on a small random GGUF model, with an adapter that changes what it says."""
+    """A run on a small random GGUF model, with an adapter that changes its outputs."""
     model_file = write(tmp_path / "small.gguf", weights, **gguf)
     model, _ = load_model(model_file)
     train(model, kind)
@@ -97,7 +97,7 @@ def export(run, *arguments):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_merged_model_says_what_the_adapted_one_says(tmp_path, kind):
+def test_a_merged_model_computes_what_the_adapted_one_does(tmp_path, kind):
     model, _ = adapted(run_folder(tmp_path, kind))
     before = logits(model)
     assert np.abs(before - logits(load_model(tmp_path / "small.gguf")[0])).max() > 0.1
@@ -127,7 +127,7 @@ def test_a_change_smaller_than_a_halfs_rounding_is_kept_in_a_quantised_half_mode
 
 @pytest.mark.parametrize("layout", ["mlx", "hf"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_mlx_lm_loads_the_folder_and_says_the_same(tmp_path, kind, layout):
+def test_mlx_lm_loads_the_folder_and_computes_the_same(tmp_path, kind, layout):
     run = run_folder(tmp_path, kind)
     export(run, f"--to={layout}", "--dtype=float32")
     model, tokenizer = mlx_lm.load(str(run / "export" / layout))
@@ -187,7 +187,7 @@ def test_the_folder_of_a_gguf_base_has_the_config_and_tokenizer_that_transformer
     assert tokenizer.apply_chat_template([{"role": "user", "content": "he"}], tokenize=False) == "<|start|>he<|end|>"
 
 
-def test_whether_the_head_is_the_embedding_is_said_even_if_the_base_leaves_it_to_mlx_lm(tmp_path):
+def test_tie_word_embeddings_is_written_even_if_the_base_leaves_it_to_mlx_lm(tmp_path):
     base = edited_base(tmp_path, tie_word_embeddings=None)
     assert main(["export", f"--model={base}", "--to=hf", f"--out={tmp_path / 'out'}"]) == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
@@ -199,7 +199,7 @@ def test_a_mistral_is_a_llama_to_gguf(tmp_path):
     assert read_gguf(out).config["model_type"] == "llama"
 
 
-def test_what_stands_beside_the_weights_of_a_folder_comes_along(tmp_path):
+def test_files_beside_the_weights_are_copied(tmp_path):
     convert(write(tmp_path / "small.gguf"), tmp_path / "base")
     (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
     (tmp_path / "base" / "LICENSE").write_text("as you like")
@@ -230,7 +230,7 @@ def peft_weights(folder, bare):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in MERGED_ONLY])
-def test_the_peft_adapter_says_what_the_adapter_does_to_every_weight(tmp_path, kind):
+def test_the_peft_adapter_changes_every_weight_as_the_adapter_does(tmp_path, kind):
     run = run_folder(tmp_path, kind)
     export(run, "--to=peft", "--base=some/model")
     bare, _ = adapted(run)
@@ -269,7 +269,7 @@ def test_alpha_is_the_one_that_was_trained_with(tmp_path):
     assert {a.dtype for a in arrays.values()} == {mx.bfloat16}
 
 
-def test_a_quantised_base_is_remarked_upon(capsys, tmp_path):
+def test_exporting_a_quantised_base_prints_a_remark(capsys, tmp_path):
     export(run_folder(tmp_path, "qlora", Kind.F16), "--to=peft", "--base=some/model")
     assert "it was trained on a base quantised to 4 bits; on one in floats" in capsys.readouterr().out
 
@@ -286,7 +286,7 @@ def test_rows_reach_llama_cpps_order_by_hand():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_plain_llama_on_the_files_own_rows_says_what_the_rounded_model_says(tmp_path, kind, tied):
+def test_a_plain_llama_on_the_files_own_rows_computes_what_the_rounded_model_does(tmp_path, kind, tied):
     run = run_folder(tmp_path, kind, tied=tied)
     export(run, "--to=gguf")
     model = merge(adapted(run)[0])
@@ -377,8 +377,8 @@ def test_tokens_that_the_tokenizer_has_beyond_the_model_are_refused(capsys, tmp_
     base = other_base(
         tmp_path, lambda name, array: array[:-2] if "embed" in name else array, vocab_size=len(TOKENS) - 2
     )
-    said = refused(capsys, f"--model={base}", "--to=gguf", f"--out={tmp_path / 'out.gguf'}")
-    assert f"has the token {len(TOKENS) - 1} and the model only {len(TOKENS) - 2}" in said
+    message = refused(capsys, f"--model={base}", "--to=gguf", f"--out={tmp_path / 'out.gguf'}")
+    assert f"has the token {len(TOKENS) - 1} and the model only {len(TOKENS) - 2}" in message
 
 
 def greedy(model, tokenizer, prompts):
@@ -396,7 +396,7 @@ def test_the_built_in_with_an_adapter_writes_the_same_text_from_its_gguf_files(t
     source = ["export", "--model=smollm2-135m", f"--adapter={tmp_path / 'adapter'}", "--to=gguf"]
     files = {quant: tmp_path / f"{quant}.gguf" for quant in ("f16", "q8_0")}
     assert [main([*source, f"--quant={quant}", f"--out={path}"]) for quant, path in files.items()] == [0, 0]
-    prompts = asked(tokenizer)
+    prompts = question_prompts(tokenizer)
     ours = {"f16": greedy(model, tokenizer, prompts)}
     merge(model)
     model.update(tree_map(lambda w: w if w.ndim == 1 else mx.array(q8_0(np.array(w))), model.parameters()))
@@ -404,12 +404,12 @@ def test_the_built_in_with_an_adapter_writes_the_same_text_from_its_gguf_files(t
     monkeypatch.setenv("TEXTPOLICY_CACHE", str(tmp_path / "cache"))
     for quant, path in files.items():
         back, back_tokenizer = load_model(path)
-        assert asked(back_tokenizer) == prompts
+        assert question_prompts(back_tokenizer) == prompts
         assert greedy(back, back_tokenizer, prompts) == ours[quant]
     assert greedy(*smollm, prompts) not in ours.values()
 
 
-def asked(tokenizer):
+def question_prompts(tokenizer):
     """The questions as prompts, in the tokenizer's chat template."""
     env = TextGenerationEnv(QUESTIONS, lambda prompt, completion, example: 0.0, tokenizer=tokenizer)
     return [env.prompt_ids(i).tolist() for i in range(len(env))]
@@ -428,7 +428,7 @@ def refused(capsys, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         (["--to=mlx"], "give either a RUN or --model NAME"),
         (["run", "--model=x", "--to=mlx"], "give either a RUN or --model NAME"),
@@ -442,25 +442,27 @@ def refused(capsys, *arguments):
         (["nowhere", "--to=hf"], "nowhere is no run folder"),
     ],
 )
-def test_what_cannot_work_is_one_sentence(capsys, tmp_path, monkeypatch, arguments, sentence):
+def test_invalid_arguments_are_refused_in_one_line(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert sentence in refused(capsys, *arguments)
+    assert message in refused(capsys, *arguments)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("to", ["mlx", "hf", "peft", "gguf"])
-def test_what_exists_is_left_alone(capsys, tmp_path, to):
+def test_an_existing_output_is_left_alone(capsys, tmp_path, to):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "keep").write_text("mine")
-    said = refused(capsys, "--model=nowhere", f"--to={to}", f"--out={tmp_path / 'out'}")
-    assert "exists; choose another --out" in said
+    message = refused(capsys, "--model=nowhere", f"--to={to}", f"--out={tmp_path / 'out'}")
+    assert "exists; choose another --out" in message
     assert (tmp_path / "out" / "keep").read_text() == "mine"
 
 
 def test_peft_needs_an_adapter_and_a_base_that_it_can_load(capsys, tmp_path):
     run = run_folder(tmp_path)
-    said = refused(capsys, run, "--to=peft")
-    assert "small.gguf', which is made from a GGUF file; write one it can load with 'textpolicy export --model" in said
+    message = refused(capsys, run, "--to=peft")
+    assert (
+        "small.gguf', which is made from a GGUF file; write one it can load with 'textpolicy export --model" in message
+    )
     quantised = find_model(tmp_path / "small.gguf")
     assert "quantised in a format that only MLX reads" in refused(capsys, run, "--to=peft", f"--base={quantised}")
     assert "'nowhere' is neither a folder nor a hub id" in refused(capsys, run, "--to=peft", "--base=nowhere")
@@ -485,7 +487,7 @@ def edited_base(tmp_path, **changes):
 
 
 @pytest.mark.parametrize(
-    ("to", "changes", "sentence"),
+    ("to", "changes", "message"),
     [
         ("hf", {"model_type": "mixtral"}, "of type 'mixtral', whose weights mlx-lm may store in its own layout"),
         ("gguf", {"model_type": "qwen2"}, "--to gguf writes llama and mistral models and this is a 'qwen2'"),
@@ -494,17 +496,17 @@ def edited_base(tmp_path, **changes):
         ("gguf", {"max_position_embeddings": None}, "no max_position_embeddings"),
     ],
 )
-def test_models_that_a_form_has_no_words_for_are_refused(capsys, tmp_path, monkeypatch, to, changes, sentence):
+def test_models_that_a_format_cannot_describe_are_refused(capsys, tmp_path, monkeypatch, to, changes, message):
     base = edited_base(tmp_path, **(changes if "model_type" not in changes else {}))
     loaded = load_model(base)
     (base / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | changes))
     monkeypatch.setattr("textpolicy.mlx.models.load_model", lambda *_: loaded)
-    assert sentence in refused(capsys, f"--model={base}", f"--to={to}", f"--out={tmp_path / 'out'}")
+    assert message in refused(capsys, f"--model={base}", f"--to={to}", f"--out={tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "message"),
     [
         (lambda t: t["model"].update(byte_fallback=True), "is not a byte-level BPE"),
         (lambda t: t.update(pre_tokenizer={"type": "Whitespace"}), "splits text like none of GGUF's"),
@@ -512,21 +514,21 @@ def test_models_that_a_form_has_no_words_for_are_refused(capsys, tmp_path, monke
         (lambda t: t.update(normalizer={"type": "Lowercase"}), "splits text like none of GGUF's"),
     ],
 )
-def test_tokenizers_that_gguf_cannot_name_are_refused(capsys, tmp_path, change, sentence):
+def test_tokenizers_that_gguf_cannot_name_are_refused(capsys, tmp_path, change, message):
     base = edited_base(tmp_path)
     values = json.loads((base / "tokenizer.json").read_text())
     change(values)
     (base / "tokenizer.json").write_text(json.dumps(values))
-    assert sentence in refused(capsys, f"--model={base}", "--to=gguf", f"--out={tmp_path / 'out.gguf'}")
+    assert message in refused(capsys, f"--model={base}", "--to=gguf", f"--out={tmp_path / 'out.gguf'}")
 
 
-def test_a_tokenizer_that_is_no_file_of_rust_is_refused(capsys, tmp_path, monkeypatch):
+def test_a_tokenizer_without_tokenizer_json_is_refused(capsys, tmp_path, monkeypatch):
     base = edited_base(tmp_path)
     loaded = load_model(base)
     (base / "tokenizer.json").unlink()
     monkeypatch.setattr("textpolicy.mlx.models.load_model", lambda *_: loaded)
-    said = refused(capsys, f"--model={base}", "--to=gguf", f"--out={tmp_path / 'out.gguf'}")
-    assert "has no tokenizer.json, which --to gguf reads; use --to mlx or hf" in said
+    message = refused(capsys, f"--model={base}", "--to=gguf", f"--out={tmp_path / 'out.gguf'}")
+    assert "has no tokenizer.json, which --to gguf reads; use --to mlx or hf" in message
 
 
 def test_a_number_beyond_float16_is_refused(capsys, tmp_path):
@@ -535,8 +537,8 @@ def test_a_number_beyond_float16_is_refused(capsys, tmp_path):
 
     write(tmp_path / "small.gguf", edit=huge)
     out = tmp_path / "out.gguf"
-    said = refused(capsys, f"--model={tmp_path / 'small.gguf'}", "--to=gguf", f"--out={out}")
-    assert "'model.layers.0.mlp.up_proj.weight' has values beyond float16's range" in said
+    message = refused(capsys, f"--model={tmp_path / 'small.gguf'}", "--to=gguf", f"--out={out}")
+    assert "'model.layers.0.mlp.up_proj.weight' has NaN or values beyond float16's range" in message
     assert [p.name for p in tmp_path.iterdir()] == ["small.gguf"]
 
 
@@ -561,17 +563,17 @@ def test_an_export_that_stops_half_way_leaves_nothing(capsys, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("to", ["mlx", "hf", "peft", "gguf"])
-def test_a_disk_without_room_is_one_sentence(capsys, tmp_path, to):
+def test_a_full_disk_is_refused_in_one_line(capsys, tmp_path, to):
     run = run_folder(tmp_path)
     find_model(tmp_path / "small.gguf")  # in the cache before the disk is full
     base = ["--base=a/b"] if to == "peft" else []
     with files_of_at_most(4096):
-        said = refused(capsys, run, f"--to={to}", *base, f"--out={tmp_path / 'out'}")
-    assert f"cannot write {tmp_path / 'out'} (" in said
+        message = refused(capsys, run, f"--to={to}", *base, f"--out={tmp_path / 'out'}")
+    assert f"cannot write {tmp_path / 'out'} (" in message
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "small.gguf"]
 
 
-def test_the_line_at_the_end_says_what_and_how_to_load_it(capsys, tmp_path):
+def test_the_last_line_names_the_file_and_how_to_load_it(capsys, tmp_path):
     run = run_folder(tmp_path)
     export(run, "--to=gguf", "--quant=q8_0")
     path = run / "export" / "run-q8_0.gguf"

@@ -1,4 +1,4 @@
-"""GGUF files: what is read, what is written, and that a bad file is a sentence and not a crash."""
+"""GGUF files: reading, converting, and refusing bad files without a crash."""
 
 import struct
 import subprocess
@@ -208,7 +208,7 @@ def test_float_files_have_no_quantization(tmp_path):
     assert read_gguf(write(tmp_path / "m.gguf", Kind.F16)).quantization == {}
 
 
-def test_norms_are_halved_only_when_that_loses_nothing(tmp_path):
+def test_norms_become_float16_only_where_that_is_exact(tmp_path):
     def exact(weights):
         weights["output_norm.weight"] = np.full(HIDDEN, 0.75, np.float32)
 
@@ -242,7 +242,7 @@ def test_merges_and_special_tokens_survive_the_trip(tmp_path):
     assert tokenizer.apply_chat_template([{"role": "user", "content": "he"}]) == [1, TOKENS.index("he"), 0]
 
 
-def test_control_tokens_are_hidden_when_asked_and_user_defined_ones_are_not(tmp_path):
+def test_skip_special_tokens_hides_control_tokens_but_not_user_defined_ones(tmp_path):
     tokenizer = tokenizer_of(tmp_path)
     ids = tokenizer.encode("<|start|><tool>he")
     assert ids == [1, 2, TOKENS.index("he")]
@@ -314,7 +314,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("fault", REFUSED)
-def test_what_cannot_be_converted_is_refused_in_one_sentence(tmp_path, fault):
+def test_unsupported_files_are_refused_in_one_line(tmp_path, fault):
     changes, words = REFUSED[fault]
     path = write(tmp_path / "m.gguf", **changes)
     with pytest.raises(UserError, match=words) as caught:
@@ -352,19 +352,19 @@ def test_sizes_that_lie_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "there", "instead", "says"),
+    ("place", "there", "instead", "message"),
     [
         (b"tokenizer.ggml.model", b"gpt2", b"gp\xff2", "has text that is not UTF-8 in tokenizer.ggml.model"),
         (b"tokenizer.ggml.tokens", b"hello", b"hell\xff", "has text that is not UTF-8 in tokenizer.ggml.tokens"),
         (b"output_norm.weight", b"\x40\0\0\0\0\0\0\0\0\0\0\0", b"\x40\0\0\0\0\0\0\0\0\0\0\0\x07", "lies at the offset"),
     ],
 )
-def test_bytes_that_are_wrong_within_a_value_are_named(place, there, instead, says, tmp_path):
+def test_bytes_that_are_wrong_within_a_value_are_named(place, there, instead, message, tmp_path):
     content = write(tmp_path / "m.gguf").read_bytes()
     at = content.index(there, content.index(place))
     path = tmp_path / "lie.gguf"
     path.write_bytes(content[:at] + instead + content[at + len(instead) :])
-    with pytest.raises(UserError, match=says) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         read_gguf(path)
     assert "\n" not in str(caught.value)
 

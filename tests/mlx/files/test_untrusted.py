@@ -1,4 +1,4 @@
-"""Files from anywhere: cut off, too long, lying about shapes, or bringing code; each is a sentence, never a crash."""
+"""Untrusted files: cut off, too long, lying about shapes, or bringing code; each raises an error, never a crash."""
 
 import json
 import re
@@ -78,7 +78,7 @@ def test_so_are_the_weights_of_an_adapter_and_of_a_model(tmp_path, lie):
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory):
+def valid(tmp_path_factory):
     """Adapter folders by kind."""
     folder = tmp_path_factory.mktemp("adapters")
     save_adapter(attach(tiny_llama(40), LoRA(rank=2)), folder / "lora")
@@ -86,10 +86,10 @@ def sound(tmp_path_factory):
     return folder
 
 
-def edited(sound, kind, tmp_path, edit):
+def edited(valid, kind, tmp_path, edit):
     """A copy of an adapter folder with its config changed."""
     path = tmp_path / kind
-    shutil.copytree(sound / kind, path)
+    shutil.copytree(valid / kind, path)
     file = path / "adapter_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(edit(config) or config))
@@ -127,18 +127,18 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("fault", CONFIGS)
-def test_an_adapter_config_that_lies_is_refused(sound, tmp_path, fault):
-    kind, edit, sentence = CONFIGS[fault]
-    with pytest.raises(UserError, match=re.escape(sentence)) as error:
-        load_adapter(tiny_llama(40), edited(sound, kind, tmp_path, edit))
+def test_an_adapter_config_that_lies_is_refused(valid, tmp_path, fault):
+    kind, edit, message = CONFIGS[fault]
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        load_adapter(tiny_llama(40), edited(valid, kind, tmp_path, edit))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"textpolicy": ' + b"9" * 5000 + b"}", b"null"]
 )
-def test_an_adapter_config_that_is_no_json_is_refused(sound, tmp_path, content):
-    shutil.copytree(sound / "lora", tmp_path / "a")
+def test_an_adapter_config_that_is_no_json_is_refused(valid, tmp_path, content):
+    shutil.copytree(valid / "lora", tmp_path / "a")
     (tmp_path / "a" / "adapter_config.json").write_bytes(content)
     with pytest.raises(UserError, match="cannot be read"):
         read_adapter(tmp_path / "a")
@@ -190,9 +190,9 @@ MODELS = {
 def test_a_model_folder_that_lies_is_refused(tmp_path, fault):
     folder = make_model(tmp_path / "model")
     (folder / "evil.py").write_text("raise SystemExit('code of the model ran')")
-    spoil, sentence = MODELS[fault]
+    spoil, message = MODELS[fault]
     spoil(folder)
-    with pytest.raises(UserError, match=sentence) as error:
+    with pytest.raises(UserError, match=message) as error:
         load_model(folder)
     assert "\n" not in str(error.value)
 
@@ -209,7 +209,7 @@ def test_code_that_a_model_brings_is_never_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_pickle_is_used_between_processes_of_ours_and_for_no_file():
+def test_pickle_is_used_between_our_processes_and_for_no_file():
     users = {str(p.relative_to(SOURCES)) for p in SOURCES.rglob("*.py") if "import pickle" in p.read_text()}
     assert users == {"rewards/workers.py"}
     loads = [line for p in SOURCES.rglob("*.py") for line in p.read_text().splitlines() if "pickle.load(" in line]
@@ -219,8 +219,8 @@ def test_pickle_is_used_between_processes_of_ours_and_for_no_file():
     ]
 
 
-def test_what_is_sound_still_loads(sound, tmp_path):
+def test_valid_files_still_load(valid, tmp_path):
     model, _ = load_model(make_model(tmp_path / "model"))
     assert model(mx.zeros((1, 3), mx.int32)).shape == (1, 3, 257)
     for kind in ("lora", "tinylora"):
-        load_adapter(tiny_llama(40), sound / kind)
+        load_adapter(tiny_llama(40), valid / kind)

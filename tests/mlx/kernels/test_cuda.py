@@ -36,7 +36,7 @@ def attention(queries, keys, values, seen, scale):
 
 @pytest.mark.parametrize(("dtype", "error"), [(mx.float32, 1e-5), (mx.float16, 2e-3), (mx.bfloat16, 1e-2)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_attention_reads_prompts_and_own_slots_and_writes_what_arrives(shape, dtype, error):
+def test_attention_reads_prompts_and_own_slots_and_writes_the_new_keys_and_values(shape, dtype, error):
     rows, prompts, heads, kv_heads, size, prompt_slots, own_slots = shape
 
     def random(*shape):
@@ -126,7 +126,7 @@ def test_a_layer_is_added_to_the_residual_and_normed(width):
 
 
 @pytest.mark.parametrize("width", [1536, 3072])
-def test_a_gate_and_what_it_gates_are_multiplied(width):
+def test_the_gate_is_multiplied_with_the_up_projection(width):
     y, b, [gate, up] = joined(37, [width, width], 16)
     np.testing.assert_allclose(np.array(cuda.swiglu(y, b)), np.array(nn.silu(gate) * up), atol=2e-2)
 
@@ -200,7 +200,7 @@ def test_one_addend_for_all_heads_gives_the_attention_under_the_mask_and_its_gra
         np.testing.assert_allclose(mine, expected, atol=3e-2 * np.abs(expected).max())
 
 
-def test_layers_keep_one_mask_and_not_one_for_each_head():
+def test_layers_keep_one_mask_for_all_heads():
     arrays, seen = ragged_attention(mx.bfloat16, queries=1024, keys=1100)
 
     def peak(attend):

@@ -14,7 +14,7 @@ def test_the_exponential_is_exact_to_two_units_in_the_seventh_place():
     np.testing.assert_allclose(np.array(exp(mx.array(x))), exact, rtol=2e-7)
 
 
-def test_what_is_impossible_has_a_probability_of_exactly_zero():
+def test_impossible_tokens_have_a_probability_of_exactly_zero():
     assert exp(mx.array([-np.inf, -1e30, -88.0])).tolist() == [0.0, 0.0, 0.0]
 
 
@@ -92,14 +92,14 @@ def test_attention_and_its_slopes_are_those_of_float64(name, heads):
             assert slope.reshape(-1)[place].item() == pytest.approx((around[0] - around[1]) / 2e-4, abs=2e-5)
 
 
-def test_a_row_that_sees_nothing_is_no_nan():
+def test_a_row_with_no_visible_slot_is_not_nan():
     q, k, v = map(mx.array, made_up((1, 2, 2, 4), (1, 2, 3, 4), (1, 2, 3, 4)))
     seen = mx.array([[True, True, False], [False, False, False]])
     assert mx.isfinite(attention(q, k, v, None, 0.5, seen)).all()
 
 
 @pytest.mark.parametrize("why", ["another type", "an additive mask", "a mask for each head", "sinks"])
-def test_what_it_cannot_do_is_left_to_mlx(why):
+def test_unsupported_attention_is_left_to_mlx(why):
     q, k, v = map(mx.array, made_up((1, 2, 3, 32), (1, 2, 3, 32), (1, 2, 3, 32)))
     mask, sinks = None, None
     if why == "another type":

@@ -43,7 +43,7 @@ def test_layers_share_the_addend_of_a_mask():
     assert addend.shape == seen.shape  # one head for all
 
 
-def test_few_masks_are_held_and_none_is_taken_for_another():
+def test_few_masks_are_held_and_each_keeps_its_own_addend():
     attend = SharedMasks()
     arrays, seen = inputs(mx.float16)
     for i in range(12):

@@ -50,8 +50,7 @@ def export_gguf(model: nn.Module, tokenizer: Any, base: Path, out: Path, *, quan
     kinds = {n: f32 if w.ndim == 1 else f16 if w.shape[-1] % BLOCK else QUANTS[quant][0] for n, w in weights.items()}
     heads = {"q_proj": args.num_attention_heads, "k_proj": args.num_key_value_heads}
     with written_whole(out) as path, closing(gguf.GGUFWriter(path, "llama")) as writer:
-        _describe(writer, args, out.stem, QUANTS[quant][1])
-        _describe_tokenizer(writer, data)
+        _describe(writer, args, data, out.stem, QUANTS[quant][1])
         for name, filed in names.items():
             kind, shape = kinds[name], weights[name].shape
             stored = gguf.quant_shape_to_byte_shape(shape, kind) if kind is q8_0 else shape
@@ -63,7 +62,10 @@ def export_gguf(model: nn.Module, tokenizer: Any, base: Path, out: Path, *, quan
         for name in names:  # one at a time, so that the model is not in memory twice
             module = name.split(".")[-2]
             rows = permute(weights[name], heads[module]) if module in heads else weights[name]
-            writer.write_tensor_data(_encode(name, np.array(rows), kinds[name]))
+            array = np.array(rows)
+            if not np.abs(array).max() <= np.finfo(np.float16).max:  # also true of NaN
+                raise UserError(f"the weight {name!r} has NaN or values beyond float16's range; use --to mlx or hf")
+            writer.write_tensor_data(gguf.quants.quantize(array, kinds[name]))
 
 
 def permute(rows: mx.array, heads: int) -> mx.array:
@@ -88,7 +90,8 @@ def _check_family(config: dict[str, Any], args: Any) -> None:
         raise UserError("the model's config.json has no max_position_embeddings, which GGUF needs; add it")
 
 
-def _describe(writer: gguf.GGUFWriter, args: Any, name: str, file_type: LlamaFileType) -> None:
+def _describe(writer: gguf.GGUFWriter, args: Any, data: TokenizerData, name: str, file_type: LlamaFileType) -> None:
+    """Add the metadata of the model and its tokenizer."""
     head_dim = args.head_dim or args.hidden_size // args.num_attention_heads
     writer.add_name(name)
     writer.add_file_type(file_type)
@@ -105,9 +108,6 @@ def _describe(writer: gguf.GGUFWriter, args: Any, name: str, file_type: LlamaFil
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(args.rope_theta)
     writer.add_layer_norm_rms_eps(args.rms_norm_eps)
-
-
-def _describe_tokenizer(writer: gguf.GGUFWriter, data: TokenizerData) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(data.pre_tokenizer)
     writer.add_token_list(list(data.tokens))
@@ -124,10 +124,3 @@ def _describe_tokenizer(writer: gguf.GGUFWriter, data: TokenizerData) -> None:
             add(token)
     if data.chat_template is not None:
         writer.add_chat_template(data.chat_template)
-
-
-def _encode(name: str, weight: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    """Encode one tensor. Raises UserError for NaN or values beyond float16."""
-    if not np.abs(weight).max() <= np.finfo(np.float16).max:
-        raise UserError(f"the weight {name!r} has values beyond float16's range; use --to mlx or hf")
-    return gguf.quants.quantize(weight, kind)

@@ -25,7 +25,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--entity", help="whose project; your default one if not given")
     parser.add_argument("--run-name", help="the run's name; the name of the file's folder if not given")
     parser.add_argument("--group", help="a group of runs that it belongs to")
-    parser.add_argument("--poll-seconds", type=float, default=5.0, help="between looks at the file")
+    parser.add_argument("--poll-seconds", type=float, default=5.0, help="between reads of the file")
     parser.add_argument("--idle-timeout-seconds", type=float, default=600.0, help="without a new step, then it ends")
     parser.add_argument("--no-follow", action="store_true", help="log what is there and end")
     return parser.parse_args(argv)

@@ -60,7 +60,7 @@ def test_json_is_for_programs(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("argv", "sentence"),
-    [(["doctor", "nowhere"], "nowhere is no run folder"), (["doctor"], "required: RUN")],
+    [(["doctor", "nowhere"], "nowhere is not a run folder"), (["doctor"], "required: RUN")],
 )
 def test_what_is_no_run_is_one_sentence(argv, sentence, capsys):
     assert main(argv) == 2

@@ -1,4 +1,4 @@
-"""Run folders that are damaged: doctor, report and viewer say what is wrong in one sentence."""
+"""Run folders that are damaged: doctor, report and viewer report the damage in one sentence."""
 
 import json
 
@@ -33,25 +33,31 @@ def another_table(folder):
 
 ROWS = {
     "half a line in the middle": (b'{"kind": "tr\n', "is not JSON"),
-    "bytes of nothing": (b"\0" * 64 + b"\n", "is not JSON"),
-    "no text": (b"\xff\xfe\n", "is not JSON"),
-    "a list": (b"[1, 2]\n", "is no row of a run"),
-    "no kind": (b'{"step": 3}\n', "is no row of a run"),
+    "zero bytes": (b"\0" * 64 + b"\n", "is not JSON"),
+    "not text": (b"\xff\xfe\n", "is not JSON"),
+    "a list": (b"[1, 2]\n", "is not a row of a run"),
+    "without a kind": (b'{"step": 3}\n', "is not a row of a run"),
     "a step of text": (b'{"kind": "train", "step": "3"}\n', "has no number as its step"),
-    "a figure of text": (b'{"kind": "train", "step": 9, "loss": "low"}\n', "a figure that is no number ('loss')"),
-    "a look at nothing": (
+    "a metric of text": (b'{"kind": "train", "step": 9, "loss": "low"}\n', "a metric that is not a number ('loss')"),
+    "an evaluation without a split": (
         b'{"kind": "eval", "step": 9, "accuracy": 0.5, "problems": 2}\n',
-        "does not say of which split it is",
+        "does not name its split",
     ),
-    "a look without a figure": (b'{"kind": "eval", "step": 9, "split": "test"}\n', "has no number as its accuracy"),
+    "an evaluation without accuracy": (
+        b'{"kind": "eval", "step": 9, "split": "test"}\n',
+        "has no number as its accuracy",
+    ),
 }
 DAMAGES = {
     **{name: (after("metrics.jsonl", line), said) for name, (line, said) in ROWS.items()},
     "settings cut off": (instead("config.json", b'{"seed"'), "config.json is not JSON"),
     "settings that are a list": (instead("config.json", b"[1]"), "config.json is not a JSON object"),
-    "completions cut off": (halved("rollouts/step-000002.parquet"), "is no sound Parquet file of completions"),
-    "completions of nothing": (instead("rollouts/step-000002.parquet", b""), "is no sound Parquet file of completions"),
-    "another table": (another_table, "is no sound Parquet file of completions"),
+    "completions cut off": (halved("rollouts/step-000002.parquet"), "is not a valid Parquet file of completions"),
+    "an empty file of completions": (
+        instead("rollouts/step-000002.parquet", b""),
+        "is not a valid Parquet file of completions",
+    ),
+    "another table": (another_table, "is not a valid Parquet file of completions"),
 }
 
 
@@ -63,8 +69,7 @@ def report(folder):
     return main(["report", str(folder)])
 
 
-OF_SETTINGS = [name for name in DAMAGES if "settings" in name]  # which the doctor does not read here
-OTHERS = [name for name in DAMAGES if name not in OF_SETTINGS]
+OTHERS = [name for name in DAMAGES if "settings" not in name]  # the doctor does not read the settings here
 
 
 @pytest.mark.parametrize(
@@ -101,7 +106,7 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
     assert load_run(folder).rows == rows
 
 
-def test_a_figure_that_is_not_finite_is_one(tmp_path):
+def test_a_metric_may_be_nan_and_a_step_may_not(tmp_path):
     folder = make_run(tmp_path / "run", steps=2)
     after("metrics.jsonl", json.dumps({"kind": "train", "step": 2, "loss": float("nan")}).encode() + b"\n")(folder)
     assert load_run(folder).metrics.num_rows == 3

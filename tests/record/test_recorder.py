@@ -1,4 +1,4 @@
-"""The run folder: what is recorded is what was sampled and credited, and it is whole, small and easily cut back."""
+"""The run folder: it records what was sampled and credited, in atomic, small files that are easily cut back."""
 
 import json
 import os
@@ -42,11 +42,11 @@ def recorded(run, step=0):
 
 
 def test_every_completion_comes_back_token_by_token(run, episodes):
-    told = credited(episodes)
-    Recorder(run, spell).step(3, {}, told)
+    trained = credited(episodes)
+    Recorder(run, spell).step(3, {}, trained)
     rows = recorded(run)
     assert len(rows) == len(episodes)
-    for row, e in zip(rows, told, strict=True):
+    for row, e in zip(rows, trained, strict=True):
         n = len(row["prompt_tokens"])
         assert row["prompt_tokens"] + row["tokens"] == e.tokens.tolist()
         assert row["length"] == len(row["tokens"]) == e.mask.sum()
@@ -85,9 +85,9 @@ def test_what_is_not_known_is_null(run, episodes):
     assert row["finish_reason"] == "length"
 
 
-def test_the_learners_logprobs_are_kept_where_it_was_asked(run, episodes):
-    asked = replace(episodes[0], learner=episodes[0].logprobs + np.float32(0.25))
-    Recorder(run, spell).step(0, {}, [asked, episodes[1]])
+def test_the_learners_logprobs_are_kept_where_they_were_computed(run, episodes):
+    scored = replace(episodes[0], learner=episodes[0].logprobs + np.float32(0.25))
+    Recorder(run, spell).step(0, {}, [scored, episodes[1]])
     first, second = recorded(run)
     assert np.float32(first["learner_logprobs"]) - np.float32(first["logprobs"]) == pytest.approx(0.25)
     assert second["learner_logprobs"] is None
@@ -109,7 +109,7 @@ def test_text_that_utf8_has_no_bytes_for_does_not_stop_a_run(run, episodes):
     assert recorded(run)[0]["text"] == "a?b"
 
 
-def test_looks_at_held_out_problems_have_files_of_their_own(run, episodes):
+def test_evaluations_have_files_of_their_own(run, episodes):
     recorder = Recorder(run, spell)
     greedy = [replace(e, temperature=0.0) for e in episodes]
     recorder.evaluated(0, "validation", {"kind": "eval"}, greedy)
@@ -179,7 +179,7 @@ def test_metrics_have_a_column_for_every_name_and_the_line_being_written_is_left
     assert loaded.metrics.to_pydict() == {
         "kind": ["train"] * 2, "step": [0, 1], "reward_mean": [0.5, None], "entropy": [None, 1.5],
     }  # fmt: skip
-    assert loaded.looks["accuracy"].to_pylist() == [0.5]
+    assert loaded.evaluations["accuracy"].to_pylist() == [0.5]
     assert loaded.metrics.to_pandas()["entropy"].iloc[1] == 1.5
 
 
@@ -195,7 +195,7 @@ def test_versions_and_summary_are_those_of_the_files_and_empty_without_them(run)
 
 
 def test_another_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         load_run(tmp_path)
 
 
@@ -211,13 +211,13 @@ def test_a_generated_token_takes_less_than_100_bytes(run):
                 rng.integers(1, 49_000, t).astype(np.int32), -rng.random(t).astype(np.float32),
                 rng.random(t).astype(np.float32),
             )  # fmt: skip
-            said = {
+            texts = {
                 "prompt": f"Largest of {prompt[:5]}?",
                 "text": " ".join(spell(completion.tokens)),
                 "pieces": ("",) * t,
             }
             episodes.append(
-                Episode.from_completion(prompt, completion, reward=float(rng.random() < 0.5), group=g, **said)
+                Episode.from_completion(prompt, completion, reward=float(rng.random() < 0.5), group=g, **texts)
             )
     Recorder(run, spell).step(0, {}, credited(episodes, "gtpo"))
     tokens = sum(int(e.mask.sum()) for e in episodes)

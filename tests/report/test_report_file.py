@@ -129,7 +129,7 @@ def test_the_command_writes_it_into_the_run_unless_told_where(runs, tmp_path, ca
     assert main(["report", str(runs[0]), str(runs[1]), f"--out={tmp_path / 'both.html'}"]) == 0
     assert "seed1" in (tmp_path / "both.html").read_text()
     assert main(["report", str(tmp_path)]) == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
 
 
 def test_a_run_without_completions_or_steps_has_a_report_too(tmp_path):

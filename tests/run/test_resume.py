@@ -133,7 +133,7 @@ def test_a_metrics_file_with_a_line_that_is_no_row_is_damaged(line, tmp_path):
     rows = b'{"kind": "train", "step": 0, "loss": 0.5}\n'
     (tmp_path / "metrics.jsonl").write_bytes(rows + line + b"\n")
     metrics = MetricsFile(tmp_path / "metrics.jsonl", len(rows) + len(line) + 1)
-    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged \(.*\); put it back, or begin the run again"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged \(.*\); restore it, or start the run again"):
         metrics.rows("train")
     metrics.close()
     metrics = MetricsFile(tmp_path / "metrics.jsonl", len(rows))  # a checkpoint before it cuts it off
@@ -151,7 +151,7 @@ def test_lost_metrics_are_said_and_not_made_up(config, tmp_path, capsys):
     folder = tmp_path / "run"
     cut_short(config, folder, 3)
     (folder / "metrics.jsonl").write_text("")
-    assert "metrics.jsonl has 0 bytes and the checkpoint counts on" in refused(capsys, "train", f"--resume={folder}")
+    assert "metrics.jsonl has 0 bytes but the checkpoint expects" in refused(capsys, "train", f"--resume={folder}")
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "manifest"])

@@ -68,7 +68,7 @@ def test_every_completion_of_training_and_of_every_look_is_kept(trained):
         assert sum(sampled["length"].to_pylist()) == row["sampled_tokens"]
         assert np.mean(sampled["reward"].to_pylist()) == pytest.approx(row["reward_mean"])
         assert "".join(sampled["pieces"][0].as_py()).strip() == sampled["text"][0].as_py()
-    for look in run.looks.to_pylist():
+    for look in run.evaluations.to_pylist():
         asked = (pc.field("step") == look["step"]) & (pc.field("split") == look["split"])
         correct = run.evals.filter(asked)["is_correct"].to_pylist()
         assert (len(correct), np.mean(correct)) == (6, look["accuracy"])

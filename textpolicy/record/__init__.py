@@ -1,1 +1,1 @@
-"""The run folder: what a run leaves on disk, written as it goes and read back as tables."""
+"""The run folder: what a run leaves on disk, written while it runs and read back as tables."""

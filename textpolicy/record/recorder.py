@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,112 +14,85 @@ from ..loop.metrics import Row
 from ..types import Episode
 from . import layout
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 Spell = Callable[[np.ndarray], Sequence[str]]  # (T,) token ids -> the text of each
-_ZSTD = 3  # level
 # A file is one step, so there is nothing to skip by statistics, and Zstandard alone beats dictionaries.
-_SMALL: dict[str, Any] = {"store_schema": False, "write_statistics": False, "use_dictionary": False}
+_COMPACT: dict[str, Any] = {
+    "compression": "zstd", "compression_level": 3, "store_schema": False, "write_statistics": False,
+    "use_dictionary": False,
+}  # fmt: skip
 
 
 class Recorder:
-    """Writes each step's completions to a file of their own, whole or not at all, before the next step begins."""
+    """Write each step's completions to a file of their own, atomically, before the next step begins."""
 
     def __init__(self, run: Path, spell: Spell) -> None:
-        """``run`` is the run's folder; ``spell`` gives the text of each token, as ``TextGenerationEnv.pieces`` does."""
+        """Record into the run folder ``run``; ``spell`` gives each token's text, as ``TextGenerationEnv.pieces``."""
         self._run, self._spell = run, spell
 
     def step(self, step: int, row: Row, episodes: Sequence[Episode]) -> None:
-        write_completions(layout.rollouts_path(self._run, step), self.table(step, "train", episodes))
+        """Write the completions of a training step."""
+        self._write(layout.rollouts_path(self._run, step), step, "train", episodes)
 
     def evaluated(self, step: int, split: str, row: Mapping[str, Any], episodes: Sequence[Episode]) -> None:
+        """Write the completions of an evaluation."""
         sampled = any(e.temperature != 0 for e in episodes)
-        write_completions(layout.evals_path(self._run, split, step, sampled), self.table(step, split, episodes))
+        self._write(layout.evals_path(self._run, split, step, sampled), step, split, episodes)
 
     def close(self) -> None:
-        """Nothing is left to write."""
+        """Do nothing: every file is complete."""
 
-    def table(self, step: int, split: str, episodes: Sequence[Episode]) -> pa.Table:
-        """The ``episodes`` as rows of ``layout.schema``."""
+    def _write(self, path: Path, step: int, split: str, episodes: Sequence[Episode]) -> None:
+        """Write the ``episodes`` as rows of ``layout.schema`` to the Parquet file ``path``."""
         import pyarrow as pa
+        import pyarrow.parquet as pq
 
-        columns = {"step": [step] * len(episodes), "split": [split] * len(episodes), "sample": _places(episodes)}
-        columns |= _facts(episodes) | _tokens(episodes, self._spell)
+        places: list[int] = []  # of each completion in its group
+        seen: dict[int, int] = {}
+        for e in episodes:
+            places.append(seen.get(e.group, 0))
+            seen[e.group] = places[-1] + 1
+        # Tokens before the first sampled one; all of them if nothing was sampled.
+        starts = [int(np.argmax(e.mask)) if e.mask.any() else len(e.mask) for e in episodes]
+        pairs = list(zip(episodes, starts, strict=True))
+        credited = [(e.credited, n) for e, n in pairs]
+        columns: dict[str, Sequence[Any]] = {
+            "step": [step] * len(episodes),
+            "split": [split] * len(episodes),
+            "group": [e.group for e in episodes],
+            "sample": places,
+            "prompt_index": [e.prompt_index for e in episodes],
+            "temperature": [e.temperature for e in episodes],
+            "prompt": [_storable(e.prompt) for e in episodes],
+            "text": [_storable(e.text) for e in episodes],
+            "finish_reason": ["length" if e.truncated else "stop" for e in episodes],
+            "reward": [_null_for_nan(e.reward) for e in episodes],
+            "is_correct": [e.is_correct for e in episodes],
+            "scores": [[(name, _null_for_nan(score)) for name, score in e.scores.items()] for e in episodes],
+            "length": [int(e.mask.sum()) for e in episodes],
+            "advantage": [e.credited and e.credited.advantage for e in episodes],
+            "prompt_tokens": [e.tokens[:n] for e, n in pairs],
+            "tokens": [e.tokens[n:] for e, n in pairs],
+            "pieces": [[_storable(piece) for piece in self._spell(e.tokens[n:])] for e, n in pairs],
+            "sampled": [None if e.mask[n:].all() else e.mask[n:] for e, n in pairs],
+            "logprobs": [e.logprobs[n:] for e, n in pairs],
+            # Rounding to half precision halves the bytes on disk.
+            "entropy": [
+                None if e.entropy is None else e.entropy[n:].astype(np.float16).astype(np.float32) for e, n in pairs
+            ],
+            "credit": [c and c.credit[n:] for c, n in credited],
+            "planning": [None if c is None or c.planning is None else c.planning[n:] for c, n in credited],
+            "learner_logprobs": [None if e.learner is None else e.learner[n:] for e, n in pairs],
+        }
         schema = layout.schema()
-        return pa.Table.from_arrays([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
+        table = pa.Table.from_arrays([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
+        path.parent.mkdir(exist_ok=True)
+        fill_whole(path, lambda file: pq.write_table(table, file, **_COMPACT))
 
 
-def write_completions(path: Path, table: pa.Table) -> None:
-    """``table`` as the Parquet file ``path``, compact."""
-    import pyarrow.parquet as pq
-
-    def write(file: Any) -> None:
-        pq.write_table(table, file, compression="zstd", compression_level=_ZSTD, **_SMALL)
-
-    path.parent.mkdir(exist_ok=True)
-    fill_whole(path, write)
-
-
-def _facts(episodes: Sequence[Episode]) -> dict[str, Sequence[Any]]:
-    """The columns with one value per completion."""
-    return {
-        "group": [e.group for e in episodes],
-        "prompt_index": [e.prompt_index for e in episodes],
-        "temperature": [e.temperature for e in episodes],
-        "prompt": [_storable(e.prompt) for e in episodes],
-        "text": [_storable(e.text) for e in episodes],
-        "finish_reason": ["length" if e.truncated else "stop" for e in episodes],
-        "reward": [_known(e.reward) for e in episodes],
-        "is_correct": [e.is_correct for e in episodes],
-        "scores": [[(name, _known(score)) for name, score in e.scores.items()] for e in episodes],
-        "length": [int(e.mask.sum()) for e in episodes],
-        "advantage": [e.credited and e.credited.advantage for e in episodes],
-    }
-
-
-def _tokens(episodes: Sequence[Episode], spell: Spell) -> dict[str, Sequence[Any]]:
-    """The columns with a list per completion."""
-    starts = [_prompt_length(e) for e in episodes]
-    pairs = list(zip(episodes, starts, strict=True))
-    credited = [(e.credited, n) for e, n in pairs]
-    return {
-        "prompt_tokens": [e.tokens[:n] for e, n in pairs],
-        "tokens": [e.tokens[n:] for e, n in pairs],
-        "pieces": [[_storable(piece) for piece in spell(e.tokens[n:])] for e, n in pairs],
-        "sampled": [None if e.mask[n:].all() else e.mask[n:] for e, n in pairs],
-        "logprobs": [e.logprobs[n:] for e, n in pairs],
-        "entropy": [None if e.entropy is None else _rounded(e.entropy[n:]) for e, n in pairs],
-        "credit": [c and c.credit[n:] for c, n in credited],
-        "planning": [None if c is None or c.planning is None else c.planning[n:] for c, n in credited],
-        "learner_logprobs": [None if e.learner is None else e.learner[n:] for e, n in pairs],
-    }
-
-
-def _prompt_length(episode: Episode) -> int:
-    """Tokens before the first sampled one; all of them if nothing was sampled."""
-    return int(np.argmax(episode.mask)) if episode.mask.any() else len(episode.mask)
-
-
-def _places(episodes: Sequence[Episode]) -> list[int]:
-    """The number of each completion in its group."""
-    seen: dict[int, int] = {}
-    places = []
-    for e in episodes:
-        places.append(seen.get(e.group, 0))
-        seen[e.group] = places[-1] + 1
-    return places
-
-
-def _known(value: float) -> float | None:
+def _null_for_nan(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _rounded(values: np.ndarray) -> np.ndarray:
-    """To half precision, which halves what they take on disk."""
-    return values.astype(np.float16).astype(np.float32)
-
-
 def _storable(text: str) -> str:
-    """Without lone surrogates, which UTF-8 has no bytes for."""
+    """Replace lone surrogates, which UTF-8 cannot encode."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""Where the facts of a run go as it runs: the recorder, trackers and the terminal are sinks, all in one list."""
+"""Sinks receive the facts of a run while it runs: the recorder, the trackers and the terminal, all in one list."""
 
 from __future__ import annotations
 
@@ -10,38 +10,41 @@ from ..types import Episode
 
 
 class Sink(Protocol):
-    """Is told of every training step and of every look at held-out problems, in order."""
+    """The receiver of every training step and every evaluation, in order."""
 
     def step(self, step: int, row: Row, episodes: Sequence[Episode]) -> None:
-        """Training step ``step``, from 0, has been taken: its metrics, and every completion it sampled.
+        """Receive training step ``step``, from 0: its metrics, and every completion it sampled.
 
-        An episode that was trained on says so in ``credited``.
+        ``credited`` is set on the episodes that were trained on.
         """
 
     def evaluated(self, step: int, split: str, row: Mapping[str, Any], episodes: Sequence[Episode]) -> None:
-        """A look at ``split`` ("validation" or "test") after ``step`` steps: its figures, and every completion.
+        """Receive an evaluation on ``split`` ("validation" or "test") after ``step`` steps, with every completion.
 
         ``row`` is the line of metrics.jsonl, whose ``kind`` is "eval" (greedy) or "eval_sampled".
         """
 
     def close(self) -> None:
-        """The run has ended, well or not; called once."""
+        """Finish; called once, however the run ended."""
 
 
 class Sinks:
-    """Several sinks as one, told in order."""
+    """Several sinks as one; each is called in order."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = tuple(sinks)
 
     def step(self, step: int, row: Row, episodes: Sequence[Episode]) -> None:
+        """Pass a training step to every sink."""
         for sink in self._sinks:
             sink.step(step, row, episodes)
 
     def evaluated(self, step: int, split: str, row: Mapping[str, Any], episodes: Sequence[Episode]) -> None:
+        """Pass an evaluation to every sink."""
         for sink in self._sinks:
             sink.evaluated(step, split, row, episodes)
 
     def close(self) -> None:
+        """Close every sink."""
         for sink in self._sinks:
             sink.close()

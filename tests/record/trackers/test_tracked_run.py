@@ -1,4 +1,4 @@
-"""A run tells its trackers of every step and look, and ends with what the doctor says."""
+"""A run sends every step and evaluation to its trackers, and ends with the doctor's findings."""
 
 import re
 
@@ -22,17 +22,17 @@ class Numbers:
         return " ".join(str(i) for i in ids)
 
 
-class Told:
-    """A sink that remembers."""
+class Kept:
+    """A sink that keeps what it receives."""
 
     def __init__(self):
-        self.steps, self.looks, self.closed = [], [], 0
+        self.steps, self.evaluations, self.closed = [], [], 0
 
     def step(self, step, row, episodes):
         self.steps.append((step, row["reward_mean"], len(episodes)))
 
     def evaluated(self, step, split, row, episodes):
-        self.looks.append((step, split))
+        self.evaluations.append((step, split))
 
     def close(self):
         self.closed += 1
@@ -40,28 +40,28 @@ class Told:
 
 @pytest.fixture
 def tiny_run(monkeypatch, tmp_path):
-    """Train a tiny random model for two steps with a reward, told to a sink; the sink."""
+    """Train a tiny random model for two steps with a given reward and return its sink."""
 
     def start(reward):
         problems = [Problem(f"{n} 3", "7") for n in range(1, 9)]
         parts = {"train": tuple(problems), "validation": tuple(problems[:2]), "test": tuple(problems[:2])}
         monkeypatch.setitem(TASKS, "tiny", lambda: Task("tiny", "", prompt=lambda q: q, reward=reward, **parts))
         monkeypatch.setattr(runs, "build_engine", lambda config, recipe: (make_tiny_engine(vocabulary=16), Numbers()))
-        told = Told()
-        monkeypatch.setattr(runs, "open_trackers", lambda config, folder: [told])
+        kept = Kept()
+        monkeypatch.setattr(runs, "open_trackers", lambda config, folder: [kept])
         small = {"rollout": {"prompts_per_step": 2, "group_size": 4, "max_tokens": 3}, "optimizer": {"warmup_steps": 1}}
         runs.run(Config(task="tiny", steps=2, output=tmp_path / "run", evaluation={"every": 1}, **small))
-        return told
+        return kept
 
     return start
 
 
-def test_a_run_tells_its_trackers_of_every_step_and_look_and_closes_them_once(tiny_run, capsys):
-    told = tiny_run(lambda prompt, completion, example: (float(len(completion)), completion == "7"))
-    assert [(step, episodes) for step, _, episodes in told.steps] == [(0, 8), (1, 8)]
-    assert told.looks[:4] == [(0, "test"), (0, "validation"), (1, "validation"), (2, "validation")]
-    assert told.looks[4][1] == "test"
-    assert told.closed == 1
+def test_trackers_get_every_step_and_evaluation_and_are_closed_once(tiny_run, capsys):
+    kept = tiny_run(lambda prompt, completion, example: (float(len(completion)), completion == "7"))
+    assert [(step, episodes) for step, _, episodes in kept.steps] == [(0, 8), (1, 8)]
+    assert kept.evaluations[:4] == [(0, "test"), (0, "validation"), (1, "validation"), (2, "validation")]
+    assert kept.evaluations[4][1] == "test"
+    assert kept.closed == 1
 
 
 def test_a_run_ends_with_what_the_doctor_says(tiny_run, capsys):

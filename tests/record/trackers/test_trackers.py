@@ -1,4 +1,4 @@
-"""Trackers: what each library has of a run, read back with that library."""
+"""Trackers: what each library stored of a run, read back with that library."""
 
 import json
 import os
@@ -14,36 +14,55 @@ import pytest
 from textpolicy.cli.main import main
 from textpolicy.config.settings import Config, check_config
 from textpolicy.errors import MissingDependencyError, UserError
+from textpolicy.record.reader import flat
 from textpolicy.record.trackers import open_trackers, require
-from textpolicy.record.trackers.figures import flat, of_look, of_step
+from textpolicy.record.trackers.tracker import Tracker
 
 WHY = "installed by pip install 'textpolicy[trackers]'"
 NAMES = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
 def track(tracker, folder, **settings):
-    """A run of two steps and three looks, the last of an earlier step, as one of ``textpolicy train`` is."""
+    """Log two steps and three evaluations, the last of an earlier step, as ``textpolicy train`` does."""
     folder.mkdir()
     config = Config(seed=7, tracking={"to": [tracker], "project": "demo", **settings})
     [sink] = open_trackers(config, folder)
-    look = {"kind": "eval", "problems": 8}
-    sink.evaluated(0, "validation", {**look, "step": 0, "split": "validation", "accuracy": 0.25}, [])
+    evaluation = {"kind": "eval", "problems": 8}
+    sink.evaluated(0, "validation", {**evaluation, "step": 0, "split": "validation", "accuracy": 0.25}, [])
     for step in (0, 1):
         sink.step(step, {"step": step, "reward_mean": 0.5 + step / 4, "reward_mean/my reward!": 0.125}, [])
     sampled = {"kind": "eval_sampled", "split": "validation", "step": 2, "avg@4": 0.5, "problems": 8}
     sink.evaluated(2, "validation", sampled, [])
-    sink.evaluated(1, "test", {**look, "step": 1, "split": "test", "accuracy": 0.75}, [])
+    sink.evaluated(1, "test", {**evaluation, "step": 1, "split": "test", "accuracy": 0.75}, [])
     sink.close()
 
 
-def test_figures_have_one_naming():
-    assert of_step({"step": 3, "loss": 0.5}) == {"train/loss": 0.5}
+class Logged(Tracker):
+    """A tracker that keeps what it is sent."""
+
+    def __init__(self):
+        self.sent = []
+
+    def log(self, step, metrics):
+        self.sent.append((step, metrics))
+
+    def close(self):
+        pass
+
+
+def test_every_tracker_gets_the_same_names():
+    tracker = Logged()
+    tracker.step(3, {"step": 3, "loss": 0.5}, [])
     row = {"kind": "eval_sampled", "step": 2, "split": "validation", "avg@4": 0.5, "samples": 4}
-    assert of_look("validation", row) == {"validation/avg_at_4": 0.5, "validation/samples": 4.0}
+    tracker.evaluated(2, "validation", row, [])
+    assert tracker.sent == [
+        (3, {"train/loss": 0.5}),
+        (2, {"validation/avg_at_4": 0.5, "validation/samples": 4.0}),
+    ]
     assert flat({"a": {"b": {"c": 1}}, "d": [2]}) == {"a.b.c": 1, "d": [2]}
 
 
-def test_no_tracker_is_opened_unless_it_is_asked_for(tmp_path):
+def test_no_tracker_is_opened_by_default(tmp_path):
     assert open_trackers(Config(), tmp_path) == []
 
 
@@ -81,7 +100,7 @@ def test_tensorboard_reads_the_event_files_back(tmp_path):
 
 
 def wandb_records(folder):
-    """What an offline run of Weights & Biases has put on disk: records in a log of LevelDB's form, behind 7 bytes.
+    """Read the records of an offline wandb run: a log in LevelDB's format after a header of 7 bytes.
 
     Blocks of 32 KiB hold fragments: checksum (4 bytes), length (2), kind (1: whole, 2: first, 3: middle, 4: last).
     """
@@ -121,7 +140,7 @@ track({tracker!r}, Path({folder!r}), offline=True)
 
 
 def tracked_apart(tracker, folder, then="", **environment):
-    """``track`` in a process of its own, for libraries that read the environment once, or write when it ends."""
+    """Call ``track`` in its own process, for libraries that read the environment once or write at exit."""
     script = APART.format(tests=str(Path(__file__).parent), tracker=tracker, folder=str(folder)) + then
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     done = subprocess.run(
@@ -149,7 +168,7 @@ def test_weights_and_biases_keeps_an_offline_run_in_the_folder(tmp_path):
     ]
 
 
-def test_weights_and_biases_that_cannot_begin_is_one_sentence(tmp_path, monkeypatch):
+def test_a_wandb_run_that_cannot_start_is_one_sentence(tmp_path, monkeypatch):
     class RefusedError(Exception):
         pass
 
@@ -157,7 +176,7 @@ def test_weights_and_biases_that_cannot_begin_is_one_sentence(tmp_path, monkeypa
         raise RefusedError("no API key")
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse, errors=SimpleNamespace(Error=RefusedError)))
-    with pytest.raises(UserError, match=r"wandb cannot begin a run \(no API key\); log in with 'wandb login'"):
+    with pytest.raises(UserError, match=r"wandb cannot start a run \(no API key\); log in with 'wandb login'"):
         open_trackers(Config(tracking={"to": ["wandb"]}), tmp_path)
 
 
@@ -210,18 +229,18 @@ def test_a_server_that_is_gone_does_not_end_the_run(tmp_path, monkeypatch, caplo
     from mlflow.tracking import MlflowClient
 
     [sink] = open_trackers(Config(tracking={"to": ["mlflow"]}), tmp_path)
-    asked = []
+    calls = []
 
     def gone(self, *given, **what):
-        asked.append(what)
+        calls.append(what)
         raise MlflowException("no answer")
 
     monkeypatch.setattr(MlflowClient, "log_batch", gone)
     sink.step(0, {"loss": 1.0}, [])
     sink.step(1, {"loss": 1.0}, [])
     sink.close()
-    assert len(asked) == 1
-    assert "MLflow gets no more figures of this run, which are in its folder: no answer" in caplog.text
+    assert len(calls) == 1
+    assert "MLflow gets no more metrics of this run, which are in its folder: no answer" in caplog.text
 
 
 def test_the_settings_on_the_page_are_settings():

@@ -1,4 +1,4 @@
-"""scripts/tinker_wandb_follow.py: a metrics file followed as it grows."""
+"""scripts/tinker_wandb_follow.py: following a metrics file while it grows."""
 
 import json
 import math
@@ -36,16 +36,16 @@ def test_a_file_that_is_not_there_yet_has_nothing_new(metrics):
     assert follower.new() == []
 
 
-def test_a_line_counts_once_it_is_whole(metrics):
+def test_a_line_counts_once_it_is_complete(metrics):
     follower = Follower(metrics)
-    whole = line(3, loss=0.5)
-    add(metrics, whole[:9])
+    complete = line(3, loss=0.5)
+    add(metrics, complete[:9])
     assert follower.new() == []
-    add(metrics, whole[9:])
+    add(metrics, complete[9:])
     assert follower.new() == [{"tinker/step": 3, "tinker/loss": 0.5}]
 
 
-def test_every_integer_step_is_logged_once_and_what_is_no_step_is_passed_over(metrics):
+def test_every_integer_step_is_logged_once_and_other_lines_are_skipped(metrics):
     add(metrics, line(0, loss=1.0) + "half a li\n" + "[1]\n" + line(0, loss=9.0) + line(1.5) + line(None) + line(True))
     add(metrics, line(1, loss=0.5) + json.dumps({"loss": 2.0}) + "\n" + json.dumps({"kind": "eval", "step": 2}) + "\n")
     assert Follower(metrics).new() == [
@@ -59,7 +59,7 @@ def test_only_finite_numbers_are_logged(metrics):
     assert Follower(metrics).new() == [{"tinker/step": 0, "tinker/tokens": 12}]
 
 
-def test_bytes_that_are_no_text_are_passed_over(metrics):
+def test_bytes_that_are_not_text_are_skipped(metrics):
     metrics.write_bytes(b"\xff\xfe\n" + line(4).encode())
     assert Follower(metrics).new() == [{"tinker/step": 4}]
 

@@ -301,7 +301,7 @@ def test_a_run_without_completions_is_shown_as_one(tmp_path):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         make_app([tmp_path], TOKEN)
 
 
@@ -326,7 +326,7 @@ def test_a_port_in_use_and_a_folder_that_is_no_run_are_refused_in_a_sentence(two
         assert main(["view", str(two_runs[0]), f"--port={port}"]) == 2
     assert f"port {port} cannot be used (Address already in use); choose another" in capsys.readouterr().err
     assert main(["view", str(tmp_path)]) == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
 
 
 def test_a_run_whose_examples_have_no_question_ends_with_a_prompt_to_ask(tmp_path):

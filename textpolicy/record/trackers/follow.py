@@ -1,4 +1,4 @@
-"""A metrics file followed as it grows, its rows logged to Weights & Biases: scripts/tinker_wandb_follow.py."""
+"""Follow a metrics file while it grows and log its rows to Weights & Biases: scripts/tinker_wandb_follow.py."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 Log = Callable[[dict[str, float]], object]
 
 
 @dataclass
 class Follower:
-    """What of a metrics file has been read, and which steps were logged."""
+    """How much of a metrics file has been read, and which steps were logged."""
 
     path: Path
-    read: int = 0  # bytes, to the end of the last whole line
+    read: int = 0  # bytes, to the end of the last complete line
     steps: set[int] = field(default_factory=set)
 
     def new(self) -> list[dict[str, float]]:
-        """The figures of training steps that were not there before, one dict each.
+        """Return the finite numbers of each new training step, under "tinker/".
 
-        A file that is not there yet has none; a line that is no JSON object, or has no integer step, is passed
-        over; a step that comes again counts once. A file that has become shorter is read from its start.
+        A missing file has none. Lines that are not JSON objects or have no integer step are skipped, and each step
+        counts once. A file that has become shorter is read from its start.
         """
         if not self.path.is_file():
             return []
@@ -34,21 +33,27 @@ class Follower:
                 self.read = 0
             file.seek(self.read)
             lines = file.read()
-        whole = lines[: lines.rfind(b"\n") + 1]
-        self.read += len(whole)
-        rows = [_row(line) for line in whole.splitlines()]
-        return [_figures(row) for row in rows if row is not None and self._is_new(row)]
-
-    def _is_new(self, row: dict[str, Any]) -> bool:
-        step = row.get("step")
-        if type(step) is not int or step in self.steps or row.get("kind", "train") != "train":
-            return False
-        self.steps.add(step)
-        return True
+        complete = lines[: lines.rfind(b"\n") + 1]
+        self.read += len(complete)
+        found: list[dict[str, float]] = []
+        for line in complete.splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # a partial line left by a killed run, or bytes that are not text
+                continue
+            if not isinstance(row, dict) or row.get("kind", "train") != "train":
+                continue
+            step = row.get("step")
+            if type(step) is not int or step in self.steps:
+                continue
+            self.steps.add(step)
+            numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+            found.append({f"tinker/{name}": value for name, value in numbers.items() if math.isfinite(value)})
+        return found
 
 
 def log_new(follower: Follower, log: Log) -> int:
-    """Log what is new; the number of rows."""
+    """Log the new rows and return how many there were."""
     rows = follower.new()
     for row in rows:
         log(row)
@@ -63,7 +68,7 @@ def follow(
     sleep: Callable[[float], object] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Log rows as they come, until none has come for ``idle_timeout_seconds``; the number of rows."""
+    """Log rows until none has come for ``idle_timeout_seconds``; return the number of rows."""
     count, last = 0, clock()
     while True:
         if new := log_new(follower, log):
@@ -71,17 +76,3 @@ def follow(
         elif clock() - last >= idle_timeout_seconds:
             return count
         sleep(poll_seconds)
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:  # half a line that a killed run left, or bytes that are no text
-        return None
-    return row if isinstance(row, dict) else None
-
-
-def _figures(row: dict[str, Any]) -> dict[str, float]:
-    """Its finite numbers under "tinker/"."""
-    numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    return {f"tinker/{name}": value for name, value in numbers.items() if math.isfinite(value)}

@@ -8,32 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from ..._system.extras import extra
-from ...loop.metrics import Row
 from ...types import Episode
-from .figures import INSTALL, of_look, of_step
+from .tracker import INSTALL, Tracker
 
 
-class TensorBoard:
-    """Writes RUN/tensorboard; the package is installed without TensorFlow, and needs none."""
+class TensorBoard(Tracker):
+    """The writer of RUN/tensorboard, which does not need TensorFlow."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises MissingDependencyError."""
+        """Open the event file. Raises MissingDependencyError."""
         self._event = extra("tensorboard.compat.proto.event_pb2", INSTALL)
         self._summary = extra("tensorboard.compat.proto.summary_pb2", INSTALL)
         writer = extra("tensorboard.summary.writer.event_file_writer", INSTALL)
         self._writer = writer.EventFileWriter(str(folder / "tensorboard"))
 
-    def step(self, step: int, row: Row, episodes: Sequence[Episode]) -> None:
-        self._write(step, of_step(row))
-
     def evaluated(self, step: int, split: str, row: Mapping[str, Any], episodes: Sequence[Episode]) -> None:
-        self._write(step, of_look(split, row))
+        """Log the metrics of an evaluation, and flush the file."""
+        super().evaluated(step, split, row, episodes)
         self._writer.flush()
 
-    def close(self) -> None:
-        self._writer.close()
-
-    def _write(self, step: int, figures: Mapping[str, float]) -> None:
-        values = [self._summary.Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add one event with all of ``metrics``."""
+        values = [self._summary.Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         summary = self._summary.Summary(value=values)
         self._writer.add_event(self._event.Event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()

@@ -1,26 +1,24 @@
-"""Weights & Biases: a run of a project, sent as it goes or kept in the run's folder for ``wandb sync``."""
+"""Weights & Biases: a run of a project, sent while it runs or kept in the run's folder for ``wandb sync``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..._system.extras import extra
 from ...errors import UserError
-from ...loop.metrics import Row
-from ...types import Episode
-from .figures import INSTALL, of_look, of_step
+from .tracker import INSTALL, Tracker
 
 if TYPE_CHECKING:
     from ...config.settings import TrackingSettings
 
 
-class WeightsAndBiases:
-    """Its files are in RUN/wandb. Where the run is sent, and by whom, is as for any use of wandb (`wandb login`)."""
+class WeightsAndBiases(Tracker):
+    """A wandb run with its files in RUN/wandb; account and server are wandb's own (`wandb login`)."""
 
     def __init__(self, settings: TrackingSettings, folder: Path, config: Mapping[str, Any]) -> None:
-        """Raises MissingDependencyError, and UserError where wandb refuses."""
+        """Start a wandb run. Raises MissingDependencyError, and UserError where wandb refuses."""
         wandb = extra("wandb", INSTALL)
         mode = "offline" if settings.offline else None
         about = {"project": settings.project, "name": settings.name or folder.name, "config": dict(config)}
@@ -28,16 +26,17 @@ class WeightsAndBiases:
             self._run = wandb.init(dir=str(folder), mode=mode, **about)
         except wandb.errors.Error as error:
             raise UserError(
-                f"wandb cannot begin a run ({error}); log in with 'wandb login', or set tracking.offline to true"
+                f"wandb cannot start a run ({error}); log in with 'wandb login', or set tracking.offline to true"
             ) from error
         self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")  # a look at the kept adapter comes last, of an earlier step
+        self._run.define_metric(
+            "*", step_metric="step"
+        )  # the last evaluation, of the kept adapter, has an earlier step
 
-    def step(self, step: int, row: Row, episodes: Sequence[Episode]) -> None:
-        self._run.log({"step": step, **of_step(row)})
-
-    def evaluated(self, step: int, split: str, row: Mapping[str, Any], episodes: Sequence[Episode]) -> None:
-        self._run.log({"step": step, **of_look(split, row)})
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log ``metrics`` beside their ``step``."""
+        self._run.log({"step": step, **metrics})
 
     def close(self) -> None:
+        """End the wandb run."""
         self._run.finish()

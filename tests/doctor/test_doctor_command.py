@@ -1,4 +1,4 @@
-"""``textpolicy doctor RUN``: what it prints of a run folder, and its exit code."""
+"""``textpolicy doctor RUN``: what it prints about a run folder, and its exit code."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def folder(path, rows, end=""):
 def test_a_run_that_failed_is_described_with_exit_code_1(tmp_path, capsys):
     assert main(["doctor", str(folder(tmp_path / "run", [ROW] * 4))]) == 1
     said = capsys.readouterr().out
-    assert "4 steps, " in said.splitlines()[0]
+    assert "4 steps, 12 rules checked, " in said.splitlines()[0]
     assert said.splitlines()[0].endswith("2 found something")
     assert "1. no_gradient" in said
     assert "2. all_fail" in said
@@ -40,7 +40,7 @@ def test_a_run_that_failed_is_described_with_exit_code_1(tmp_path, capsys):
     assert "  empty_completions: its completions are not recorded" in said
 
 
-def test_a_run_that_is_well_has_exit_code_0(tmp_path, capsys):
+def test_a_healthy_run_has_exit_code_0(tmp_path, capsys):
     assert main(["doctor", str(folder(tmp_path / "run", [{**ROW, **FINE}] * 4))]) == 0
     assert capsys.readouterr().out.splitlines()[0].endswith("nothing found")
 
@@ -62,7 +62,7 @@ def test_json_is_for_programs(tmp_path, capsys):
     ("argv", "sentence"),
     [(["doctor", "nowhere"], "nowhere is not a run folder"), (["doctor"], "required: RUN")],
 )
-def test_what_is_no_run_is_one_sentence(argv, sentence, capsys):
+def test_a_folder_that_is_not_a_run_is_one_sentence(argv, sentence, capsys):
     assert main(argv) == 2
     said = capsys.readouterr().err
     assert sentence in said
@@ -82,16 +82,16 @@ def test_a_completion_is_printed_escaped_and_short():
     assert "aaa...'  reward 0, cut off" in said
 
 
-def test_a_figure_that_is_no_number_is_null_in_json():
+def test_a_number_that_is_not_finite_is_null_in_json():
     assert json.loads(as_json(HOSTILE))["findings"][0]["evidence"] == {"x": None}
 
 
 def test_the_last_lines_of_a_run_are_one_per_finding():
     assert last_lines(HOSTILE) == ["doctor: What. To change it: that."]
     assert last_lines(Report((), ("a", "b"), (("c", "why"),), 3)) == [
-        "doctor: nothing found by 2 rules; 1 could not look"
+        "doctor: nothing found by 2 rules; 1 rule could not be checked"
     ]
-    assert last_lines(Report((), ("a",), (), 3)) == ["doctor: nothing found by 1 rules"]
+    assert last_lines(Report((), ("a",), (), 3)) == ["doctor: nothing found by 1 rule"]
 
 
 def test_recorded_completions_are_read_back_as_they_were(tmp_path):

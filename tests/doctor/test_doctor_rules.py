@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from textpolicy.doctor import RULES, Completions, Facts, Look, Settings, examine
+from textpolicy.doctor import RULES, Completions, Evaluation, Facts, Settings, examine
 from textpolicy.types import Completion, Episode
 
 STEPS = 12
@@ -63,24 +63,24 @@ def falls(to):
     return lambda step: 0.8 if step < 4 else to
 
 
-def facts(rows=None, episodes=None, looks=(), **settings):
+def facts(rows=None, episodes=None, evaluations=(), **settings):
     given = rows if rows is not None else globals()["rows"]()
     recorded = Completions.of([(STEPS - 1, various() if episodes is None else episodes)])
-    return Facts(given, looks, recorded, settings=Settings(**settings))
+    return Facts(given, evaluations, recorded, settings=Settings(**settings))
 
 
-def looks(*right, total=100):
-    return [Look(4 * n, "validation", r, total) for n, r in enumerate(right)]
+def held_out(*right, total=100):
+    return [Evaluation(4 * n, "validation", r, total) for n, r in enumerate(right)]
 
 
 def found(case):
     return [finding.name for finding in examine(case).findings]
 
 
-HEALTHY = facts(looks=looks(10, 40, 60), updates_per_step=1, max_tokens=8, max_gap=0.05)
+HEALTHY = facts(evaluations=held_out(10, 40, 60), updates_per_step=1, max_tokens=8, max_gap=0.05)
 
 
-def test_a_run_that_learns_has_no_finding_and_every_rule_but_that_of_several_rewards_looks():
+def test_a_run_that_learns_has_no_finding_and_only_the_rule_on_several_rewards_is_not_checked():
     report = examine(HEALTHY)
     assert report.findings == ()
     assert [name for name, _ in report.blind] == ["one_part_dominates"]
@@ -90,7 +90,7 @@ def test_a_run_that_learns_has_no_finding_and_every_rule_but_that_of_several_rew
 IDLE = {"updated": 0.0, "frac_reward_zero_std": 1.0, "reward_std": 0.0, "grad_norm": 0.0}
 SAME_TEXT = [episode("12" if i % 8 else "13", 0.4, g, False) for g in range(4) for i in range(8)]
 LOOPS = [episode("I think so too. " * 8, 0.1, g, False) for g in range(8)]
-PAID_ALIKE = [episode(str(g), 0.1, g, False) for g in range(8)]  # and nobody less
+PAID_ALIKE = [episode(str(g), 0.1, g, False) for g in range(8)]  # and none less
 FORM = [episode(str(10 * g + i), 0.1 if i else 0.0, g, False) for g in range(4) for i in range(8)]
 
 
@@ -102,7 +102,7 @@ def two_rewards(weight):
     ]  # fmt: skip
 
 
-DECIDED = Facts(  # by the end nobody is bare any more
+DECIDED = Facts(  # by the end no completion is bare
     rows(),
     completions=Completions.of([(STEPS - 1, [episode(f"{i}", 1.0, i, right=1.0, bare=0.0) for i in range(8)])]),
     early=Completions.of([(0, two_rewards(0.01))]),
@@ -136,7 +136,7 @@ TRIGGERS = {
     "empty_completions": [facts(episodes=[*various(), *(episode("  ", 0.0, g, False) for g in range(8))])],
     "repeated_completions": [
         facts(episodes=SAME_TEXT),
-        facts(episodes=[episode("yes", 1.0, g, None) for g in range(8)]),  # nobody says that it is right
+        facts(episodes=[episode("yes", 1.0, g, None) for g in range(8)]),  # the reward does not say that it is right
     ],
     "looping_completions": [facts(episodes=LOOPS)],
     "entropy_collapse": [
@@ -145,18 +145,18 @@ TRIGGERS = {
     ],
     "format_without_answers": [
         facts(rows(accuracy=lambda s: 0.02 * (s % 2), reward_mean=0.09), FORM),
-        facts(rows(accuracy=0.02, reward_mean=0.09), FORM, looks(20, 22)),
+        facts(rows(accuracy=0.02, reward_mean=0.09), FORM, held_out(20, 22)),
     ],
     "one_part_dominates": [facts(episodes=two_rewards(0.01)), DECIDED],
     "on_policy_gap": [facts(rows(on_policy_gap_mean=0.2), max_gap=1.0)],
     "clips_most": [facts(rows(clip_fraction_low=0.3, clip_fraction_high=0.3), **SEVERAL)],
     "clips_nothing": [facts(rows(sampler_kl=1e-7), **SEVERAL)],
-    "held_out_falls": [facts(looks=looks(40, 60, 20))],
+    "held_out_falls": [facts(evaluations=held_out(40, 60, 20))],
     "learning_rate_high": [
         facts(rows(update_logprob_change=lambda s: 2.0 if s == 4 else 0.1)),
         facts(rows(sampler_kl=lambda s: 0.5 if s == 4 else 0.01), **SEVERAL),
         facts(rows(loss=lambda s: 5.0 if s == 4 else 0.01, sampler_kl=0.05), **SEVERAL),
-        facts(rows(reward_mean=lambda s: 0.7 - 0.05 * s), looks=looks(40, 60, 10)),
+        facts(rows(reward_mean=lambda s: 0.7 - 0.05 * s), evaluations=held_out(40, 60, 10)),
     ],
     "learning_rate_low": [facts(rows(update_logprob_change=1e-4, learning_rate=1e-8))],
 }
@@ -199,7 +199,7 @@ SPARES = {
     ],
     "format_without_answers": [
         facts(rows(reward_mean=0.09), FORM),  # accuracy rises
-        facts(rows(accuracy=0.02, reward_mean=0.09), FORM, looks(20, 45)),  # or that of held-out problems
+        facts(rows(accuracy=0.02, reward_mean=0.09), FORM, held_out(20, 45)),  # or that of held-out problems
         facts(rows(accuracy=0.02, reward_mean=0.1), PAID_ALIKE),
     ],
     "one_part_dominates": [
@@ -211,14 +211,16 @@ SPARES = {
     "clips_most": [facts(rows(clip_fraction_low=0.05, clip_fraction_high=0.15), **SEVERAL)],
     "clips_nothing": [facts(rows(), updates_per_step=1), facts(rows(sampler_kl=0.01), **SEVERAL)],
     "held_out_falls": [
-        facts(looks=looks(40, 60, 55)),  # within chance
-        facts(rows(reward_mean=lambda s: 0.5 + 0.01 * (s % 2)), looks=looks(40, 60, 20)),  # the reward does not rise
+        facts(evaluations=held_out(40, 60, 55)),  # within chance
+        facts(
+            rows(reward_mean=lambda s: 0.5 + 0.01 * (s % 2)), evaluations=held_out(40, 60, 20)
+        ),  # the reward does not rise
     ],
     "learning_rate_high": [
         facts(rows(sampler_kl=0.5)),  # one update per step: that is another sampler, not the rate
         facts(rows(sampler_kl=0.5, on_policy_gap_mean=0.3), **SEVERAL),
         facts(rows(loss=lambda s: 5.0 if s == 4 else 0.01), **SEVERAL),  # a large advantage, no large ratio
-        facts(looks=looks(40, 60, 10)),  # the reward rises: it is the reward that is wrong
+        facts(evaluations=held_out(40, 60, 10)),  # the reward rises: it is the reward that is wrong
     ],
     "learning_rate_low": [
         facts(rows(update_logprob_change=0.02)),
@@ -269,14 +271,14 @@ def test_a_run_that_often_could_not_learn_says_how_often():
     assert "(mean always 0.5)" in finding.what
 
 
-def test_what_a_run_did_not_record_is_said_and_not_guessed():
+def test_a_rule_without_its_facts_gives_the_reason_and_does_not_guess():
     known = {"step", "learning_rate", "reward_mean", "reward_std", "unscorable", "frac_reward_zero_std", "truncated",
              "length_mean", "prompt_draws", "batch_full", "updated", "loss"}  # fmt: skip
     old = Facts([{k: v for k, v in r.items() if k in known} for r in rows(3)])
     blind = dict(examine(old).blind)
     assert blind["empty_completions"] == "its completions are not recorded"
     assert blind["entropy_collapse"] == "its metrics have no entropy"
-    assert blind["held_out_falls"] == "it was never judged twice on validation problems"
+    assert blind["held_out_falls"] == "it was not evaluated twice on validation problems"
     assert blind["learning_rate_low"] == "its metrics have no update_logprob_change"
     assert set(blind).isdisjoint(examine(old).looked)
 
@@ -305,7 +307,7 @@ def episodes_of(reward):
     return [episode(f"{g} {i}", reward(r, b), g, bool(r), right=float(r), bare=float(b)) for g, i, r, b in pairs]
 
 
-def test_where_the_reward_is_no_sum_of_its_parts_none_is_said_to_decide():
+def test_no_reward_dominates_where_the_total_is_not_a_sum_of_them():
     assert "one_part_dominates" in found(facts(episodes=episodes_of(lambda r, b: r + 0.01 * b)))
     for other in (lambda r, b: r * b, lambda r, b: float("nan")):  # of parts multiplied, and where nothing was scored
         report = examine(facts(episodes=episodes_of(other)))
@@ -315,6 +317,7 @@ def test_where_the_reward_is_no_sum_of_its_parts_none_is_said_to_decide():
 
 def test_every_rule_says_what_it_looks_for_in_a_sentence():
     for rule in RULES:
-        assert rule.summary[0].isupper()
-        assert rule.summary.endswith(".")
-        assert "\n" not in rule.summary
+        sentence = rule.check.__doc__
+        assert sentence.startswith("Find ")
+        assert sentence.endswith(".")
+        assert "\n" not in sentence

@@ -1,16 +1,16 @@
-"""The doctor: rules over what a run recorded, which say in plain words what is wrong and what to change."""
+"""The doctor: rules that read what a run recorded and say in plain words what is wrong and what to change."""
 
-from .facts import Completions, Facts, Look, Settings, read_facts
+from .facts import Completions, Evaluation, Facts, Settings, read_facts
 from .finding import Example, Finding
 from .rules import RULES, Report, Rule, examine
 
 __all__ = [
     "RULES",
     "Completions",
+    "Evaluation",
     "Example",
     "Facts",
     "Finding",
-    "Look",
     "Report",
     "Rule",
     "Settings",

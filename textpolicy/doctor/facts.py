@@ -1,11 +1,11 @@
-"""``Facts``: what a run recorded, as the doctor's rules read it; from a run folder, or from a loop of your own."""
+"""``Facts``: what a run recorded, as the doctor's rules read it, from a run folder or from a loop of your own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -17,16 +17,12 @@ from ..types import Episode
 from .finding import Example
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from ..record.reader import RecordedRun
-
-_COLUMNS = ("step", "group", "prompt", "text", "finish_reason", "reward", "is_correct", "scores", "length")
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """Greedy accuracy on held-out problems."""
+class Evaluation:
+    """The greedy accuracy on held-out problems."""
 
     step: int  # training steps done before it
     split: str
@@ -35,13 +31,13 @@ class Look:
 
     @property
     def rate(self) -> Rate:
-        """With its 95% interval."""
+        """The accuracy with its 95% interval."""
         return Rate(self.correct, self.total)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Completions:
-    """Sampled completions as columns of N entries."""
+    """The sampled completions as columns of N entries."""
 
     step: np.ndarray  # (N,) int
     group: np.ndarray  # (N,) int, of its step
@@ -58,22 +54,22 @@ class Completions:
 
     @property
     def groups(self) -> np.ndarray:
-        """(N,) int, dense, over all steps."""
+        """The groups of all steps as dense numbers, (N,) int."""
         pairs = np.stack([self.step, self.group], axis=1)
         return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
 
-    def examples(self, which: np.ndarray, count: int = 3) -> tuple[Example, ...]:
-        """The latest of those where ``which`` (N,) bool holds, each of another group."""
-        places = np.flatnonzero(which)[::-1]
+    def examples(self, which: np.ndarray | None = None, count: int = 3) -> tuple[Example, ...]:
+        """Return the latest completions where ``which`` (N,) bool holds (None: any), each from another group."""
+        places = np.flatnonzero(np.ones(len(self), bool) if which is None else which)[::-1]
         first = np.sort(np.unique(self.groups[places], return_index=True)[1])[:count]
-        return tuple(self._example(int(i)) for i in places[first])
-
-    def _example(self, i: int) -> Example:
-        return Example(int(self.step[i]), self.prompt[i], self.text[i], float(self.reward[i]), bool(self.truncated[i]))
+        return tuple(
+            Example(int(self.step[i]), self.prompt[i], self.text[i], float(self.reward[i]), bool(self.truncated[i]))
+            for i in places[first].tolist()
+        )
 
     @classmethod
     def of(cls, steps: Iterable[tuple[int, Sequence[Episode]]]) -> Self:
-        """Those of (step, episodes) pairs, as ``train`` hands them to ``on_step``."""
+        """Make columns from (step, episodes) pairs, as ``train`` passes them to ``on_step``."""
         pairs = [(step, e) for step, episodes in steps for e in episodes]
         names = sorted({name for _, e in pairs for name in e.scores})
         return cls(
@@ -88,128 +84,109 @@ class Completions:
             scores={name: np.array([e.scores.get(name, np.nan) for _, e in pairs]) for name in names},
         )
 
-    @classmethod
-    def of_table(cls, table: pa.Table) -> Self:
-        """Those of a table of recorded rollouts."""
-        import pyarrow as pa
-
-        def numbers(name: str, of: Any) -> np.ndarray:
-            return table[name].cast(of).to_numpy()
-
-        scores = [dict(pairs or ()) for pairs in table["scores"].to_pylist()]
-        names = sorted({name for row in scores for name in row})
-        correct = [np.nan if value is None else float(value) for value in table["is_correct"].to_pylist()]
-        return cls(
-            step=numbers("step", pa.int64()),
-            group=numbers("group", pa.int64()),
-            reward=numbers("reward", pa.float64()),
-            correct=np.array(correct, float),
-            truncated=np.array([reason == "length" for reason in table["finish_reason"].to_pylist()], bool),
-            length=numbers("length", pa.int64()),
-            prompt=table["prompt"].to_pylist(),
-            text=table["text"].to_pylist(),
-            scores={name: np.array([row.get(name, np.nan) for row in scores], float) for name in names},
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What of a run's settings the rules read; None where nobody says."""
+    """The settings of a run that the rules read; None where unknown."""
 
     updates_per_step: int | None = None
     max_tokens: int | None = None
     max_gap: float | None = None  # nats, of on_policy
 
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Self:
-        """Those of a config.json, of whatever age."""
-        sections = {name: config.get(name, {}) for name in ("optimizer", "rollout", "on_policy")}
-        return cls(
-            sections["optimizer"].get("updates_per_step"),
-            sections["rollout"].get("max_tokens"),
-            sections["on_policy"].get("max_gap"),
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """One run. Rules judge its last third, where what it learned at the start has had its time."""
+    """One run. Rules judge its last third, when what it learned at the start has had time to show."""
 
     rows: Sequence[Row]  # of the training steps, in order
-    looks: Sequence[Look] = ()
-    completions: Completions | None = None  # of the last third of the steps; None where nobody recorded them
+    evaluations: Sequence[Evaluation] = ()
+    completions: Completions | None = None  # of the last third of the steps; None where they were not recorded
     early: Completions | None = None  # the same of the first third
     settings: Settings = Settings()
 
     @property
     def third(self) -> int:
-        """Steps of a third of the run, at least 1."""
+        """The number of steps in a third of the run, at least 1."""
         return max(1, len(self.rows) // 3)
 
     @property
     def ending(self) -> Sequence[Row]:
+        """The rows of the last third."""
         return self.rows[-self.third :]
 
     @property
     def beginning(self) -> Sequence[Row]:
+        """The rows of the first third."""
         return self.rows[: self.third]
 
-    def held_out(self, split: str = "validation") -> list[Look]:
-        """The looks at ``split``, in order."""
-        return [look for look in self.looks if look.split == split]
+    def held_out(self, split: str) -> list[Evaluation]:
+        """Return the evaluations on ``split``, in order."""
+        return [evaluation for evaluation in self.evaluations if evaluation.split == split]
 
 
 def values(rows: Sequence[Row], name: str) -> np.ndarray:
-    """(n,) float64: the figure ``name`` of the rows that have it."""
+    """Return the metric ``name`` of the rows that have it, (n,) float64."""
     return np.array([row[name] for row in rows if name in row], float)
 
 
 def mean(rows: Sequence[Row], name: str) -> float:
-    """Its mean; NaN if no row has it."""
+    """Return the mean of the metric ``name``; NaN if no row has it."""
     found = values(rows, name)
     return float(found.mean()) if len(found) else float("nan")
 
 
 def rises(before: np.ndarray, after: np.ndarray) -> bool:
-    """Whether the mean of ``after`` is above that of ``before`` by more than two standard errors."""
+    """Return whether the mean of ``after`` is above that of ``before`` by more than two standard errors."""
     if min(len(before), len(after)) < 2:
         return False
     error = np.sqrt(before.var(ddof=1) / len(before) + after.var(ddof=1) / len(after))
     return bool(after.mean() - before.mean() > 2 * error)
 
 
-def improves(looks: Sequence[Look]) -> bool:
-    """Whether the last of ``looks`` is above the first beyond the 95% intervals of both."""
-    return len(looks) > 1 and looks[-1].rate.interval[0] > looks[0].rate.interval[1]
-
-
 def at_limit(facts: Facts) -> str:
-    """The limit on completions as an aside, if it is known."""
+    """Return " at N tokens", the limit on completions, if it is known."""
     return f" at {facts.settings.max_tokens} tokens" if facts.settings.max_tokens else ""
 
 
 def read_facts(folder: Path | str) -> Facts:
-    """The facts of a run folder, finished or not. Raises UserError for another folder."""
+    """Read the facts of a run folder, finished or not. Raises UserError for any other folder."""
     run = load_run(folder)
-    rows = [_figures(row) for row in run.rows if row["kind"] == "train"]
-    looks = [_look(row) for row in run.rows if row["kind"] == "eval"]
+    rows: list[Row] = [
+        {name: value for name, value in row.items() if name != "kind" and value is not None}
+        for row in run.rows
+        if row["kind"] == "train"
+    ]
+    evaluations = [
+        Evaluation(row["step"], row["split"], round(row["accuracy"] * row["problems"]), row["problems"])
+        for row in run.rows
+        if row["kind"] == "eval"
+    ]
+    sections = (run.config.get(name, {}) for name in ("optimizer", "rollout", "on_policy"))  # missing in old runs
+    optimizer, rollout, on_policy = sections
+    settings = Settings(optimizer.get("updates_per_step"), rollout.get("max_tokens"), on_policy.get("max_gap"))
+    facts = Facts(rows, evaluations, settings=settings)
     if not rows or not layout.parquet_files(run.folder / layout.ROLLOUTS):
-        return Facts(rows, looks, settings=Settings.of(run.config))
-    late, early = _completions(run, Facts(rows).ending), _completions(run, Facts(rows).beginning)
-    return Facts(rows, looks, late, early, Settings.of(run.config))
+        return facts
+    return Facts(rows, evaluations, _recorded(run, facts.ending), _recorded(run, facts.beginning), settings)
 
 
-def _figures(row: Mapping[str, Any]) -> Row:
-    return {name: value for name, value in row.items() if name != "kind" and value is not None}
-
-
-def _look(row: Mapping[str, Any]) -> Look:
-    return Look(row["step"], row["split"], round(row["accuracy"] * row["problems"]), row["problems"])
-
-
-def _completions(run: RecordedRun, rows: Sequence[Row]) -> Completions:
-    """Those of the steps of ``rows``."""
+def _recorded(run: RecordedRun, rows: Sequence[Row]) -> Completions:
+    """Read the completions of the steps of ``rows``."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
+    columns = ("step", "group", "prompt", "text", "finish_reason", "reward", "is_correct", "scores", "length")
     step, first, last = pc.field("step"), int(rows[0]["step"]), int(rows[-1]["step"])
-    return Completions.of_table(run.read(layout.ROLLOUTS, _COLUMNS, (step >= first) & (step <= last)))
+    table = run.read(layout.ROLLOUTS, columns, (step >= first) & (step <= last))
+    kinds = {"step": pa.int64(), "group": pa.int64(), "length": pa.int64(), "reward": pa.float64()}
+    correct = [np.nan if value is None else float(value) for value in table["is_correct"].to_pylist()]
+    scores = [dict(pairs or ()) for pairs in table["scores"].to_pylist()]
+    names = sorted({name for row in scores for name in row})
+    return Completions(
+        **{name: table[name].cast(kind).to_numpy() for name, kind in kinds.items()},
+        correct=np.array(correct, float),
+        truncated=np.array([reason == "length" for reason in table["finish_reason"].to_pylist()], bool),
+        prompt=table["prompt"].to_pylist(),
+        text=table["text"].to_pylist(),
+        scores={name: np.array([row.get(name, np.nan) for row in scores], float) for name in names},
+    )

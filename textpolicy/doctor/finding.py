@@ -1,4 +1,4 @@
-"""``Finding``: what a rule of the doctor saw, in words, with its evidence."""
+"""``Finding``: what a rule of the doctor found, in words, with its evidence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A completion that shows it. Its text is a model's, so it is printed escaped."""
+    """A completion that shows the finding. A model wrote its text, so it is printed escaped."""
 
     step: int
     prompt: str
@@ -19,7 +19,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something in a run's mechanics that keeps it from learning what it should."""
+    """The description of something in a run's mechanics that keeps it from learning what it should."""
 
     name: str  # of the rule
     what: str  # one sentence or two, with the numbers that matter

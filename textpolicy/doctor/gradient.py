@@ -1,9 +1,11 @@
-"""Rules for runs in which there was little or nothing to learn from: groups that agree, rewards that are missing."""
+"""Rules for runs with little or nothing to learn from: no-signal groups, and rewards that are missing.
+
+A no-signal group is one whose completions all got the same reward, so none of them has an advantage.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
@@ -11,26 +13,24 @@ from ..loop.metrics import Row
 from .facts import Facts, at_limit, mean, values
 from .finding import Finding
 
-IDLE = 1 / 3  # of the steps without any gradient; a run that has learned its task agrees now and then
-AGREEING = 0.8  # of all groups: four fifths of the sampling taught nothing
+IDLE = 1 / 3  # of the steps without any gradient; a run that has learned its task has some now and then
+NO_SIGNAL = 0.8  # of all groups: four fifths of the sampling taught nothing
 ALWAYS = 0.95  # nineteen in twenty is as good as all
 RARELY = 0.05
 UNSCORED = 0.01  # of the completions: one in a hundred is no longer an accident
 SHORT = 0.5  # of the steps
 
-Cause = Literal["truncated", "constant", "pass", "fail", "mixed", "unscored"]
-
 
 def no_gradient(facts: Facts) -> Finding | None:
-    """No step moved the adapter."""
-    moved = values(facts.rows, "updated") > 0
-    if moved.any():
+    """Find runs in which no step moved the adapter."""
+    if (values(facts.rows, "updated") > 0).any():
         return None
-    steps, agreed = len(facts.rows), values(facts.rows, "frac_reward_zero_std")
-    evidence = {"steps": steps, "steps_moved": 0, "agreeing_groups": float(agreed.mean())}
-    if (agreed == 1).all():
+    steps, equal = len(facts.rows), values(facts.rows, "frac_reward_zero_std")
+    evidence = {"steps": steps, "steps_moved": 0, "agreeing_groups": float(equal.mean())}
+    if (equal == 1).all():
         what = (
-            f"in {steps} of {steps} steps every group's rewards agreed{_rewards(facts.rows)}, so there was no gradient"
+            f"in {steps} of {steps} steps the rewards within every group were equal{_rewards(facts.rows)}, "
+            "so there was no gradient"
         )
         change = (
             "use a reward that tells completions of one prompt apart, an easier or harder task, "
@@ -38,16 +38,15 @@ def no_gradient(facts: Facts) -> Finding | None:
         )
         return Finding("no_gradient", f"The adapter did not move: {what}.", change, evidence)
     share = mean(facts.rows, "truncated")
-    what = f"in {steps} of {steps} steps no completion had weight, though groups disagreed ({share:.0%} were truncated)"
-    change = "set algorithm.mask_truncated = false or raise rollout.max_tokens; otherwise look at the advantages"
+    what = f"in {steps} of {steps} steps no completion had weight, though rewards differed ({share:.0%} were truncated)"
+    change = "set algorithm.mask_truncated = false or raise rollout.max_tokens; otherwise check the advantages"
     return Finding("no_gradient", f"The adapter did not move: {what}.", change, evidence | {"truncated": share})
 
 
 def all_fail(facts: Facts) -> Finding | None:
-    """Groups agree because every completion fails."""
-    return _agreement(
+    """Find no-signal groups in which every completion fails."""
+    return _no_signal(
         facts,
-        "fail",
         "all_fail",
         "because nearly every completion fails",
         "take easier problems (rollout.curriculum = 'pass_rate'), pay for partial success in the reward, "
@@ -56,10 +55,9 @@ def all_fail(facts: Facts) -> Finding | None:
 
 
 def all_pass(facts: Facts) -> Finding | None:
-    """Groups agree because every completion passes."""
-    return _agreement(
+    """Find no-signal groups in which every completion passes."""
+    return _no_signal(
         facts,
-        "pass",
         "all_pass",
         "because nearly every completion is right already",
         "take harder problems, or end the run here",
@@ -67,10 +65,9 @@ def all_pass(facts: Facts) -> Finding | None:
 
 
 def all_truncated(facts: Facts) -> Finding | None:
-    """Groups agree because every completion was cut off."""
-    return _agreement(
+    """Find no-signal groups in which every completion was cut off."""
+    return _no_signal(
         facts,
-        "truncated",
         "all_truncated",
         f"and nearly every completion was cut off{at_limit(facts)}",
         "raise rollout.max_tokens, or ask for shorter answers in the prompt",
@@ -78,21 +75,19 @@ def all_truncated(facts: Facts) -> Finding | None:
 
 
 def reward_constant(facts: Facts) -> Finding | None:
-    """Groups agree because the reward is one number."""
-    return _agreement(
+    """Find no-signal groups under a reward that is always the same number."""
+    return _no_signal(
         facts,
-        "constant",
         "reward_constant",
         "because the reward is the same number for every completion",
-        "look at the reward function: print it for a good and a bad completion of one prompt",
+        "check the reward function: print it for a good and a bad completion of one prompt",
     )
 
 
 def groups_agree(facts: Facts) -> Finding | None:
-    """Groups agree though completions are neither all right nor all wrong."""
-    return _agreement(
+    """Find no-signal groups though completions are neither all right nor all wrong."""
+    return _no_signal(
         facts,
-        "mixed",
         "groups_agree",
         "though completions are neither all right nor all wrong: a prompt is always solved or never, "
         "or the reward does not tell its completions apart",
@@ -102,7 +97,7 @@ def groups_agree(facts: Facts) -> Finding | None:
 
 
 def unscorable(facts: Facts) -> Finding | None:
-    """Completions that could not be scored."""
+    """Find completions that could not be scored."""
     share = mean(facts.rows, "unscorable")
     if not share > UNSCORED:
         return None
@@ -111,85 +106,68 @@ def unscorable(facts: Facts) -> Finding | None:
 
 
 def not_finite(facts: Facts) -> Finding | None:
-    """Updates that were skipped because their loss or gradient was not finite."""
+    """Find updates that were skipped because their loss or gradient was not finite."""
     skipped = int((values(facts.rows, "skipped") > 0).sum())
     if not skipped:
         return None
     what = f"In {skipped} of {len(facts.rows)} steps a loss or gradient was not finite, and an update was skipped."
-    change = "lower optimizer.learning_rate, load the model in float32, or look for huge rewards"
+    change = "lower optimizer.learning_rate, load the model in float32, or check for huge rewards"
     return Finding("not_finite", what, change, {"skipped_steps": skipped})
 
 
 def short_batches(facts: Facts) -> Finding | None:
-    """Dynamic sampling did not find enough groups that disagree."""
+    """Find dynamic sampling that draws too few groups with a signal."""
     short = float((values(facts.rows, "batch_full") == 0).mean())
     if short <= SHORT:
         return None
     draws = float(values(facts.rows, "prompt_draws").max())
     steps = round(short * len(facts.rows))
     what = (
-        f"In {steps} of {len(facts.rows)} steps too few groups disagreed even after {draws:.0f} draws of prompts, "
+        f"In {steps} of {len(facts.rows)} steps too few groups had a signal even after {draws:.0f} draws of prompts, "
         "and the step trained on fewer."
     )
     change = "take problems that are solved now and then, or raise algorithm.resample"
     return Finding("short_batches", what, change, {"short_steps": short, "prompt_draws": draws})
 
 
-# ---- how groups agree, and why
-
-
-def _agreement(facts: Facts, cause: Cause, name: str, because: str, change: str) -> Finding | None:
-    """The finding ``name``, if groups agree too often and ``cause`` is why."""
-    agreed = _agreeing(facts.rows)
-    if not agreed or _cause(facts, agreed) != cause:
+def _no_signal(facts: Facts, name: str, because: str, change: str) -> Finding | None:
+    """Return the finding ``name`` if it is what explains the no-signal groups."""
+    cause, shown = _cause(facts)
+    if cause != name:
         return None
     idle = sum(row["updated"] == 0 for row in facts.rows)
     share = mean(facts.rows, "frac_reward_zero_std")
     what = (
-        f"{share:.0%} of the groups agreed on one reward{_rewards(agreed)}, {because}; "
+        f"{share:.0%} of the groups had no signal, one reward for all their completions{_rewards(shown)}, {because}; "
         f"{idle} of {len(facts.rows)} steps had no gradient at all."
     )
-    known = {key: mean(agreed, key) for key in ("accuracy", "truncated", "reward_mean", "reward_std")}
+    known = {key: mean(shown, key) for key in ("accuracy", "truncated", "reward_mean", "reward_std")}
     evidence = {"agreeing_groups": share, "idle_steps": idle, "steps": len(facts.rows)}
-    examples = facts.completions.examples(np.ones(len(facts.completions), bool)) if facts.completions else ()
+    examples = facts.completions.examples() if facts.completions else ()
     return Finding(name, what, change, evidence | {k: v for k, v in known.items() if not np.isnan(v)}, examples)
 
 
-def _agreeing(rows: Sequence[Row]) -> Sequence[Row]:
-    """The steps in which groups agree too often: those without a gradient, or all; none where it does not matter."""
+def _cause(facts: Facts) -> tuple[str, Sequence[Row]]:
+    """Return the rule that explains the no-signal groups, with the steps that show it; ("", ()) without too many."""
+    rows = facts.rows
     idle = [row for row in rows if row["updated"] == 0 and row["frac_reward_zero_std"] == 1]
-    if len(idle) > IDLE * len(rows):
-        return idle
-    return rows if mean(rows, "frac_reward_zero_std") > AGREEING else ()
-
-
-def _cause(facts: Facts, agreed: Sequence[Row]) -> Cause:
-    right = mean(agreed, "accuracy")  # NaN where the reward does not say
-    if not len(values(agreed, "reward_mean")):
-        return "unscored"  # which has a rule of its own
-    if mean(agreed, "truncated") >= ALWAYS:
-        return "truncated"
-    if _one_number(facts.rows) and not _plainly_failed_or_passed(facts.rows):
-        return "constant"
-    if right >= ALWAYS:
-        return "pass"
-    return "fail" if right <= RARELY else "mixed"
-
-
-def _one_number(rows: Sequence[Row]) -> bool:
-    """The reward never varied, within a step or between steps."""
-    within, between = values(rows, "reward_std"), values(rows, "reward_mean")
-    return bool((within < 1e-9).all() and np.ptp(between) < 1e-9)
-
-
-def _plainly_failed_or_passed(rows: Sequence[Row]) -> bool:
-    """One number is what a sound reward gives if all are right, or all wrong and worth nothing."""
+    too_many = mean(rows, "frac_reward_zero_std") > NO_SIGNAL
+    shown = idle if len(idle) > IDLE * len(rows) else rows if too_many else ()
+    if not len(values(shown, "reward_mean")):
+        return "", ()  # nothing could be scored, which has a rule of its own
+    if mean(shown, "truncated") >= ALWAYS:
+        return "all_truncated", shown
+    never_varied = (values(rows, "reward_std") < 1e-9).all() and np.ptp(values(rows, "reward_mean")) < 1e-9
+    # One number is what a sound reward gives if all are right, or all wrong and worth nothing.
     right, reward = mean(rows, "accuracy"), mean(rows, "reward_mean")
-    return right == 1 or (right == 0 and reward <= 0)
+    if never_varied and not (right == 1 or (right == 0 and reward <= 0)):
+        return "reward_constant", shown
+    right = mean(shown, "accuracy")  # NaN where the reward does not say
+    return "all_pass" if right >= ALWAYS else "all_fail" if right <= RARELY else "groups_agree", shown
 
 
 def _rewards(rows: Sequence[Row]) -> str:
-    """Which rewards these were, as an aside."""
+    """Return the mean rewards of ``rows`` in parentheses."""
     found = values(rows, "reward_mean")
     if not len(found):
         return " (none could be scored)"

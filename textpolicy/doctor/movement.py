@@ -1,4 +1,4 @@
-"""Rules about how the policy moves: too far or not at all in a step, away from what was sampled, or the wrong way."""
+"""Rules about how the policy moves: too far or not at all in a step, off the sampled policy, or the wrong way."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import math
 
 import numpy as np
 
-from ..loop.metrics import Row
-from .facts import Facts, Look, mean, rises, values
+from .facts import Evaluation, Facts, mean, rises, values
 from .finding import Finding
 
 GAP = 0.05  # nats: 5% per token, a factor of e over 20 tokens; also the default of on_policy.max_gap
@@ -23,7 +22,7 @@ MEASURED = "update_logprob_change"  # mean of |change of a token's log-prob| by 
 
 
 def on_policy_gap(facts: Facts) -> Finding | None:
-    """The learner does not see the distribution that was sampled."""
+    """Find a learner that does not see the distribution that was sampled."""
     gap = values(facts.rows, "on_policy_gap_mean")
     if not gap.max() > GAP:
         return None
@@ -39,25 +38,26 @@ def on_policy_gap(facts: Facts) -> Finding | None:
 
 
 def clips_most(facts: Facts) -> Finding | None:
-    """Clipping takes the gradient of many tokens."""
+    """Find clipping that removes the gradient of many tokens."""
     clipped = mean(facts.rows, "clip_fraction_low") + mean(facts.rows, "clip_fraction_high")
     if not clipped > MOST:
         return None
     what = (
-        f"Clipping took the gradient of {clipped:.0%} of the tokens: the updates of a step run away from its rollouts."
+        f"Clipping removed the gradient of {clipped:.0%} of the tokens: "
+        "the updates of a step move too far from its rollouts."
     )
     change = "lower optimizer.learning_rate or optimizer.updates_per_step, or widen algorithm.clip_low and clip_high"
     return Finding("clips_most", what, change, {"clip_fraction": clipped, "sampler_kl": mean(facts.rows, "sampler_kl")})
 
 
 def clips_nothing(facts: Facts) -> Finding | None:
-    """Several updates per step of which the later ones find the policy where it was."""
+    """Find several updates per step after the first of which the policy has hardly moved."""
     clipped = mean(facts.rows, "clip_fraction_low") + mean(facts.rows, "clip_fraction_high")
-    kl = mean(facts.rows, "sampler_kl")
-    if not _several_updates(facts) or not (clipped < HARDLY and kl < NEAR):
+    kl, updates = mean(facts.rows, "sampler_kl"), facts.settings.updates_per_step or 1
+    if updates == 1 or not (clipped < HARDLY and kl < NEAR):
         return None
     what = (
-        f"Of {facts.settings.updates_per_step} updates per step the later ones found the policy where it was: "
+        f"Of {updates} updates per step the later ones found the policy where it was: "
         f"{clipped:.2%} of the tokens were clipped, and the KL to the sampler was {kl:.1g} nats."
     )
     change = "raise optimizer.learning_rate, or set optimizer.updates_per_step = 1, which is the same for less"
@@ -65,8 +65,8 @@ def clips_nothing(facts: Facts) -> Finding | None:
 
 
 def held_out_falls(facts: Facts) -> Finding | None:
-    """The training reward rises while held-out accuracy falls."""
-    fall = _fall(facts)
+    """Find a training reward that rises while held-out accuracy falls."""
+    fall, found = _fall(facts), facts.completions
     before, after = values(facts.beginning, "reward_mean"), values(facts.ending, "reward_mean")
     if fall is None or not rises(before, after):
         return None
@@ -74,35 +74,65 @@ def held_out_falls(facts: Facts) -> Finding | None:
     what = (
         f"The training reward rose from {before.mean():.2f} to {after.mean():.2f} while held-out accuracy fell from "
         f"{best.rate} after {best.step} steps to {last.rate} after {last.step}: "
-        "the reward pays for something else than right answers."
+        "the reward pays for something other than right answers."
     )
-    change = "read the best-paid completions and mend the reward, or end the run earlier"
+    change = "read the best-paid completions and fix the reward, or end the run earlier"
     evidence = {"reward_before": float(before.mean()), "reward_after": float(after.mean())}
     evidence |= {"held_out_best": best.rate.value, "held_out_last": last.rate.value}
-    best_paid = () if facts.completions is None else facts.completions.examples(_best_paid(facts.completions.reward))
+    best_paid = () if found is None else found.examples(found.reward == np.nanmax(found.reward))
     return Finding("held_out_falls", what, change, evidence, best_paid)
 
 
 def learning_rate_high(facts: Facts) -> Finding | None:
-    """Single steps change the policy beyond recognition."""
-    signs = _jumps(facts) | _drifts(facts) | _spikes(facts) | _collapse(facts)
+    """Find single steps that change the policy beyond recognition."""
+    rows = facts.rows
+    signs: list[str] = []
+    figures: dict[str, float] = {}
+    gap = values(rows, "on_policy_gap_mean")
+    mismatched = bool(len(gap)) and float(gap.max()) > GAP  # before any update, which the rate is not to blame for
+    several_updates = (facts.settings.updates_per_step or 1) > 1
+    # A jump: the change itself is within the gap before the update of what is measured.
+    jump = max((row[MEASURED] - row.get("on_policy_gap_mean", 0.0) for row in rows if MEASURED in row), default=0.0)
+    if not jump <= DOUBLED:  # NaN is a sign too
+        signs.append(f"one step changed the log-probs of what was sampled by {jump:.2g} nats per token")
+        figures[MEASURED] = jump
+    # A drift within a step.
+    kl = values(rows, "sampler_kl")
+    if several_updates and len(kl) and not kl.max() <= DOUBLED_KL and not mismatched:
+        signs.append(f"within a step the KL to the sampler reached {kl.max():.2g} nats")
+        figures["sampler_kl"] = float(kl.max())
+    # A spike: a large loss under large ratios; without those a loss is no larger than the advantages.
+    moved = [row for row in rows if row["updated"]]
+    loss = np.abs(values(moved, "loss"))
+    if several_updates and len(loss) and not mismatched:
+        spikes = (loss > SPIKE * np.median(loss)) & (values(moved, "sampler_kl") > CLIPPED_KL)
+        if spikes.any():
+            figures["loss_spike"] = float((loss[spikes] / np.median(loss)).max())
+            signs.append(f"the loss spiked to {figures['loss_spike']:.0f} times its median")
+    # A collapse of held-out accuracy and training reward together.
+    fall = _fall(facts)
+    before, after = values(facts.beginning, "reward_mean"), values(facts.ending, "reward_mean")
+    if fall is not None and rises(-before, -after) and not mismatched:
+        best, last = fall
+        signs.append(f"held-out accuracy fell from {best.rate} to {last.rate} and the training reward with it")
+        figures |= {"held_out_best": best.rate.value, "held_out_last": last.rate.value}
     if not signs:
         return None
-    rate = float(values(facts.rows, "learning_rate").max())
+    rate = float(values(rows, "learning_rate").max())
     what = f"The learning rate of {rate:g} is too high: {'; '.join(signs)}."
     change = "divide optimizer.learning_rate by 3 to 10, or lengthen optimizer.warmup_steps"
-    figures = {name: value for sign in signs.values() for name, value in sign.items()}
     return Finding("learning_rate_high", what, change, {"learning_rate": rate, **figures})
 
 
 def learning_rate_low(facts: Facts) -> Finding | None:
-    """All steps together can hardly have changed the policy."""
+    """Find runs whose steps together can hardly have changed the policy."""
     rate = values(facts.rows, "learning_rate")
     moved = [row for row in facts.rows if row["updated"] and MEASURED in row and row["learning_rate"]]
     if not moved:
         return None
-    per_rate = max((row[MEASURED] + _gap(row)) / row["learning_rate"] for row in moved)
-    at_most = float(per_rate * rate.sum())  # a step's change is in proportion to its rate
+    # The change itself is within the gap before the update of what is measured.
+    per_rate = max((row[MEASURED] + row.get("on_policy_gap_mean", 0.0)) / row["learning_rate"] for row in moved)
+    at_most = float(per_rate * rate.sum())  # a step's change is proportional to its rate
     if at_most > STILL:
         return None
     what = (
@@ -113,73 +143,10 @@ def learning_rate_low(facts: Facts) -> Finding | None:
     return Finding("learning_rate_low", what, change, {"learning_rate": float(rate.max()), "change_at_most": at_most})
 
 
-# ---- signs of steps that are too long: sentence -> figures
-
-
-def _jumps(facts: Facts) -> dict[str, dict[str, float]]:
-    change = max((row[MEASURED] - _gap(row) for row in facts.rows if MEASURED in row), default=0.0)
-    if change <= DOUBLED:
-        return {}
-    return {f"one step changed the log-probs of what was sampled by {change:.2g} nats per token": {MEASURED: change}}
-
-
-def _drifts(facts: Facts) -> dict[str, dict[str, float]]:
-    kl = values(facts.rows, "sampler_kl")
-    if not _several_updates(facts) or not len(kl) or kl.max() <= DOUBLED_KL or _mismatched(facts):
-        return {}
-    return {f"within a step the KL to the sampler reached {kl.max():.2g} nats": {"sampler_kl": float(kl.max())}}
-
-
-def _spikes(facts: Facts) -> dict[str, dict[str, float]]:
-    """Large losses of large ratios; without those a loss is no larger than the advantages."""
-    moved = [row for row in facts.rows if row["updated"]]
-    loss = np.abs(values(moved, "loss"))
-    if not _several_updates(facts) or not len(loss) or _mismatched(facts):
-        return {}
-    spikes = (loss > SPIKE * np.median(loss)) & (values(moved, "sampler_kl") > CLIPPED_KL)
-    if not spikes.any():
-        return {}
-    times = float((loss[spikes] / np.median(loss)).max())
-    return {f"the loss spiked to {times:.0f} times its median": {"loss_spike": times}}
-
-
-def _collapse(facts: Facts) -> dict[str, dict[str, float]]:
-    fall = _fall(facts)
-    before, after = values(facts.beginning, "reward_mean"), values(facts.ending, "reward_mean")
-    if fall is None or not rises(-before, -after) or _mismatched(facts):
-        return {}
-    best, last = fall
-    said = f"held-out accuracy fell from {best.rate} to {last.rate} and the training reward with it"
-    return {said: {"held_out_best": best.rate.value, "held_out_last": last.rate.value}}
-
-
-# ---- what they compare
-
-
-def _gap(row: Row) -> float:
-    """Nats between sampler and learner before the update: the change itself is within that of what is measured."""
-    return row.get("on_policy_gap_mean", 0.0)
-
-
-def _several_updates(facts: Facts) -> bool:
-    return (facts.settings.updates_per_step or 1) > 1
-
-
-def _mismatched(facts: Facts) -> bool:
-    """The sampler differs from the learner before any update, which a learning rate is not to blame for."""
-    gap = values(facts.rows, "on_policy_gap_mean")
-    return bool(len(gap)) and float(gap.max()) > GAP
-
-
-def _fall(facts: Facts) -> tuple[Look, Look] | None:
-    """The best look at the validation problems and the last one, if they differ beyond their 95% intervals."""
-    looks = facts.held_out()
-    if len(looks) < 2:
+def _fall(facts: Facts) -> tuple[Evaluation, Evaluation] | None:
+    """Return the best and the last evaluation on validation problems if their 95% intervals do not overlap."""
+    evaluations = facts.held_out("validation")
+    if len(evaluations) < 2:
         return None
-    best, last = max(looks, key=lambda look: look.rate.value), looks[-1]
+    best, last = max(evaluations, key=lambda evaluation: evaluation.rate.value), evaluations[-1]
     return (best, last) if last.rate.interval[1] < best.rate.interval[0] else None
-
-
-def _best_paid(reward: np.ndarray) -> np.ndarray:
-    """(N,) bool."""
-    return reward == np.nanmax(reward)

@@ -1,4 +1,4 @@
-"""The table of rules, and ``examine``: every rule that can look, over one run."""
+"""The table of rules, and ``examine``, which applies every rule that can be checked to one run."""
 
 from __future__ import annotations
 
@@ -13,36 +13,32 @@ from .finding import Finding
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Something a rule reads that not every run has."""
+    """Something that a rule reads and not every run has."""
 
-    absent: str  # what is said where it is not there
+    absent: str  # the reason given where it is missing
     met: Callable[[Facts], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A function from facts to a finding, named as its finding is."""
+    """A function from facts to a finding of the same name; its docstring is the rule in a sentence."""
 
-    look: Callable[[Facts], Finding | None]
+    check: Callable[[Facts], Finding | None]
     needs: tuple[Need, ...] = ()
 
     @property
     def name(self) -> str:
-        return self.look.__name__
-
-    @property
-    def summary(self) -> str:
-        """What it looks for, in a sentence."""
-        return (self.look.__doc__ or "").splitlines()[0]
+        """The name of the function."""
+        return self.check.__name__
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What the doctor saw in a run, and where it could not look."""
+    """The doctor's findings on a run, and the rules that could not be checked."""
 
     findings: tuple[Finding, ...]
-    looked: tuple[str, ...]  # names of rules
-    blind: tuple[tuple[str, str], ...]  # (name of a rule, what the run lacks)
+    looked: tuple[str, ...]  # names of the rules that were checked
+    blind: tuple[tuple[str, str], ...]  # (name of a rule that could not be checked, what the run lacks)
     steps: int
 
 
@@ -56,7 +52,9 @@ def _steps(count: int) -> Need:
 
 MOVED = _column("updated")
 RECORDED = Need("its completions are not recorded", lambda facts: facts.completions is not None)
-JUDGED = Need("it was never judged twice on validation problems", lambda facts: len(facts.held_out()) > 1)
+EVALUATED = Need(
+    "it was not evaluated twice on validation problems", lambda facts: len(facts.held_out("validation")) > 1
+)
 NAMED_REWARDS = Need(
     "it has one reward", lambda facts: facts.completions is not None and len(facts.completions.scores) > 1
 )
@@ -82,22 +80,22 @@ RULES: tuple[Rule, ...] = (
     Rule(movement.on_policy_gap, (_column("on_policy_gap_mean"),)),
     Rule(movement.clips_most, (_column("clip_fraction_high"),)),
     Rule(movement.clips_nothing, (_column("clip_fraction_high"),)),
-    Rule(movement.held_out_falls, (JUDGED, _steps(6))),
+    Rule(movement.held_out_falls, (EVALUATED, _steps(6))),
     Rule(movement.learning_rate_high, (MOVED,)),
     Rule(movement.learning_rate_low, (_column(movement.MEASURED), _steps(4))),
 )
 
 
 def examine(run: Facts | Path | str) -> Report:
-    """What is wrong with ``run``, given as facts or as the folder of a run, finished or not.
+    """Find what is wrong with ``run``, given as facts or as the folder of a run, finished or not.
 
-    The order is that of the rules, causes before what follows from them. Raises UserError for another folder.
+    Findings are in the order of the rules, causes before their effects. Raises UserError for another folder.
     """
     facts = run if isinstance(run, Facts) else read_facts(run)
     if not facts.rows:
         return Report((), (), tuple((rule.name, "it has no step yet") for rule in RULES), 0)
     lacks = [(rule, next((need.absent for need in rule.needs if not need.met(facts)), "")) for rule in RULES]
     able = [rule for rule, absent in lacks if not absent]
-    findings = tuple(finding for rule in able if (finding := rule.look(facts)) is not None)
+    findings = tuple(finding for rule in able if (finding := rule.check(facts)) is not None)
     blind = tuple((rule.name, absent) for rule, absent in lacks if absent)
     return Report(findings, tuple(rule.name for rule in able), blind, len(facts.rows))

@@ -64,8 +64,11 @@ def test_trackers_get_every_step_and_evaluation_and_are_closed_once(tiny_run, ca
     assert kept.closed == 1
 
 
-def test_a_run_ends_with_what_the_doctor_says(tiny_run, capsys):
+def test_a_run_ends_with_the_doctors_findings(tiny_run, capsys):
     tiny_run(lambda prompt, completion, example: (0.25, False))
     last = " ".join(capsys.readouterr().out.split("└")[1].split())
-    assert re.search(r"doctor: The adapter did not move: in 2 of 2 steps every group's rewards agreed", last)
-    assert "doctor: 100% of the groups agreed on one reward (mean always 0.25), because the reward is the same" in last
+    assert re.search(
+        r"doctor: The adapter did not move: in 2 of 2 steps the rewards within every group were equal", last
+    )
+    reason = "one reward for all their completions (mean always 0.25), because the reward is the same"
+    assert f"doctor: 100% of the groups had no signal, {reason}" in last

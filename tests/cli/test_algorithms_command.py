@@ -1,21 +1,18 @@
-"""``textpolicy algorithms``: a table of the recipes, and each of them in full, read from the recipes themselves."""
+"""``textpolicy algorithms``: a list of the recipes, and each of them in full, read from the recipes themselves."""
 
 import re
 import shlex
 from dataclasses import fields, replace
 
-import pytest
-
 from textpolicy.algorithms import ALGORITHMS
 from textpolicy.algorithms.top_entropy import KeepTopEntropy
-from textpolicy.cli.describe import Setting, overview, parts, settings_of
+from textpolicy.cli.describe import describe
 from textpolicy.cli.main import main
 from textpolicy.config.flags import parse
 from textpolicy.config.recipe import configure
 from textpolicy.config.settings import Config
 from textpolicy.errors import UserError
 
-ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 SAMPLES = {  # a value for every setting under [algorithm]
     "scale_rewards": "batch", "aggregation": "token-sum", "ratio": "sequence", "clip_low": 0.1, "clip_high": 0.3,
     "delta": 4.0, "dual_clip": 3.0, "weight_low": 0.5, "weight_high": 4.0, "tau_pos": 2.0, "tau_neg": 2.0,
@@ -28,15 +25,9 @@ SAMPLES = {  # a value for every setting under [algorithm]
 }  # fmt: skip
 
 
-def piped(capsys, *arguments):
+def printed(capsys, *arguments):
     assert main(["algorithms", *arguments]) == 0
     return capsys.readouterr().out
-
-
-def on_a_terminal(capsys, monkeypatch, *arguments, width=100):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", str(width))
-    return ESCAPES.sub("", piped(capsys, *arguments))
 
 
 def listed(text):
@@ -45,62 +36,28 @@ def listed(text):
     return {flag.replace("-", "_"): value for flag, value in rows}
 
 
-def test_what_is_piped_is_plain_and_has_one_line_per_recipe(capsys):
-    out = piped(capsys)
+def test_every_recipe_has_one_line_with_its_summary_and_its_paper(capsys):
+    out = printed(capsys)
     assert "\x1b" not in out
-    heading, *rows = out.splitlines()
-    assert heading.split() == ["recipe", "baseline", "stages", "ratio", "objective", "aggregation", "paper"]
-    assert [row.split()[0] for row in rows] == list(ALGORITHMS)
+    lines = out.split("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in lines] == list(ALGORITHMS)
+    for line, recipe in zip(lines, ALGORITHMS.values(), strict=True):
+        assert recipe.summary in line
+        assert line.endswith(f"({recipe.paper})")
 
 
-@pytest.mark.parametrize(
-    ("name", "cells"),
-    [
-        ("grpo", ["group relative", "token", "clip 0.2/0.2", "seq-mean-token-mean", "2402.03300"]),
-        ("dr_grpo", ["group relative, scale_rewards none", "token", "clip 0.2/0.2", "seq-mean-token-sum-norm"]),
-        ("gspo", ["group relative", "sequence", "clip 0.0003/0.0004", "seq-mean-token-mean", "2507.18071"]),
-        ("cispo", ["group relative", "token", "clipped weight none/5", "token-mean", "2506.13585"]),
-        ("sapo", ["group relative", "token", "soft gate 1/1.05", "seq-mean-token-mean", "2511.20347"]),
-        ("bnpo", ["group relative", "token", "clip 0.2/0.2", "token-mean", "TRL 1.16"]),
-        ("reinforce++", ["no baseline", "return to go -> whiten", "token", "clip 0.2/0.2", "token-mean"]),
-        ("full", ["mean normalized", "pooling -> weight by uncertainty -> amplify planning", "token", "clip 0.2/0.28"]),
-    ],
-)
-def test_a_row_says_what_the_recipe_is_made_of(capsys, name, cells):
-    row = next(line for line in piped(capsys).splitlines() if line.split()[0] == name)
-    assert re.split(r" {2,}", row.strip())[1 : 1 + len(cells)] == cells
-
-
-@pytest.mark.parametrize("name", [(), *((name,) for name in ALGORITHMS)])
-def test_a_terminal_of_100_columns_is_wide_enough(capsys, monkeypatch, name):
-    out = on_a_terminal(capsys, monkeypatch, *name)
-    example = [line for line in out.splitlines() if line.startswith("example:")]
-    assert max(len(line) for line in out.splitlines() if line not in example) <= 100
-    assert len(example) == len(name)
-
-
-def test_the_table_loses_nothing_on_a_terminal(capsys, monkeypatch):
-    def letters(text):
-        return sorted(re.sub(r"\s", "", text))
-
-    wide = piped(capsys)
-    narrow = on_a_terminal(capsys, monkeypatch).split("\n\n")[0]
-    assert letters(narrow) == letters(wide)
-
-
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_a_recipe_in_full_names_every_part_with_its_formula_and_settings(capsys, name):
-    recipe = ALGORITHMS[name]
-    out = piped(capsys, name)
-    assert out.startswith(f"{name}: {recipe.summary}\n")
-    assert recipe.paper in out
-    for part in filter(None, [recipe.baseline, recipe.pooling, *recipe.stages, recipe.surrogate.objective]):
-        assert type(part).__doc__.splitlines()[0].replace("``", "") in out
-        assert [field.name for field in fields(part) if f"{field.name} " not in out] == []
+def test_a_recipe_in_full_names_every_part_with_its_formula_and_settings(capsys):
+    for name, recipe in ALGORITHMS.items():
+        out = printed(capsys, name)
+        assert out.startswith(f"{name}: {recipe.summary}\n")
+        assert recipe.paper in out
+        for part in filter(None, [recipe.baseline, recipe.pooling, *recipe.stages, recipe.surrogate.objective]):
+            assert type(part).__doc__.splitlines()[0].replace("``", "") in out
+            assert [field.name for field in fields(part) if f"{field.name} " not in out] == []
 
 
 def test_a_recipe_in_full_states_the_values_it_has(capsys):
-    out = piped(capsys, "sepa")
+    out = printed(capsys, "sepa")
     for line in (
         "baseline   group relative: A_i = (r_i - mean r) / (std r + eps), mean over the completions of one prompt.",
         "           scale_rewards none, std_eps 1e-06, ddof 1",
@@ -121,12 +78,37 @@ def test_a_recipe_in_full_states_the_values_it_has(capsys):
     assert {name: settings[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_settings_listed_are_exactly_those_that_a_run_takes(capsys, name, tmp_path):
+def test_a_recipe_in_full_says_what_it_is_made_of(capsys):
+    """The parts, the ratio, the aggregation and the bounds of recipes that differ in them."""
+    for name, parts, settings in (
+        (
+            "grpo",
+            ["group relative", "clip"],
+            {"ratio": "token", "aggregation": "seq-mean-token-mean", "clip_high": "0.2"},
+        ),
+        ("dr_grpo", ["group relative", "clip"], {"scale_rewards": "none", "aggregation": "seq-mean-token-sum-norm"}),
+        ("gspo", ["group relative", "clip"], {"ratio": "sequence", "clip_low": "0.0003", "clip_high": "0.0004"}),
+        ("cispo", ["group relative", "clipped weight"], {"weight_low": "none", "weight_high": "5"}),
+        ("sapo", ["group relative", "soft gate"], {"tau_pos": "1", "tau_neg": "1.05"}),
+        ("bnpo", ["group relative", "clip"], {"aggregation": "token-mean"}),
+        ("reinforce++", ["no baseline", "return to go", "whiten", "clip"], {"aggregation": "token-mean"}),
+        (
+            "full",
+            ["mean normalized", "pooling", "weight by uncertainty", "amplify planning", "clip"],
+            {"ratio": "token"},
+        ),
+    ):
+        out = printed(capsys, name)
+        assert re.findall(r"^(?:baseline|stage \d|objective) +([^:\n]*)", out, re.MULTILINE) == parts
+        shown = listed(out)
+        assert {setting: shown[setting] for setting in settings} == settings
+
+
+def test_the_settings_listed_are_exactly_those_that_a_run_takes(capsys, tmp_path):
     (tmp_path / "grams.json").write_text('["let me see"]')
     samples = {**SAMPLES, "grams": tmp_path / "grams.json"}
 
-    def takes(setting):
+    def takes(name, setting):
         section, _, key = setting.rpartition(".")
         values = {section: {key: samples[setting]}} if section else {key: samples[setting]}
         try:
@@ -135,17 +117,18 @@ def test_the_settings_listed_are_exactly_those_that_a_run_takes(capsys, name, tm
             return False
         return True
 
-    assert set(listed(piped(capsys, name))) == {setting for setting in samples if takes(setting)}
+    for name in ALGORITHMS:
+        assert set(listed(printed(capsys, name))) == {setting for setting in samples if takes(name, setting)}
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_example_is_a_command_that_changes_nothing(capsys, name):
-    example = piped(capsys, name).splitlines()[-1].removeprefix("example: ")
-    command, *flags = shlex.split(example)[1:]
-    assert command == "train"
-    assert len(flags) == 4
-    plain = Config.model_validate({"algorithm": {"name": name}})
-    assert configure(parse(Config, flags, command)) == configure(plain)
+def test_the_example_is_a_command_that_changes_nothing(capsys):
+    for name in ALGORITHMS:
+        example = printed(capsys, name).splitlines()[-1].removeprefix("example: ")
+        command, *flags = shlex.split(example)[1:]
+        assert command == "train"
+        assert len(flags) == 4
+        plain = Config.model_validate({"algorithm": {"name": name}})
+        assert configure(parse(Config, flags, command)) == configure(plain)
 
 
 def test_an_unknown_recipe_is_one_sentence_with_the_near_one_and_exit_code_2(capsys):
@@ -164,10 +147,8 @@ def test_plain_functions_are_parts_too():
         pass
 
     recipe = replace(ALGORITHMS["grpo"], baseline=best_only, stages=(halved, KeepTopEntropy(0.5)))
-    assert overview("mine", recipe).baseline == "best only"
-    assert [(p.role, p.name, p.formula, p.values) for p in parts(recipe)[:2]] == [
-        ("baseline", "best only", "A_i = 1 for the best.", ""),
-        ("stage 1", "halved", "", ""),
-    ]
-    known = [Setting("scale_rewards", None, ""), Setting("top_entropy", None, "")]
-    assert settings_of(recipe, known) == [Setting("top_entropy", 0.5, "")]
+    lines = describe("mine", recipe).splitlines()
+    assert lines[3:5] == ["baseline   best only: A_i = 1 for the best.", "stage 1    halved"]
+    settings = listed("\n".join(lines))
+    assert settings["top_entropy"] == "0.5"
+    assert "scale_rewards" not in settings

@@ -79,7 +79,7 @@ class Elements(HTMLParser):
         self.text.append(data)
 
 
-def test_the_report_is_one_small_file_that_asks_for_nothing(written):
+def test_the_report_is_one_small_file_that_loads_nothing(written):
     assert len(written) < 600_000
     assert not re.findall(r"""(?:src|href)=["'](?!#)""", written.replace("xlink:href", "href"))
     assert "url(http" not in written
@@ -106,7 +106,7 @@ def test_it_has_the_curves_the_runs_and_the_prompts(written):
     assert SCRIPT in text or IMAGE in text
 
 
-def test_bands_are_spoken_of_where_there_are_some(runs, written, tmp_path):
+def test_bands_are_explained_where_there_are_some(runs, written, tmp_path):
     assert "Bands are 95% intervals over seeds" in written
     write_report(runs[:1], tmp_path / "one.html")
     alone = (tmp_path / "one.html").read_text()
@@ -122,7 +122,7 @@ def test_charts_take_the_colours_of_the_page(written):
     assert "<text" in inside  # words are words, not shapes
 
 
-def test_the_command_writes_it_into_the_run_unless_told_where(runs, tmp_path, capsys):
+def test_the_command_writes_it_into_the_run_unless_given_a_path(runs, tmp_path, capsys):
     assert main(["report", str(runs[0])]) == 0
     assert capsys.readouterr().out.strip() == str(runs[0] / "report.html")
     assert (runs[0] / "report.html").stat().st_size < 400_000

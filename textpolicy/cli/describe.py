@@ -1,99 +1,80 @@
-"""What ``textpolicy algorithms`` says of a recipe, read from the recipe's own values and docstrings."""
+"""Describe a recipe for ``textpolicy algorithms``, from its own values and docstrings."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from typing import Any
+
+from pydantic import BaseModel
 
 from ..algorithms.pipeline import Algorithm
 from ..algorithms.planning import PlanningGrams
 from ..algorithms.top_entropy import KeepTopEntropy
+from ..config.settings import AlgorithmSettings
 
 
-@dataclass(frozen=True, slots=True)
-class Overview:
-    """A recipe in one line; the names of the fields are the headings."""
+def describe(name: str, recipe: Algorithm) -> str:
+    """Return the source of ``recipe``, the formula and values of each part, the settings that change it, an example.
 
-    recipe: str
-    baseline: str
-    stages: str
-    ratio: str
-    objective: str
-    aggregation: str
-    paper: str
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One part of a recipe: what it is for, what it is called, what it computes and with which values."""
-
-    role: str
-    name: str
-    formula: str
-    values: str
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """A setting of a run, named as under [algorithm]: "clip_low", "sepa.steps"."""
-
-    name: str
-    value: Any
-    meaning: str
-
-    @property
-    def flag(self) -> str:
-        """Of ``textpolicy train``."""
-        return "--algorithm." + self.name.replace("_", "-")
+    The parts are the baseline, the stages in their order (SEPA's pooling is the first) and the objective.
+    """
+    lines = [f"{name}: {recipe.summary}", "", f"{'source':<11}{recipe.paper}"]
+    stages = [stage for stage in (recipe.pooling, *recipe.stages) if stage is not None]
+    roles = ["baseline", *(f"stage {i}" for i, _ in enumerate(stages, 1)), "objective"]
+    parts: list[Any] = [recipe.baseline, *stages, recipe.surrogate.objective]
+    for role, part in zip(roles, parts, strict=True):
+        kind: Any = type(part) if is_dataclass(part) else part  # a stage may be a plain function
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", kind.__name__).lower()  # GroupRelative -> group relative
+        formula = (inspect.getdoc(kind) or "").partition("\n")[0].replace("``", "")
+        lines.append(f"{role:<11}{words}{': ' if formula else ''}{formula}")
+        if values := ", ".join(f"{field} {_shown(value)}" for field, value in _values(part).items()):
+            lines.append(f"{'':<11}{values}")
+    lines += ["", "Settings that change it; a TOML file has the same names under [algorithm], with _ for -:", ""]
+    settings = settings_of(recipe, parts)
+    flags = {setting: "--algorithm." + setting.replace("_", "-") for setting in settings}
+    widths = max(map(len, flags.values())), max(len(_shown(value)) for value, _ in settings.values())
+    for setting, (value, meaning) in settings.items():
+        lines.append(f"{flags[setting]:<{widths[0]}}  {_shown(value):<{widths[1]}}  {meaning}")
+    # The example spells out a setting of the last part that has one.
+    order = [
+        field for part in (*reversed(stages), recipe.surrogate.objective, recipe.baseline) for field in _values(part)
+    ]
+    given = {setting.replace(".", "_"): setting for setting, (value, _) in settings.items() if value is not None}
+    chosen = next(given[field] for field in order if field in given)
+    example = f"{flags[chosen]} {_shown(settings[chosen][0])}"
+    return "\n".join([*lines, "", f"example: textpolicy train --algorithm.name {name} {example}"])
 
 
-def overview(name: str, recipe: Algorithm) -> Overview:
-    """The line of ``recipe``; of the baseline's values those that are not its defaults."""
-    changed = [f"{field} {shown(value)}" for field, value in _changed(recipe.baseline).items()]
-    return Overview(
-        recipe=name,
-        baseline=", ".join([_words(recipe.baseline), *changed]),
-        stages=" -> ".join(_words(stage) for stage in _stages(recipe)),
-        ratio=recipe.surrogate.ratio,
-        objective=f"{_words(recipe.surrogate.objective)} {_bounds(recipe.surrogate.objective)}".rstrip(),
-        aggregation=recipe.aggregation,
-        paper=recipe.paper.removeprefix("arXiv:"),
-    )
-
-
-def parts(recipe: Algorithm) -> list[Part]:
-    """Baseline, stages in their order (SEPA's pooling is the first), and what the update maximises."""
-    roles = ["baseline", *(f"stage {i}" for i, _ in enumerate(_stages(recipe), 1)), "objective"]
-    return [_part(role, part) for role, part in zip(roles, _pipeline(recipe), strict=True)]
-
-
-def settings_of(recipe: Algorithm, known: Sequence[Setting]) -> list[Setting]:
-    """Those of the ``known`` settings that change ``recipe``, with its own values where it has any."""
-    own = {
-        name: value for part in (recipe, recipe.surrogate, *_pipeline(recipe)) for name, value in _values(part).items()
-    }
+def settings_of(recipe: Algorithm, parts: list[Any]) -> dict[str, tuple[Any, str]]:
+    """Return the settings that change ``recipe``, named as under [algorithm]: name -> (its own value, meaning)."""
+    known: dict[str, tuple[Any, str]] = {}
+    for name, field in AlgorithmSettings.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            section = type(field.default).model_fields
+            known |= {f"{name}.{inner}": (f.default, f.description or "") for inner, f in section.items()}
+        elif name != "name":
+            known[name] = (field.default, field.description or "")
+    own = {name: value for part in (recipe, recipe.surrogate, *parts) for name, value in _values(part).items()}
     if recipe.grams is None:
-        del own["grams"]  # a recipe without grams has no use for others
+        del own["grams"]  # a recipe without grams does not use any
     own = {name: value for name, value in own.items() if name not in recipe.idle_settings}
-    added = {*own, *_values(KeepTopEntropy())}  # which a run may put behind the stages of any recipe
-    taken = [s for s in known if _field(s) in added or s.name.partition(".")[0] in own]
-    return [replace(s, value=own.get(_field(s), s.value)) for s in taken]
+    used = {*own, *_values(KeepTopEntropy())}  # which a run may add to any recipe
+    return {
+        name: (own.get(name.replace(".", "_"), value), meaning)
+        for name, (value, meaning) in known.items()
+        if name.replace(".", "_") in used or name.partition(".")[0] in own
+    }
 
 
-def example(name: str, recipe: Algorithm, known: Sequence[Setting]) -> str:
-    """A command that trains with ``recipe`` and spells out one of its settings: of the last part that has one."""
-    by_field = {_field(s): s for s in settings_of(recipe, known) if s.value is not None}
-    baseline, *stages, objective = _pipeline(recipe)
-    order = [field for part in (*reversed(stages), objective, baseline) for field in _values(part)]
-    chosen = next(by_field[field] for field in order if field in by_field)
-    return f"textpolicy train --algorithm.name {name} {chosen.flag} {shown(chosen.value)}"
+def _values(part: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass by name; {} for a function."""
+    return {f.name: getattr(part, f.name) for f in fields(part)} if is_dataclass(part) else {}
 
 
-def shown(value: Any) -> str:
-    """A value in a few characters: 0.2, group, none."""
+def _shown(value: Any) -> str:
+    """Return a value in a few characters: 0.2, group, none."""
     match value:
         case None:
             return "none"
@@ -104,49 +85,3 @@ def shown(value: Any) -> str:
         case PlanningGrams():
             return f"{len(value.phrases)} phrases"
     return str(value)
-
-
-def _pipeline(recipe: Algorithm) -> list[Any]:
-    return [recipe.baseline, *_stages(recipe), recipe.surrogate.objective]
-
-
-def _stages(recipe: Algorithm) -> list[Any]:
-    return [stage for stage in (recipe.pooling, *recipe.stages) if stage is not None]
-
-
-def _part(role: str, part: Any) -> Part:
-    lines = (inspect.getdoc(_kind(part)) or "").splitlines() or [""]
-    values = ", ".join(f"{name} {shown(value)}" for name, value in _values(part).items())
-    return Part(role, _words(part), lines[0].replace("``", ""), values)
-
-
-def _kind(part: Any) -> Any:
-    """What carries the name and the docstring: a dataclass for its values, a function for itself."""
-    return type(part) if is_dataclass(part) else part
-
-
-def _words(part: Any) -> str:
-    """GroupRelative -> group relative."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", _kind(part).__name__).lower()
-
-
-def _values(part: Any) -> dict[str, Any]:
-    return {f.name: getattr(part, f.name) for f in fields(part)} if is_dataclass(part) else {}
-
-
-def _changed(part: Any) -> dict[str, Any]:
-    defaults = {f.name: f.default for f in fields(part)} if is_dataclass(part) else {}
-    return {name: value for name, value in _values(part).items() if value != defaults[name]}
-
-
-def _bounds(part: Any) -> str:
-    """The values up to the last that is set: "0.2/0.28", "none/5"."""
-    values = [shown(value) for value in _values(part).values()]
-    while values and values[-1] == "none":
-        values.pop()
-    return "/".join(values)
-
-
-def _field(setting: Setting) -> str:
-    """sepa.steps -> sepa_steps, the field it sets."""
-    return setting.name.replace(".", "_")

@@ -1,24 +1,23 @@
-"""Runs that differ in their seed alone are one arm, and its curve is their mean with a band."""
+"""Group the runs that differ only in their seed into arms, whose curves are means with a band."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
 
-from ..record.reader import RecordedRun
+from ..record.reader import RecordedRun, flat
 
-_NO_DIFFERENCE = ("seed", "output", "quiet", "machine")  # settings that do not change what is compared
+_NOT_COMPARED = ("seed", "output", "quiet", "machine")  # settings and sections that do not change what is compared
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """Runs of the same settings, but for the seed."""
+    """The runs with the same settings but for the seed."""
 
     name: str
     runs: Sequence[RecordedRun]
@@ -26,10 +25,10 @@ class Arm:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Series:
-    """A figure over steps: the mean of an arm's runs and, of several, its 95% interval over seeds (Student's t)."""
+    """A metric over steps: the mean of an arm's runs and, of several, its 95% interval over seeds (Student's t)."""
 
     name: str
-    steps: np.ndarray  # (S,) those that every run has
+    steps: np.ndarray  # (S,) the steps that every run has
     mean: np.ndarray  # (S,)
     low: np.ndarray | None = None  # (S,)
     high: np.ndarray | None = None  # (S,)
@@ -37,34 +36,29 @@ class Series:
 
 
 def arms_of(runs: Sequence[RecordedRun]) -> list[Arm]:
-    """In the order of their first runs; each is named by the settings in which it differs from the others."""
+    """Return the arms in the order of their first runs, each named by the settings that differ between arms."""
     settings = [flat(run.config) for run in runs]
     differing = differences(settings)
     grouped: dict[str, list[RecordedRun]] = {}
     for run, setting in zip(runs, settings, strict=True):
         name = ", ".join(f"{key.removeprefix('algorithm.')} {setting.get(key)}" for key in differing)
         grouped.setdefault(name, []).append(run)
-    return [Arm(name or _plain(members[0]), members) for name, members in grouped.items()]
+    if list(grouped) == [""]:  # nothing differs
+        config = runs[0].config
+        name = f"{config['algorithm']['name']} on {config['task']}" if config else runs[0].folder.resolve().name
+        return [Arm(name, runs)]
+    return [Arm(name, members) for name, members in grouped.items()]
 
 
 def differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The settings, seeds and the like left out, of which there are several values."""
+    """Return the names of the flat settings that have several values; seeds and the like are left out."""
     names = dict.fromkeys(name for setting in settings for name in setting)
-    return [name for name in names if len({repr(setting.get(name)) for setting in settings}) > 1]
-
-
-def flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """{"algorithm": {"name": "grpo"}} -> {"algorithm.name": "grpo"}, without what makes no difference."""
-    out: dict[str, Any] = {}
-    for name, value in config.items():
-        if above + name in _NO_DIFFERENCE:
-            continue
-        out |= flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: value}
-    return out
+    compared = [name for name in names if name.split(".")[0] not in _NOT_COMPARED]
+    return [name for name in compared if len({repr(setting.get(name)) for setting in settings}) > 1]
 
 
 def series(arm: Arm, points: Sequence[Mapping[float, float]], name: str | None = None) -> Series | None:
-    """Of one {step: value} per run of the ``arm``; None without a step that all have."""
+    """Average one {step: value} per run of the ``arm``; None if no step is in all of them."""
     common = sorted(set.intersection(*(set(p) for p in points))) if points else []
     if not common:
         return None
@@ -77,17 +71,12 @@ def series(arm: Arm, points: Sequence[Mapping[float, float]], name: str | None =
     return Series(name, steps, mean, mean - half, mean + half)
 
 
-def by_step(run: RecordedRun, figure: str) -> dict[float, float]:
-    """{step: value} of a figure of the training rows, where it is known."""
-    found = {r["step"] + 1: r.get(figure) for r in run.rows if r["kind"] == "train"}
+def by_step(run: RecordedRun, metric: str) -> dict[float, float]:
+    """Return {step: value} of a metric of the training rows, where it is known and finite."""
+    found = {r["step"] + 1: r.get(metric) for r in run.rows if r["kind"] == "train"}
     return {step: float(v) for step, v in found.items() if v is not None and math.isfinite(v)}
 
 
-def by_look(run: RecordedRun, split: str) -> dict[float, float]:
-    """{steps done: accuracy} of the greedy looks at ``split``."""
+def by_evaluation(run: RecordedRun, split: str) -> dict[float, float]:
+    """Return {steps done: accuracy} of the greedy evaluations on ``split``."""
     return {r["step"]: r["accuracy"] for r in run.rows if r["kind"] == "eval" and r["split"] == split}
-
-
-def _plain(run: RecordedRun) -> str:
-    config = run.config
-    return f"{config['algorithm']['name']} on {config['task']}" if config else Path(run.folder).resolve().name

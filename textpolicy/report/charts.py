@@ -1,4 +1,4 @@
-"""Charts as inline SVG: matplotlib draws, and its colours become those of the page, light or dark."""
+"""Draw charts as inline SVG with matplotlib; their colours become those of the page, light or dark."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from .arms import Series
 
-# What matplotlib is told, and the page's variable that takes its place.
+# The colours given to matplotlib, and the page's variables that replace them.
 _INK, _FAINT = "#010203", "#010204"
 _COLOURS = tuple(f"#0101{n:02x}" for n in range(16, 24))
 _VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--faint)", **{c: f"var(--c{i})" for i, c in enumerate(_COLOURS)}}
@@ -35,11 +35,22 @@ _WINDOW = 20  # a noisy curve is also shown as its mean over this part of the st
 
 
 def line_chart(curves: Sequence[Series], label: str, *, smooth: bool = False, share: bool = False) -> str:
-    """The ``curves`` with their bands; ``smooth`` adds running means, ``share`` fixes the axis to 0 to 1."""
+    """Draw the ``curves`` with their bands; ``smooth`` adds running means, ``share`` fixes the axis to 0 to 1."""
 
     def draw(axes: Any) -> None:
-        for curve, colour in zip(curves, _repeated(len(curves)), strict=True):
-            _draw_curve(axes, curve, colour, smooth)
+        for i, curve in enumerate(curves):
+            colour, name = _COLOURS[i % len(_COLOURS)], _in_lines(curve.name, 40)
+            few = len(curve.steps) <= 30
+            width = running_width(len(curve.steps)) if smooth else 1
+            axes.plot(
+                curve.steps, curve.mean, color=colour, lw=1 if width > 1 else 1.6, alpha=0.3 if width > 1 else 1,
+                ls="-" if curve.joined else "none", marker="o" if few else None, ms=3 if curve.joined else 5,
+                label=None if width > 1 else name,
+            )  # fmt: skip
+            if width > 1:
+                axes.plot(curve.steps, running_mean(curve.mean, width), color=colour, lw=1.6, label=name)
+            if curve.low is not None and curve.high is not None:
+                axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.15, lw=0)
         axes.set(xlabel="step", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         if share:
@@ -51,15 +62,15 @@ def line_chart(curves: Sequence[Series], label: str, *, smooth: bool = False, sh
 
 
 def stacked_bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], label: str) -> str:
-    """One horizontal bar per name, made of ``parts``."""
+    """Draw one horizontal bar per name, made of ``parts``."""
 
     labels, places = [_in_lines(name, 26) for name in names], np.arange(len(names))  # names may be equal once cut
     lines = max(label.count("\n") + 1 for label in labels)
 
     def draw(axes: Any) -> None:
         left = np.zeros(len(names))
-        for (part, values), colour in zip(parts.items(), _repeated(len(parts)), strict=True):
-            axes.barh(places, values, left=left, color=colour, height=0.6, label=part)
+        for i, (part, values) in enumerate(parts.items()):
+            axes.barh(places, values, left=left, color=_COLOURS[i % len(_COLOURS)], height=0.6, label=part)
             left += np.asarray(values)
         axes.set_yticks(places, labels)
         axes.invert_yaxis()
@@ -69,42 +80,27 @@ def stacked_bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], lab
     return _svg(draw, label, height=0.9 + (0.2 + 0.15 * lines) * len(names))
 
 
-def _in_lines(name: str, width: int) -> str:
-    """``name`` in lines of so many characters, at most three of them: what settings differ in can be long."""
-    return textwrap.fill(name, width, max_lines=3, placeholder=" ...", break_on_hyphens=False)
-
-
-def _draw_curve(axes: Any, curve: Series, colour: str, smooth: bool) -> None:
-    few = len(curve.steps) <= 30
-    width = running_over(len(curve.steps)) if smooth else 1
-    axes.plot(
-        curve.steps, curve.mean, color=colour, lw=1 if width > 1 else 1.6, alpha=0.3 if width > 1 else 1,
-        ls="-" if curve.joined else "none", marker="o" if few else None, ms=3 if curve.joined else 5,
-        label=None if width > 1 else _in_lines(curve.name, 40),
-    )  # fmt: skip
-    if width > 1:
-        axes.plot(curve.steps, running_mean(curve.mean, width), color=colour, lw=1.6, label=_in_lines(curve.name, 40))
-    if curve.low is not None and curve.high is not None:
-        axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.15, lw=0)
-
-
-def running_over(steps: int) -> int:
-    """Over how many values the running mean of so many goes; 1 is none."""
+def running_width(steps: int) -> int:
+    """Return how many values a running mean over ``steps`` steps averages; 1 means no running mean."""
     return max(1, steps // _WINDOW)
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """The mean of each value and those around it, ``width`` together, fewer at the ends."""
+    """Return the mean of the ``width`` values around each value, fewer at the ends."""
     kernel = np.ones(width)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def _repeated(count: int) -> list[str]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+def _in_lines(name: str, width: int) -> str:
+    """Break ``name`` into at most three lines of ``width`` characters, because differing settings can be long."""
+    return textwrap.fill(name, width, max_lines=3, placeholder=" ...", break_on_hyphens=False)
 
 
 def _svg(draw: Callable[[Any], None], salt: str, height: float = _SIZE[1]) -> str:
-    """What ``draw`` puts on axes, as an SVG element whose colours are the page's; ``salt`` keeps its ids its own."""
+    """Return what ``draw`` puts on axes as an SVG element, sized and coloured by the page.
+
+    ``salt`` makes its ids differ from those of other charts.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -114,14 +110,10 @@ def _svg(draw: Callable[[Any], None], salt: str, height: float = _SIZE[1]) -> st
         draw(figure.subplots())
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _for_page(out.getvalue())
-
-
-def _for_page(svg: str) -> str:
-    """The element alone, sized by the page, without ids that other charts have too."""
+    svg = out.getvalue()
     element = svg[svg.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
-    element = re.sub(r'<g id="[^"]*">', "<g>", element)
+    element = re.sub(r'<g id="[^"]*">', "<g>", element)  # other charts have the same ids
     element = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", element, count=1)
     element = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", element, count=1)
     for colour, variable in _VARIABLES.items():

@@ -21,17 +21,17 @@ def spell(tokens):
 
 
 def make_run(folder, seed=0, steps=STEPS, over=True):
-    """``steps`` steps of hicra, whose rewards rise; token 0 stops and has no text."""
+    """Make a run of ``steps`` steps of hicra, whose rewards rise; token 0 stops and has no text."""
     folder.mkdir()
     config = {"algorithm": {"name": "hicra"}, "task": "largest", "model": "tiny", "seed": seed}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "metrics.jsonl").write_text("")
     rng, recorder = np.random.default_rng(seed), Recorder(folder, spell)
     for split in ("test", "validation"):
-        look(folder, recorder, rng, 0, split)
+        evaluate(folder, recorder, rng, 0, split)
     for step in range(steps):
         add_step(folder, recorder, rng, step)
-    look(folder, recorder, rng, steps, "validation")
+    evaluate(folder, recorder, rng, steps, "validation")
     if over:
         (folder / "summary.json").write_text(json.dumps({"test_after": 0.75, "kept_step": steps}))
     return folder
@@ -40,8 +40,8 @@ def make_run(folder, seed=0, steps=STEPS, over=True):
 def add_step(folder, recorder, rng, step):
     episodes = [episode(rng, group, step) for group in range(PROMPTS) for _ in range(SAMPLES)]
     algorithm = recipe("hicra")
-    told = algorithm.credited(episodes, algorithm.tokens(episodes))
-    recorder.step(step, {}, told)
+    credited = algorithm.credited(episodes, algorithm.tokens(episodes))
+    recorder.step(step, {}, credited)
     rewards = [e.reward for e in episodes]
     row = {
         "kind": "train", "step": step, "reward_mean": float(np.mean(rewards)), "reward_mean/form": 0.5,
@@ -53,7 +53,7 @@ def add_step(folder, recorder, rng, step):
     write(folder, row)
 
 
-def look(folder, recorder, rng, step, split):
+def evaluate(folder, recorder, rng, step, split):
     episodes = [episode(rng, group, step, temperature=0.0) for group in range(PROMPTS)]
     recorder.evaluated(step, split, {"kind": "eval"}, episodes)
     write(folder, {"kind": "eval", "step": step, "split": split, "accuracy": 0.5, "problems": PROMPTS})
@@ -68,8 +68,8 @@ def episode(rng, group, step, temperature=1.0):
     tokens = np.array([*rng.integers(1, len(VOCABULARY), 5), 0], np.int32)
     logprobs, entropy = -rng.random(6).astype(np.float32), rng.random(6).astype(np.float32)
     completion = Completion(tokens, logprobs, entropy, truncated=bool(rng.random() < 0.2), temperature=temperature)
-    said = {"prompt": f"Question {group} <b>?</b>", "prompt_index": group, "scores": {"form": 0.5}}
+    shown = {"prompt": f"Question {group} <b>?</b>", "prompt_index": group, "scores": {"form": 0.5}}
     pieces = tuple(spell(tokens))
     reward = float(rng.random() < (step + 1) / (STEPS + 1))
     scored = {"reward": reward, "group": group, "is_correct": reward == 1, "text": "".join(pieces), "pieces": pieces}
-    return Episode.from_completion([1, 2, 3], completion, **scored, **said)
+    return Episode.from_completion([1, 2, 3], completion, **scored, **shown)

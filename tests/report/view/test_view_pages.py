@@ -1,4 +1,4 @@
-"""The pages of `textpolicy view`: what they list, what may reach them, and that what a model wrote stays text."""
+"""The pages of `textpolicy view`: what they list, who may reach them, and that what a model wrote stays text."""
 
 import html
 import re
@@ -23,7 +23,7 @@ from textpolicy.analysis import load_run  # noqa: E402
 from textpolicy.cli.main import main  # noqa: E402
 from textpolicy.errors import UserError  # noqa: E402
 from textpolicy.record.recorder import Recorder  # noqa: E402
-from textpolicy.report.view.drawing import COLOURINGS, draw, draw_together  # noqa: E402
+from textpolicy.report.view.drawing import COLOURINGS, draw  # noqa: E402
 from textpolicy.report.view.index import Index, Query  # noqa: E402
 from textpolicy.report.view.server import make_app  # noqa: E402
 
@@ -126,7 +126,7 @@ def test_the_list_has_every_completion(one):
         ("group=0&prompt=&step_from=", lambda r: r["group"] == 0),
     ],
 )
-def test_a_filter_keeps_what_a_slow_look_at_every_row_keeps(one, two_runs, asked, holds):
+def test_a_filter_keeps_what_a_slow_pass_over_every_row_keeps(one, two_runs, asked, holds):
     rows = load_run(two_runs[0]).rollouts.to_pylist()
     assert count(one.page("?" + asked)) == sum(holds(row) for row in rows)
 
@@ -162,18 +162,18 @@ def test_a_completion_is_drawn_token_by_token(one, two_runs, by):
     assert tokens == [piece or "⟨0⟩" for piece in row["pieces"]]
 
 
-def test_colours_are_as_strong_as_the_figure_and_say_which_way():
+def test_colours_are_as_strong_as_the_value_and_show_its_sign():
     row = {
         "tokens": [1, 2, 3, 4, 5], "pieces": ["a", "b", "c", "d", "e"], "sampled": [True, True, True, True, False],
         "advantage": 1.0, "credit": [2.0, -1.0, 0.0, 0.01, 9.0], "logprobs": [-1.0] * 5, "entropy": None,
         "planning": [True, False, False, False, False],
         "learner_logprobs": None,
     }  # fmt: skip
-    drawing = draw(row, "credit")
+    [drawing] = draw([row], "credit")
     assert [t.style for t in drawing.tokens] == ["up8", "down4", "", "up1", "reply"]
     assert drawing.strongest == 2
-    assert [t.style for t in draw(row, "planning").tokens] == ["much8", "", "", "", "reply"]
-    assert not draw(row, "entropy").known
+    assert [t.style for t in draw([row], "planning")[0].tokens] == ["much8", "", "", "", "reply"]
+    assert not draw([row], "entropy")[0].known
     assert "credit -1" in drawing.tokens[1].title
 
 
@@ -188,10 +188,10 @@ def test_two_completions_are_drawn_on_one_scale():
     }
     weak = row | {"credit": [1.0], "entropy": [0.5], "logprobs": [-1.0]}
     strong = row | {"credit": [-2.0], "entropy": None, "logprobs": [-2.0]}
-    drawings = draw_together([weak, strong], "credit")
+    drawings = draw([weak, strong], "credit")
     assert [d.tokens[0].style for d in drawings] == ["up4", "down8"]
     assert [d.strongest for d in drawings] == [2, 2]
-    assert [d.known for d in draw_together([weak, strong], "entropy")] == [True, False]
+    assert [d.known for d in draw([weak, strong], "entropy")] == [True, False]
 
 
 def test_a_completion_leads_to_its_group_and_two_stand_side_by_side(one):
@@ -232,7 +232,7 @@ def test_markup_in_a_completion_stays_text(one, two_runs):
         assert "49" not in re.findall(r" (\d+)</span>", page)  # a template in a completion is not one
 
 
-def test_a_page_asks_nothing_of_another_machine_and_runs_no_script(one):
+def test_a_page_loads_nothing_from_another_machine_and_runs_no_script(one):
     for path in ("", "completion?at=0:rollouts:step-000000:0", "prompts", "report"):
         page, headers = one.get(path)
         policy = headers["Content-Security-Policy"]
@@ -266,18 +266,18 @@ def test_without_the_token_and_from_another_host_there_is_nothing(one):
         ("completion?at=0:rollouts:step-000000:999", "there is no completion 999"),
         ("completion?at=0:rollouts:../../config:0", "there is no completion 0 in '../../config'"),
         ("completion?at=0:../..:x:0", "there are no '../..'"),
-        ("completion?at=<b>", "'<b>' is no completion"),
+        ("completion?at=<b>", "'<b>' is not the address of a completion"),
         ("completion?at=0:rollouts:step-000000:0&by=mood", "not coloured by 'mood'"),
         ("prompt?index=-1", "index is '-1'"),
     ],
 )
-def test_a_request_that_cannot_work_is_refused_in_a_sentence(one, path, sentence):
+def test_an_invalid_request_is_refused_in_a_sentence(one, path, sentence):
     code, page = one.refused(path)
     assert code == 400
     assert sentence in page
 
 
-def test_a_run_that_goes_on_is_seen_as_it_is_now(tmp_path):
+def test_a_running_run_is_shown_as_it_is_now(tmp_path):
     folder = make_run(tmp_path / "going", steps=2, over=False)
     with Served(make_app([folder], TOKEN)) as served:
         page = served.page()
@@ -300,7 +300,7 @@ def test_a_run_without_completions_is_shown_as_one(tmp_path):
         assert count(served.page("prompt?index=3")) == 0
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not a run folder"):
         make_app([tmp_path], TOKEN)
 
@@ -318,7 +318,7 @@ def test_the_command_prints_an_address_that_works_until_it_is_stopped(two_runs):
         assert viewer.stderr.read() == "textpolicy: stopped by Ctrl-C\n"
 
 
-def test_a_port_in_use_and_a_folder_that_is_no_run_are_refused_in_a_sentence(two_runs, tmp_path, capsys):
+def test_a_port_in_use_and_a_folder_that_is_not_a_run_are_refused_in_a_sentence(two_runs, tmp_path, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -329,7 +329,7 @@ def test_a_port_in_use_and_a_folder_that_is_no_run_are_refused_in_a_sentence(two
     assert "is not a run folder" in capsys.readouterr().err
 
 
-def test_a_run_whose_examples_have_no_question_ends_with_a_prompt_to_ask(tmp_path):
+def test_a_run_whose_examples_have_no_question_ends_with_a_prompt_to_try(tmp_path):
     ended = train_run(tmp_path / "run")
     said = (ended / "log.txt").read_text()
     assert f'textpolicy generate --run {ended} "1 2"' in " ".join(said.split())

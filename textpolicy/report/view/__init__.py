@@ -1,1 +1,1 @@
-"""``textpolicy view``: the completions of a run, or of two, on a local page that is made on the server."""
+"""``textpolicy view``: the completions of a run, or of two, on a local page rendered by a local server."""

@@ -1,4 +1,4 @@
-"""A learning curve small enough for the top of a page: points of an SVG line, made without a plotting library."""
+"""A learning curve small enough for the top of a page, as points of an SVG line, without a plotting library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WIDTH, HEIGHT, MARGIN = 320, 72, 4
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One figure over the steps of a run."""
+    """One metric over the steps of a run."""
 
     name: str
     points: str  # of an SVG polyline in a box of WIDTH x HEIGHT
@@ -20,7 +20,7 @@ class Curve:
 
 
 def curve(name: str, steps: Sequence[float], values: Sequence[float]) -> Curve | None:
-    """None if there are fewer than two points."""
+    """Return the curve; None if there are fewer than two points."""
     if len(values) < 2:
         return None
     low, high = min(values), max(values)

@@ -1,4 +1,4 @@
-"""A completion as coloured tokens: which figure of a token is shown, and how strongly."""
+"""Draw a completion as coloured tokens: which value of a token is shown, and how strongly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 Colouring = Literal["credit", "advantage", "entropy", "surprisal", "ratio", "planning"]
 COLOURINGS: dict[Colouring, str] = {
-    "credit": "what each token was trained with: blue raises it, orange lowers it",
+    "credit": "the advantage each token was trained with: blue raises it, orange lowers it",
     "advantage": "the completion's advantage in its group: blue above the baseline, orange below",
     "entropy": "how open the choice was, in nats",
     "surprisal": "how unlikely the token was, in nats",
@@ -25,7 +25,7 @@ class Token:
     """One token as the page draws it."""
 
     text: str
-    style: str  # a CSS class: up1 to up8, down1 to down8, much1 to much8, reply, or none
+    style: str  # a CSS class: up1 to up8, down1 to down8, much1 to much8, reply, or empty
     title: str
     special: bool  # it has no text of its own
 
@@ -36,46 +36,40 @@ class Drawing:
 
     tokens: Sequence[Token]
     strongest: float
-    known: bool  # False where the run does not know this figure
+    known: bool  # False where the run does not know the value
 
 
-def draw_together(rows: Sequence[Mapping[str, Any]], by: Colouring) -> list[Drawing]:
-    """Several completions on one scale."""
-    return [draw(row, by, max(strongest_of(row, by) for row in rows)) for row in rows]
-
-
-def strongest_of(row: Mapping[str, Any], by: Colouring) -> float:
-    """The largest magnitude of a sampled token's figure; 0 where it is not known."""
-    values, sampled = _values(row, by), _sampled(row)
-    return 0.0 if values is None else float(np.abs(values[sampled]).max(initial=0.0))
-
-
-def draw(row: Mapping[str, Any], by: Colouring, strongest: float | None = None) -> Drawing:
-    """A completion of ``layout.schema``, coloured ``by`` a figure; ``strongest`` is its own largest if not given."""
-    values, sampled = _values(row, by), _sampled(row)
-    strongest = strongest_of(row, by) if strongest is None else strongest
-    styles = _styles(values, strongest, by, len(row["tokens"]))
-    figures = {name: _values(row, name) for name in COLOURINGS}
-    tokens = [
-        Token(
-            text=piece or f"⟨{token}⟩",
-            style=style if was_sampled else "reply",
-            title=_title(i, token, figures) if was_sampled else f"token {token}, not the model's",
-            special=not piece,
-        )
-        for i, (token, piece, style, was_sampled) in enumerate(
-            zip(row["tokens"], row["pieces"], styles, sampled, strict=True)
-        )
-    ]
-    return Drawing(tokens, strongest, values is not None)
-
-
-def _sampled(row: Mapping[str, Any]) -> np.ndarray:
-    return np.array(row["sampled"] or [True] * len(row["tokens"]), bool)
+def draw(rows: Sequence[Mapping[str, Any]], by: Colouring) -> list[Drawing]:
+    """Draw completions, rows of ``layout.schema``, coloured ``by`` one value on a common scale."""
+    strongest = 0.0  # the largest magnitude on a sampled token of any row
+    values, sampled = [_values(row, by) for row in rows], []
+    for row, figures in zip(rows, values, strict=True):
+        sampled.append(np.array(row["sampled"] or [True] * len(row["tokens"]), bool))
+        if figures is not None:
+            strongest = max(strongest, float(np.abs(figures[sampled[-1]]).max(initial=0.0)))
+    drawings: list[Drawing] = []
+    for row, figures, was_sampled in zip(rows, values, sampled, strict=True):
+        levels = np.zeros(len(row["tokens"]), int)
+        if figures is not None and strongest != 0:
+            levels = np.minimum(np.ceil(LEVELS * np.abs(figures) / strongest).astype(int), LEVELS)
+        titles = {name: known for name in COLOURINGS if (known := _values(row, name)) is not None}
+        tokens: list[Token] = []
+        for i, (token, piece) in enumerate(zip(row["tokens"], row["pieces"], strict=True)):
+            if not was_sampled[i]:
+                style, title = "reply", f"token {token}, not the model's"
+            else:
+                one_sided = by in ("entropy", "surprisal", "planning")
+                direction = "much" if one_sided else "up" if figures is not None and figures[i] > 0 else "down"
+                style = f"{direction}{levels[i]}" if levels[i] else ""
+                lines = [f"{name} {value[i]:.3g}" for name, value in titles.items()]
+                title = "\n".join([f"token {token}, number {i + 1}", *lines])
+            tokens.append(Token(piece or f"⟨{token}⟩", style, title, special=not piece))
+        drawings.append(Drawing(tokens, strongest, figures is not None))
+    return drawings
 
 
 def _values(row: Mapping[str, Any], by: Colouring) -> np.ndarray | None:
-    """(T,) float64, None where it is not known."""
+    """Return the value of each token, (T,) float64; None where the run does not know it."""
     match by:
         case "advantage":
             return None if row["advantage"] is None else np.full(len(row["tokens"]), row["advantage"], float)
@@ -86,18 +80,3 @@ def _values(row: Mapping[str, Any], by: Colouring) -> np.ndarray | None:
             return None if learner is None else np.array(learner, float) - np.array(row["logprobs"], float)
         case "credit" | "entropy" | "planning":
             return None if row[by] is None else np.array(row[by], float)
-
-
-def _styles(values: np.ndarray | None, strongest: float, by: Colouring, count: int) -> list[str]:
-    """The CSS class of each token."""
-    if values is None or strongest == 0:
-        return [""] * count
-    one_sided = by in ("entropy", "surprisal", "planning")
-    levels = np.ceil(LEVELS * np.abs(values) / strongest).astype(int)
-    names = ["much" if one_sided else "up" if value > 0 else "down" for value in values]
-    return [f"{name}{min(level, LEVELS)}" if level else "" for name, level in zip(names, levels.tolist(), strict=True)]
-
-
-def _title(i: int, token: int, figures: Mapping[Colouring, np.ndarray | None]) -> str:
-    known = [f"{name} {values[i]:.3g}" for name, values in figures.items() if values is not None]
-    return "\n".join([f"token {token}, number {i + 1}", *known])

@@ -1,4 +1,4 @@
-"""The completions of a run by their figures: what a page lists and filters, without reading a token."""
+"""An index of a run's completions by step, reward and the like: a page lists and filters without reading tokens."""
 
 from __future__ import annotations
 
@@ -24,12 +24,20 @@ FIGURES = (
     "step", "split", "group", "sample", "prompt_index", "temperature", "finish_reason",
     "reward", "is_correct", "length", "advantage",
 )  # fmt: skip
-SHOWN = ("prompt", "text")  # of a line of the list
+SHOWN = ("prompt", "text")  # in a line of the list
 _THREADS = 4
+_ORDERS = {
+    "newest": [("step", "descending"), ("file", "ascending"), ("row", "ascending")],
+    "oldest": [("step", "ascending"), ("file", "ascending"), ("row", "ascending")],
+    "best": [("reward", "descending"), ("step", "descending"), ("row", "ascending")],
+    "worst": [("reward", "ascending"), ("step", "descending"), ("row", "ascending")],
+    "longest": [("length", "descending"), ("step", "descending"), ("row", "ascending")],
+    "advantage": [("advantage", "descending"), ("step", "descending"), ("row", "ascending")],
+}
 
 
 class Query(Section):
-    """What of a run's completions to list. Everything left out is not asked for."""
+    """The filter and the order of a list of completions. A field that is not given filters nothing."""
 
     kind: Kind = "rollouts"
     split: Literal["train", "validation", "test"] | None = None
@@ -45,26 +53,10 @@ class Query(Section):
     sort: Literal["newest", "oldest", "best", "worst", "longest", "advantage"] = "newest"
     page: int = 1
 
-    @property
-    def conditions(self) -> list[tuple[str, str, Any]]:
-        """(column, comparison, value) for each thing asked of the figures."""
-        asked = [
-            ("split", "equal", self.split),
-            ("step", "greater_equal", self.step_from),
-            ("step", "less_equal", self.step_to),
-            ("group", "equal", self.group),
-            ("prompt_index", "equal", self.prompt),
-            ("reward", "greater_equal", self.reward_from),
-            ("reward", "less_equal", self.reward_to),
-            ("finish_reason", "equal", self.finish),
-            ("is_correct", "equal", None if self.correct is None else self.correct == "yes"),
-        ]
-        return [(column, how, value) for column, how, value in asked if value is not None]
-
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a completion is: the run's number on the page, the kind, the file's name without its ending, the row."""
+    """The place of a completion: the run's number, the kind, the file's name without its suffix, the row."""
 
     run: int
     kind: str
@@ -76,10 +68,10 @@ class Address:
 
     @classmethod
     def read(cls, text: str) -> Address:
-        """Of its text. Raises UserError."""
+        """Parse what ``str`` gives. Raises UserError."""
         parts = text.split(":")
         if len(parts) != 4 or not (parts[0].isdecimal() and parts[3].isdecimal()):
-            raise UserError(f"{text!r} is no completion; follow a link of the list")
+            raise UserError(f"{text!r} is not the address of a completion; follow a link of the list")
         return cls(int(parts[0]), parts[1], parts[2], int(parts[3]))
 
 
@@ -88,95 +80,85 @@ class Index:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: list[Path] = []
+        self.files: list[Path] = []  # the column "file" of ``table`` counts them
         self.table = _empty()
         self._reading = Lock()  # requests come in threads
 
     def refresh(self) -> None:
-        """Read the files that are new; all of them if some are gone."""
-        with self._reading:
-            self._refresh()
-
-    def _refresh(self) -> None:
+        """Read the files that are new; all of them if some are gone. Raises UserError for a damaged file."""
         import pyarrow as pa
 
-        files = layout.parquet_files(self._folder)
-        known = set(self._files)
-        if not known <= set(files):
-            self._files, self.table, known = [], _empty(), set()
-        fresh = [path for path in files if path not in known]
-        if not fresh:
-            return
-        with ThreadPoolExecutor(_THREADS) as pool:
-            parts = pool.map(_figures, fresh, range(len(self._files), len(self._files) + len(fresh)))
-            self.table = pa.concat_tables([self.table, *parts]).combine_chunks()
-        self._files += fresh
+        with self._reading:
+            files = layout.parquet_files(self._folder)
+            known = set(self.files)
+            if not known <= set(files):
+                self.files, self.table, known = [], _empty(), set()
+            fresh = [path for path in files if path not in known]
+            if not fresh:
+                return
+            with ThreadPoolExecutor(_THREADS) as pool:
+                parts = pool.map(_figures, fresh, range(len(self.files), len(self.files) + len(fresh)))
+                self.table = pa.concat_tables([self.table, *parts]).combine_chunks()
+            self.files += fresh
 
     def select(self, query: Query) -> pa.Table:
-        """The figures of the completions that ``query`` asks for, in its order."""
+        """Return the figures of the completions that match ``query``, in its order."""
         import pyarrow.compute as pc
 
         table = self.table
-        for column, how, value in query.conditions:
-            table = table.filter(pc.call_function(how, [table[column], value]))
+        for column, comparison, value in (
+            ("split", "equal", query.split),
+            ("step", "greater_equal", query.step_from),
+            ("step", "less_equal", query.step_to),
+            ("group", "equal", query.group),
+            ("prompt_index", "equal", query.prompt),
+            ("reward", "greater_equal", query.reward_from),
+            ("reward", "less_equal", query.reward_to),
+            ("finish_reason", "equal", query.finish),
+            ("is_correct", "equal", None if query.correct is None else query.correct == "yes"),
+        ):
+            if value is not None:
+                table = table.filter(pc.call_function(comparison, [table[column], value]))
         if query.words:
-            table = self._saying(table, query.words)
+            table = self._containing(table, query.words)
         return table.take(pc.sort_indices(table, sort_keys=_ORDERS[query.sort]))
 
     def read(self, places: pa.Table, columns: Sequence[str]) -> list[dict[str, Any]]:
-        """``columns`` of the completions at ``places`` (their figures), in that order."""
+        """Return ``columns`` of the completions at ``places`` (their figures), in that order."""
         files, rows = places["file"].to_numpy(), places["row"].to_numpy()
         found: dict[tuple[int, int], dict[str, Any]] = {}
         for number in np.unique(files).tolist():
             wanted = rows[files == number]
-            taken = _read(self._files[number], columns).take(wanted).to_pylist()
+            taken = _read(self.files[number], columns).take(wanted).to_pylist()
             found |= {(number, row): line for row, line in zip(wanted.tolist(), taken, strict=True)}
         return [found[place] for place in zip(files.tolist(), rows.tolist(), strict=True)]
 
     def one(self, file: str, row: int) -> dict[str, Any]:
-        """Everything about one completion. Raises UserError for one that is not there."""
-        path = next((path for path in self._files if path.stem == file), None)
+        """Return every column of one completion. Raises UserError if there is no such completion."""
+        path = next((path for path in self.files if path.stem == file), None)
         table = None if path is None else _read(path, None)
         if table is None or row >= table.num_rows:
             raise UserError(f"there is no completion {row} in {file!r}; follow a link of the list")
         return table.slice(row, 1).to_pylist()[0]
 
-    def name(self, file: int) -> str:
-        """Of a file, by its number in ``table``."""
-        return self._files[file].stem
-
-    def _saying(self, table: pa.Table, words: str) -> pa.Table:
-        """Those whose prompt or text has ``words`` in it, in any case; reads the texts of the files in ``table``."""
+    def _containing(self, table: pa.Table, words: str) -> pa.Table:
+        """Return the rows whose prompt or text contains ``words``, in any case; reads the texts of their files."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        numbers = np.unique(table["file"].to_numpy()).tolist()
-
         def hits(number: int) -> pa.Table:
-            texts = _read(self._files[number], SHOWN)
-            said = [pc.match_substring(texts[name], words, ignore_case=True) for name in SHOWN]
-            rows = np.flatnonzero(pc.or_(*said).to_numpy(zero_copy_only=False)).astype(np.int32)
+            texts = _read(self.files[number], SHOWN)
+            matches = [pc.match_substring(texts[name], words, ignore_case=True) for name in SHOWN]
+            rows = np.flatnonzero(pc.or_(*matches).to_numpy(zero_copy_only=False)).astype(np.int32)
             return pa.table({"file": np.full(len(rows), number, np.int32), "row": rows})
 
         with ThreadPoolExecutor(_THREADS) as pool:
-            found = list(pool.map(hits, numbers))
-        if not found:
-            return table
-        return table.join(pa.concat_tables(found), ["file", "row"], join_type="inner")
-
-
-_ORDERS = {
-    "newest": [("step", "descending"), ("file", "ascending"), ("row", "ascending")],
-    "oldest": [("step", "ascending"), ("file", "ascending"), ("row", "ascending")],
-    "best": [("reward", "descending"), ("step", "descending"), ("row", "ascending")],
-    "worst": [("reward", "ascending"), ("step", "descending"), ("row", "ascending")],
-    "longest": [("length", "descending"), ("step", "descending"), ("row", "ascending")],
-    "advantage": [("advantage", "descending"), ("step", "descending"), ("row", "ascending")],
-}
+            found = list(pool.map(hits, np.unique(table["file"].to_numpy()).tolist()))
+        return table.join(pa.concat_tables(found), ["file", "row"], join_type="inner") if found else table
 
 
 def _figures(path: Path, number: int) -> pa.Table:
-    """Those of one file, with its number and the number of each row."""
+    """Read the figures of one file, with its number and the number of each row."""
     import pyarrow as pa
 
     table = _read(path, FIGURES)
@@ -185,7 +167,7 @@ def _figures(path: Path, number: int) -> pa.Table:
 
 
 def _read(path: Path, columns: Sequence[str] | None) -> pa.Table:
-    """Of one file, columns in the order asked for. Raises UserError for one that is damaged."""
+    """Read one file, its columns in the order given. Raises UserError for a damaged one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -160,7 +160,7 @@ def test_a_run_whose_batches_stayed_short_says_so_and_after_how_many_draws():
         for rewards in ([(ALL, SPLIT), (NONE, ALL)], [(SPLIT, SPLIT)])
     )
     assert short_batches(Facts([full, full, short])) is None
-    assert "In 2 of 3 steps too few groups disagreed even after 2 draws of prompts" in said_of([short, full, short])
+    assert "In 2 of 3 steps too few groups had a signal even after 2 draws of prompts" in said_of([short, full, short])
 
 
 def test_a_run_that_found_no_group_at_all_says_so_too():
@@ -168,7 +168,7 @@ def test_a_run_that_found_no_group_at_all_says_so_too():
         summarize(collect_informative(Draws(*rewards), resample=1), [{**UPDATE, "updated": moved}], 1.0, 1.0)
         for rewards, moved in (([(ALL, ALL), (NONE, ALL)], 0.0), ([(SPLIT, SPLIT)], 1.0))
     )
-    assert "In 2 of 3 steps too few groups disagreed even after 2 draws" in said_of([full, empty, empty])
+    assert "In 2 of 3 steps too few groups had a signal even after 2 draws" in said_of([full, empty, empty])
 
 
 def said_of(rows):

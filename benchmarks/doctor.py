@@ -336,6 +336,7 @@ def main() -> None:
 def train(name: str, folder: Path) -> None:
     """The run ``name``; what it needs is slow to start, so it is imported here."""
     import textpolicy.mlx  # noqa: F401  (before mlx, which thereby gets its fast BLAS)
+    from textpolicy.run import assembly
     from textpolicy.run import training_run as runs
 
     case = CASES[name]
@@ -343,7 +344,7 @@ def train(name: str, folder: Path) -> None:
     case.before()
     settings = {**BASE, **case.settings}
     if "model" not in settings:
-        runs.build_engine = tiny_engine
+        assembly.build_engine = tiny_engine
     runs.run(check_config({**settings, "task": "doctor", "output": folder}, name))
 
 

@@ -18,7 +18,7 @@ from textpolicy.config.settings import Config
 from textpolicy.engine import Sampling
 from textpolicy.environment.single_turn import TextGenerationEnv
 from textpolicy.loop.evaluation import evaluate
-from textpolicy.run.assembly import build_engine, environment, greedy
+from textpolicy.run.assembly import build_engine, environment
 from textpolicy.tasks import TASKS, load_task
 
 RESULTS = Path(__file__).parent / "results" / "free_form.jsonl"
@@ -39,7 +39,11 @@ def main() -> None:
         examples = [{"answer": p.answer} for p in task.test]
         env = TextGenerationEnv(questions, last_number_right, max_tokens=48, tokenizer=tokenizer, examples=examples)
         result = evaluate(engine, env, Sampling(48, temperature=0.0))
-        as_trained = evaluate(engine, environment(task, task.test, tokenizer, config), greedy(config))
+        as_trained = evaluate(
+            engine,
+            environment(task, task.test, tokenizer, config),
+            Sampling(config.rollout.max_tokens, temperature=0.0),
+        )
         row = {
             "benchmark": "free_form",
             "task": name,

@@ -21,13 +21,11 @@ from typing import Any
 
 from machine import describe
 
-from textpolicy.config.recipe import configure
 from textpolicy.config.settings import Config
 from textpolicy.loop.metrics import Row
 from textpolicy.loop.train import train
 from textpolicy.record.recorder import Recorder
-from textpolicy.run.assembly import build_engine, environment, schedule, training_sampling
-from textpolicy.tasks import load_task
+from textpolicy.run.assembly import assemble
 from textpolicy.types import Episode
 
 RESULTS = Path(__file__).parent / "results" / "recording.jsonl"
@@ -56,9 +54,8 @@ def main() -> None:
 
 def one_run(config: Config, folder: Path | None) -> dict[str, Any]:
     """Seconds of its steps and of the recorder, tokens and bytes."""
-    engine, tokenizer = build_engine(config)
-    task = load_task(config.task)
-    env = environment(task, task.train, tokenizer, config)
+    parts = assemble(config)
+    env = parts.splits["train"]
     recorder = None if folder is None else Recorder(folder, env.pieces)
     steps: list[float] = []
     recording: list[float] = []
@@ -74,10 +71,9 @@ def one_run(config: Config, folder: Path | None) -> dict[str, Any]:
             recording.append(time.perf_counter() - began)
 
     began = time.perf_counter()
-    rollout = config.rollout
     train(
-        engine, env, configure(config), schedule=schedule(config), prompts_per_step=rollout.prompts_per_step,
-        group_size=rollout.group_size, sampling=training_sampling(config), on_step=on_step,
+        parts.engine, env, parts.recipe, schedule=parts.schedule, prompts_per_step=parts.rollout.prompts_per_step,
+        group_size=parts.rollout.group_size, sampling=parts.sampling, on_step=on_step,
     )  # fmt: skip
     written = sum(f.stat().st_size for f in (folder / "rollouts").iterdir()) if folder else 0
     return {

@@ -50,9 +50,9 @@ class Sampling:
         untouched = (self.top_p, self.top_k, self.min_p, self.repetition_penalty) == (1, 0, 0, 1)
         return self.temperature if untouched else None
 
-    def elsewhere(self, place: int) -> Sampling:
-        """The same draws at another place, such as a later turn: with a seed of its own, which this one fixes."""
-        return replace(self, seed=int(np.random.SeedSequence([self.seed, place]).generate_state(1)[0]))
+    def elsewhere(self, *place: int) -> Sampling:
+        """Return the same settings with a seed derived from this one, for a step or a later turn."""
+        return replace(self, seed=int(np.random.SeedSequence([self.seed, *place]).generate_state(1)[0]))
 
 
 class Engine(Protocol):

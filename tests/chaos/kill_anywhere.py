@@ -71,6 +71,7 @@ def _probe(pipe: int) -> None:
     from textpolicy.mlx.engine import MLXEngine
     from textpolicy.record.metrics_file import MetricsFile
     from textpolicy.rewards.scoring import Scorer
+    from textpolicy.run import assembly
     from textpolicy.run.checkpoint import Checkpoints
 
     def wrap(place: Any, name: str, phase: str) -> None:
@@ -92,7 +93,7 @@ def _probe(pipe: int) -> None:
     wrap(os, "replace", "rename")
     wrap(run, "evaluate", "eval")
     wrap(MetricsFile, "write", "logging")
-    wrap(run, "build_engine", "start")
+    wrap(assembly, "build_engine", "start")
     wrap(run.Run, "finish", "finish")
 
 

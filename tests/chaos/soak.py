@@ -54,7 +54,7 @@ def soak(argv: list[str], steps: int) -> dict[str, Any]:
         true(self, *arguments)
         memory.append(resident())
         files.append(len(os.listdir("/proc/self/fd")))
-        shapes.append(len(self.engine._gradients.known))
+        shapes.append(len(self.parts.engine._gradients.known))
 
     run.Run.on_step = on_step  # type: ignore[method-assign]
     began = time.perf_counter()

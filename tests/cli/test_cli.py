@@ -7,7 +7,7 @@ import pytest
 
 from textpolicy.cli.main import COMMANDS, main
 from textpolicy.config.flags import parse
-from textpolicy.run.assembly import sized
+from textpolicy.run.assembly import with_max_tokens
 from textpolicy.run.resume import TrainArguments
 from textpolicy.tasks import load_task
 
@@ -168,9 +168,9 @@ def test_one_flag_of_a_section_leaves_the_others_to_the_task():
     assert asked.config.rollout.model_fields_set == {"group_size", "temperature"}
     assert asked.config.algorithm.kl.model_fields_set == {"coefficient"}
     assert asked.config.algorithm.model_fields_set == {"kl"}
-    assert sized(asked.config, load_task("countdown")).rollout.max_tokens == 64
+    assert with_max_tokens(asked.config, load_task("countdown")).rollout.max_tokens == 64
 
 
 def test_a_flag_that_gives_the_default_is_given():
     asked = parse(TrainArguments, ["--rollout.max-tokens=8", "--task=countdown"], "train")
-    assert sized(asked.config, load_task("countdown")).rollout.max_tokens == 8
+    assert with_max_tokens(asked.config, load_task("countdown")).rollout.max_tokens == 8

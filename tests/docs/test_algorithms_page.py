@@ -171,11 +171,10 @@ def test_the_table_of_metrics_names_everything_a_step_writes(tiny_engine):
         tiny_engine,
         TextGenerationEnv(["1 2", "3", "4 5 6"], reward, max_tokens=6, tokenizer=Numbers()),
         replace(made, surrogate=how, resample=2),
-        schedule=Schedule(1e-3, steps=2),
+        schedule=Schedule(1e-3, steps=2, updates=2),
         prompts_per_step=3,
         group_size=8,
         sampling=Sampling(max_tokens=6),
-        updates_per_step=2,
         on_step=lambda step, row, episodes: written.update(row),
     )
     table = PAGE.split("\n## What a step writes\n")[1].split("\n## ")[0]

@@ -158,9 +158,6 @@ class Shell:
         patch.chdir(folder)
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr("textpolicy.mlx.models.find_model", self.find)
-        patch.setattr(
-            "textpolicy.run.training_run.plot_learning", lambda *arguments: None
-        )  # which is most of a short run's time
         patch.setattr("textpolicy.mlx.memory.preflight", as_asked)
         for name in ("examples", "scripts"):
             (folder / name).symlink_to(ROOT / name)

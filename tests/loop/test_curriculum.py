@@ -6,16 +6,14 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import make_tiny_engine
-from toy_tokenizers import Letters, Numbers
+from toy_tokenizers import Numbers
 
 from textpolicy.algorithms import algorithm
 from textpolicy.engine import Sampling
 from textpolicy.environment import TextGenerationEnv
 from textpolicy.errors import UserError
-from textpolicy.loop.curriculum import LevelCurriculum, PassRateCurriculum
-from textpolicy.loop.train import Schedule, train
-
-# ---- by pass rate
+from textpolicy.loop.curriculum import EveryPrompt, PassRateCurriculum
+from textpolicy.loop.train import Schedule, Session, train
 
 
 def test_estimates_worked_by_hand():
@@ -87,7 +85,7 @@ def test_training_with_a_curriculum_goes_to_what_can_be_learned():
         prompts_per_step=1,
         group_size=8,
         sampling=Sampling(2, seed=1),
-        curriculum=curriculum,
+        session=Session(curriculum=curriculum),
         on_step=lambda step, row, episodes: (drawn.append(episodes[0].prompt), rows.append(row)),
     )
     assert Counter(drawn[5:]).most_common(1)[0][0] == "4 5"
@@ -107,7 +105,7 @@ def one_step(reward):
         prompts_per_step=1,
         group_size=2,
         sampling=Sampling(2),
-        curriculum=curriculum,
+        session=Session(curriculum=curriculum),
     )
     return curriculum
 
@@ -121,49 +119,10 @@ def test_a_step_in_which_nothing_could_be_scored_tells_a_curriculum_nothing():
     assert one_step(lambda prompt, completion, example: None).seen.sum() == 0
 
 
-# ---- by level
-
-
-def test_levels_go_up_when_solved_and_down_when_not():
-    c = LevelCurriculum([0, 0, 3, 3, 7], window=4, up=0.75, down=0.25)
-    assert (c.level, sorted(c.draw(0, 2))) == (0, [0, 1])
-    c.observe([(0, True), (1, True), (0, True)])
-    assert c.level == 0  # the window is not full
-    c.observe([(1, False)])
-    assert (c.level, c.row) == (3, {"curriculum_level": 3.0})
-    c.observe([(2, True), (0, False), (0, False), (3, False), (2, True), (3, False)])  # of level 3: half
-    assert c.level == 3
-    c.observe([(2, False), (3, False)])
-    assert c.level == 0
-    c.observe([(0, False)] * 4)
-    assert c.level == 0
-    for _ in range(5):
-        c.observe([(i, True) for i in range(5)] * 4)
-    assert (c.level, c.draw(1, 3)) == (7, [4, 4, 4])
-
-
-def test_a_level_curriculum_goes_on_from_its_state():
-    one, two = (LevelCurriculum([0, 1, 2, 2], window=2) for _ in range(2))
-    one.observe([(0, True), (0, True), (1, True)])
-    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
-    for c in (one, two):
-        c.observe([(1, True), (1, True)])
-    assert (one.level, two.level) == (2, 2)
-    assert one.draw(4, 3) == two.draw(4, 3)
-    with pytest.raises(UserError, match=r"down 0\.9 and up 0\.7"):
-        LevelCurriculum([0], down=0.9)
-    with pytest.raises(UserError, match="there are 0 levels"):
-        LevelCurriculum([])
-
-
-def test_levels_of_reasoning_gym_are_ones_of_a_curriculum():
-    pytest.importorskip("reasoning_gym", reason="reasoning-gym is an extra: pip install 'textpolicy[reasoning-gym]'")
-    from textpolicy.environment import reasoning_gym_env
-
-    env = reasoning_gym_env("chain_sum", 3, tokenizer=Letters(), level=[0, 2])
-    assert [example["level"] for example in env.examples] == [0] * 3 + [2] * 3
-    c = LevelCurriculum([example["level"] for example in env.examples], window=2)
-    assert sorted(c.draw(0, 3)) == [0, 1, 2]
-    assert all(
-        env.score(i, [ord(x) for x in example["answer"]], False).is_correct for i, example in enumerate(env.examples)
-    )
+def test_the_default_curriculum_has_no_state_and_ignores_that_of_another():
+    c = EveryPrompt(5, seed=2)
+    drawn = [c.draw(step, 3) for step in range(4)]
+    c.observe([(0, True)])
+    c.load_state_dict(PassRateCurriculum(5).state_dict())
+    assert (c.state_dict(), c.row) == (None, {})
+    assert [c.draw(step, 3) for step in range(4)] == drawn

@@ -14,10 +14,10 @@ from textpolicy.doctor import Facts
 from textpolicy.doctor.gradient import short_batches
 from textpolicy.engine import Sampling
 from textpolicy.environment.single_turn import TextGenerationEnv
-from textpolicy.loop.collect import collect
-from textpolicy.loop.dynamic import collect_informative, informative
+from textpolicy.loop.collect import collect, collect_informative, informative
+from textpolicy.loop.curriculum import EveryPrompt
 from textpolicy.loop.metrics import frac_reward_zero_std, summarize
-from textpolicy.loop.train import Schedule, draw_prompts, train
+from textpolicy.loop.train import Schedule, train
 from textpolicy.types import Completion, Episode
 
 NAN = float("nan")
@@ -181,17 +181,17 @@ def said_of(rows):
 
 
 def test_the_prompts_of_a_further_draw_are_others_and_the_same_every_time():
-    own, *further = ([draw_prompts(step, 4, 50, 3, n) for step in range(6)] for n in range(4))
+    own, *further = ([EveryPrompt(50, seed=3).draw(step, 4, n) for step in range(6)] for n in range(4))
     for orders in further:
         assert orders != own
     assert len({str(orders) for orders in further}) == 3
-    assert further[1] == [draw_prompts(step, 4, 50, 3, 2) for step in range(6)]
-    assert further[1] != [draw_prompts(step, 4, 50, 4, 2) for step in range(6)]
+    assert further[1] == [EveryPrompt(50, seed=3).draw(step, 4, 2) for step in range(6)]
+    assert further[1] != [EveryPrompt(50, seed=4).draw(step, 4, 2) for step in range(6)]
 
 
 @pytest.mark.parametrize("draw", [0, 1, 2])
 def test_every_order_goes_through_all_prompts_before_any_comes_again(draw):
-    drawn = [i for step in range(14) for i in draw_prompts(step, 3, 7, 1, draw)]
+    drawn = [i for step in range(14) for i in EveryPrompt(7, seed=1).draw(step, 3, draw)]
     assert all(sorted(drawn[k : k + 7]) == list(range(7)) for k in range(0, 42, 7))
 
 

@@ -12,7 +12,8 @@ from textpolicy.algorithms import ALGORITHMS
 from textpolicy.engine import Sampling
 from textpolicy.environment.single_turn import TextGenerationEnv
 from textpolicy.loop.collect import collect
-from textpolicy.loop.train import Schedule, draw_prompts, train
+from textpolicy.loop.curriculum import EveryPrompt
+from textpolicy.loop.train import Schedule, train
 
 
 class Numbers:
@@ -78,6 +79,6 @@ def test_the_schedule_warms_up_and_decays_in_straight_lines():
 
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 99))
 def test_every_prompt_is_drawn_once_before_any_is_drawn_again(count, total, seed):
-    drawn = [i for step in range(-(-3 * total // count)) for i in draw_prompts(step, count, total, seed)]
+    drawn = [i for step in range(-(-3 * total // count)) for i in EveryPrompt(total, seed).draw(step, count)]
     for epoch in range(3):
         assert Counter(drawn[epoch * total : (epoch + 1) * total]) == Counter(range(total))

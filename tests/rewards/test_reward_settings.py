@@ -13,7 +13,7 @@ from textpolicy.config.settings import Config, read_config
 from textpolicy.engine import Sampling
 from textpolicy.errors import RewardError, UserError
 from textpolicy.loop.collect import collect
-from textpolicy.run.assembly import environment, scored
+from textpolicy.run.assembly import environment, with_scorer
 from textpolicy.tasks import Problem, Task
 from textpolicy.types import Completion
 
@@ -42,7 +42,7 @@ def rewards(*texts, **settings):
     problems = (Problem("?", "!"),)
     task = Task("moody", "", problems, problems, problems, lambda question: question, moody)
     config = Config(rewards=settings)
-    env = environment(scored(task, config), problems, Letters(), config)
+    env = environment(with_scorer(task, config), problems, Letters(), config)
     return [e.reward for e in collect(Says(*texts), env, [0], len(texts), Sampling(8))]
 
 
@@ -69,7 +69,7 @@ def test_worker_processes_call_the_reward_and_all_splits_share_them():
     [who] = rewards("who", processes=True)
     assert who != os.getpid()
     problems = (Problem("?", "!"),)
-    task = scored(Task("moody", "", problems, problems, problems, str, moody), Config(rewards={"processes": True}))
+    task = with_scorer(Task("moody", "", problems, problems, problems, str, moody), Config(rewards={"processes": True}))
     splits = [environment(task, problems, Letters(), Config()) for _ in range(3)]
     assert len({id(env.reward_fn) for env in splits}) == 1
 

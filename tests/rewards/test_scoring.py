@@ -16,8 +16,7 @@ from toy_tokenizers import Letters
 from textpolicy.engine import Sampling
 from textpolicy.environment.single_turn import TextGenerationEnv
 from textpolicy.errors import RewardError, UserError
-from textpolicy.loop.collect import collect
-from textpolicy.loop.dynamic import Rollouts
+from textpolicy.loop.collect import Rollouts, collect
 from textpolicy.loop.metrics import summarize
 from textpolicy.rewards import (
     REWARD_REGISTRY,

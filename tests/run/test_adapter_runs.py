@@ -10,10 +10,11 @@ from mlx.utils import tree_flatten
 from textpolicy.cli.main import main
 from textpolicy.config.recipe import configure
 from textpolicy.config.settings import Config
+from textpolicy.engine import Sampling
 from textpolicy.environment.single_turn import TextGenerationEnv
 from textpolicy.loop.train import train
 from textpolicy.mlx.adapters.merging import trainable
-from textpolicy.run.assembly import build_engine, schedule, training_sampling
+from textpolicy.run.assembly import build_engine, schedule
 
 TRAINED = {  # numbers that train, of the model's 134,515,008
     "lora": 16 * 30 * 10_176,  # in + out of the seven linear layers of each of 30 blocks
@@ -43,8 +44,7 @@ def test_three_steps_move_exactly_what_the_kind_trains(kind):
         configure(config),
         schedule=schedule(config),
         **{name: sizes[name] for name in ("prompts_per_step", "group_size")},
-        updates_per_step=1,
-        sampling=training_sampling(config),
+        sampling=Sampling(2),
         on_step=lambda step, row, episodes: rows.append(row),
     )
     own = trainable(engine.model)

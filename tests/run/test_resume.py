@@ -7,16 +7,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from toy_run import metrics, outcome, quickly, settings
+from toy_run import metrics, outcome, quickly, settings, toy_task
 
 from textpolicy._system.lock import RunLock
 from textpolicy._system.random_state import restore_streams, seed_streams, streams
 from textpolicy.cli.main import main
+from textpolicy.config.settings import check_config, read_values
 from textpolicy.errors import UserError
 from textpolicy.record.metrics_file import MetricsFile
+from textpolicy.run import assembly
 from textpolicy.run import training_run as run_module
 from textpolicy.run.resume import changed_versions
 
@@ -218,8 +221,8 @@ def test_a_finished_run_says_so_and_can_be_trained_further(config, whole, tmp_pa
 def test_another_platform_is_said(config, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     cut_short(config, folder, 3)
-    true = run_module.versions
-    monkeypatch.setattr(run_module, "versions", lambda *asked: {**true(*asked), "mlx": "0.99.0"})
+    true = assembly.versions
+    monkeypatch.setattr(assembly, "versions", lambda *asked: {**true(*asked), "mlx": "0.99.0"})
     assert main(["train", f"--resume={folder}"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "-> 0.99.0): from here on bits may differ from a run in one go" in said
@@ -310,6 +313,39 @@ def test_the_shared_random_streams_go_on_where_they_were():
     drawn = [random.gauss(0, 1), random.random(), *np.random.standard_normal(700)]
     restore_streams(state)
     assert [random.gauss(0, 1), random.random(), *np.random.standard_normal(700)] == drawn
+
+
+def test_a_program_adds_sinks_metrics_and_a_task_without_held_out_problems(config, tmp_path):
+    """Nothing is evaluated then, the last adapter is kept, and a resumed run begins the program where it stands."""
+    seen = []
+
+    class Watch:
+        def step(self, step, row, episodes):
+            seen.append(("step", step, row["twice"], len(episodes)))
+
+        def evaluated(self, *_):
+            raise AssertionError
+
+        def close(self):
+            seen.append("close")
+
+    extension = run_module.Extension(
+        task=replace(toy_task(), validation=(), test=()),
+        begin=lambda parts, folder, done: seen.append((parts.title, folder.name, done)),
+        on_sampled=lambda step, episodes: {"sampled_before": float(len(episodes))},
+        on_row=lambda step, row, episodes: {"twice": 2.0 * row["sampled_before"]},
+        on_end=lambda done: seen.append(("end", done)),
+    )
+    asked = check_config({**read_values(config), "output": tmp_path / "run", "steps": 2}, "here")
+    run_module.run(asked, sinks=[Watch()], extension=extension)
+    title = f"sepa on toy with {asked.model}"
+    steps = [("step", 0, 32.0, 16), ("step", 1, 32.0, 16)]
+    assert seen == [(title, "run", 0), *steps, ("end", 2), "close"]
+    assert [row["twice"] for row in metrics(tmp_path / "run")] == [32.0, 32.0]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["test_after"], summary["validation"], summary["kept_step"]) == (None, [], 2)
+    run_module.run(asked.model_copy(update={"steps": 3}), ["steps"], extension=extension)
+    assert seen[5:] == [(title, "run", 2), ("end", 3)]
 
 
 def test_a_run_with_compiled_passes_goes_on_with_the_shapes_that_it_knew(config, tmp_path):

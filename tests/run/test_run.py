@@ -14,7 +14,7 @@ from textpolicy.analysis import load_run
 from textpolicy.cli.main import main
 from textpolicy.config.settings import Config
 from textpolicy.errors import UserError
-from textpolicy.run.assembly import claim_folder, sized
+from textpolicy.run.assembly import claim_folder, with_max_tokens
 from textpolicy.tasks import TASKS, load_task
 
 SMALL = [
@@ -39,12 +39,11 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_writes_its_settings_metrics_curve_and_adapter(trained):
+def test_a_run_writes_its_settings_metrics_report_and_adapter(trained):
     assert {p.name for p in trained.iterdir()} == {
         "config.json",
         "versions.json",
         "metrics.jsonl",
-        "learning_curve.png",
         "summary.json",
         "adapter",
         "rollouts",
@@ -55,7 +54,6 @@ def test_a_run_writes_its_settings_metrics_curve_and_adapter(trained):
         ".lock",
     }
     assert json.loads((trained / "config.json").read_text())["adapter"]["rank"] == 2
-    assert (trained / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((trained / "versions.json").read_text())["mlx"]
 
 
@@ -125,11 +123,11 @@ def test_a_run_with_tools_a_curriculum_and_sampled_validation(tmp_path):
 
 def test_a_task_says_how_long_its_completions_may_be_unless_the_run_does():
     task = load_task("countdown")
-    assert sized(Config(task="countdown"), task).rollout.max_tokens == task.max_tokens == 64
+    assert with_max_tokens(Config(task="countdown"), task).rollout.max_tokens == task.max_tokens == 64
     said = Config(task="countdown", rollout={"max_tokens": 9, "group_size": 4})
-    assert sized(said, task) is said
-    assert sized(Config(rollout={"group_size": 4}), load_task("largest")).rollout.max_tokens == 8
-    assert sized(Config(task="countdown", rollout={"group_size": 4}), task).rollout.group_size == 4
+    assert with_max_tokens(said, task) is said
+    assert with_max_tokens(Config(rollout={"group_size": 4}), load_task("largest")).rollout.max_tokens == 8
+    assert with_max_tokens(Config(task="countdown", rollout={"group_size": 4}), task).rollout.group_size == 4
 
 
 def test_a_trained_run_can_be_asked(trained, capsys):

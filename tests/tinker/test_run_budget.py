@@ -86,9 +86,6 @@ def engines(monkeypatch):
     task = Task("sums", "adding", *parts, lambda q: [{"role": "user", "content": q}], reward)
     monkeypatch.setitem(TASKS, "sums", lambda: task)
     monkeypatch.setattr(TinkerEngine, "connect", connect)
-    monkeypatch.setattr(
-        "textpolicy.run.training_run.plot_learning", lambda *_: None
-    )  # pictures of these runs are nobody's
     monkeypatch.setattr("textpolicy.report.page.write_report", lambda *_: None)
     return made
 

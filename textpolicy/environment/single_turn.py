@@ -120,7 +120,7 @@ class TextGenerationEnv(Environment):
             text = self._codec.text(tokens)
             stopped = bool(tokens) and tokens[-1] in self._codec.stop
             truncated = truncated or (len(tokens) >= self.max_tokens and not stopped)
-        conversation.answer(tokens, text, truncated)
+        conversation.add(tokens, truncated, text)
         info: dict[str, Any] = {
             "response": conversation.text,
             "prompt": self._texts[conversation.index],

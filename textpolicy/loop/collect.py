@@ -1,19 +1,22 @@
-"""One hop of the training loop: prompts in, scored episodes out."""
+"""Rollouts: prompts in, scored episodes out; and dynamic sampling, which replaces groups without signal."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import numpy as np
 
+from ..algorithms.rewards import Rewards
 from ..engine import Engine, Sampling
 from ..environment.base import DrivenEnv, Wanted
 from ..environment.single_turn import TextGenerationEnv
-from ..environment.text.conversation import Conversation
-from ..rewards.contract import Scored
 from ..types import Batch, Completion, Episode, over_episode
+
+Collect = Callable[[int], list[Episode]]  # the number of a draw of prompts, 0 for the step's own -> its episodes
+Signal = Callable[[Episode], float]  # the value on which the completions of a group agree or not
 
 
 def collect(
@@ -25,64 +28,99 @@ def collect(
     first_group: int = 0,
     pieces: bool = True,
 ) -> list[Episode]:
-    """``group_size`` scored episodes for each of the environment's ``prompts`` (indices), in order.
+    """Return ``group_size`` scored episodes for each of the environment's ``prompts`` (indices), in order.
 
-    A prompt's place in ``prompts``, counted from ``first_group``, is its episodes' group, so a prompt
-    drawn twice has two groups. Episodes of several turns take their turns together: all that are not
-    over go to the engine in one call, with all their tokens so far. ``pieces`` asks for the text of every
-    token, too.
+    The group of an episode is its prompt's place in ``prompts``, counted from ``first_group``, so a prompt
+    drawn twice has two groups. Episodes of several turns take their turns together: all unfinished ones
+    go to the engine in one call, with all their tokens so far. ``pieces`` adds the text of every token.
     """
     if isinstance(env, DrivenEnv):
         played = env.play(engine, Wanted(prompts, group_size, sampling, first_group, pieces))
         return [replace(e, prompt_index=prompts[e.group - first_group]) for e in played]
-    rollouts = [_Rollout(env.begin(i)) for i in prompts for _ in range(group_size)]
-    first = engine.sample([env.prompt_ids(i).tolist() for i in prompts], group_size, sampling)
-    waiting = _add(env, rollouts, [completion for members in first for completion in members])
+    conversations = [env.begin(i) for i in prompts for _ in range(group_size)]
+    turns: list[list[Completion]] = [[] for _ in conversations]
+    groups = engine.sample([env.prompt_ids(i).tolist() for i in prompts], group_size, sampling)
+    sampled, unfinished = [completion for group in groups for completion in group], [*range(len(conversations))]
     for turn in itertools.count(1):
-        if not waiting:
+        for n, completion in zip(unfinished, sampled, strict=True):
+            turns[n].append(completion)
+            conversations[n].add(completion.tokens.tolist(), completion.truncated)
+        unfinished = [n for n in unfinished if not conversations[n].over]
+        if not unfinished:
             break
-        sampled = engine.sample([r.conversation.tokens for r in waiting], 1, sampling.elsewhere(turn))
-        waiting = _add(env, waiting, [completion for [completion] in sampled])
-    scores = env.judge([r.conversation for r in rollouts])
-    pairs = zip(rollouts, scores, strict=True)
-    return [r.episode(env, scored, first_group + n // group_size, pieces) for n, (r, scored) in enumerate(pairs)]
-
-
-@dataclass(frozen=True, slots=True)
-class _Rollout:
-    """An episode in progress, with what the engine said of each turn."""
-
-    conversation: Conversation
-    turns: list[Completion] = field(default_factory=list)
-
-    def episode(self, env: TextGenerationEnv, scored: Scored, group: int, pieces: bool) -> Episode:
-        done, read = self.conversation, self.turns if pieces else ()
-        return Episode.from_turns(
-            done.prompt,
-            self.turns,
-            done.added,
+        groups = engine.sample([conversations[n].tokens for n in unfinished], 1, sampling.elsewhere(turn))
+        sampled = [completion for [completion] in groups]
+    return [
+        Episode.from_turns(
+            c.prompt,
+            turns[n],
+            c.added,
             reward=scored.reward,
             is_correct=scored.is_correct,
             scores=scored.scores,
-            group=group,
-            prompt=env.prompt_text(done.index),
-            prompt_index=done.index,
-            text=done.transcript,
-            truncated=done.truncated,
-            pieces=tuple(piece for turn in read for piece in env.pieces(turn.tokens)),
+            group=first_group + n // group_size,
+            prompt=env.prompt_text(c.index),
+            prompt_index=c.index,
+            text=c.transcript,
+            truncated=c.truncated,
+            pieces=tuple(piece for turn in turns[n] for piece in env.pieces(turn.tokens)) if pieces else (),
         )
-
-
-def _add(env: TextGenerationEnv, rollouts: Sequence[_Rollout], turns: Sequence[Completion]) -> list[_Rollout]:
-    """Add a turn to each episode; those that are not over come back."""
-    for rollout, turn in zip(rollouts, turns, strict=True):
-        rollout.turns.append(turn)
-        rollout.conversation.answer(turn.tokens.tolist(), env.text(turn.tokens), turn.truncated)
-    return [r for r in rollouts if not r.conversation.over]
+        for n, (c, scored) in enumerate(zip(conversations, env.judge(conversations), strict=True))
+    ]
 
 
 def with_reference(engine: Engine, episodes: Sequence[Episode]) -> list[Episode]:
-    """The episodes with the log-probs of the frozen reference, for a KL in the reward."""
+    """Return the episodes with the log-probs of the frozen reference, for a KL in the reward."""
     batch = Batch.pack(episodes, [np.zeros(len(e.tokens), np.float32) for e in episodes])
     scored = engine.score(batch, reference=True)
     return [replace(e, reference=over_episode(line, e)) for e, line in zip(episodes, scored, strict=True)]
+
+
+# ---- dynamic sampling (DAPO, arXiv:2503.14476, eq. 11)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The episodes that a step sampled, and those of them that it trains on."""
+
+    sampled: Sequence[Episode]
+    trained: Sequence[Episode]
+    draws: int = 1  # of prompts
+    full: bool = True  # training got as many informative groups as it asked for
+
+    @property
+    def outcomes(self) -> list[tuple[int, bool]]:
+        """The prompt of each judged completion, and whether it is correct."""
+        pairs = [(e.prompt_index, e.is_correct) for e in self.sampled]
+        return [(prompt, correct) for prompt, correct in pairs if prompt is not None and correct is not None]
+
+    def handed_out(self, trained: Sequence[Episode], learner: Mapping[int, np.ndarray]) -> list[Episode]:
+        """Return all sampled episodes, those of ``trained`` updated, with the ``learner``'s log-probs by place."""
+        updated = {id(e): t for e, t in zip(self.trained, trained, strict=True)}
+        return [replace(updated.get(id(e), e), learner=learner.get(i)) for i, e in enumerate(self.sampled)]
+
+
+def collect_informative(collect: Collect, resample: int, signal: Signal = attrgetter("reward")) -> Rollouts:
+    """Draw until there are as many informative groups as one draw has groups, at most ``resample`` times more.
+
+    A group is informative where its completions' signals differ. With ``resample`` 0 the step trains on its one draw
+    as it is. Every draw must number its groups differently. If no draw is left, training gets the informative groups
+    there are, or the first draw if there are none.
+    """
+    first = collect(0)
+    if resample == 0:
+        return Rollouts(first, first)
+    wanted = len({e.group for e in first})
+    sampled, kept, draws = first, informative(first, signal), 1
+    while len({e.group for e in kept}) < wanted and draws <= resample:
+        more = collect(draws)
+        sampled, kept, draws = [*sampled, *more], [*kept, *informative(more, signal)], draws + 1
+    chosen = set(list(dict.fromkeys(e.group for e in kept))[:wanted])  # in the order drawn
+    trained = [e for e in kept if e.group in chosen]
+    return Rollouts(sampled, trained or first, draws, len(chosen) == wanted)
+
+
+def informative(episodes: Sequence[Episode], signal: Signal = attrgetter("reward")) -> list[Episode]:
+    """Return the episodes of groups whose scored completions do not all agree."""
+    uniform = Rewards.of([signal(e) for e in episodes], [e.group for e in episodes]).uniform
+    return [e for e, same in zip(episodes, uniform, strict=True) if not same]

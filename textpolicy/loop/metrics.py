@@ -8,7 +8,7 @@ import numpy as np
 
 from ..algorithms.rewards import Rewards
 from ..types import Episode
-from .dynamic import Rollouts
+from .collect import Rollouts
 
 Row = dict[str, float]
 

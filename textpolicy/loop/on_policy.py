@@ -80,6 +80,9 @@ class OnPolicyCheck:
         return {"update_logprob_change": change.mean, "update_kl": change.kl}
 
 
+UNCHECKED = OnPolicyCheck(every=0)
+
+
 def _reason(episodes: Sequence[Episode]) -> str:
     """Where to look first."""
     hints = ["load the model in float32 if it is in half precision", "decode with an unquantised cache"]

@@ -1,4 +1,4 @@
-"""From a run's settings to its parts: engine, memory, environments, schedule, sampling, and the folder it writes to."""
+"""Build a run's parts from its settings: engine, environments, schedule, sampling, spending, and its folder."""
 
 from __future__ import annotations
 
@@ -7,37 +7,108 @@ import importlib.metadata
 import json
 import platform
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .._system.files import fill_whole, write_whole
 from ..algorithms import Algorithm
+from ..algorithms.sepa import SEPAController
 from ..config.recipe import configure
-from ..config.settings import Config
+from ..config.settings import CheckpointSettings, Config, EvaluationSettings, RolloutSettings
 from ..engine import ResumableEngine, Sampling
 from ..environment.multi_turn import ToolEnv
 from ..environment.single_turn import TextGenerationEnv
 from ..errors import UserError
-from ..loop.curriculum import Curriculum, PassRateCurriculum
+from ..loop.curriculum import Curriculum, EveryPrompt, PassRateCurriculum
+from ..loop.on_policy import OnPolicyCheck
 from ..loop.train import Schedule
 from ..record import layout
 from ..rewards.scoring import Scorer
 from ..tasks import Problem, Task, load_task
 from ..tasks.own import short_name, task_file
 from .checkpoint import Checkpoint
+from .spending import Free
 
 if TYPE_CHECKING:
-    from ..mlx.engine import MLXEngine
     from ..mlx.memory import Plan
-    from ..tinker.spending import Budget
+    from .spending import Spending
 
 _COMPILE: dict[str, bool | Literal["auto"]] = {"auto": "auto", "on": True, "off": False}
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a run."""
+
+    config: Config  # that they were made from
+    title: str  # algorithm, task and model, for people to read
+    engine: ResumableEngine
+    tokenizer: Any
+    splits: Mapping[str, TextGenerationEnv]  # train; validation and test where the task has such problems
+    recipe: Algorithm
+    controller: SEPAController | None  # of SEPA
+    curriculum: Curriculum
+    rollout: RolloutSettings
+    sampling: Sampling  # in training
+    greedy: Sampling  # in evaluation
+    schedule: Schedule
+    check: OnPolicyCheck
+    evaluation: EvaluationSettings
+    checkpoint: CheckpointSettings
+    max_skipped: int  # steps in a row that may be skipped because they were not finite
+    spending: Spending
+    versions: Mapping[str, str]  # of now: the file of a task may be edited or moved later
+
+
+def assemble(config: Config, task: Task | None = None, recipe: Algorithm | None = None) -> Parts:
+    """Build the parts of a run; its ``task`` and ``recipe`` are those that ``config`` names unless given.
+
+    Raises UserError, and ServiceError from a server.
+    """
+    task = load_task(config.task) if task is None else task
+    config, recipe = with_max_tokens(config, task), recipe or configure(config)
+    engine, tokenizer = build_engine(config, recipe)
+    try:
+        task, limit = with_scorer(task, config), config.evaluation.problems or None
+        problems = {"train": task.train, "validation": task.validation[:limit], "test": task.test[:limit]}
+        present = {name: some for name, some in problems.items() if some or name == "train"}
+        splits = {name: environment(task, some, tokenizer, config) for name, some in present.items()}
+        spending: Spending = Free()
+        if config.engine == "tinker":
+            from ..tinker.spending import budget
+
+            spending = budget(config, recipe, task, engine, splits)
+        curriculum = PassRateCurriculum if config.rollout.curriculum == "pass_rate" else EveryPrompt
+        tokens = config.rollout.max_tokens
+        return Parts(
+            config,
+            title=f"{config.algorithm.name} on {config.task} with {config.model}",
+            engine=engine,
+            tokenizer=tokenizer,
+            splits=splits,
+            recipe=recipe,
+            controller=recipe.controller(),
+            curriculum=curriculum(len(splits["train"]), seed=config.seed),
+            rollout=config.rollout,
+            sampling=Sampling(tokens, config.rollout.temperature, seed=config.seed),
+            greedy=Sampling(tokens, temperature=0.0),
+            schedule=schedule(config),
+            check=OnPolicyCheck(**config.on_policy.model_dump(), corrected=recipe.surrogate.correction is not None),
+            evaluation=config.evaluation,
+            checkpoint=config.checkpoint,
+            max_skipped=config.optimizer.max_skipped,
+            spending=spending,
+            versions=versions(engine, config.task),
+        )
+    except BaseException:
+        engine.close("errored")
+        raise
+
+
 def build_engine(config: Config, recipe: Algorithm | None = None) -> tuple[Any, Any]:
-    """The engine with a fresh adapter, and the tokenizer. ``recipe`` is what it must be able to learn from."""
+    """Return the engine with a fresh adapter, and the tokenizer. ``recipe`` is what it must be able to learn from."""
     if config.engine == "tinker":
         from ..tinker.build import build
 
@@ -66,54 +137,32 @@ def build_engine(config: Config, recipe: Algorithm | None = None) -> tuple[Any, 
     return engine, tokenizer
 
 
-def fit_memory(engine: MLXEngine, splits: dict[str, TextGenerationEnv], config: Config) -> Plan:
-    """Give ``engine`` sizes whose predicted peak fits into memory; raises UserError where none does."""
-    from ..mlx.memory import Workload, preflight
+def fit_memory(parts: Parts, checkpoint: Checkpoint | None = None) -> Plan | None:
+    """Give an engine on this machine sizes whose predicted peak fits into memory; raises UserError where none does.
 
-    longest = {name: max(len(env.prompt_ids(i)) for i in range(len(env))) for name, env in splits.items()}
-    rollout = config.rollout
-    said = splits["train"].episode_tokens
-    refuse_beyond_context(config, max(longest.values()) + said, "the longest prompt with what may follow it")
-    training = Workload(rollout.prompts_per_step, rollout.group_size, longest["train"], said)
-    judged = [Workload(len(splits[name]), 1, longest[name], said) for name in ("validation", "test")]
-    return preflight(engine, training, judged, _memory_limit(config), copies=1)  # the best so far
-
-
-def spending(
-    config: Config, recipe: Algorithm, task: Task, engine: Any, splits: dict[str, TextGenerationEnv]
-) -> Budget | None:
-    """What a run on a Tinker server may spend; None on this machine, where tokens cost nothing."""
-    if config.engine != "tinker":
-        return None
-    from ..tinker.spending import budget
-
-    return budget(config, recipe, task, engine, splits)
-
-
-def price(config: Config, expected_tokens: int | None = None) -> Sequence[str]:
-    """What a run on a Tinker server may cost, line by line, without a server. Raises UserError as the run would."""
-    from ..tinker.build import refuse_unhonoured
-    from ..tinker.spending import quote_run
-
-    task = load_task(config.task)
-    config = sized(config, task)
-    recipe = configure(config)
-    refuse_unhonoured(config, recipe)
-    return quote_run(config, recipe, task, expected_tokens)
-
-
-def refit_memory(engine: Any, splits: dict[str, TextGenerationEnv], config: Config, checkpoint: Checkpoint) -> None:
-    """For a run that goes on: the sizes it had, or, where the settings of the machine changed, those that fit now."""
+    A run that resumes from ``checkpoint`` keeps its sizes, unless its settings of the machine have changed.
+    """
+    config = parts.config
     if config.engine != "mlx":
-        return
-    if checkpoint.state["config"]["machine"] == config.machine.model_dump():
-        bound_memory(config)
-    else:
-        fit_memory(engine, splits, config)
+        return None
+    from ..mlx.memory import Workload, limit_memory, preflight
+
+    limit = config.machine.memory_limit_gb
+    limit = None if limit is None else limit * 1e9  # bytes
+    if checkpoint is not None and checkpoint.state["config"]["machine"] == config.machine.model_dump():
+        limit_memory(limit)
+        return None
+    longest = {name: max(len(env.prompt_ids(i)) for i in range(len(env))) for name, env in parts.splits.items()}
+    tokens = parts.splits["train"].episode_tokens
+    refuse_beyond_context(config, max(longest.values()) + tokens, "the longest prompt with what may follow it")
+    training = Workload(parts.rollout.prompts_per_step, parts.rollout.group_size, longest["train"], tokens)
+    held_out = [Workload(len(parts.splits[name]), 1, longest[name], tokens) for name in longest if name != "train"]
+    engine: Any = parts.engine
+    return preflight(engine, training, held_out, limit, copies=1)  # the best so far
 
 
 def refuse_beyond_context(config: Config, tokens: int, what: str) -> None:
-    """Raise UserError for ``tokens`` that the model was not made for, as far as its config says."""
+    """Raise UserError for more ``tokens`` than the context of the model, where its config gives that."""
     from ..mlx.models import context_length
 
     context = context_length(config.model)
@@ -124,21 +173,20 @@ def refuse_beyond_context(config: Config, tokens: int, what: str) -> None:
         )
 
 
-def bound_memory(config: Config) -> None:
-    """Set MLX's limits; a run that goes on has its sizes."""
-    from ..mlx.memory import limit_memory
+def price(config: Config, expected_tokens: int | None = None) -> Sequence[str]:
+    """Return what a run on a Tinker server may cost, line by line, without a server. Raises UserError as the run."""
+    from ..tinker.build import refuse_unhonoured
+    from ..tinker.spending import quote_run
 
-    limit_memory(_memory_limit(config))
-
-
-def _memory_limit(config: Config) -> float | None:
-    """In bytes, if the settings say one."""
-    limit = config.machine.memory_limit_gb
-    return None if limit is None else limit * 1e9
+    task = load_task(config.task)
+    config = with_max_tokens(config, task)
+    recipe = configure(config)
+    refuse_unhonoured(config, recipe)
+    return quote_run(config, recipe, task, expected_tokens)
 
 
 def environment(task: Task, problems: Sequence[Problem], tokenizer: Any, config: Config) -> TextGenerationEnv:
-    """The task's prompts, reward and tools over one split."""
+    """Return the task's prompts, reward and tools over one split."""
     prompts, examples = [task.prompt(p.question) for p in problems], [p.example for p in problems]
     rollout = config.rollout
     if not task.tools:
@@ -155,54 +203,36 @@ def environment(task: Task, problems: Sequence[Problem], tokenizer: Any, config:
     )
 
 
-def scored(task: Task, config: Config) -> Task:
-    """``task`` with its reward called as the run says, by one Scorer for all splits."""
+def with_scorer(task: Task, config: Config) -> Task:
+    """Return ``task`` with its reward called as ``config.rewards`` says, by one Scorer for all splits."""
     return replace(task, reward=Scorer(task.reward, **config.rewards.model_dump()))
 
 
-def sized(config: Config, task: Task) -> Config:
-    """``config`` with the completions as long as the task's, if nobody said how long."""
+def with_max_tokens(config: Config, task: Task) -> Config:
+    """Return ``config`` with completions of the task's length, unless ``rollout.max_tokens`` is set."""
     if task.max_tokens is None or "max_tokens" in config.rollout.model_fields_set:
         return config
     rollout = config.rollout.model_copy(update={"max_tokens": task.max_tokens})
     return config.model_copy(update={"rollout": rollout})
 
 
-def course(config: Config, env: TextGenerationEnv) -> Curriculum | None:
-    """What draws the prompts, if not every one in its turn."""
-    return PassRateCurriculum(len(env), seed=config.seed) if config.rollout.curriculum == "pass_rate" else None
-
-
 def schedule(config: Config) -> Schedule:
+    """Return the steps, updates and learning rates of a run."""
     o = config.optimizer
     peak = o.learning_rate or config.adapter.chosen().learning_rate
-    return Schedule(peak, config.steps, min(o.warmup_steps, config.steps), o.final_fraction)
-
-
-def training_sampling(config: Config) -> Sampling:
-    return Sampling(config.rollout.max_tokens, config.rollout.temperature, seed=config.seed)
-
-
-def greedy(config: Config) -> Sampling:
-    return Sampling(config.rollout.max_tokens, temperature=0.0)
+    return Schedule(peak, config.steps, min(o.warmup_steps, config.steps), o.final_fraction, o.updates_per_step)
 
 
 def claim_folder(config: Config) -> Path:
-    """Make the run's folder: the one asked for, or the first free name under runs/."""
-    if config.output is not None:
-        return _make_folder(config.output)
-    name, n = (
-        re.sub(r"[^\w+.-]", "-", f"{short_name(config.task)}-{config.algorithm.name}-seed{config.seed}").lstrip("."),
-        1,
-    )
-    while True:
-        path = Path("runs") / (name if n == 1 else f"{name}-{n}")
-        if not path.exists():
-            return _make_folder(path)
-        n += 1
-
-
-def _make_folder(path: Path) -> Path:
+    """Make the run's folder: ``config.output``, or the first free name under runs/. Raises UserError."""
+    path = config.output
+    if path is None:
+        name = f"{short_name(config.task)}-{config.algorithm.name}-seed{config.seed}"
+        first = path = Path("runs") / re.sub(r"[^\w+.-]", "-", name).lstrip(".")
+        n = 1
+        while path.exists():
+            n += 1
+            path = first.with_name(f"{first.name}-{n}")
     try:
         path.mkdir(parents=True)
     except OSError as error:
@@ -210,22 +240,22 @@ def _make_folder(path: Path) -> Path:
     return path
 
 
-def write_setup(folder: Path, config: Config, engine: ResumableEngine) -> None:
-    """The resolved settings, the versions that ran them, and the file of a task of one's own. Raises OSError."""
-    if (own := task_file(config.task)) is not None:
+def write_setup(folder: Path, parts: Parts) -> None:
+    """Write the resolved settings, the versions that run them, and the file of a task of one's own. Raises OSError."""
+    if (own := task_file(parts.config.task)) is not None:
         code = own[0].read_bytes()
         fill_whole(folder / layout.TASK, lambda file: file.write(code))
-    write_whole(folder / layout.VERSIONS, json.dumps(versions(engine, config.task), indent=2) + "\n")
-    write_config(folder, config)
+    write_whole(folder / layout.VERSIONS, json.dumps(parts.versions, indent=2) + "\n")
+    write_config(folder, parts.config)
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """The resolved settings. Raises OSError."""
+    """Write the resolved settings. Raises OSError."""
     write_whole(folder / layout.CONFIG, config.model_dump_json(indent=2) + "\n")
 
 
 def versions(engine: ResumableEngine, task: str) -> dict[str, str]:
-    """All that the last bits of a run depend on, its settings aside."""
+    """Return everything that the last bits of a run depend on, its settings aside."""
     packages = ("textpolicy", *engine.packages, "numpy", "transformers")
     found = {name: importlib.metadata.version(name) for name in packages}
     own = task_file(task)

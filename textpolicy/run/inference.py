@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..loop.evaluation import Evaluation
 from ..loop.evaluation import evaluate as judge
 from ..tasks import load_task
-from .assembly import environment, scored, sized
+from .assembly import environment, with_max_tokens, with_scorer
 
 
 class Source(Section):
@@ -119,9 +119,9 @@ def evaluate(asked: EvalArguments) -> str:
     if name is None:
         raise UserError("no task to measure; name one with --task, or give a --run")
     task = load_task(name)
-    config = source.config or sized(Config(task=name), task)
+    config = source.config or with_max_tokens(Config(task=name), task)
     problems = getattr(task, asked.split)[: asked.problems or None]
-    env = environment(scored(task, config), problems, source.tokenizer, config)
+    env = environment(with_scorer(task, config), problems, source.tokenizer, config)
     longest = config.rollout.max_tokens if asked.max_tokens is None else asked.max_tokens
     sampling = Sampling(longest, asked.temperature, seed=asked.seed)
     if too_many := [k for k in asked.pass_at if k > asked.samples]:

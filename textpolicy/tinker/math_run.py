@@ -16,7 +16,7 @@ from ..engine import Engine, Sampling
 from ..environment.single_turn import TextGenerationEnv
 from ..loop.evaluation import Rate, evaluate
 from ..loop.metrics import Row
-from ..loop.train import Schedule, train
+from ..loop.train import Schedule, Session, train
 from ..tasks import Problem, Task
 from ..types import Episode
 from .advantages import surprisal_statistics
@@ -89,10 +89,12 @@ class MathRun:
             prompts_per_step=asked.batch_size,
             group_size=asked.group_size,
             sampling=Sampling(asked.max_tokens, asked.temperature, seed=asked.seed),
-            on_sampled=self.before_update,
-            controller=self.sepa,
-            start=self.begun.step,
-            stopped=lambda: self.end is not None,
+            session=Session(
+                start=self.begun.step,
+                controller=self.sepa,
+                stopped=lambda: self.end is not None,
+                on_sampled=self.before_update,
+            ),
             on_step=self.on_step,
         )
 

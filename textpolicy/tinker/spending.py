@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -132,62 +132,63 @@ class RunWork:
 
 
 class Budget:
-    """What a run has spent and may spend; every entry goes to ledger.jsonl at once, so a resume knows it."""
+    """The tokens that a run has spent and may spend; every entry goes to ledger.jsonl at once, so a resume knows it."""
 
     def __init__(self, engine: MeteredRun, work: RunWork, settings: TinkerSettings) -> None:
         self.engine, self.work = engine, work
         self.prices, self.limits = prices_of(settings), Limits(settings.max_tokens_total, settings.max_cost)
         self._folder: RunFolder | None = None
 
-    def allow_beginning(self) -> None:
-        """Raise UserError if the limits leave no room for one step and the looks around it."""
-        self._allow(self.work.opening + self.work.step(0) + self.work.closing)
-
-    def take_over(self, folder: Path) -> None:
-        """Count what the run in ``folder`` has spent before it was cut short."""
+    def open(self, folder: Path) -> None:
+        """Record in ``folder`` from now on, and count what the run there has spent before."""
         self._folder = RunFolder(folder)
         self._folder.mend(LEDGER)
         self.engine.spent += self._folder.paid()
 
-    def allow_going_on(self, done: int) -> None:
-        """Raise UserError if the limits leave no room for step ``done`` and the looks after it."""
-        if done < self.work.config.steps:
-            self._allow(self.work.preflight + self.work.step(done) + self.work.closing)
+    def allow(self, done: int | None = None) -> None:
+        """Raise UserError if the limits leave no room for step ``done`` and its evaluations; None: to begin."""
+        work = self.work
+        if done is not None and done >= work.config.steps:
+            return
+        first = work.opening + work.step(0) if done is None else work.preflight + work.step(done)
+        reason = self.limits.reason_to_stop(self.engine.spent, first + work.closing, self.prices)
+        if reason is not None:
+            raise UserError(f"{reason}; raise it, or make the run smaller")
 
-    def begin(self, folder: Path) -> None:
-        """Enter here from now on, and what is spent already."""
-        self._folder = RunFolder(folder)
-        self.enter(0)
+    def try_out(self, env: TextGenerationEnv) -> None:
+        """Sample and score a few tokens of ``env``. Raises UserError, ServiceError."""
+        preflight(self.engine, env, self.work.config.rollout.temperature)
 
     def enter(self, step: int) -> None:
+        """Record what is spent after so many steps."""
         assert self._folder is not None
         self._folder.enter(step, self.engine.spent)
 
+    def sampled(self, step: int, record: Callable[[], None]) -> None:
+        """Call ``record``, and record what is spent, before an update that may fail."""
+        record()
+        self.enter(step)
+
     def reason_to_end(self, done: int) -> str | None:
-        """Why step ``done`` may not begin: with it and the closing looks a limit could be passed."""
+        """Return why step ``done`` must not begin: with it and the last evaluations a limit could be passed."""
         return self.limits.reason_to_stop(self.engine.spent, self.work.step(done) + self.work.closing, self.prices)
 
-    def try_out(self, env: TextGenerationEnv) -> None:
-        """A few tokens there and back. Raises UserError, ServiceError."""
-        preflight(self.engine, env, self.work.config.rollout.temperature)
+    def reason_to_skip(self, split: str) -> str | None:
+        """Return None: ``allow`` and ``reason_to_end`` always leave room for the evaluations."""
+        return None
 
     @property
-    def line(self) -> tuple[str, str]:
-        """For the closing table."""
+    def lines(self) -> tuple[tuple[str, str], ...]:
+        """The line of the closing table."""
         spent = self.engine.spent
         cost = f", cost {self.prices.cost(spent):,.2f}" if self.prices.known else ""
-        return "spent", f"{spent.total:,} tokens on the server{cost}"
+        return (("spent", f"{spent.total:,} tokens on the server{cost}"),)
 
     @property
     def row(self) -> Row:
-        """As metrics of a step."""
+        """The metrics of a step."""
         cost = {"cost": self.prices.cost(self.engine.spent)} if self.prices.known else {}
         return {"tokens_spent": float(self.engine.spent.total), **cost}
-
-    def _allow(self, coming: Tokens) -> None:
-        reason = self.limits.reason_to_stop(self.engine.spent, coming, self.prices)
-        if reason is not None:
-            raise UserError(f"{reason}; raise it, or make the run smaller")
 
 
 def prices_of(settings: TinkerSettings) -> Prices:

@@ -80,6 +80,14 @@ def test_a_composite_mixes_data_sets_by_weight_and_each_scores_its_own():
     assert all(score(env, i, answer(env, i)).is_correct for i in range(20))
 
 
+def test_several_levels_have_problems_of_their_own_each():
+    env = make("chain_sum", 3, level=[0, 2])
+    assert [example["level"] for example in env.examples] == [0] * 3 + [2] * 3
+    assert all(
+        env.score(i, [ord(x) for x in example["answer"]], False).is_correct for i, example in enumerate(env.examples)
+    )
+
+
 def test_levels_of_a_curriculum_get_harder():
     lengths = [np.mean([len(e["question"]) for e in make("chain_sum", 50, level=n).examples]) for n in (0, 2, 4)]
     assert lengths[0] < lengths[1] < lengths[2]

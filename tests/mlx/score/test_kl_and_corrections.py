@@ -315,11 +315,10 @@ def trained(algorithm, steps=1, updates=1, reward=parity):
         spy,
         env,
         algorithm,
-        schedule=Schedule(0.02, steps),
+        schedule=Schedule(0.02, steps, updates=updates),
         prompts_per_step=4,
         group_size=4,
         sampling=Sampling(4, seed=2),
-        updates_per_step=updates,
         on_step=lambda step, row, episodes: rows.append((row, episodes)),
     )
     return spy, rows

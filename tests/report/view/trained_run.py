@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 
+import pytest
 from conftest import make_tiny_engine
 
-from textpolicy.config.recipe import configure
 from textpolicy.config.settings import Config
-from textpolicy.environment.single_turn import TextGenerationEnv
 from textpolicy.loop.evaluation import evaluate
-from textpolicy.run.assembly import greedy, write_setup
+from textpolicy.run import assembly
 from textpolicy.run.training_run import Run
+from textpolicy.tasks.base import Problem, Task
 
 STEPS, PROMPTS, SAMPLES = 12, 4, 8
 ASKED = ["1 2", "3", "4 5 6", "2 2", "9 1", "5"]
@@ -45,10 +45,12 @@ def train_run(folder, name="gtpo", seed=1):
         evaluation={"every": 4},
         on_policy={"every": 4},
     )
-    engine = make_tiny_engine(vocabulary=16)
-    env = TextGenerationEnv(ASKED, says_seven, max_tokens=6, tokenizer=Numbers())
-    splits = {"train": env, "validation": env, "test": env}
-    before = evaluate(engine, env, greedy(config))
+    problems = tuple(Problem(prompt, "7") for prompt in ASKED)
+    task = Task("seven", "say seven", problems, problems, problems, str, says_seven)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly, "build_engine", lambda *_: (make_tiny_engine(vocabulary=16), Numbers()))
+        parts = assembly.assemble(config, task)
+    before = evaluate(parts.engine, parts.splits["test"], parts.greedy)
     folder.mkdir()
-    write_setup(folder, config, engine)
-    return Run(config, folder, engine, splits, configure(config)).begin(before, time.perf_counter(), None)
+    assembly.write_setup(folder, parts)
+    return Run(parts, folder).begin(before, time.perf_counter(), None)

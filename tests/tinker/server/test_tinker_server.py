@@ -182,7 +182,7 @@ def test_a_run_has_the_same_folder_and_can_be_asked_afterwards(tinker_server, no
     run = tmp_path / "run"
     flags = [f"--tinker.base-url={tinker_server.url}", f"--model={tinker_server.name}", f"--output={run}"]
     assert main(["train", *RUN, *flags]) == 0
-    names = {"config.json", "versions.json", "metrics.jsonl", "learning_curve.png", "summary.json", "adapter"}
+    names = {"config.json", "versions.json", "metrics.jsonl", "summary.json", "adapter"}
     assert {p.name for p in run.iterdir()} == names | {
         "rollouts", "evals", "checkpoints", "report.html", "log.txt", ".lock", "ledger.jsonl",
     }  # fmt: skip

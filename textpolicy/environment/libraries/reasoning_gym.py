@@ -35,7 +35,7 @@ def reasoning_gym_env(
 
     ``dataset`` is a name, or a composite: names with weights, or with {"weight": w, "config": {...}}. ``config`` are
     the data set's own settings; ``level`` takes them from its curriculum instead, from 0. For several levels there
-    are ``size`` problems each, whose examples have a "level", as ``LevelCurriculum`` needs it. ``extract(text)``
+    are ``size`` problems each, whose examples have a "level". ``extract(text)``
     finds the answer in a completion, by default ``answer_of``; ``instructions`` follow every question. The example
     of a prompt is the library's entry (question, answer, metadata). With a ``time_limit`` in seconds the scorer runs
     in a process of its own, and an answer that takes longer is unscorable. The other ``settings`` are those of

@@ -83,36 +83,30 @@ class Conversation:
             return self.text
         return "\n".join(f"[{m['role']}] {m['content']}" for m in self.said)
 
-    def answer(self, tokens: Sequence[int], text: str, truncated: bool) -> None:
-        """Add a turn of the policy and what follows it.
+    def add(self, tokens: Sequence[int], truncated: bool, text: str | None = None) -> None:
+        """Add a turn of the policy and the environment's reply to it.
 
-        ``truncated`` says that the turn was cut off; then nobody answers it, and the episode is over.
+        A ``truncated`` turn, one that was cut off, gets no reply and ends the episode. ``text`` is what the tokens
+        spell, where the caller knows.
         """
+        text = self.codec.text(list(tokens)) if text is None else text
         before = [*self.asked, *self.said]
         self.turns.append(list(tokens))
         self.said.append({"role": "assistant", "content": text})
         if truncated:
-            self._end(truncated=True)
+            self.over = self.truncated = True
             return
         reply = self.partner.reply(text)
         self.replies.append(reply)
         if not reply.messages:
-            self._end(reply.truncated)
-        elif len(self.turns) >= self.limits.turns:
-            self._end(truncated=True)
-        else:
-            self._go_on(before, reply)
-
-    def _go_on(self, before: Sequence[Message], reply: Reply) -> None:
-        last = self.turns[-1][-1] if self.turns[-1] else None
-        messages = [{k: whole(v) if isinstance(v, str) else v for k, v in m.items()} for m in reply.messages]
-        added = self.codec.continuation(before, messages, last, self.tools)
-        needed = len(joined(self.turns, self.added)) + len(added) + self.limits.turn_tokens
-        if self.limits.tokens is not None and needed > self.limits.tokens:
-            self._end(truncated=True)
+            self.over, self.truncated = True, reply.truncated
             return
-        self.said += messages
-        self.added.append(added)
-
-    def _end(self, truncated: bool) -> None:
-        self.over, self.truncated = True, truncated
+        if len(self.turns) < self.limits.turns:
+            messages = [{k: whole(v) if isinstance(v, str) else v for k, v in m.items()} for m in reply.messages]
+            added = self.codec.continuation(before, messages, tokens[-1] if tokens else None, self.tools)
+            needed = len(joined(self.turns, self.added)) + len(added) + self.limits.turn_tokens
+            if self.limits.tokens is None or needed <= self.limits.tokens:
+                self.said += messages
+                self.added.append(added)
+                return
+        self.over = self.truncated = True  # the next turn would pass a limit

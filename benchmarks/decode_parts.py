@@ -30,7 +30,7 @@ from textpolicy.mlx.decode.sampling import Sampler
 from textpolicy.mlx.engine import MLXEngine
 from textpolicy.mlx.kernels.exponentials import patches
 from textpolicy.mlx.kernels.patching import patched
-from textpolicy.mlx.read.tree import PromptTree
+from textpolicy.mlx.read.context import PromptTree
 
 import mlx.core as mx  # isort: skip  (after textpolicy, which gives it a fast BLAS)
 import mlx.nn as nn  # isort: skip

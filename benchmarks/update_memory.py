@@ -36,7 +36,7 @@ from textpolicy.losses import Surrogate, policy_objective
 from textpolicy.mlx.adapters.merging import attach_lora
 from textpolicy.mlx.engine import MLXEngine
 from textpolicy.mlx.memory import Costs, Workload
-from textpolicy.mlx.score.micro_batches import arrays, micro_batches
+from textpolicy.mlx.score.micro_batches import micro_batches
 from textpolicy.types import Batch, Completion, Episode
 
 RESULTS = Path(__file__).parent / "results" / "update_memory.jsonl"
@@ -163,7 +163,7 @@ class NaiveStep:
         self.model, self.optimizer = model, optim.AdamW(LEARNING_RATE, weight_decay=0.0, bias_correction=True)
 
     def __call__(self, batch: Batch) -> dict[str, float]:
-        rows = arrays(batch)
+        rows = batch.map(mx.array)
 
         def loss(model: nn.Module) -> mx.array:
             logits = model(rows.inputs).astype(mx.float32)

@@ -1,7 +1,6 @@
 """What holds for every recipe: micro-batches, order, groups that agree, unscorable rewards, and what stages keep."""
 
 from dataclasses import replace
-from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -16,8 +15,7 @@ from textpolicy.algorithms.hicra import amplify
 from textpolicy.algorithms.sepa import pool_execution
 from textpolicy.losses import KL, Clip, Correction, Surrogate, policy_objective
 from textpolicy.mlx.adapters.merging import trainable
-from textpolicy.mlx.engine import _objective_with_stats
-from textpolicy.mlx.score.micro_batches import arrays
+from textpolicy.mlx.engine import PolicyObjective
 
 EVERY = pytest.mark.parametrize("name", ALGORITHMS)
 SEEDS = st.integers(0, 10**6)
@@ -70,7 +68,7 @@ def drifted(batch, seed):
 
 
 def value_and_gradient(logprobs, batch, how):
-    compute = mx.value_and_grad(lambda l: policy_objective(l, arrays(batch), mx, how))
+    compute = mx.value_and_grad(lambda l: policy_objective(l, batch.map(mx.array), mx, how))
     loss, gradient = compute(mx.array(logprobs))
     return loss.item(), np.array(gradient)
 
@@ -136,7 +134,7 @@ def test_the_adapters_gradient_depends_on_neither_too(name):
         engine.micro_batch_tokens = budget
         batch = with_tokens(credited(name, episodes))
         batch = replace(batch, old=batch.logprobs, reference=engine.score(batch, reference=True))
-        stats, grads = engine.gradients(batch, partial(_objective_with_stats, how=surrogates(name)[1]))
+        stats, grads = engine.gradients(batch, PolicyObjective(surrogates(name)[1]))
         return stats["loss"], {k: np.array(v) for k, v in tree_flatten(grads)}
 
     loss, whole = gradient(episodes, 10_000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from objective import answers, rows, weights_of
 from vectors import Answer, Case, UnknownCase
@@ -10,7 +11,8 @@ from vectors import Answer, Case, UnknownCase
 from textpolicy.algorithms.credit import row_mean
 from textpolicy.algorithms.gtpo import live_counts, normalize, sequence_rewards, shaped_rewards
 from textpolicy.losses import Clip, Surrogate, importance_ratio
-from textpolicy.mlx.decode.sampling import draw, token_logprobs
+from textpolicy.mlx.decode.sampling import draw
+from textpolicy.mlx.score.logprobs import Split, token_logprobs
 
 
 def check(case: Case) -> list[Answer]:
@@ -109,8 +111,9 @@ def correlation(one: np.ndarray, other: np.ndarray) -> float | None:
 def from_logits(case: Case) -> list[Answer]:
     """What the sampler and the learner say of the same logits, through MLX."""
     logits, sampled = mx.array(case.array("logits"), mx.float32), case.inputs["sampled"]
-    scored = token_logprobs(logits[:, None], mx.array(sampled)[:, None], mx.ones((len(sampled), 1)))
-    logprob = np.array(scored[:, 0])
+    no_head = Split(nn.Identity(), ())  # hidden states are logits
+    scored = token_logprobs(no_head, logits, mx.array(sampled), mx.ones(len(sampled)), gradient=False)
+    logprob = np.array(scored.logprobs)
     out = {
         "sampled_logprob": logprob,
         "surprisal": -logprob,

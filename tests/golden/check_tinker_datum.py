@@ -11,8 +11,8 @@ import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below m
 import mlx.core as mx
 import mlx.nn as nn
 
-from textpolicy.mlx.decode.sampling import token_logprobs
 from textpolicy.mlx.engine import MLXEngine
+from textpolicy.mlx.score.logprobs import Split, token_logprobs
 from textpolicy.tinker.datum import DatumArrays, datum_arrays
 from textpolicy.types import Batch, Completion, Episode
 
@@ -60,10 +60,10 @@ class Lookup(nn.Module):
 def _scored(case: Case, batch: Batch, datum: DatumArrays) -> list[Answer]:
     """Once from what Tinker would be sent, once from what the local engine reads."""
     model = Lookup(case.array("logits_next_given_current"))
-    logits = model(mx.array(datum.model_input)[None])
-    remote = token_logprobs(logits, mx.array(datum.target_tokens)[None], mx.ones((1, 1)))
+    logits, targets = model(mx.array(datum.model_input)), mx.array(datum.target_tokens)
+    remote = token_logprobs(Split(model, ()), logits, targets, mx.ones(len(targets)), gradient=False).logprobs
     local = MLXEngine(model, stop=[]).score(batch)
     return [
-        Answer("correct", np.array(remote)[0][datum.mask != 0], "float32"),
+        Answer("correct", np.array(remote)[datum.mask != 0], "float32"),
         Answer("correct", local[0][batch.weights[0] != 0], "float32"),
     ]

@@ -100,17 +100,17 @@ def ignore_temperature(monkeypatch):
 
 
 def drop_the_stop_token(monkeypatch):
-    exact = decode._Record.completions
+    exact = decode._Decoder.run
 
-    def shorter(record, sampling):
+    def shorter(decoder):
         return [
             c
             if c.truncated or len(c.tokens) < 2
             else replace(c, tokens=c.tokens[:-1], logprobs=c.logprobs[:-1], entropy=c.entropy[:-1])
-            for c in exact(record, sampling)
+            for c in exact(decoder)
         ]
 
-    monkeypatch.setattr(decode._Record, "completions", shorter)
+    monkeypatch.setattr(decode._Decoder, "run", shorter)
 
 
 def shift_the_mask(monkeypatch):

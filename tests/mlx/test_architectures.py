@@ -2,7 +2,6 @@
 
 import gc
 import logging
-from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,10 +29,10 @@ from textpolicy.losses import Surrogate, policy_objective
 from textpolicy.mlx.adapters.merging import attach_lora
 from textpolicy.mlx.decode.compiled_steps import Steps
 from textpolicy.mlx.decode.decoder import decode
-from textpolicy.mlx.engine import MLXEngine, PolicyObjective, _objective_with_stats
-from textpolicy.mlx.read import tree
-from textpolicy.mlx.read.context import Context, Ragged
-from textpolicy.mlx.score.micro_batches import Layout, arrays, score
+from textpolicy.mlx.engine import MLXEngine, PolicyObjective
+from textpolicy.mlx.read import context as context_module
+from textpolicy.mlx.read.context import Context, PromptTree, Ragged
+from textpolicy.mlx.score.micro_batches import Layout, score
 from textpolicy.types import Completion, Episode
 
 VOCABULARY = 60
@@ -206,7 +205,7 @@ def naive_loss_and_gradients(model, batch):
             logits = model(mx.array(inputs[None, :length]))[0]
             picked = mx.take_along_axis(logits, mx.array(targets[:length, None]), axis=-1)[:, 0]
             rows.append(mx.pad(picked - mx.logsumexp(logits, axis=-1), (0, len(inputs) - length)))
-        return policy_objective(mx.stack(rows), arrays(batch), mx, Surrogate())
+        return policy_objective(mx.stack(rows), batch.map(mx.array), mx, Surrogate())
 
     return nn.value_and_grad(model, loss)(model)
 
@@ -230,7 +229,7 @@ def test_the_update_with_shared_prompts_has_the_naive_loss_and_every_gradient(na
     model = adapted(name)
     rows = batch()
     loss, gradients = naive_loss_and_gradients(model, rows)
-    objective = partial(_objective_with_stats, how=Surrogate())
+    objective = PolicyObjective(Surrogate())
     stats, ours = MLXEngine(model, stop=[0]).gradients(rows, objective)
     assert stats["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
     exact = dict(tree_flatten(gradients))
@@ -245,7 +244,7 @@ def test_the_update_with_shared_prompts_has_the_naive_loss_and_every_gradient(na
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_activations_that_are_computed_again_leave_every_gradient_as_it_was(name, every):
     model, rows = adapted(name), batch()
-    objective = partial(_objective_with_stats, how=Surrogate())
+    objective = PolicyObjective(Surrogate())
     loss, kept = MLXEngine(model, stop=[0]).gradients(rows, objective)
     again, ours = MLXEngine(model, stop=[0], checkpoint_every=every).gradients(rows, objective)
     assert again["loss"] == pytest.approx(loss["loss"], rel=1e-5, abs=1e-6)
@@ -316,8 +315,12 @@ def mask_shifted(monkeypatch):
 
 
 def one_token_of_padding_counted(monkeypatch):
-    original = Ragged.padded
-    monkeypatch.setattr(Ragged, "padded", lambda self, n, lengths: original(self, n, mx.minimum(lengths + 1, n)))
+    original = Context.read
+
+    def counted(self, model, tokens, lengths=None):
+        return original(self, model, tokens, None if lengths is None else mx.minimum(lengths + 1, tokens.shape[1]))
+
+    monkeypatch.setattr(Context, "read", counted)
 
 
 @pytest.mark.parametrize("plant", [window_too_wide, window_too_narrow, mask_shifted, one_token_of_padding_counted])
@@ -329,15 +332,15 @@ def test_a_mask_that_is_off_by_one_shows_in_the_logprobs(plant, monkeypatch):
     assert decoding_error(model) > 1e-3
 
 
-def test_a_model_with_running_states_says_once_that_it_reads_equal_lengths_together(caplog):
+def test_a_model_with_running_states_warns_once_that_it_reads_equal_lengths_together(caplog, monkeypatch):
     model = adapted("lfm2")
-    tree._say_batches_are_of_equal_length.cache_clear()
+    monkeypatch.setattr(context_module, "_warned", set())
     prompts = [np.array(p, np.int32) for p in PROMPTS]
     with caplog.at_level(logging.WARNING):
-        tree.PromptTree.build([prompts[0], prompts[0]]).read(model)
+        PromptTree.build([prompts[0], prompts[0]]).read(model)
         assert not caplog.messages
-        tree.PromptTree.build(prompts).read(model)
-        tree.PromptTree.build(prompts).read(model)
+        PromptTree.build(prompts).read(model)
+        PromptTree.build(prompts).read(model)
     [message] = caplog.messages
     assert message.startswith("the prompts of lfm2 are read in batches of equal length, because")
     assert "ArraysCache" in message

@@ -121,9 +121,9 @@ def unimported(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", lambda name: None)
 
 
-def test_a_missing_openblas_is_said_only_when_products_are_slow(monkeypatch, unimported):
+def test_a_missing_openblas_is_a_warning_only_when_products_are_slow(monkeypatch, unimported):
     monkeypatch.setattr(blas, "runs_on_linux_cpu", lambda: True)
-    monkeypatch.setattr(blas, "_openblas_is_loaded", lambda: False)
+    monkeypatch.setattr(blas, "blas_threads", lambda: 0)
     monkeypatch.setattr(blas, "matmul_gflops", lambda repeats: 6.0)
     with pytest.warns(RuntimeWarning, match=rf"OpenBLAS was not found.* at 6 GFLOP/s .*pip install {blas._PACKAGE}"):
         blas.import_mlx()
@@ -151,11 +151,15 @@ def test_an_mlx_without_its_native_library_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", fails)
     with pytest.raises(MissingDependencyError, match=r"native library does not load here \(libmlx\.so"):
-        blas._import_core()
+        blas.import_mlx()
 
 
 def test_the_install_line_names_the_gpu_build_where_there_is_an_nvidia_gpu(monkeypatch):
-    monkeypatch.setattr(Path, "exists", lambda path: True)
-    assert "textpolicy[cuda13]" in blas._install_line()
-    monkeypatch.setattr(Path, "exists", lambda path: False)
-    assert blas._install_line() == "pip install 'textpolicy[mlx]'"
+    monkeypatch.setitem(sys.modules, "mlx.core", None)
+    for gpu in (True, False):
+        monkeypatch.setattr(Path, "exists", lambda path, gpu=gpu: gpu)
+        with pytest.raises(MissingDependencyError) as raised:
+            blas.import_mlx()
+        line = str(raised.value).split("install it with: ")[1]
+        assert ("textpolicy[cuda13]" in line) is gpu
+        assert gpu or line == "pip install 'textpolicy[mlx]'"

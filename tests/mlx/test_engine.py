@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-from functools import partial
 from itertools import chain
 
 import mlx.core as mx
@@ -19,8 +18,7 @@ from textpolicy.engine import Sampling
 from textpolicy.errors import UserError
 from textpolicy.losses import Surrogate, policy_objective
 from textpolicy.mlx.adapters.merging import attach_lora, trainable
-from textpolicy.mlx.engine import MLXEngine, _objective_with_stats
-from textpolicy.mlx.score.micro_batches import arrays
+from textpolicy.mlx.engine import MLXEngine, PolicyObjective
 from textpolicy.types import Episode
 
 PROMPTS = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 8, 10, 11], [5, 6, 9], [44]]
@@ -38,7 +36,7 @@ def naive_loss_and_gradients(model, batch, how):
     def loss(model):
         logits = model(mx.array(batch.inputs)).astype(mx.float32) / mx.array(batch.temperatures)[..., None]
         picked = mx.take_along_axis(logits, mx.array(batch.targets)[..., None], axis=-1)[..., 0]
-        return policy_objective(picked - mx.logsumexp(logits, axis=-1), arrays(batch), mx, how)
+        return policy_objective(picked - mx.logsumexp(logits, axis=-1), batch.map(mx.array), mx, how)
 
     return nn.value_and_grad(model, loss)(model)
 
@@ -104,7 +102,7 @@ def test_loss_and_gradient_equal_the_naive_path(tiny_engine, name):
     how = recipe(name).surrogate
     batch = recipe(name).credit(random_episodes(np.random.default_rng(1)))
     loss, gradients = naive_loss_and_gradients(tiny_engine.model, batch, how)
-    stats, ours = tiny_engine.gradients(batch, partial(_objective_with_stats, how=how))
+    stats, ours = tiny_engine.gradients(batch, PolicyObjective(how))
     assert stats["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
     assert_same_gradients(ours, gradients)
 
@@ -113,7 +111,7 @@ def test_loss_and_gradient_equal_the_naive_path(tiny_engine, name):
 @pytest.mark.parametrize("budget", [1, 30, 100])
 def test_gradient_does_not_depend_on_micro_batching(tiny_engine, name, budget):
     batch = recipe(name).credit(random_episodes(np.random.default_rng(2)))
-    objective = partial(_objective_with_stats, how=recipe(name).surrogate)
+    objective = PolicyObjective(recipe(name).surrogate)
     whole, gradients = tiny_engine.gradients(batch, objective)
     tiny_engine.micro_batch_tokens = budget
     parts, ours = tiny_engine.gradients(batch, objective)
@@ -127,7 +125,7 @@ def test_loss_agrees_in_numpy_and_mlx(name):
     rng, how = np.random.default_rng(8), recipe(name).surrogate
     batch = recipe(name).credit(random_episodes(rng))
     logprobs = (batch.logprobs + rng.normal(0, 0.3, batch.logprobs.shape)).astype(np.float32)
-    ours = policy_objective(mx.array(logprobs), arrays(batch), mx, how).item()
+    ours = policy_objective(mx.array(logprobs), batch.map(mx.array), mx, how).item()
     assert ours == pytest.approx(float(policy_objective(logprobs, batch, np, how)), rel=1e-4, abs=1e-6)
 
 
@@ -136,7 +134,7 @@ def test_repeated_completions_are_scored_once_and_count_each_time(tiny_engine):
     twice = [e for e in episodes for _ in range(2)]
     batch = recipe("dr_grpo").credit(twice)
     loss, gradients = naive_loss_and_gradients(tiny_engine.model, batch, Surrogate())
-    stats, ours = tiny_engine.gradients(batch, partial(_objective_with_stats, how=Surrogate()))
+    stats, ours = tiny_engine.gradients(batch, PolicyObjective(Surrogate()))
     assert stats["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
     assert stats["tokens"] == (batch.weights != 0).sum()
     assert_same_gradients(ours, gradients)
@@ -189,7 +187,7 @@ def test_an_update_that_is_not_finite_is_skipped_before_anything_moves(tiny_engi
 
 def test_a_prompt_without_tokens_is_refused_and_no_prompts_are_no_completions(tiny_engine):
     assert tiny_engine.sample([], 2, Sampling(4)) == []
-    with pytest.raises(UserError, match="no tokens"):
+    with pytest.raises(UserError, match="a prompt is empty; give every prompt at least one token"):
         tiny_engine.sample([[5], []], 2, Sampling(4))
 
 
@@ -233,7 +231,7 @@ def trained_engine(rank=4, layers=2, optimizer=None, vocabulary=VOCABULARY):
     return engine
 
 
-def test_an_engine_goes_on_from_its_state_as_if_it_had_not_stopped(tmp_path):
+def test_an_engine_resumes_from_its_state_as_if_it_had_not_stopped(tmp_path):
     engine, other = trained_engine(), trained_engine()
     batch = recipe("grpo").credit(random_episodes(np.random.default_rng(5)))
     other.update(batch, Surrogate(), 1e-1)

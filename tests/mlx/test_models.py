@@ -179,7 +179,7 @@ def test_a_built_in_whose_package_lost_its_file_says_how_to_install_it_again(tmp
     (tmp_path / "hollow_model.py").write_text("raise RuntimeError('not to be imported')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(MODELS, "smollm2-135m", replace(MODELS["smollm2-135m"], package="hollow_model"))
-    with pytest.raises(UserError, match=r"package of the model 'smollm2-135m' lacks .*; install it again with: pip"):
+    with pytest.raises(UserError, match=r"package of the model 'smollm2-135m' lacks .*; reinstall it with: pip"):
         load_model("smollm2-135m")
 
 
@@ -311,7 +311,7 @@ def test_a_hub_id_offline_is_one_sentence_at_once():
     )
     started = time.monotonic()
     ran = python(code, HF_HUB_OFFLINE="1")
-    assert "'nobody/nothing' is not a folder here, and the hub did not give it" in ran.stdout, ran.stderr
+    assert "'nobody/nothing' is not a folder here, and the hub did not provide it" in ran.stdout, ran.stderr
     assert len(ran.stdout.splitlines()) == 1
     assert time.monotonic() - started < 30
 
@@ -344,7 +344,9 @@ def test_what_the_hub_refuses_is_one_sentence(kind, monkeypatch):
         raise errors[kind]
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(UserError, match="'some-one/model' is not a folder here, and the hub did not give it") as raised:
+    with pytest.raises(
+        UserError, match="'some-one/model' is not a folder here, and the hub did not provide it"
+    ) as raised:
         find_model("some-one/model")
     assert str(errors[kind]).splitlines()[0] in str(raised.value)
     assert "\n" not in str(raised.value)

@@ -1,4 +1,4 @@
-"""Everything that runs on MLX. Importing this package is what first imports ``mlx``, with a fast BLAS."""
+"""The code that runs on MLX. Importing this package imports ``mlx`` first, with a fast BLAS."""
 
 from .blas import import_mlx
 

@@ -1,4 +1,4 @@
-"""How fast matrix products are below MLX, and what to do when they are not."""
+"""The BLAS below MLX: import MLX with a fast one, set its threads, and measure matrix products."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 from .._system.openblas import runs_on_linux_cpu
@@ -20,23 +19,43 @@ SLOW_ADVICE = (
     f"import textpolicy before mlx, with OpenBLAS (pip install {_PACKAGE}) "
     "and its Fortran runtime (Debian: apt-get install libgfortran5) installed"
 )
-BUSY_ADVICE = "OpenBLAS is in place, so look again when no other program has this machine's cores"
+BUSY_ADVICE = "OpenBLAS is in place, so check again when no other program uses this machine's cores"
 
 
 def import_mlx() -> None:
-    """Import ``mlx.core``; ``textpolicy/_system/openblas.py`` has seen to it that OpenBLAS comes first."""
+    """Import ``mlx.core``, after ``textpolicy/_system/openblas.py`` has loaded OpenBLAS; warn if products are slow."""
     late = "mlx.core" in sys.modules
-    _import_core()
-    if runs_on_linux_cpu() and not _openblas_is_loaded():
-        _warn_if_slow("mlx was imported before textpolicy" if late else "OpenBLAS was not found or did not load")
-
-
-def _openblas_is_loaded() -> bool:
-    return hasattr(ctypes.CDLL(None), "openblas_set_num_threads")
+    line = "pip install 'textpolicy[mlx]'"
+    if Path("/proc/driver/nvidia/version").exists():
+        line += " (or 'textpolicy[cuda13]' to use the NVIDIA GPU of this machine)"
+    try:
+        importlib.import_module("mlx.core")
+    except ModuleNotFoundError as error:
+        if error.name not in ("mlx", "mlx.core"):
+            raise
+        raise MissingDependencyError(f"mlx is not installed; install it with: {line}") from error
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"mlx is installed but its native library does not load here ({error}); "
+            f"install the build for this machine with: {line}"
+        ) from error
+    if not runs_on_linux_cpu() or blas_threads():
+        return
+    rate = 0.0
+    for _ in range(5):  # a busy machine can make a fast product look slow, but hardly five times
+        rate = max(rate, matmul_gflops(repeats=1))
+        if rate >= SLOW_GFLOPS:
+            return  # some other fast BLAS is in place
+    cause = "mlx was imported before textpolicy" if late else "OpenBLAS was not found or did not load"
+    warnings.warn(
+        f"{cause}, so matrix products run at {rate:.0f} GFLOP/s instead of 100 or more; {SLOW_ADVICE}",
+        RuntimeWarning,
+        stacklevel=1,
+    )
 
 
 def set_blas_threads(n: int) -> None:
-    """Use ``n`` OpenBLAS threads from now on; two threads spin badly on a machine that is busy."""
+    """Set the number of OpenBLAS threads to ``n``; two threads wait for each other on a busy machine."""
     if n < 1:
         raise UserError(f"the number of BLAS threads is {n}; set it to 1 or more")
     try:
@@ -50,14 +69,15 @@ def set_blas_threads(n: int) -> None:
 
 
 def blas_threads() -> int:
-    """How many OpenBLAS threads there are; 0 where it is not loaded."""
-    if not _openblas_is_loaded():
+    """Return the number of OpenBLAS threads; 0 where it is not loaded."""
+    try:
+        return int(ctypes.CDLL(None).openblas_get_num_threads())
+    except AttributeError:
         return 0
-    return int(ctypes.CDLL(None).openblas_get_num_threads())
 
 
 def has_small_products() -> bool:
-    """Whether OpenBLAS multiplies small matrices as they lie in memory here: it does so with AVX-512."""
+    """Return whether OpenBLAS multiplies small matrices in place here, which it does with AVX-512."""
     try:
         core = ctypes.CDLL(None).openblas_get_corename
     except AttributeError:
@@ -67,47 +87,14 @@ def has_small_products() -> bool:
 
 
 def matmul_gflops(n: int = 512, repeats: int = 5) -> float:
-    """Best rate of an (n, 576) x (576, 1536) float32 product, in GFLOP/s."""
+    """Return the best rate of an (n, 576) x (576, 1536) float32 product, in GFLOP/s."""
     import mlx.core as mx
 
     a, b = mx.ones((n, 576)), mx.ones((576, 1536))
     mx.eval(a, b)
-    seconds = min(_seconds(lambda: mx.eval(a @ b)) for _ in range(repeats))
+    seconds = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        mx.eval(a @ b)
+        seconds = min(seconds, time.perf_counter() - start)
     return 2 * n * 576 * 1536 / seconds / 1e9
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _import_core() -> None:
-    try:
-        importlib.import_module("mlx.core")
-    except ModuleNotFoundError as error:
-        if error.name not in ("mlx", "mlx.core"):
-            raise
-        raise MissingDependencyError(f"mlx is not installed; install it with: {_install_line()}") from error
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"mlx is installed but its native library does not load here ({error}); "
-            f"install the build for this machine with: {_install_line()}"
-        ) from error
-
-
-def _install_line() -> str:
-    line = "pip install 'textpolicy[mlx]'"
-    if Path("/proc/driver/nvidia/version").exists():
-        line += " (or 'textpolicy[cuda13]' to use the NVIDIA GPU of this machine)"
-    return line
-
-
-def _warn_if_slow(cause: str) -> None:
-    rate = 0.0
-    for _ in range(5):  # a busy machine can make a fast product look slow, but hardly five times
-        rate = max(rate, matmul_gflops(repeats=1))
-        if rate >= SLOW_GFLOPS:
-            return  # some other fast BLAS is in place
-    sentence = f"{cause}, so matrix products run at {rate:.0f} GFLOP/s instead of 100 or more; {SLOW_ADVICE}"
-    warnings.warn(sentence, RuntimeWarning, stacklevel=2)

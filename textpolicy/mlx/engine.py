@@ -1,11 +1,11 @@
-"""The Engine over a local MLX model: decodes whole groups at once, updates with shared prompts."""
+"""The Engine over a local MLX model: it decodes whole groups at once and updates with shared prompts."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,19 +26,18 @@ from .decode.decoder import decode
 from .decode.folded_weights import copies, folded
 from .kernels import cuda, exponentials
 from .kernels.patching import patched
-from .score.gradients import Gradients, Objective, OptimizerStep
-from .score.micro_batches import logprobs_of, micro_batches
+from .score.micro_batches import Gradients, Objective, logprobs_of, micro_batches
 from .state import read_arrays, restore_training_state, training_state, write_arrays
 
 
 class MLXEngine:
-    """Samples from and trains one model held in this process.
+    """The engine that samples from and trains one model held in this process.
 
     ``stop`` are the token ids that end a completion. ``micro_batch_tokens`` bounds the padded
     tokens of one forward and backward pass, ``decode_rows`` the completions decoded side by side,
     and the activations of every ``checkpoint_every``-th block (0: of none) are computed again instead
-    of kept: none of them changes a result, only memory. ``compile`` passes and optimiser for shapes
-    that come again; "auto" does so on a GPU only, because on a CPU it gains nothing.
+    of kept: none of these changes a result, only memory. ``compile`` compiles the optimiser, and passes for
+    shapes that recur; "auto" does so on a GPU only, because a CPU gains nothing.
     """
 
     packages = ("mlx", "mlx-lm")
@@ -67,27 +66,27 @@ class MLXEngine:
         self.checkpoint_every, self.compiled = checkpoint_every, compiled
         self.copies = True  # rollouts on a CPU may fold LoRAs into copies of the weights
         self._gradients = Gradients(model, checkpoint_every=checkpoint_every, compiled=compiled)
-        self._optimizer_step = OptimizerStep(model, self.optimizer, compiled=compiled)
+        self._clip = mx.compile(optim.clip_grad_norm) if compiled else optim.clip_grad_norm
+        self._apply_gradients: Callable[..., Any] | None = None  # compiled, for the optimiser's state below
+        self._compiled_state: Any = None
+        self._steps: Steps | None = None  # compiled decoding steps, where these have been seen to pay
 
     def sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> list[list[Completion]]:
-        """``n`` completions for every prompt (token ids), in prompt order; each prompt is read once."""
+        """Return ``n`` completions for every prompt (token ids), in prompt order; each prompt is read once."""
         if any(len(p) == 0 for p in prompts):
-            raise UserError("a prompt holds no tokens; give every prompt at least one")
+            raise UserError("a prompt is empty; give every prompt at least one token")
         if not prompts:
             return []
         rows = [np.asarray(p, np.int32) for p in prompts for _ in range(n)]
         with patched(self.model, exponentials.patches()):
             model = folded(self.model, min(len(rows), self.decode_rows)) if self.copies else self.model
+            if self._steps is None and cuda.is_default():
+                self._steps = Steps(self.model, compiled=self.compiled, share=True)
             flat = decode(model, rows, sampling, self.stop, self.decode_rows, steps=self._steps)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
 
-    @cached_property
-    def _steps(self) -> Steps | None:
-        """Compiled decoding steps, where these have been seen to pay."""
-        return Steps(self.model, compiled=self.compiled, share=True) if cuda.is_default() else None
-
     def gradients(self, batch: Batch, objective: Objective) -> tuple[dict[str, float], Any]:
-        """Summed loss statistics and gradients of ``objective`` over micro-batches of ``batch``."""
+        """Return summed loss statistics and gradients of ``objective`` over micro-batches of ``batch``."""
         totals: dict[str, float] = {}
         grads = None
         for _, layout in micro_batches(batch, self.micro_batch_tokens):
@@ -101,40 +100,47 @@ class MLXEngine:
         return totals, grads
 
     def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
-        """(B, T) float32 log-probs of the batch's sampled targets, 0 elsewhere.
+        """Return (B, T) float32 log-probs of the batch's sampled targets, 0 elsewhere.
 
-        Under the model as it is, or under the frozen ``reference``: the same weights with adapters off.
+        They are those of the model as it is, or of the frozen ``reference``: the same weights with adapters off.
         """
         with adapters_off(self.model) if reference else nullcontext(), patched(self.model, _patches()):
             return logprobs_of(self.model, batch, self.micro_batch_tokens)
 
     def update(self, batch: Batch, surrogate: Surrogate, learning_rate: float) -> Mapping[str, float]:
-        """One optimiser step on ``batch``; rows that cannot change the loss are skipped, exactly.
+        """Take one optimiser step on ``batch``; rows that cannot change the loss are skipped, which changes nothing.
 
-        If no row is left nothing moves, not even by momentum, and ``updated`` is 0; so it is, and ``skipped``
-        1, when the loss or the gradient is not finite. A KL in the loss needs the reference's log-probs; they
-        are scored here if the batch does not bring them.
+        If no row is left, no parameter moves, not even by momentum, and ``updated`` is 0; it is 0, and ``skipped`` 1,
+        when the loss or the gradient is not finite. A KL in the loss needs the reference's log-probs, which
+        are scored here if the batch lacks them. ``peak_memory_bytes`` is the peak since the previous update,
+        rollouts and evaluations included.
         """
+        metrics = {"loss": 0.0, "grad_norm": 0.0, "updated": 0.0, "skipped": 0.0}
         matters = (batch.weights != 0) & ((batch.advantages != 0) | (surrogate.kl is not None))
         live = np.flatnonzero(matters.any(axis=1))
-        if len(live) == 0:
-            return {**_IDLE, **_memory()}
-        rows = batch.take(live)
-        if surrogate.kl is not None and rows.reference is None:
-            rows = replace(rows, reference=self.score(rows, reference=True))
-        stats, grads = self.gradients(rows, PolicyObjective(surrogate))
-        try:
-            norm = self.apply(grads, learning_rate) if np.isfinite(stats["loss"]) else np.nan
-        except NotFiniteError:
-            norm = np.nan
-        if np.isnan(norm):
-            return {**_IDLE, "skipped": 1.0, **_memory()}
-        moved = {"loss": stats["loss"], "grad_norm": norm, "updated": float(norm > 0), "skipped": 0.0}
-        return {**moved, **_per_token(stats), **_memory()}
+        if len(live):
+            rows = batch.take(live)
+            if surrogate.kl is not None and rows.reference is None:
+                rows = replace(rows, reference=self.score(rows, reference=True))
+            stats, grads = self.gradients(rows, PolicyObjective(surrogate))
+            try:
+                norm = self.apply(grads, learning_rate) if np.isfinite(stats["loss"]) else np.nan
+            except NotFiniteError:
+                norm = np.nan
+            if np.isnan(norm):
+                metrics["skipped"] = 1.0
+            else:
+                metrics |= {"loss": stats.pop("loss"), "grad_norm": norm, "updated": float(norm > 0)}
+                metrics["logprob_gap_max"] = stats.pop("logprob_gap_max")
+                tokens = max(stats.pop("tokens"), 1.0)
+                metrics |= {name: total / tokens for name, total in stats.items()}  # means over the sampled tokens
+        metrics["peak_memory_bytes"] = float(mx.get_peak_memory())
+        mx.reset_peak_memory()
+        return metrics
 
     def apply(self, grads: Any, learning_rate: float | None = None) -> float:
-        """Clip and apply gradients; returns their norm before clipping. Raises NotFiniteError, with nothing changed."""
-        grads, norm = self._optimizer_step.clip(grads, self.max_grad_norm)
+        """Clip and apply gradients; return their norm before. Raises NotFiniteError, with nothing changed."""
+        grads, norm = self._clip(grads, self.max_grad_norm)
         if not np.isfinite(norm.item()):
             raise NotFiniteError(
                 f"the gradient norm is {norm.item()}; nothing was updated: "
@@ -142,10 +148,20 @@ class MLXEngine:
             )
         if norm.item() == 0:  # an adaptive optimiser would move by its momentum
             return 0.0
+        optimizer, parameters = self.optimizer, self.model.trainable_parameters()
         if learning_rate is not None:
-            self.optimizer.learning_rate = learning_rate
-        self._optimizer_step(grads)
-        mx.eval(self.model.parameters(), self.optimizer.state)
+            optimizer.learning_rate = learning_rate
+        if not self.compiled:
+            optimizer.update(self.model, grads)
+        else:
+            if self._apply_gradients is None or self._compiled_state is not optimizer.state:
+                optimizer.init(parameters)
+                self._compiled_state = optimizer.state
+                self._apply_gradients = mx.compile(
+                    optimizer.apply_gradients, inputs=optimizer.state, outputs=optimizer.state
+                )
+            self.model.update(self._apply_gradients(grads, parameters))
+        mx.eval(self.model.parameters(), optimizer.state)
         return float(norm.item())
 
     def save(self, path: Path) -> None:
@@ -153,11 +169,11 @@ class MLXEngine:
         save_adapter(self.model, path)
 
     def weights(self) -> dict[str, mx.array]:
-        """A copy of what is trained, for keeping the best of a run."""
+        """Return a copy of the trainable parameters, for keeping the best of a run."""
         return {name: mx.array(value) for name, value in trainable(self.model).items()}
 
     def restore(self, weights: Mapping[str, mx.array]) -> None:
-        """Put back what ``weights`` returned."""
+        """Set the parameters to what ``weights`` returned."""
         self.model.load_weights(list(weights.items()), strict=False)
 
     def write_weights(self, weights: Mapping[str, mx.array], folder: Path) -> None:
@@ -166,30 +182,31 @@ class MLXEngine:
         write_arrays(folder / "weights.safetensors", weights, {})
 
     def read_weights(self, folder: Path) -> dict[str, mx.array]:
-        """What ``write_weights`` wrote. Raises UserError."""
+        """Return what ``write_weights`` wrote. Raises UserError."""
         return read_arrays(folder / "weights.safetensors")[0]
 
     def write_state(self, folder: Path) -> None:
         """Write all that updates change, and the sizes of passes, into ``folder``, bit for bit. Raises OSError."""
         sizes = {"micro_batch_tokens": self.micro_batch_tokens, "decode_rows": self.decode_rows, "copies": self.copies}
-        notes = {**sizes, "shapes_seen": self._gradients.seen}
+        shapes = [key if isinstance(key, str) else repr(key) for key in self._gradients.known]
+        notes = {**sizes, "shapes_seen": shapes}  # a resumed run compiles the same ones as it would have
         write_arrays(folder / "engine.safetensors", training_state(self.model, self.optimizer), notes)
 
     def read_state(self, folder: Path) -> None:
-        """Go on where ``write_state`` was called. Raises UserError, changing nothing, for that of another model."""
+        """Resume from what ``write_state`` wrote. Raises UserError, changing nothing, for that of another model."""
         arrays, notes = read_arrays(folder / "engine.safetensors")
         restore_training_state(self.model, self.optimizer, arrays, folder)
         self.micro_batch_tokens = min(self.micro_batch_tokens, notes["micro_batch_tokens"])
         self.decode_rows = min(self.decode_rows, notes["decode_rows"])
         self.copies = self.copies and notes.get("copies", True)
-        self._gradients.seen = notes["shapes_seen"]
+        self._gradients.known = OrderedDict.fromkeys(notes["shapes_seen"])
 
     def close(self, status: str = "success") -> None:
-        """Nothing is held elsewhere."""
+        """Do nothing, since nothing is held outside this process."""
 
     @property
     def platform(self) -> dict[str, str]:
-        """What the last bits of its numbers depend on, the versions of packages aside."""
+        """The facts that the last bits of its numbers depend on, besides the versions of packages."""
         info = mx.device_info()
         names = [str(info[name]) for name in ("device_name", "architecture") if name in info]
         return {
@@ -204,53 +221,37 @@ def _patches() -> Mapping[str, Callable[..., Any]]:
     return {**exponentials.patches(), **cuda.patches()}
 
 
-_IDLE = {"loss": 0.0, "grad_norm": 0.0, "updated": 0.0, "skipped": 0.0}  # metrics of an update that moved nothing
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PolicyObjective:
-    """The loss that a surrogate asks for; equal surrogates share a compiled function."""
+    """The loss of a surrogate; equal surrogates share a compiled function."""
 
-    how: Surrogate
+    surrogate: Surrogate
+
+    def __repr__(self) -> str:
+        return f"PolicyObjective(how={self.surrogate!r})"  # as checkpoints record it, in "shapes_seen"
 
     def __call__(self, logprobs: mx.array, rows: Any) -> tuple[mx.array, dict[str, mx.array]]:
-        return _objective_with_stats(logprobs, rows, self.how)
-
-
-def _objective_with_stats(logprobs: mx.array, rows: Any, how: Surrogate) -> tuple[mx.array, dict]:
-    """The loss, and sums over sampled tokens that say how far the learner is from the sampler."""
-    loss = policy_objective(logprobs, rows, mx, how)
-    live = rows.weights != 0
-    gap = mx.where(live, logprobs - rows.logprobs, 0)
-    log_r = mx.where(live, logprobs - denominator(logprobs, rows, mx, how), 0)
-    low, high = how.objective.clipped(importance_ratio(log_r, live, how.ratio, mx), rows.advantages)
-    count = {
-        "tokens": live,
-        "logprob_gap_mean": mx.abs(gap),
-        "sampler_kl": mx.exp(mx.clip(gap, -20, 20)) - 1 - gap,
-        "clip_fraction_low": live & low,
-        "clip_fraction_high": live & high,
-    }
-    if how.kl is not None:
-        count["reference_kl"] = live * kl_estimate(logprobs, rows.reference, "k3", mx, limit=20)
-    if how.correction is not None:
-        old = denominator(logprobs, rows, mx, how)
-        weights = correction_weights(old, rows.logprobs, live, how.correction, mx)
-        count |= {"correction_mean": live * weights, "correction_dropped": live & (weights == 0)}
-    sums = {name: mx.stop_gradient(value.sum()) for name, value in count.items()}
-    extremes = {"logprob_gap_max": mx.stop_gradient(mx.abs(gap).max())}
-    return loss, {"loss": mx.stop_gradient(loss), **extremes, **sums}
-
-
-def _per_token(stats: Mapping[str, float]) -> dict[str, float]:
-    """Sums as means over the sampled tokens; the loss and maxima as they are."""
-    tokens = max(stats["tokens"], 1.0)
-    sums = {name: value / tokens for name, value in stats.items() if name not in ("loss", "tokens", "logprob_gap_max")}
-    return {"logprob_gap_max": stats["logprob_gap_max"], **sums}
-
-
-def _memory() -> dict[str, float]:
-    """The most that arrays took since the update before, rollouts and evaluations included."""
-    peak = mx.get_peak_memory()
-    mx.reset_peak_memory()
-    return {"peak_memory_bytes": float(peak)}
+        """Return the loss, and sums over sampled tokens that tell how far the learner is from the sampler."""
+        surrogate = self.surrogate
+        loss = policy_objective(logprobs, rows, mx, surrogate)
+        live = rows.weights != 0
+        gap = mx.where(live, logprobs - rows.logprobs, 0)
+        log_r = mx.where(live, logprobs - denominator(logprobs, rows, mx, surrogate), 0)
+        ratio = importance_ratio(log_r, live, surrogate.ratio, mx)
+        low, high = surrogate.objective.clipped(ratio, rows.advantages)
+        count = {
+            "tokens": live,
+            "logprob_gap_mean": mx.abs(gap),
+            "sampler_kl": mx.exp(mx.clip(gap, -20, 20)) - 1 - gap,
+            "clip_fraction_low": live & low,
+            "clip_fraction_high": live & high,
+        }
+        if surrogate.kl is not None:
+            count["reference_kl"] = live * kl_estimate(logprobs, rows.reference, "k3", mx, limit=20)
+        if surrogate.correction is not None:
+            old = denominator(logprobs, rows, mx, surrogate)
+            weights = correction_weights(old, rows.logprobs, live, surrogate.correction, mx)
+            count |= {"correction_mean": live * weights, "correction_dropped": live & (weights == 0)}
+        sums = {name: mx.stop_gradient(value.sum()) for name, value in count.items()}
+        extremes = {"logprob_gap_max": mx.stop_gradient(mx.abs(gap).max())}
+        return loss, {"loss": mx.stop_gradient(loss), **extremes, **sums}

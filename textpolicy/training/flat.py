@@ -13,8 +13,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from ..errors import UserError
-from ..mlx.score.gradients import Gradients
-from ..mlx.score.micro_batches import Layout, logprobs_of, micro_batches, score
+from ..mlx.score.micro_batches import Gradients, Layout, logprobs_of, micro_batches, score
 from ..types import Batch, Episode
 
 # (N,) log-probs of the sampler, (N,) of the policy being trained, (N,) advantages, (B,) tokens of each

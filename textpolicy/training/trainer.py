@@ -83,7 +83,7 @@ class Trainer:
         """
         from ..generation.reload import auto_save_path
         from ..mlx.engine import MLXEngine
-        from ..mlx.score.gradients import Gradients
+        from ..mlx.score.micro_batches import Gradients
         from .flat import FlatPasses
 
         _check(model, max_grad_norm, compile_training, gradient_checkpointing, micro_batch_size, metrics_interval)

@@ -17,7 +17,7 @@ from textpolicy.engine import Sampling
 from textpolicy.mlx.adapters.attach import LowRankLinear
 from textpolicy.mlx.adapters.merging import attach
 from textpolicy.mlx.decode import folded_weights as module
-from textpolicy.mlx.decode.folded_weights import Product, Tied, copies, folded
+from textpolicy.mlx.decode.folded_weights import Product, copies, folded
 from textpolicy.mlx.engine import MLXEngine
 from textpolicy.mlx.kernels.patching import StandIn
 
@@ -56,13 +56,14 @@ def test_products_are_those_of_the_layer(few, bias, outputs, at_once):
 
 
 def test_the_head_and_a_frozen_layer_are_copied_for_few_rows(at_once):
-    embedding, frozen = nn.Embedding(64, 24), nn.Linear(24, 32)
-    x = mx.random.normal((FEW, 24))
-    np.testing.assert_allclose(
-        np.array(Tied(embedding, few=True).as_linear(x)), np.array(embedding.as_linear(x)), atol=1e-5
-    )
-    assert mx.array_equal(Tied(embedding, few=True)(mx.array([3])), embedding(mx.array([3])))
-    np.testing.assert_allclose(np.array(Product(frozen, few=True)(x)), np.array(frozen(x)), atol=1e-5)
+    model, x = nn.Module(), mx.random.normal((FEW, 24))
+    model.embedding, model.frozen, model.lora = nn.Embedding(64, 24), nn.Linear(24, 32), lora_layer()
+    view = folded(model, FEW)
+    assert isinstance(view.embedding.as_linear, Product)
+    np.testing.assert_allclose(np.array(view.embedding.as_linear(x)), np.array(model.embedding.as_linear(x)), atol=1e-5)
+    assert mx.array_equal(view.embedding(mx.array([3])), model.embedding(mx.array([3])))
+    assert isinstance(view.frozen.call, Product)
+    np.testing.assert_allclose(np.array(view.frozen(x)), np.array(model.frozen(x)), atol=1e-5)
 
 
 def test_a_copy_is_made_once_it_pays_and_not_before():

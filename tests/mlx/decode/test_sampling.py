@@ -6,7 +6,7 @@ import pytest
 from scipy.special import log_softmax
 from scipy.stats import chisquare
 
-from textpolicy.mlx.decode.sampling import Keep, draw, penalize, token_logprobs, uniforms
+from textpolicy.mlx.decode.sampling import Keep, draw, penalize, uniforms
 
 
 def logits(rows, vocabulary, seed=0):
@@ -72,16 +72,6 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it_and_rescales():
 def test_the_penalty_makes_seen_tokens_less_likely_on_either_side_of_zero():
     seen = mx.array([[True, True, False]])
     assert penalize(mx.array([[2.0, -2.0, 1.0]]), seen, 2.0).tolist() == [[1.0, -4.0, 1.0]]
-
-
-def test_scoring_is_float32_and_at_each_rows_temperature():
-    values = np.random.default_rng(0).normal(0, 2, (2, 3, 50))
-    half = mx.array(values).astype(mx.bfloat16)
-    targets = np.array([[1, 2, 3], [4, 5, 6]])
-    scored = token_logprobs(half, mx.array(targets), mx.array([[1.0], [0.5]]))
-    exact = log_softmax(np.array(half.astype(mx.float32)).astype(np.float64) / np.array([1.0, 0.5])[:, None, None], -1)
-    assert scored.dtype == mx.float32
-    np.testing.assert_allclose(np.array(scored), np.take_along_axis(exact, targets[..., None], -1)[..., 0], atol=1e-5)
 
 
 def test_a_sequences_random_numbers_depend_on_seed_and_place_alone():

@@ -12,7 +12,7 @@ from test_decode import PROMPTS, STOP
 from test_decode import assert_same as assert_close
 
 from textpolicy.engine import Sampling
-from textpolicy.mlx.decode import compiled_steps as steady
+from textpolicy.mlx.decode import compiled_steps
 from textpolicy.mlx.decode.compiled_steps import Steps
 from textpolicy.mlx.decode.decoder import decode
 from textpolicy.mlx.kernels.fused_linear import View
@@ -42,7 +42,7 @@ def test_neither_rows_that_enter_nor_rows_that_leave_change_what_is_said(tiny_en
 
 @pytest.mark.parametrize("share", [False, True])
 def test_rows_outgrow_their_slots(tiny_engine, share, monkeypatch):
-    monkeypatch.setitem(steady._ROOM, mx.default_device().type, 8)
+    monkeypatch.setitem(compiled_steps._ROOM, mx.default_device().type, 8)
     sampling = Sampling(max_tokens=40, seed=5)
     steps = Steps(tiny_engine.model, compiled=True, share=share)
     ours = decode(tiny_engine.model, LONG, sampling, np.array([0]), 5, steps=steps)
@@ -123,11 +123,11 @@ def test_joined_layers_keep_their_weights_and_store_nothing_twice():
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_a_slot_too_many_seen_shows_in_the_logprobs(name, monkeypatch):
-    original = steady._Now.mask
+    original = compiled_steps._Slots.make_mask
 
-    def shifted(self, window):
-        return mx.roll(original(self, window), 1, axis=-1)
+    def shifted(self, *arguments, **keywords):
+        return mx.roll(original(self, *arguments, **keywords), 1, axis=-1)
 
-    monkeypatch.setattr(steady._Now, "mask", shifted)
+    monkeypatch.setattr(compiled_steps._Slots, "make_mask", shifted)
     model = adapted(name)
     assert decoding_error(model, 4, Steps(model, compiled=False, share=True)) > 1e-3

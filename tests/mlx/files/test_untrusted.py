@@ -176,7 +176,7 @@ MODELS = {
     "a type with a path": (spoil_config(model_type="../../x"), "cannot load"),
     "a type that is a list": (spoil_config(model_type=["llama"]), "cannot load"),
     "code of its own": (spoil_config(model_file="evil.py"), "cannot load"),
-    "a config that is a list": (write("config.json", b"[1]"), "holds a list and no table of settings"),
+    "a config that is a list": (write("config.json", b"[1]"), "contains a list, not a table of settings"),
     "a config without end": (write("config.json", b"[" * 100_000), "is not JSON"),
     "a config that is no text": (write("config.json", b"\xff\xfe{}"), "is not JSON"),
     "half a tokenizer": (cut("tokenizer.json", 0.5), "cannot load"),

@@ -1,5 +1,7 @@
 """The CUDA kernels agree with MLX's own operations; run where there is an NVIDIA GPU."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -8,11 +10,11 @@ from mlx_lm.models import llama, qwen3
 
 from textpolicy.engine import Sampling
 from textpolicy.mlx.adapters.merging import attach_lora
-from textpolicy.mlx.decode.compiled_steps import Rows, Steps
+from textpolicy.mlx.decode.compiled_steps import StaticRows, Steps
 from textpolicy.mlx.decode.sampling import draw
 from textpolicy.mlx.kernels import cuda
 from textpolicy.mlx.kernels.cuda import SharedMasks
-from textpolicy.mlx.read.tree import PromptTree
+from textpolicy.mlx.read.context import PromptTree
 
 pytestmark = pytest.mark.skipif(not cuda.is_default(), reason="needs an NVIDIA GPU and MLX's CUDA backend")
 
@@ -142,18 +144,17 @@ def test_blocks_of_few_kernels_draw_what_the_model_draws(kind):
     held = []
     for steps in (fused, plain):
         steps.refresh()
-        held.append(Rows.begin(steps.read(tree), tree.parents, True))
-    reads = mx.array(tree.last)
+        held.append(StaticRows.begin(steps.read(tree), tree, np.arange(15), True))
     for _ in range(4):
         uniform = mx.random.uniform(shape=(15,))
-        a, held[0] = fused(held[0], reads, uniform, Sampling(8))
-        b, held[1] = plain(held[1], reads, uniform, Sampling(8))
+        a, held[0] = fused(held[0], uniform, Sampling(8))
+        b, held[1] = plain(held[1], uniform, Sampling(8))
         mx.eval(a, b, held[0].own, held[1].own)
         same = np.array(a.tokens) == np.array(b.tokens)
         assert same.mean() > 0.9  # rounding moves a point between neighbours now and then
         np.testing.assert_allclose(np.array(a.logprobs)[same], np.array(b.logprobs)[same], atol=5e-3)
         np.testing.assert_allclose(np.array(a.entropy), np.array(b.entropy), atol=5e-3)
-        reads = b.tokens
+        held[0] = replace(held[0], reads=b.tokens)
 
 
 def small(kind):

@@ -18,7 +18,6 @@ from textpolicy.loop.train import Schedule, train
 from textpolicy.losses import KL, Clip, Correction, ImportanceSampling, Surrogate, policy_objective
 from textpolicy.mlx.adapters.merging import adapters_off, attach_lora, trainable
 from textpolicy.mlx.engine import MLXEngine
-from textpolicy.mlx.score.micro_batches import arrays
 from textpolicy.types import Batch, Completion, Episode
 
 KINDS = ["float", "quantised", "last layer"]
@@ -158,7 +157,7 @@ def naive_gradient(model, batch, reference, how):
     def loss(model):
         logits = model(mx.array(batch.inputs)).astype(mx.float32) / mx.array(batch.temperatures)[..., None]
         picked = mx.take_along_axis(logits, mx.array(batch.targets)[..., None], axis=-1)[..., 0]
-        return policy_objective(picked - mx.logsumexp(logits, axis=-1), arrays(given), mx, how)
+        return policy_objective(picked - mx.logsumexp(logits, axis=-1), given.map(mx.array), mx, how)
 
     value, gradient = nn.value_and_grad(model, loss)(model)
     return value.item(), gradient

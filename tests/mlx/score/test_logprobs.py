@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import cohere, gemma2, gemma3, granite, qwen3
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.tuner.lora import LoRALinear
+from scipy.special import log_softmax
 
 from textpolicy.mlx.adapters.merging import attach_lora, trainable
 from textpolicy.mlx.score.logprobs import Split, token_logprobs
@@ -202,6 +203,17 @@ def test_values_entropies_and_gradients_do_not_depend_on_the_chunks(at_once, tra
     np.testing.assert_allclose(np.array(scored.entropy), -(p * np.log(p)).sum(axis=1), atol=1e-5)
     by_logits = (onehot - p) * (np.array(weights) / np.array(temperatures))[:, None]
     np.testing.assert_allclose(np.array(slopes), by_logits @ np.array(model.lm_head.weight), atol=1e-5)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_scoring_is_float32_and_at_each_tokens_temperature(gradient):
+    half = mx.array(np.random.default_rng(0).normal(0, 2, (6, 50))).astype(mx.bfloat16)
+    targets, temperatures = np.arange(1, 7), np.array([1.0, 1.0, 1.0, 0.5, 0.5, 0.5], np.float32)
+    no_head = Split(qwen(tied=True), ())  # hidden states are logits
+    scored = token_logprobs(no_head, half, mx.array(targets), mx.array(temperatures), gradient=gradient).logprobs
+    exact = log_softmax(np.array(half.astype(mx.float32)).astype(np.float64) / temperatures[:, None], -1)
+    assert scored.dtype == mx.float32
+    np.testing.assert_allclose(np.array(scored), exact[np.arange(6), targets], atol=1e-5)
 
 
 def test_logits_of_many_tokens_are_never_alive_together():

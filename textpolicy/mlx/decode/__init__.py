@@ -1,1 +1,1 @@
-"""Sampling: rows that grow a token at a time, compiled steps, folded weights."""
+"""The sampling of completions: rows that grow a token at a time, compiled steps, folded weights."""

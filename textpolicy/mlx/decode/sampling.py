@@ -1,4 +1,4 @@
-"""Drawing one token per row, with its exact log-prob; and scoring tokens that were drawn before."""
+"""Draw one token per row, with its exact log-prob and the entropy of the distribution."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BLOCK = 256  # tokens per partial sum: float32 sums stay short, so the tail is 
 
 
 class Draw(NamedTuple):
-    """What one decoding step drew, (R,) each."""
+    """The tokens of one decoding step with their log-probs and entropies, (R,) each."""
 
     tokens: mx.array  # int32
     logprobs: mx.array  # float32, of the distribution drawn from (at temperature 1 when greedy)
@@ -27,20 +27,21 @@ class Draw(NamedTuple):
 
 
 class Sampler:
-    """Draws as a ``Sampling`` asks: by a kernel of ours on CUDA, else with MLX's operations.
+    """The drawing of tokens by the settings of a ``Sampling``: by our kernel on CUDA, else by MLX's operations.
 
-    ``compiled`` fuses these, once for each shape of the input; None is yes on a GPU.
+    ``compiled`` fuses these, once for each shape of the input; None does so on a GPU only.
     """
 
     def __init__(self, sampling: Sampling, compiled: bool | None = None):
-        keep = Keep.of(sampling)
+        filters = Keep(sampling.top_k, sampling.top_p, sampling.min_p)
+        keep = None if filters == Keep() else filters  # None where every token may be drawn
         self._draw: Callable[..., Any] = partial(draw, temperature=sampling.temperature, keep=keep)
         if mx.default_device() == mx.Device(mx.gpu) if compiled is None else compiled:
             self._draw = mx.compile(self._draw)
         self._temperature = sampling.temperature if cuda.is_default() and keep is None else 0.0  # 0: not by the kernel
 
     def __call__(self, logits: mx.array, state: mx.array, uniform: mx.array) -> Draw:
-        """One token for each of R rows; row r draws from row ``state[r]`` of the (C, V) ``logits``."""
+        """Return a token for each of R rows; row r draws from row ``state[r]`` of the (C, V) ``logits``."""
         if self._temperature > 0 and logits.shape[-1] % 8 == 0:
             return Draw(*cuda.draw(logits, state, uniform, self._temperature))
         return Draw(*self._draw(logits, state, uniform))
@@ -48,25 +49,23 @@ class Sampler:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Which tokens may be drawn at all; applied in this order, after the temperature."""
+    """The tokens that may be drawn at all; the filters apply in this order, after the temperature."""
 
     top_k: int = 0  # the k most likely; 0 is all
     top_p: float = 1.0  # the smallest set whose probability reaches it
     min_p: float = 0.0  # those at least this likely compared with the likeliest
 
-    @classmethod
-    def of(cls, sampling: Sampling) -> Keep | None:
-        """None where nothing is left out."""
-        keep = cls(sampling.top_k, sampling.top_p, sampling.min_p)
-        return None if keep == cls() else keep
-
     def __call__(self, logits: mx.array) -> mx.array:
-        """(C, V) logits with -inf on what is left out."""
+        """Return (C, V) logits with -inf on the tokens that may not be drawn."""
         if 0 < self.top_k < logits.shape[-1]:
             kth = mx.topk(logits, self.top_k, axis=-1).min(axis=-1, keepdims=True)
             logits = mx.where(logits >= kth, logits, -mx.inf)
         if self.top_p < 1:
-            logits = _nucleus(logits, self.top_p)
+            order = mx.argsort(-logits, axis=-1)
+            sorted_mass = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1)
+            before = mx.cumsum(sorted_mass, axis=-1) - sorted_mass
+            kept = mx.put_along_axis(mx.zeros(logits.shape, mx.bool_), order, before < self.top_p, axis=-1)
+            logits = mx.where(kept, logits, -mx.inf)
         if self.min_p > 0:
             logits = mx.where(logits >= logits.max(axis=-1, keepdims=True) + math.log(self.min_p), logits, -mx.inf)
         return logits
@@ -75,9 +74,9 @@ class Keep:
 def draw(
     logits: mx.array, state: mx.array, uniform: mx.array, temperature: float = 1.0, keep: Keep | None = None
 ) -> Draw:
-    """One token for each of R rows; row r draws from row ``state[r]`` of the (C, V) ``logits``.
+    """Return a token for each of R rows; row r draws from row ``state[r]`` of the (C, V) ``logits``.
 
-    By inverse CDF, from (R,) ``uniform`` numbers in [0, 1).
+    Tokens are drawn by inverse CDF, from (R,) ``uniform`` numbers in [0, 1).
     """
     logits = logits.astype(mx.float32) / (temperature or 1.0)
     if keep is not None:
@@ -91,7 +90,7 @@ def draw(
 
 
 def _inverse_cdf(mass: mx.array, state: mx.array, uniform: mx.array) -> mx.array:
-    """The first token at which the running sum of (V,) ``mass[state[r]]`` exceeds uniform[r] times its sum."""
+    """Return the first token at which the running sum of (V,) ``mass[state[r]]`` exceeds uniform[r] times its sum."""
     rows, vocabulary = mass.shape
     mass = mx.pad(mass, [(0, 0), (0, -vocabulary % _BLOCK)]).reshape(rows, -1, _BLOCK)
     running = mx.cumsum(mass.sum(axis=-1), axis=-1)[state]
@@ -105,27 +104,11 @@ def _inverse_cdf(mass: mx.array, state: mx.array, uniform: mx.array) -> mx.array
     return block[:, 0] * _BLOCK + within
 
 
-def _nucleus(logits: mx.array, top_p: float) -> mx.array:
-    """-inf outside the smallest set of tokens whose probability reaches ``top_p``."""
-    order = mx.argsort(-logits, axis=-1)
-    sorted_mass = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1)
-    before = mx.cumsum(sorted_mass, axis=-1) - sorted_mass
-    kept = mx.put_along_axis(mx.zeros(logits.shape, mx.bool_), order, before < top_p, axis=-1)
-    return mx.where(kept, logits, -mx.inf)
-
-
 def penalize(logits: mx.array, seen: mx.array, penalty: float) -> mx.array:
     """Divide positive and multiply negative logits of ``seen`` (B, V) tokens (arXiv:1909.05858, sec. 4.1)."""
     return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def token_logprobs(logits: mx.array, targets: mx.array, temperatures: mx.array) -> mx.array:
-    """(B, T) float32 log-probs of ``targets`` under (B, T, V) ``logits`` at (B, 1) ``temperatures``."""
-    logits = logits.astype(mx.float32) / temperatures[..., None]
-    picked = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return picked - mx.logsumexp(logits, axis=-1)
-
-
 def uniforms(seed: int, row: int, count: int) -> np.ndarray:
-    """The ``count`` random numbers of one sequence, fixed by the run's seed and its place alone."""
+    """Return the ``count`` random numbers of one sequence, which depend on the run's seed and its row alone."""
     return np.random.default_rng([seed, row]).random(count, np.float32)

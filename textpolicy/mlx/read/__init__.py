@@ -1,1 +1,1 @@
-"""What decoding and scoring share: prompts read once, as a tree, into caches of bounded sizes."""
+"""The part that decoding and scoring share: prompts read once, as a tree, into forkable contexts of bounded sizes."""

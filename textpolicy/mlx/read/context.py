@@ -1,14 +1,15 @@
 """What a model has read, for many rows at once: compute a prefix once, fork it, continue every row.
 
-Rollouts and updates both run a model in levels: what all rows begin with (one row), then each
+Rollouts and updates both run a model in levels: first what all rows begin with (one row), then each
 distinct prompt (one row each), then each completion (one row each). Between levels the keys, values
 and running states are gathered, which is differentiable, so the same code serves sampling and
-gradients. The layers below speak the interface of mlx-lm's caches, one class for each kind that it has.
+gradients. The layers below have the interface of mlx-lm's caches, one class for each kind of cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,48 +29,59 @@ from mlx_lm.models.cache import (
 
 from ...errors import UserError
 
-# Models whose caches are of a known kind and that use them in a way that forking or padding would change.
+logger = logging.getLogger(__name__)
+
+# Models whose caches are of a known kind but that use them in a way that forking or padding would change.
 _REFUSED = {
-    "afm7": "takes the position of a token from the size of its cache, so padding would change what it says",
+    "afm7": "takes the position of a token from the size of its cache, so padding would change its output",
     "gpt_bigcode": "takes one position for all rows, so rows of unequal length cannot continue together",
-    "minimax_m3_vl": "picks the keys that it attends to by blocks of its cache, so padding would change what it says",
+    "minimax_m3_vl": "selects the keys it attends to by blocks of its cache, so padding would change its output",
     "olmo": "adds its causal mask to the scores as zeros and ones in mlx-lm, so tokens see those that follow them",
     "phi3small": "adds its causal mask to the scores as zeros and ones in mlx-lm, so tokens see those that follow them",
 }
+_warned: set[str] = set()  # model types whose prompts are read in batches of equal length
 
 
 class Context:
-    """What a model has read: B rows of S slots, each of which a row uses for a token or leaves unused.
+    """The text that a model has read: B rows of S slots, each of which a row uses for a token or leaves unused.
 
     ``spare`` slots are allocated ahead when it grows, for decoding token by token; 0 concatenates,
-    which is what a gradient wants. Raises UserError for a model whose caches it cannot fork rightly.
+    which gradients need. Raises UserError for a model whose caches cannot be forked correctly.
     """
 
     def __init__(self, model: nn.Module, spare: int = 0):
-        _check(model)
+        if model.model_type in _REFUSED:
+            raise UserError(f"{model.model_type} {_REFUSED[model.model_type]}; choose another model")
+        if any(type(module).__name__ == "DynamicNTKScalingRoPE" for module in model.layers[0].modules()):
+            raise UserError(
+                "this model's rotary embedding (DynamicNTKScalingRoPE) takes one position for all rows, so rows of "
+                "unequal length cannot continue together; set another rope_scaling in its config.json, or choose "
+                "another model"
+            )
         self.spare = spare
-        self.grouped = _groups_heads(model)
-        self.windows: dict[int, int] = {}  # of sliding layers: the size of mlx-lm's cache, what the model asks for
+        # whether attention scores have an axis for groups of heads, which a mask per row then needs, too
+        self.grouped = model.model_type == "gemma2" and model.args.num_attention_heads > model.args.num_key_value_heads
+        self.windows: dict[int, int] = {}  # size of mlx-lm's sliding cache -> the window that the model asks for
         self.rows, self.size, self.arriving = 1, 0, 0
         self.ragged: Ragged | None = None  # None while every row uses every slot
         self.layers = [_layer(cache, self) for cache in make_prompt_cache(model)]
 
     @property
     def offset(self) -> mx.array | int:
-        """Position of the next token: an int while all rows agree, else (B,) int32."""
+        """The position of the next token: an int while all rows agree, else (B,) int32."""
         return self.size if self.ragged is None else self.ragged.lengths
 
     @property
     def recurrent(self) -> bool:
         """Whether a layer keeps a running state, which a token of padding would change for good."""
-        return any(layer.recurrent for layer in self.layers)
+        return any(isinstance(layer, State) for layer in members(self.layers))
 
     def read(self, model: Callable[..., mx.array], tokens: mx.array, lengths: mx.array | None = None) -> mx.array:
-        """Run (B, N) ``tokens`` after what was read; returns logits (B, N, V), evaluated only if used.
+        """Run (B, N) ``tokens`` after the text so far; return logits (B, N, V), evaluated only if used.
 
-        ``lengths`` (B,) int says how many of the N are real, when rows are padded on the right. A recurrent
-        model refuses them: read equal lengths together and ``join`` the contexts. Padding after the last
-        token that matters needs no ``lengths``: nothing real follows it.
+        ``lengths`` (B,) int gives the number of real tokens when rows are padded on the right. A recurrent model
+        refuses them: read rows of equal length together and ``join`` the contexts. Padding after the last
+        token that matters needs no ``lengths``, since no real token follows it.
         """
         if lengths is not None and self.recurrent:
             raise UserError(
@@ -79,58 +91,83 @@ class Context:
         self.rows, self.arriving = tokens.shape
         logits = model(tokens, cache=self.layers)
         if lengths is not None:
-            self.ragged = self._spelled_out().padded(self.arriving, lengths)
+            before, arrived = self.spelled_out(), mx.arange(self.arriving) < lengths[:, None]
+            used = mx.concatenate([before.used, arrived], axis=1)
+            self.ragged = Ragged(before.lengths + lengths, used, before.gap + self.arriving, before.front)
         elif self.ragged is not None:
             self.ragged = replace(self.ragged, lengths=self.ragged.lengths + self.arriving)
         self.size, self.arriving = self.size + self.arriving, 0
         return logits
 
     def fork(self, parents: np.ndarray | mx.array) -> Context:
-        """A context whose row b continues row ``parents[b]``; this one stays as it is.
+        """Return a context whose row b continues row ``parents[b]``; this one does not change.
 
-        Every array is gathered once. From a NumPy array it also sees, without asking the device, when
-        ``parents`` changes nothing (then nothing is gathered) and when slots have become useless (then
-        they are dropped): give it one where you can.
+        Every array is gathered once. With a NumPy array it also detects, without asking the device, when
+        ``parents`` changes nothing (then nothing is gathered) and when leading slots have become unused (then
+        they are dropped), so pass one where you can.
         """
-        child = copy(self)
+        child, known = copy(self), isinstance(parents, np.ndarray)
         child.rows = len(parents)
-        cut = 0  # slots that none of the child's rows uses, at their start
+        cut = 0  # leading slots that none of the child's rows uses
         if self.ragged is not None:
-            cut, child.ragged = self.ragged.fork(parents)
+            front = None
+            if self.ragged.front is not None and known:
+                front = self.ragged.front[parents]
+                cut = int(front.min())
+                front = front - cut
+            if front is not None and self.ragged.gap == 0 and not front.any():
+                child.ragged = None
+            else:
+                rows = mx.array(parents)
+                lengths, used = self.ragged.lengths[rows], self.ragged.used[:, cut:][rows]
+                child.ragged = Ragged(lengths, used, self.ragged.gap, front)
         child.size = self.size - cut
-        rows = None if _changes_nothing(parents, self.rows) else mx.array(parents)
-        child.layers = [layer.fork(child, rows, cut) for layer in self.layers]
+        unchanged = known and np.array_equal(parents, np.arange(self.rows))
+        gathered = None if unchanged else mx.array(parents)
+        child.layers = [_forked(layer, child, gathered, cut) for layer in self.layers]
         return child
 
     @classmethod
     def join(cls, contexts: Sequence[Context]) -> Context:
-        """One context with the rows of all, in order; those stay as they are.
+        """Return one context with the rows of all in order; the given ones do not change.
 
         All are of one model and may differ in size: shorter ones get unused slots in front, so that
-        these can go again when the long rows have left (see ``fork``).
+        these can be dropped when the long rows have left (see ``fork``).
         """
         if len(contexts) == 1:
             return contexts[0]
         joined = copy(contexts[0])
         joined.rows, joined.size = sum(c.rows for c in contexts), max(c.size for c in contexts)
-        even = all(c.ragged is None and c.size == joined.size for c in contexts)
-        joined.ragged = None if even else Ragged.join([c._spelled_out() for c in contexts], joined.size)
-        groups = zip(*(c.layers for c in contexts), strict=True)
-        joined.layers = [layers[0].join(joined, layers) for layers in groups]
+        if all(c.ragged is None and c.size == joined.size for c in contexts):
+            joined.ragged = None
+        else:
+            parts = [c.spelled_out() for c in contexts]
+            missing = [joined.size - part.used.shape[1] for part in parts]
+            used = [mx.pad(part.used, [(0, 0), (m, 0)]) for part, m in zip(parts, missing, strict=True)]
+            fronts = [part.front + m for part, m in zip(parts, missing, strict=True) if part.front is not None]
+            joined.ragged = Ragged(
+                lengths=mx.concatenate([part.lengths for part in parts]),
+                used=mx.concatenate(used),
+                gap=max(part.gap for part in parts),
+                front=np.concatenate(fronts) if len(fronts) == len(parts) else None,
+            )
+        joined.layers = [
+            _joined(layers, joined, contexts) for layers in zip(*(c.layers for c in contexts), strict=True)
+        ]
         return joined
 
     def first_seen(self, own: int | None) -> int:
-        """The first slot that a layer with the window ``own`` (None: none) still needs."""
+        """Return the first slot that a layer with the window ``own`` (None: without one) still needs."""
         if own is None:
             return 0
         gap = 0 if self.ragged is None else self.ragged.gap
         return max(0, self.size - gap - (self.windows.get(own, own) - 1))
 
     def mask(self, n: int, return_array: bool, window: int | None, own: int | None = None) -> Any:
-        """Which slots each of n arriving tokens may attend to: None (all), "causal" or a bool array.
+        """Return which slots each of n arriving tokens may attend to: None (all), "causal" or a bool array.
 
-        It covers the slots that a layer with the window ``own`` hands out and those arriving;
-        ``window`` is what the model asks for, if it does; that may be more than ``own`` (PLaMo-3) and wins.
+        It covers the slots that a layer with the window ``own`` hands out and the arriving ones. ``window`` is
+        what the model asks for, if it does; it may be larger than ``own`` (PLaMo-3) and takes precedence.
         """
         if own is not None:
             self.windows[own] = max(self.windows.get(own, own), window or own)
@@ -151,8 +188,8 @@ class Context:
             seen = seen & (position[:, -n:, None] - position[:, None] < window)
         return seen[:, None, None] if self.grouped else seen[:, None]
 
-    def _spelled_out(self) -> Ragged:
-        """Lengths and used slots, also while all rows are alike."""
+    def spelled_out(self) -> Ragged:
+        """Return lengths and all used slots, also while all rows are alike."""
         if self.ragged is not None:
             return replace(self.ragged, used=self.ragged.used_until(self.size))
         lengths, used = mx.full((self.rows,), self.size, mx.int32), mx.ones((self.rows, self.size), mx.bool_)
@@ -161,82 +198,37 @@ class Context:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ragged:
-    """Which slots each of B rows uses, once they differ."""
+    """The slots that each of B rows uses, once they differ."""
 
     lengths: mx.array  # (B,) int32, slots used, which is the position of the next token
     used: mx.array  # (B, V) bool; every row uses all slots after the first V
     gap: int  # no row has more unused slots than this between used ones
-    front: np.ndarray | None  # (B,) int32, unused slots before the first used one; None: not known here
+    front: np.ndarray | None  # (B,) int32, unused slots before the first used one; None if unknown
 
     def used_until(self, size: int) -> mx.array:
-        """(B, size) bool."""
+        """Return which of the first ``size`` slots are used, (B, size) bool."""
         return mx.pad(self.used, [(0, 0), (0, size - self.used.shape[1])], constant_values=True)
-
-    def padded(self, n: int, lengths: mx.array) -> Ragged:
-        """After n more slots, of which each row uses the first ``lengths`` (B,)."""
-        arrived = mx.arange(n) < lengths[:, None]
-        used = mx.concatenate([self.used, arrived], axis=1)
-        return Ragged(self.lengths + lengths, used, self.gap + n, self.front)
-
-    def fork(self, parents: np.ndarray | mx.array) -> tuple[int, Ragged | None]:
-        """How many leading slots no row of ``parents`` uses, and its rows without those; None if all are alike."""
-        front, cut = None, 0
-        if self.front is not None and isinstance(parents, np.ndarray):
-            front = self.front[parents]
-            cut = int(front.min())
-            if self.gap == 0 and (front == cut).all():
-                return cut, None
-            front = front - cut
-        rows = mx.array(parents)
-        return cut, Ragged(self.lengths[rows], self.used[:, cut:][rows], self.gap, front)
-
-    @classmethod
-    def join(cls, parts: Sequence[Ragged], size: int) -> Ragged:
-        """The rows of ``parts``, of which each spells out all its slots, moved to the end of ``size`` slots."""
-        missing = [size - part.used.shape[1] for part in parts]
-        used = [mx.pad(part.used, [(0, 0), (m, 0)]) for part, m in zip(parts, missing, strict=True)]
-        fronts = [part.front + m for part, m in zip(parts, missing, strict=True) if part.front is not None]
-        return cls(
-            lengths=mx.concatenate([part.lengths for part in parts]),
-            used=mx.concatenate(used),
-            gap=max(part.gap for part in parts),
-            front=np.concatenate(fronts) if len(fronts) == len(parts) else None,
-        )
 
 
 class Attention:
-    """One attention layer's keys and values; with a ``window`` it sees only so many positions back, itself included.
+    """One attention layer's keys and values; a ``window`` limits it to that many positions, its own included.
 
-    All are kept, since rows that differ in length pass the window at different times. While no mask
-    is needed otherwise, only the window's last slots are handed out, so that none is needed for it either.
+    All are kept, since rows of different length pass the window at different times. While no mask is needed
+    otherwise, only the window's last slots are handed out, so that the window needs no mask either.
     """
 
-    recurrent = False
-
     def __init__(self, context: Context, window: int | None = None):
-        self._context, self.window = ref(context), window  # a cycle would keep keys until Python looks for garbage
-        self._held: Context | None = None
+        self._context, self.window = ref(context), window  # a cycle would keep keys until garbage collection
+        self.holds: Context | None = None  # the same context, where nothing else holds it
         self.keys: mx.array | None = None  # (B, heads, S or more, D)
         self.values: mx.array | None = None
 
     @property
     def context(self) -> Context:
-        """What it is a layer of; whoever reads with the layer holds that."""
+        """The context it is a layer of, which its reader must hold."""
         context = self._context()
         assert context is not None
         return context
-
-    def empty(self) -> Attention:
-        """One like it that has read nothing."""
-        twin = copy(self)
-        twin.keys = twin.values = None
-        return twin
-
-    def in_context(self, context: Context) -> Attention:
-        """A copy that is a layer of ``context`` and holds it."""
-        twin = copy(self)
-        twin._held, twin._context = context, ref(context)
-        return twin
 
     @property
     def offset(self) -> mx.array | int:
@@ -246,152 +238,174 @@ class Attention:
         return self.context.mask(n, return_array, window_size, self.window)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.keys, self.values = self._append(self.keys, keys), self._append(self.values, values)
-        return self.keys_and_values()
-
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """Those of the slots that ``make_mask`` speaks of."""
-        assert self.keys is not None
-        assert self.values is not None
-        first, end = self.context.first_seen(self.window), self.context.size + self.context.arriving
+        """Append ``keys`` and ``values``; return those of the slots that ``make_mask`` covers."""
+        context = self.context
+        start, end = context.size, context.size + keys.shape[2]
+        grown: list[mx.array] = []
+        for old, new in ((self.keys, keys), (self.values, values)):
+            if old is None:
+                grown.append(new)
+            elif context.spare == 0:
+                grown.append(mx.concatenate([old, new], axis=2))
+            else:
+                if end > old.shape[2]:
+                    slots = end + context.spare
+                    if mx.default_device() != mx.Device(mx.cpu):  # CUDA's fast attention wants blocks of 256
+                        slots = -(-slots // 256) * 256
+                    room = mx.zeros((*old.shape[:2], slots - start, old.shape[3]), old.dtype)
+                    old = mx.concatenate([old[..., :start, :], room], axis=2)
+                grown.append(old[...])  # a new array, since a fork may hold ``old``; MLX copies only if one still does
+                grown[-1][..., start:end, :] = new
+        self.keys, self.values = grown
+        first, end = context.first_seen(self.window), context.size + context.arriving
         return self.keys[..., first:end, :], self.values[..., first:end, :]
-
-    def _append(self, old: mx.array | None, new: mx.array) -> mx.array:
-        if old is None:
-            return new
-        start, end = self.context.size, self.context.size + new.shape[2]
-        if self.context.spare == 0:
-            return mx.concatenate([old, new], axis=2)
-        if end > old.shape[2]:
-            slots = _rounded(end + self.context.spare)
-            room = mx.zeros((*old.shape[:2], slots - start, old.shape[3]), old.dtype)
-            old = mx.concatenate([old[..., :start, :], room], axis=2)
-        grown = old[...]  # a name of its own, since a fork may hold ``old``; MLX copies only if one still does
-        grown[..., start:end, :] = new
-        return grown
-
-    def fork(self, context: Context, rows: mx.array | None, cut: int) -> Attention:
-        child = Attention(context, self.window)
-        if self.keys is not None and self.values is not None:
-            keys, values = (a[..., cut:, :] if cut else a for a in (self.keys, self.values))
-            child.keys, child.values = _take(keys, rows), _take(values, rows)
-        return child
-
-    def join(self, context: Context, layers: Sequence[Attention]) -> Attention:
-        child = Attention(context, self.window)
-        contexts = [layer.context for layer in layers]
-        child.keys = _stack([layer.keys for layer in layers], contexts, context.size)
-        child.values = _stack([layer.values for layer in layers], contexts, context.size)
-        return child
 
 
 class State(ArraysCache):
     """One layer's running state: arrays whose first axis is the row, replaced by each read."""
 
-    recurrent = True
-
-    def fork(self, context: Context, rows: mx.array | None, cut: int) -> State:
-        return self._holding([None if a is None else _take(a, rows) for a in self.cache])
-
-    def join(self, context: Context, layers: Sequence[State]) -> State:
-        return self._holding([_concatenate(arrays) for arrays in zip(*(layer.cache for layer in layers), strict=True)])
-
-    def _holding(self, arrays: list[Any]) -> State:
-        state = State(len(arrays))
+    @classmethod
+    def holding(cls, arrays: list[Any]) -> State:
+        """Return a state of ``arrays``, None where the layer has read nothing."""
+        state = cls(len(arrays))
         state.cache = arrays
         return state
 
 
 class Group(CacheList):
-    """What one layer with several caches keeps."""
-
-    @property
-    def recurrent(self) -> bool:
-        return any(member.recurrent for member in self.caches)
-
-    def fork(self, context: Context, rows: mx.array | None, cut: int) -> Group:
-        return Group(*(member.fork(context, rows, cut) for member in self.caches))
-
-    def join(self, context: Context, layers: Sequence[Group]) -> Group:
-        members = zip(*(layer.caches for layer in layers), strict=True)
-        return Group(*(group[0].join(context, group) for group in members))
+    """The caches of one layer that has several."""
 
 
-def _check(model: nn.Module) -> None:
-    if model.model_type in _REFUSED:
-        raise UserError(f"{model.model_type} {_REFUSED[model.model_type]}; choose another model")
-    if any(type(module).__name__ == "DynamicNTKScalingRoPE" for module in model.layers[0].modules()):
-        raise UserError(
-            "this model's rotary embedding (DynamicNTKScalingRoPE) takes one position for all rows, so rows of "
-            "unequal length cannot continue together; set another rope_scaling in its config.json, or choose another"
-        )
+Layer = Attention | State | Group
 
 
-def _groups_heads(model: nn.Module) -> bool:
-    """Whether its attention scores have an axis of their own for groups of heads; a mask per row then needs it, too."""
-    return model.model_type == "gemma2" and model.args.num_attention_heads > model.args.num_key_value_heads
+def members(layers: Sequence[Any]) -> list[Any]:
+    """Return ``layers`` with the members of each group in its place."""
+    return [m for layer in layers for m in (members(layer.caches) if isinstance(layer, Group) else [layer])]
 
 
-def _layer(cache: Any, context: Context) -> Any:
-    """What stands in for one of mlx-lm's caches, if it is of a kind known to fork rightly."""
+def _layer(cache: Any, context: Context) -> Layer:
+    """Return the layer that replaces one of mlx-lm's caches, if it is of a kind known to fork correctly."""
     kind = type(cache)
+    if kind in (KVCache, ConcatenateKVCache):
+        return Attention(context)
     if kind is RotatingKVCache and cache.keep == 0:
         return Attention(context, cache.max_size)
-    if kind not in _KINDS:
-        name = f"{kind.__name__} with keep={cache.keep}" if kind is RotatingKVCache else kind.__name__
-        raise UserError(
-            f"this model keeps what it has read in {name}, which textpolicy cannot share among rows; "
-            f"choose a model with {', '.join(known.__name__ for known in _KINDS)} or RotatingKVCache with keep=0"
+    if kind is ArraysCache:
+        return State(len(cache.cache))
+    if kind is CacheList:
+        return Group(*(_layer(member, context) for member in cache.caches))
+    name = f"{kind.__name__} with keep={cache.keep}" if kind is RotatingKVCache else kind.__name__
+    raise UserError(
+        f"this model keeps what it has read in {name}, which textpolicy cannot share among rows; choose a model with "
+        "KVCache, ConcatenateKVCache, ArraysCache, CacheList or RotatingKVCache with keep=0"
+    )
+
+
+def _forked(layer: Layer, context: Context, rows: mx.array | None, cut: int) -> Layer:
+    """Return ``layer`` for the forked ``context``: its ``rows`` (None: all) without the first ``cut`` slots."""
+    if isinstance(layer, Group):
+        return Group(*(_forked(member, context, rows, cut) for member in layer.caches))
+    held = layer.cache if isinstance(layer, State) else [layer.keys, layer.values]
+    if cut and isinstance(layer, Attention):
+        held = [None if a is None else a[..., cut:, :] for a in held]
+    taken = [a if a is None or rows is None else mx.take(a, rows, axis=0) for a in held]
+    if isinstance(layer, State):
+        return State.holding(taken)
+    child = Attention(context, layer.window)
+    child.keys, child.values = taken
+    return child
+
+
+def _joined(layers: Sequence[Any], context: Context, contexts: Sequence[Context]) -> Layer:
+    """Return ``layers``, one from each of ``contexts``, as one layer of ``context``."""
+    if isinstance(layers[0], Group):
+        caches = zip(*(layer.caches for layer in layers), strict=True)
+        return Group(*(_joined(members, context, contexts) for members in caches))
+    joined: list[mx.array | None] = []
+    if isinstance(layers[0], State):
+        for states in zip(*(layer.cache for layer in layers), strict=True):
+            begun = [s for s in states if s is not None]
+            if begun and (len(begun) < len(states) or len({s.shape[1:] for s in begun}) > 1):
+                shapes = ", ".join("none" if s is None else str(s.shape[1:]) for s in states)
+                raise UserError(
+                    f"rows with running states of different shapes ({shapes}) cannot continue together, since some "
+                    "have read too little to fill theirs; give every prompt a few tokens more, or all the same length"
+                )
+            joined.append(mx.concatenate(begun) if begun else None)
+        return State.holding(joined)
+    for arrays in ([layer.keys for layer in layers], [layer.values for layer in layers]):
+        like = next((a for a in arrays if a is not None), None)
+        moved = []  # each to the end of the joined slots
+        for array, part in zip(arrays, contexts, strict=True):
+            if array is not None:
+                moved.append(
+                    mx.pad(array[..., : part.size, :], [(0, 0), (0, 0), (context.size - part.size, 0), (0, 0)])
+                )
+            elif like is not None:
+                moved.append(mx.zeros((part.rows, like.shape[1], context.size, like.shape[3]), like.dtype))
+        joined.append(mx.concatenate(moved) if moved else None)
+    child = Attention(context, layers[0].window)
+    child.keys, child.values = joined
+    return child
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptTree:
+    """Prompts as a tree: a shared header, distinct rests, and the last token, which each continuation reads first."""
+
+    header: np.ndarray  # (H,) int32, what every prompt begins with
+    rests: np.ndarray  # (U, P) int32, each distinct prompt after the header, shortest first, padded on the right
+    lengths: np.ndarray  # (U,) int32, real length of each rest
+    parents: np.ndarray  # (N,) int32, the distinct prompt that row n continues
+    last: np.ndarray  # (N,) int32, the last prompt token of row n
+    traced: bool = False  # read the rests as unequal whatever their lengths, which may then be traced by mx.compile
+
+    @classmethod
+    def build(cls, prompts: Sequence[np.ndarray]) -> PromptTree:
+        """Return the tree of N prompts of token ids, each of at least one token; equal ones are stored once."""
+        heads = [np.asarray(p[:-1], np.int32) for p in prompts]
+        rows = sorted({h.tobytes(): h for h in heads}.values(), key=len)
+        index = {row.tobytes(): i for i, row in enumerate(rows)}
+        block = np.stack([row[: len(rows[0])] for row in rows])  # (U, length of the shortest)
+        differs = (block != block[0]).any(axis=0)
+        shared = int(np.argmax(differs)) if differs.any() else len(rows[0])
+        rests = np.zeros((len(rows), len(rows[-1]) - shared), np.int32)
+        for i, row in enumerate(rows):
+            rests[i, : len(row) - shared] = row[shared:]
+        return cls(
+            header=rows[0][:shared],
+            rests=rests,
+            lengths=np.array([len(r) - shared for r in rows], np.int32),
+            parents=np.array([index[h.tobytes()] for h in heads], np.int32),
+            last=np.array([p[-1] for p in prompts], np.int32),
         )
-    return _KINDS[kind](cache, context)
 
+    def read(self, model: nn.Module, spare: int = 0) -> Context:
+        """Run header and prompts; return a context of U rows, one per distinct prompt.
 
-_KINDS: dict[type, Callable[[Any, Context], Any]] = {
-    KVCache: lambda cache, context: Attention(context),
-    ConcatenateKVCache: lambda cache, context: Attention(context),
-    ArraysCache: lambda cache, context: State(len(cache.cache)),
-    CacheList: lambda cache, context: Group(*(_layer(member, context) for member in cache.caches)),
-}
-
-
-def _rounded(slots: int) -> int:
-    """Slots to allocate: CUDA's fast attention for decoding wants them in blocks of 256."""
-    return slots if mx.default_device() == mx.Device(mx.cpu) else -(-slots // 256) * 256
-
-
-def _changes_nothing(parents: np.ndarray | mx.array, rows: int) -> bool:
-    return isinstance(parents, np.ndarray) and np.array_equal(parents, np.arange(rows))
-
-
-def _take(array: mx.array, rows: mx.array | None) -> mx.array:
-    return array if rows is None else mx.take(array, rows, axis=0)
-
-
-def _stack(arrays: Sequence[mx.array | None], contexts: Sequence[Context], size: int) -> mx.array | None:
-    """Keys or values of several contexts, each moved to the end of ``size`` slots; None where nothing was read."""
-    like = next((a for a in arrays if a is not None), None)
-    if like is None:
-        return None
-    return mx.concatenate(list(_moved(arrays, contexts, size, like)))
-
-
-def _moved(
-    arrays: Sequence[mx.array | None], contexts: Sequence[Context], size: int, like: mx.array
-) -> Iterator[mx.array]:
-    for array, context in zip(arrays, contexts, strict=True):
-        if array is None:
-            yield mx.zeros((context.rows, like.shape[1], size, like.shape[3]), like.dtype)
-        else:
-            yield mx.pad(array[..., : context.size, :], [(0, 0), (0, 0), (size - context.size, 0), (0, 0)])
-
-
-def _concatenate(states: Sequence[mx.array | None]) -> mx.array | None:
-    """Running states of several contexts; None if none has begun."""
-    begun = [s for s in states if s is not None]
-    if begun and (len(begun) < len(states) or len({s.shape[1:] for s in begun}) > 1):
-        shapes = ", ".join("none" if s is None else str(s.shape[1:]) for s in states)
-        raise UserError(
-            f"rows with running states of different shapes ({shapes}) cannot continue together, since some "
-            "have read too little to fill theirs; give every prompt a few tokens more, or all the same length"
-        )
-    return mx.concatenate(begun) if begun else None
+        A model with running states reads prompts of equal length at a time, since padding would change them.
+        """
+        context = Context(model, spare)
+        if len(self.header):
+            context.read(model, mx.array(self.header)[None])
+        even = not self.traced and bool((self.lengths == self.rests.shape[1]).all())
+        if even or not context.recurrent:
+            context = context.fork(np.zeros(len(self.rests), np.int32))
+            if self.rests.size:
+                context.read(model, mx.array(self.rests), None if even else mx.array(self.lengths))
+            return context
+        if model.model_type not in _warned:
+            _warned.add(model.model_type)
+            logger.warning(
+                "the prompts of %s are read in batches of equal length, because its layers with an ArraysCache "
+                "keep a running state that padding would change",
+                model.model_type,
+            )
+        starts, parts = np.flatnonzero(np.diff(self.lengths, prepend=-1)).tolist(), []
+        for start, stop in zip(starts, [*starts[1:], len(self.lengths)], strict=True):
+            rests = self.rests[start:stop, : int(self.lengths[start])]
+            parts.append(context.fork(np.zeros(len(rests), np.int32)))
+            if rests.size:
+                parts[-1].read(model, mx.array(rests))
+        return Context.join(parts)

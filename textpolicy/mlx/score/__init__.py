@@ -1,1 +1,1 @@
-"""Scoring and gradients: padded micro-batches, log-probs of packed rows, checkpointed layers."""
+"""The scoring of batches and its gradients: padded micro-batches, log-probs of packed rows, checkpointed blocks."""

@@ -1,13 +1,18 @@
-"""Log-probs of a batch's sampled tokens, with gradients, computing nothing twice.
+"""Log-probs and gradients of a batch's sampled tokens in micro-batches, with nothing computed twice.
 
-The prompts of a batch form a tree (see tree.py). Completions that say the same after the same prompt
+The prompts of a batch form a tree (see ``PromptTree``). Completions with equal text after the same prompt
 are scored once, completions of similar length run together, and only the positions before a sampled
 token reach the model's head (see logprobs.py).
+
+Compiled functions need few shapes, so ``padded`` rounds them up, which changes no number. MLX keeps every function
+that it has compiled for as long as the Python function lives, so ``Gradients`` keeps them in a bounded table, one
+for each shape, and compiles a shape when it occurs for the second time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,12 +21,16 @@ import mlx.nn as nn
 import numpy as np
 
 from ...types import Batch
-from ..read.context import Context
-from ..read.tree import PromptTree
-from .checkpointing import recomputing
+from ..read.context import Context, PromptTree
+from ..read.sizes import size_up
+from .checkpointing import checkpointed
 from .logprobs import Split, token_logprobs
 
-_NARROWER = 0.75  # completions shorter than this share of the longest in their pass get one of their own
+_NARROWER = 0.75  # completions shorter than this share of the longest in their pass get a pass of their own
+_KEPT = 64  # shapes remembered, compiled or not
+
+# (B, T) log-probs and the rows they belong to, MLX arrays in their fields -> loss, sums to report
+Objective = Callable[[mx.array, Any], tuple[mx.array, dict[str, mx.array]]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,7 +38,7 @@ class Pass:
     """R continuations that run side by side."""
 
     inputs: np.ndarray  # (R, T) int32, from the last prompt token on
-    parents: np.ndarray  # (R,) int32, which prompt of the tree each continues
+    parents: np.ndarray  # (R,) int32, the prompt of the tree that each continues
     picked: np.ndarray  # (M,) int32, the positions before a sampled token, of the flattened (R, T)
 
 
@@ -41,24 +50,45 @@ class Layout:
     passes: tuple[Pass, ...]  # longest continuations first
     targets: np.ndarray  # (N,) int32, pass after pass
     temperatures: np.ndarray  # (N,) float32
-    place: np.ndarray  # (B, T) int32, which of the N each position of the rows is; N where nothing was sampled
+    place: np.ndarray  # (B, T) int32, the index among the N of each position of the rows; N where nothing was sampled
     rows: Batch  # (B, T), the batch with every row moved to its first sampled target
 
     @classmethod
     def build(cls, batch: Batch) -> Layout:
-        """``batch`` must not hold a row without weights."""
-        rows, spans, prompts = _left_aligned(batch), batch.lengths - batch.starts, prompt_rows(batch)
-        chosen, which = _distinct(rows, spans, prompts)
+        """Return the layout of ``batch``, which must not contain a row without weights."""
+        prompts, spans = prompt_rows(batch), batch.lengths - batch.starts
+        # move every row to the left edge, from its first sampled target on
+        columns = np.minimum(batch.starts[:, None] + np.arange(spans.max()), batch.weights.shape[1] - 1)
+        inside = np.arange(spans.max()) < spans[:, None]
+        rows = batch.map(
+            lambda a: np.where(inside, np.take_along_axis(a, columns, axis=1), np.zeros((), a.dtype)),
+            skip=("temperatures",),
+        )
+        # choose a row of each distinct continuation, longest first; row b has the continuation which[b]
+        keys = [
+            (prompt.tobytes(), target[:span].tobytes(), float(t))
+            for prompt, target, span, t in zip(prompts, rows.targets, spans, rows.temperatures[:, 0], strict=True)
+        ]
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}
+        chosen = np.array(sorted(first.values(), key=lambda i: -spans[i]))
+        place = {keys[i]: d for d, i in enumerate(chosen)}
+        which = np.array([place[key] for key in keys])
         sampled = np.zeros((len(chosen), rows.weights.shape[1]), bool)
         np.logical_or.at(sampled, which, rows.weights != 0)
         numbered = np.where(sampled, np.cumsum(sampled).reshape(sampled.shape) - 1, sampled.sum())
-        tree = PromptTree.build([prompts[i] for i in chosen])
+        # cut the continuations into passes of similar lengths
+        tree, widths = PromptTree.build([prompts[i] for i in chosen]), spans[chosen].tolist()
+        starts = [0]
+        for i, width in enumerate(widths):
+            if width < _NARROWER * widths[starts[-1]]:
+                starts.append(i)
+        passes = []
+        for a, b in zip(starts, [*starts[1:], len(widths)], strict=True):
+            inputs, picked = rows.inputs[chosen[a:b], : widths[a]], np.flatnonzero(sampled[a:b, : widths[a]])
+            passes.append(Pass(inputs, tree.parents[a:b], picked))
         return cls(
             tree=tree,
-            passes=tuple(
-                Pass(rows.inputs[chosen[part], :width], tree.parents[part], np.flatnonzero(sampled[part, :width]))
-                for part, width in _parts(spans[chosen])
-            ),
+            passes=tuple(passes),
             targets=rows.targets[chosen][sampled],
             temperatures=np.broadcast_to(rows.temperatures[chosen], sampled.shape)[sampled],
             place=numbered[which].astype(np.int32),
@@ -66,8 +96,8 @@ class Layout:
         )
 
     def map(self, fn: Callable[[np.ndarray], Any]) -> Layout:
-        """``fn`` of every array but ``tree.lengths`` and those of the tree that scoring does not read."""
-        return Layout(
+        """Return ``fn`` of every array that scoring reads; of ``tree.lengths`` last, and only if they are traced."""
+        other = Layout(
             tree=replace(self.tree, header=fn(self.tree.header), rests=fn(self.tree.rests)),
             passes=tuple(Pass(fn(p.inputs), fn(p.parents), fn(p.picked)) for p in self.passes),
             targets=fn(self.targets),
@@ -75,45 +105,73 @@ class Layout:
             place=fn(self.place),
             rows=self.rows.map(fn),
         )
+        return replace(other, tree=replace(other.tree, lengths=fn(self.tree.lengths))) if self.tree.traced else other
+
+
+def prompt_rows(batch: Batch) -> list[np.ndarray]:
+    """Return each row's tokens up to the one that its first sampled target follows."""
+    return [row[: start + 1] for row, start in zip(batch.inputs, batch.starts, strict=True)]
+
+
+def micro_batches(batch: Batch, max_tokens: int, max_rows: int | None = None) -> Iterator[tuple[np.ndarray, Layout]]:
+    """Yield (R,) int rows of ``batch`` and their layout, with the rows of a prompt side by side.
+
+    A micro-batch has at most ``max_tokens`` padded tokens, its prompts included, or one row, and at most
+    ``max_rows`` rows if given. There are as few as that takes, and as even as they can be, because the largest
+    decides the peak memory. Any split has the same gradient.
+    """
+    # equal prompts together, in the order of the batch, long rows of each first
+    prompts = [p.tobytes() for p in prompt_rows(batch)]
+    first = {key: i for i, key in reversed(list(enumerate(prompts)))}
+    order = np.lexsort((-batch.lengths, np.array([first[p] for p in prompts])))
+    lengths, rows_at_most = batch.lengths[order].tolist(), len(batch) if max_rows is None else max_rows
+    runs = _runs(lengths, max_tokens, rows_at_most)
+    # bisect for the fewest tokens that take no more runs
+    largest = max((max(lengths[a:b]) * (b - a) for a, b in runs), default=0)
+    too_few, enough = 0, min(largest, max_tokens)
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        narrower = _runs(lengths, middle, rows_at_most)
+        if len(narrower) > len(runs):
+            too_few = middle
+        else:
+            runs, enough = narrower, middle
+    for start, stop in runs:
+        rows = order[start:stop]
+        yield rows, Layout.build(batch.take(rows, max(lengths[start:stop])))
+
+
+def _runs(lengths: Sequence[int], max_tokens: int, max_rows: int) -> list[tuple[int, int]]:
+    """Return (start, stop) of consecutive runs of ``lengths``, each as long as the limits allow."""
+    runs, start, width = [], 0, 0
+    for i, length in enumerate(lengths):
+        if i > start and (i - start == max_rows or max(width, length) * (i + 1 - start) > max_tokens):
+            runs.append((start, i))
+            start, width = i, 0
+        width = max(width, length)
+    return [*runs, (start, len(lengths))] if lengths else []
 
 
 def score(model: nn.Module, layout: Layout, *, checkpoint_every: int = 0, gradient: bool = True) -> mx.array:
-    """(B, T) float32 log-probs of the rows' sampled targets at their temperatures; 0 elsewhere.
+    """Return (B, T) float32 log-probs of the rows' sampled targets at their temperatures; 0 elsewhere.
 
     The activations of every ``checkpoint_every``-th block are computed again in the backward pass (0: of
     none). Without ``gradient`` it is cheaper and must not be differentiated.
     """
     split = Split.of(model)
-    reader = replace(split, model=recomputing(model, checkpoint_every))
+    reader = replace(split, model=checkpointed(model, checkpoint_every)) if checkpoint_every else split
     context = layout.tree.read(reader.model)
-    hidden = mx.concatenate([_hidden(context, reader, part) for part in layout.passes])
+    hidden = []
+    for part in layout.passes:
+        states = context.fork(part.parents).read(reader.body, mx.array(part.inputs))
+        hidden.append(states.reshape(-1, states.shape[-1])[mx.array(part.picked)])  # (M, D)
     targets, temperatures = mx.array(layout.targets), mx.array(layout.temperatures)
-    logprobs = token_logprobs(split, hidden, targets, temperatures, gradient=gradient).logprobs
+    logprobs = token_logprobs(split, mx.concatenate(hidden), targets, temperatures, gradient=gradient).logprobs
     return mx.concatenate([logprobs, mx.zeros(1)])[mx.array(layout.place)]
 
 
-def _hidden(context: Context, reader: Split, part: Pass) -> mx.array:
-    """(M, D) hidden states of a pass, at the positions picked."""
-    states = context.fork(part.parents).read(reader.body, mx.array(part.inputs))
-    return states.reshape(-1, states.shape[-1])[mx.array(part.picked)]
-
-
-def micro_batches(batch: Batch, max_tokens: int, max_rows: int | None = None) -> Iterator[tuple[np.ndarray, Layout]]:
-    """Rows of one prompt side by side, at most ``max_tokens`` padded tokens (prompts too), or one row, at a time.
-
-    Which rows of the batch they are, (R,) int, and their layout; ``max_rows`` of them at most, if given. As few
-    passes as that takes, and these as even as they can be, because the largest decides on memory. Any split has
-    the same gradient.
-    """
-    order = _by_prompt(batch)
-    lengths = batch.lengths[order].tolist()
-    for start, stop in _even_runs(lengths, max_tokens, len(lengths) if max_rows is None else max_rows):
-        rows = order[start:stop]
-        yield rows, Layout.build(batch.take(rows, max(lengths[start:stop])))
-
-
 def logprobs_of(model: nn.Module, batch: Batch, max_tokens: int, max_rows: int | None = None) -> np.ndarray:
-    """(B, T) float32 log-probs of the batch's sampled targets under ``model``, without gradients; 0 elsewhere."""
+    """Return (B, T) float32 log-probs of the sampled targets under ``model``, without gradients; 0 elsewhere."""
     out = np.zeros(batch.weights.shape, np.float32)
     live = np.flatnonzero(batch.weights.any(axis=1))
     for rows, layout in micro_batches(batch.take(live), max_tokens, max_rows):
@@ -124,77 +182,92 @@ def logprobs_of(model: nn.Module, batch: Batch, max_tokens: int, max_rows: int |
     return np.where(batch.weights != 0, out, 0)
 
 
-def prompt_rows(batch: Batch) -> list[np.ndarray]:
-    """Each row's tokens up to the one that its first sampled target follows."""
-    return [row[: start + 1] for row, start in zip(batch.inputs, batch.starts, strict=True)]
+def padded(layout: Layout, prompts: bool) -> Layout:
+    """Return ``layout`` with sizes of ``size_up`` throughout; ``prompts`` pads those of its prompts, too.
+
+    The added tokens are not picked, have no weight and no place in the result. A model with running states
+    must read its prompts as they are.
+    """
+    n = len(layout.targets)
+    more, passes = size_up(n) - n, []
+    for part in layout.passes:
+        (rows, width), wide = part.inputs.shape, size_up(part.inputs.shape[1])
+        row, column = np.divmod(part.picked, width)
+        inputs, parents = _padded(part.inputs, size_up(rows), wide), np.pad(part.parents, (0, size_up(rows) - rows))
+        passes.append(Pass(inputs, parents, row * wide + column))
+    passes[-1] = replace(passes[-1], picked=np.pad(passes[-1].picked, (0, more)))
+    tree = layout.tree
+    if prompts:  # the end of the header moves into the rests, which the padding makes unequal
+        kept = next(size for size in range(len(tree.header), -1, -1) if size_up(size) == size)
+        moved = np.tile(tree.header[kept:], (len(tree.rests), 1))
+        rests = np.concatenate([moved, tree.rests], axis=1)
+        tall, wide = (size_up(k) for k in rests.shape)
+        lengths = np.pad(tree.lengths + moved.shape[1], (0, tall - len(rests)))
+        tree = replace(tree, header=tree.header[:kept], rests=_padded(rests, tall, wide), lengths=lengths, traced=True)
+    tall, wide = (size_up(k) for k in layout.place.shape)
+    temperatures = np.pad(layout.rows.temperatures, [(0, tall - len(layout.rows)), (0, 0)], constant_values=1)
+    rows = layout.rows.map(lambda a: _padded(a, tall, wide), skip=("temperatures",))
+    return Layout(
+        tree=tree,
+        passes=tuple(passes),
+        targets=np.pad(layout.targets, (0, more)),
+        temperatures=np.pad(layout.temperatures, (0, more), constant_values=1),
+        place=_padded(np.where(layout.place == n, n + more, layout.place), tall, wide, n + more),
+        rows=replace(rows, temperatures=temperatures),
+    )
 
 
-def arrays(batch: Batch) -> Any:
-    """The batch with MLX arrays in its fields, as the objectives read it."""
-    return batch.map(mx.array)
+def _padded(array: np.ndarray, rows: int, width: int, value: int = 0) -> np.ndarray:
+    more = [(0, rows - array.shape[0]), (0, width - array.shape[1])]
+    return np.pad(array, more, constant_values=value)
 
 
-def _by_prompt(batch: Batch) -> np.ndarray:
-    """Row order with equal prompts together, long rows of each first."""
-    prompts = [p.tobytes() for p in prompt_rows(batch)]
-    first = {key: i for i, key in reversed(list(enumerate(prompts)))}
-    return np.lexsort((-batch.lengths, np.array([first[p] for p in prompts])))
+class Gradients:
+    """The gradients of an objective by the trainable parameters of ``model``.
 
+    A compiled function is reused for objectives that compare equal, such as frozen dataclasses.
+    """
 
-def _runs(lengths: Sequence[int], max_tokens: int, max_rows: int) -> list[tuple[int, int]]:
-    """Consecutive runs of ``lengths``, each as long as it may be: (start, stop) of each."""
-    runs, start, width = [], 0, 0
-    for i, length in enumerate(lengths):
-        if i > start and (i - start == max_rows or max(width, length) * (i + 1 - start) > max_tokens):
-            runs.append((start, i))
-            start, width = i, 0
-        width = max(width, length)
-    return [*runs, (start, len(lengths))] if lengths else []
+    def __init__(self, model: nn.Module, *, checkpoint_every: int = 0, compiled: bool = False):
+        self.model, self.checkpoint_every, self.compiled = model, checkpoint_every, compiled
+        # The shapes so far, oldest first; None: occurred once. A resumed run knows them by their ``repr``.
+        self.known: OrderedDict[Hashable, Callable[..., Any] | None] = OrderedDict()
 
+    def __call__(self, layout: Layout, objective: Objective) -> tuple[dict[str, mx.array], Any]:
+        """Return the sums to report, and the gradients."""
+        if not self.compiled:
+            return self._differentiate(layout, objective)
+        wide = padded(layout, prompts=not Context(self.model).recurrent)
+        given: list[mx.array] = []  # the arrays that vary between layouts of one key
+        wide.map(lambda a: given.append(mx.array(a)))
+        # all that a compiled function cannot see: shapes, the lengths that stay in Python, and which arrays there are
+        lengths = wide.tree.lengths.shape if wide.tree.traced else tuple(wide.tree.lengths.tolist())
+        missing = tuple(a is None for a in (wide.rows.old, wide.rows.reference))
+        key: Hashable = (objective, (tuple(a.shape for a in given), lengths, missing))
+        if repr(key) in self.known:  # it occurred before the run was resumed
+            del self.known[repr(key)]
+            self.known[key] = None
+        first, function = key not in self.known, self.known.get(key)
+        if not first and function is None:
 
-def _even_runs(lengths: Sequence[int], max_tokens: int, max_rows: int) -> list[tuple[int, int]]:
-    """As many runs as ``_runs`` makes, of which the largest is as small as it can be."""
-    runs = _runs(lengths, max_tokens, max_rows)
-    largest = max((max(lengths[a:b]) * (b - a) for a, b in runs), default=0)
-    too_few, enough = 0, min(largest, max_tokens)  # tokens, for so many runs
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        narrower = _runs(lengths, middle, max_rows)
-        if len(narrower) > len(runs):
-            too_few = middle
-        else:
-            runs, enough = narrower, middle
-    return runs
+            def step(arrays: Sequence[mx.array]) -> tuple[dict[str, mx.array], Any]:
+                traced, own = iter(arrays), self.model.trainable_parameters()
+                try:
+                    return self._differentiate(wide.map(lambda _: next(traced)), objective)
+                finally:
+                    self.model.update(own)  # mx.compile wants its inputs back as they were
 
+            function = mx.compile(step, inputs=[self.model.state])
+        self.known[key] = function
+        self.known.move_to_end(key)
+        if len(self.known) > _KEPT:
+            self.known.popitem(last=False)
+        return self._differentiate(layout, objective) if function is None else function(given)
 
-def _left_aligned(batch: Batch) -> Batch:
-    """Every row from its first sampled target on, moved to the left edge."""
-    starts, spans = batch.starts, batch.lengths - batch.starts
-    columns = np.minimum(starts[:, None] + np.arange(spans.max()), batch.weights.shape[1] - 1)
-    inside = np.arange(spans.max()) < spans[:, None]
+    def _differentiate(self, layout: Layout, objective: Objective) -> tuple[dict[str, mx.array], Any]:
+        def loss(model: nn.Module) -> tuple[mx.array, dict[str, mx.array]]:
+            logprobs = score(model, layout, checkpoint_every=self.checkpoint_every)
+            return objective(logprobs, layout.rows.map(mx.array))
 
-    def move(array: np.ndarray) -> np.ndarray:
-        return np.where(inside, np.take_along_axis(array, columns, axis=1), np.zeros((), array.dtype))
-
-    return batch.map(move, skip=("temperatures",))
-
-
-def _distinct(rows: Batch, spans: np.ndarray, prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """A row of each distinct continuation, (D,) longest first, and which of them each row is, (B,)."""
-    keys = [
-        (prompt.tobytes(), target[:span].tobytes(), float(temperature))
-        for prompt, target, span, temperature in zip(prompts, rows.targets, spans, rows.temperatures[:, 0], strict=True)
-    ]
-    first = {key: i for i, key in reversed(list(enumerate(keys)))}
-    chosen = np.array(sorted(first.values(), key=lambda i: -spans[i]))
-    place = {keys[i]: d for d, i in enumerate(chosen)}
-    return chosen, np.array([place[key] for key in keys])
-
-
-def _parts(spans: np.ndarray) -> list[tuple[slice, int]]:
-    """Consecutive runs of the descending ``spans`` that are worth a pass of their own width, with that width."""
-    starts = [0]
-    for i, span in enumerate(spans):
-        if span < _NARROWER * spans[starts[-1]]:
-            starts.append(i)
-    return [(slice(a, b), int(spans[a])) for a, b in zip(starts, [*starts[1:], len(spans)], strict=True)]
+        (_, sums), gradients = nn.value_and_grad(self.model, loss)(self.model)
+        return sums, gradients

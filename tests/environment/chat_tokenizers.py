@@ -37,7 +37,7 @@ def _split(word, known):
 
 
 class ScriptedEngine:
-    """Says the given turns, (tokens, stopped) each, in every episode alike; remembers every prompt it was given."""
+    """An engine that samples the given turns, (tokens, stopped) each, in every episode, and records its prompts."""
 
     def __init__(self, *turns):
         self.turns, self.seen, self.calls = turns, [], 0

@@ -1,4 +1,4 @@
-"""Episodes of several turns: token for token what the engine saw and said, on every template, within every limit."""
+"""Episodes of several turns: the engine's tokens, on every template, within every limit."""
 
 from dataclasses import dataclass, field
 
@@ -51,7 +51,7 @@ def play(env, engine, **sampling):
 
 
 class Says:
-    """A policy that says the given turns, (tokens, stopped) each; remembers every observation."""
+    """A policy that samples the given turns, (tokens, stopped) each, and records every observation."""
 
     def __init__(self, turns):
         self.turns, self.seen = turns, []
@@ -73,7 +73,7 @@ def disagreements(episode, engine):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_episode_holds_what_the_engine_saw_and_said_token_for_token(family):
+def test_an_episode_is_the_engines_input_and_output_token_for_token(family):
     tokenizer = chat_tokenizer(family)
     engine = ScriptedEngine(*turns_of(tokenizer, "hello", "answer", "the"))
     episode = play(make(tokenizer), engine)
@@ -130,7 +130,7 @@ def test_the_stop_token_is_there_once_whoever_wrote_it(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_turn_that_another_stop_token_ended_is_closed_by_the_environment(family):
-    """The policy may stop in a way that the template does not write; what it said stays as it is."""
+    """The policy may stop in a way that the template does not write; its turn stays as it is."""
     tokenizer = chat_tokenizer(family)
     odd = tokenizer.convert_tokens_to_ids(SPECIAL[family][0])
     turns = [([*spelled(tokenizer, "he"), odd], True), *turns_of(tokenizer, "he", "he")]
@@ -175,7 +175,7 @@ def test_a_template_that_drops_the_assistants_words_is_refused():
 # ---- masks, credit and scores
 
 
-def test_only_what_the_policy_said_has_weight_log_probs_and_pieces():
+def test_only_tokens_of_the_policy_have_weight_log_probs_and_pieces():
     tokenizer = chat_tokenizer("chatml")
     engine = ScriptedEngine(*turns_of(tokenizer, "hello", "answer", "the"))
     episode = play(make(tokenizer), engine)
@@ -232,7 +232,7 @@ def test_without_a_reward_function_the_replies_rewards_are_summed():
     assert (episode.reward, episode.is_correct) == (1.5, True)
 
 
-def test_people_read_who_said_what():
+def test_the_transcript_names_the_speaker_of_each_message():
     tokenizer = chat_tokenizer("llama3")
     episode = play(make(tokenizer, ("ok",)), ScriptedEngine(*turns_of(tokenizer, "he", "the")))
     assert (episode.prompt, episode.text) == ("the user", "[assistant] he\n[user] ok\n[assistant] the")
@@ -241,7 +241,7 @@ def test_people_read_who_said_what():
 # ---- how an episode ends
 
 
-def test_a_turn_that_is_cut_off_ends_the_episode_truncated_and_nobody_answers_it():
+def test_a_turn_that_is_cut_off_ends_the_episode_truncated_without_a_reply():
     tokenizer = chat_tokenizer("chatml")
     hosts = []
     env = MultiTurnEnv(["the"], lambda example: hosts.append(Host()) or hosts[-1], max_tokens=2, tokenizer=tokenizer)
@@ -251,7 +251,7 @@ def test_a_turn_that_is_cut_off_ends_the_episode_truncated_and_nobody_answers_it
     assert episode.tokens.tolist()[-2:] == spelled(tokenizer, "he")
 
 
-def test_the_last_turn_allowed_ends_the_episode_truncated_if_the_partner_would_go_on():
+def test_the_last_turn_allowed_ends_the_episode_truncated_if_the_partner_would_continue():
     tokenizer = chat_tokenizer("chatml")
     episode = play(make(tokenizer, max_turns=2), ScriptedEngine(*turns_of(tokenizer, "he", "the")))
     assert episode.truncated
@@ -284,7 +284,7 @@ def test_a_partner_may_end_the_episode_as_truncated():
     assert play(env, ScriptedEngine(*turns_of(tokenizer, "he"))).truncated
 
 
-def test_episodes_that_go_on_are_sampled_in_one_call_and_the_others_are_left_out():
+def test_unfinished_episodes_are_sampled_in_one_call_without_the_finished_ones():
     tokenizer = chat_tokenizer("chatml")
     lines = iter([(), ("ok",), ("ok", "ok")])
     env = MultiTurnEnv(["the", "he", "us"], lambda example: Host(next(lines)), max_tokens=40, tokenizer=tokenizer)

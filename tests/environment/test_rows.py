@@ -1,4 +1,4 @@
-"""Rows of files and data sets: every column reaches the reward, and what cannot be read says where."""
+"""Rows of files and data sets: every column reaches the reward, and errors name the line."""
 
 import json
 
@@ -73,7 +73,7 @@ def test_a_column_may_hold_messages():
         ("a.txt", "a", r"no kind of file called '.txt'; .*choose one of .csv, .jsonl, .parquet"),
     ],
 )
-def test_a_file_that_cannot_be_read_says_where_and_why(tmp_path, name, content, sentence):
+def test_a_file_that_cannot_be_read_is_an_error_with_line_and_reason(tmp_path, name, content, sentence):
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(UserError, match=sentence):

@@ -270,7 +270,7 @@ def test_upcoming_looks_ahead_without_advancing():
     np.testing.assert_array_equal(env.upcoming(1)[0], observation)
 
 
-def test_score_is_what_step_says():
+def test_score_equals_the_reward_of_step():
     env = make(["a", "b"], lambda prompt, completion, example: {"reward": ord(prompt), "is_correct": False})
     assert env.score(1, [120], truncated=False) == Scored(98.0, False)
     assert len(env) == 2

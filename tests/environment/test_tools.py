@@ -51,7 +51,7 @@ def play(tokenizer, *texts, tools=(add, shout), **settings):
 
 
 def results(episode):
-    """What the tools answered, as the policy read it."""
+    """The results of the tools, as the policy reads them."""
     return [line for line in episode.text.splitlines() if line.startswith(("[tool]", "[user]"))]
 
 
@@ -149,7 +149,7 @@ def test_what_a_tool_raises_comes_back_as_text():
     ("works", "kind"),
     [(lambda: {(1, 2): 3}, "TypeError"), (lambda: sys.exit(3), "SystemExit"), (deep, "RecursionError")],
 )
-def test_a_result_that_json_cannot_write_and_an_exit_are_told_at_once(works, kind):
+def test_a_result_that_json_cannot_write_and_an_exit_are_reported_at_once(works, kind):
     def tool() -> dict:
         """Do something."""
         return works()
@@ -171,7 +171,7 @@ def test_a_tool_that_takes_too_long_is_given_up():
     assert Tool.of(wait).run({"seconds": 0}, 5.0) == "done"
 
 
-def test_a_long_result_is_cut_and_says_so():
+def test_a_long_result_is_cut_and_ends_with_its_length():
     def many(n: int) -> list[int]:
         """Count."""
         return list(range(n))
@@ -214,7 +214,7 @@ def test_calls_are_found_in_tags_or_as_the_whole_turn(text, calls):
         "<tool_call>",
     ],
 )
-def test_what_stands_in_a_tag_and_is_no_call_says_what_is_wrong(text):
+def test_a_tag_without_a_valid_call_becomes_a_call_with_a_mistake(text):
     [bad] = parse_calls(text)
     assert "call" in bad.mistake
 

@@ -90,7 +90,7 @@ def test_more_blocks_than_there_are_is_all_of_them():
     assert len(trainable(tp.apply_lora(tiny_llama(VOCABULARY)))) == 2 * 7 * 2
 
 
-def test_dropout_is_said_to_rest_in_evaluation_mode(caplog):
+def test_dropout_logs_a_warning_because_evaluation_mode_ignores_it(caplog):
     model = moved(tp.apply_lora(tiny_llama(VOCABULARY), lora_dropout=0.5))
     assert "lora_dropout is 0.5 and acts in model.train() only" in caplog.text
     assert mx.array_equal(model(TOKENS), model(TOKENS))
@@ -114,7 +114,7 @@ def test_a_model_without_adapters_has_no_parameters_of_theirs():
 
 
 @pytest.mark.parametrize("requantize", [False, True])
-def test_merged_weights_say_what_the_adapted_model_said(requantize):
+def test_merged_weights_give_the_logits_of_the_adapted_model(requantize):
     model = tiny_llama(VOCABULARY)
     model, _ = tp.create_qlora_setup(model, LORA, {"bits": 8, "group_size": 32})
     said = np.array(moved(model)(TOKENS))
@@ -239,7 +239,7 @@ def test_the_auto_reload_policy_is_the_model_that_trains(base, tmp_path):
 
 
 @pytest.mark.parametrize("auto_reload", [True, False])
-def test_training_writes_nothing_unless_asked(auto_reload, tmp_path, monkeypatch):
+def test_training_writes_no_adapter_by_default(auto_reload, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, _ = tp.create_lora_setup(tiny_llama(VOCABULARY), LORA, auto_reload)
     result = trainer(model).train(buffer_of_two())
@@ -248,7 +248,7 @@ def test_training_writes_nothing_unless_asked(auto_reload, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("asked", "there"), [(True, "here.safetensors"), ("folder", "folder")])
-def test_asked_to_the_trainer_writes_the_adapter_after_every_step(asked, there, tmp_path, monkeypatch):
+def test_with_auto_save_the_trainer_writes_the_adapter_after_every_step(asked, there, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, _ = tp.create_lora_setup(tiny_llama(VOCABULARY), LORA, adapter_save_path="here.safetensors")
     train = trainer(model, auto_save_lora=asked)

@@ -110,7 +110,7 @@ def test_a_task_that_cannot_be_scored_is_refused(settings, sentence):
 # ---- the environment
 
 
-def test_an_episode_says_what_was_wanted_and_what_was_found(fruit):
+def test_the_info_of_an_episode_lists_target_and_found_keywords(fruit):
     env = TextGenerationEnvironment(object(), Letters(), "fruit")
     observation, info = env.reset()
     assert "".join(map(chr, observation)) == "Apples?"

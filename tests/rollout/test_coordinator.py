@@ -126,7 +126,7 @@ def test_a_coordinator_that_cannot_work_is_refused(settings, sentence):
         RolloutCoordinator(letters, lambda: walk, **{"algorithm": "grpo", **settings})
 
 
-def test_a_closed_coordinator_says_so():
+def test_a_closed_coordinator_refuses_to_collect():
     with RolloutCoordinator(letters, Echo, "grpo", 0, 3) as coordinator:
         coordinator.collect()
     with pytest.raises(UserError, match="is closed"):

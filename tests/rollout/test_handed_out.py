@@ -1,4 +1,4 @@
-"""What the loop hands out of a step: every episode with its prompt, its credit and what the learner was asked."""
+"""The episodes that the loop hands out after a step: with prompt, credit and the learner's log-probs."""
 
 from dataclasses import replace
 
@@ -53,12 +53,12 @@ def test_the_credit_of_an_episode_is_what_the_engine_was_given(name):
             assert (e.credited.planning is not None) == (name == "full")
 
 
-def test_an_episode_says_which_of_the_environments_prompts_it_answers():
+def test_an_episode_has_the_index_of_its_prompt():
     for episodes, _ in steps_of(recipe("grpo")):
         assert [PROMPTS[e.prompt_index] for e in episodes] == [e.prompt for e in episodes]
 
 
-def test_the_learners_logprobs_are_there_where_the_on_policy_check_asked():
+def test_the_learners_logprobs_are_recorded_for_the_tokens_of_the_on_policy_check():
     (first, _), (second, _) = steps_of(recipe("grpo"), check=OnPolicyCheck(every=2, completions=3))
     asked = [e for e in first if e.learner is not None]
     assert len(asked) == 3

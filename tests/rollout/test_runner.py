@@ -1,4 +1,4 @@
-"""RolloutRunner: the step contract, the two ways to collect, and who is paired with whom."""
+"""RolloutRunner: the step contract, the two ways to collect, and the pairing of prompts with completions."""
 
 from types import SimpleNamespace
 
@@ -40,7 +40,7 @@ class TupleSteps(Corridor):
 
 
 class Echo:
-    """Answers a prompt with its own letters; remembers how it was asked."""
+    """A policy that answers a prompt with its own letters and records its calls."""
 
     def __init__(self):
         self.calls = []
@@ -182,7 +182,7 @@ def test_actions_reach_the_environment_and_the_buffer_as_plain_values():
     assert type(seen[0]) is int
 
 
-def test_is_correct_and_group_come_from_the_info_unless_the_policy_says_otherwise():
+def test_is_correct_and_group_come_from_the_info_unless_the_policy_gives_them():
     env = Corridor(1, info={"is_correct": True, "group": 6})
     assert runner(env, max_steps=1).collect().episodes[0].is_correct == [True]
     wrong = runner(env, lambda obs, deterministic: (0, {"is_correct": False}), 1).collect().episodes[0]
@@ -209,7 +209,7 @@ def test_a_plain_function_collects_text_one_by_one():
 # ---- batched
 
 
-def test_a_batched_policy_is_asked_once_and_each_completion_meets_its_own_example():
+def test_a_batched_policy_is_called_once_and_each_completion_gets_its_own_example():
     echo = Echo()
     buffer = runner(four_prompts(), echo).collect()
     assert echo.calls == [("batch", 4, False)]
@@ -228,7 +228,7 @@ def test_a_completion_swapped_with_its_neighbour_scores_nothing():
     assert [e.rew for e in buffer.episodes] == [[0.0]] * 4
 
 
-def test_batches_go_on_where_the_last_one_ended():
+def test_batches_continue_where_the_last_one_ended():
     r = runner(four_prompts(group_size=2), Echo(), max_steps=3)
     groups = [e.group for _ in range(2) for e in r.collect().episodes]
     assert groups == [0, 0, 1, 1, 2, 2]

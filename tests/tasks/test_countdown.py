@@ -215,7 +215,7 @@ def test_scores_by_the_three_sets_of_rules(completion, default, all_used, tinyze
     assert score_countdown(completion, NUMBERS, TARGET, TINYZERO_RULES).reward == tinyzero
 
 
-def test_correct_is_said_apart_from_the_reward():
+def test_is_correct_is_reported_beside_the_reward():
     example = {"numbers": NUMBERS, "target": TARGET}
     assert countdown_reward_with_info("p", "3*(4+5)", example) == {"reward": 1.0, "is_correct": True}
     assert countdown_reward_with_info("p", "3*4*5", example) == {"reward": 0.0, "is_correct": False}
@@ -301,7 +301,7 @@ def test_problems_keep_to_their_ranges_and_can_be_solved():
         assert is_solvable(problem["numbers"], problem["target"])
 
 
-def test_unsolvable_problems_are_kept_when_asked_for():
+def test_unsolvable_problems_are_kept_on_request():
     one = generate_countdown_problems(
         1, num_numbers=1, number_range=(1, 1), target_range=(9, 9), ensure_solvable=False, seed=0
     )

@@ -135,7 +135,7 @@ def test_what_is_wrong_with_a_file_is_one_sentence(letters, own, name, said):
 
 
 @pytest.mark.parametrize("flags", [[], ["--rewards.processes"]])
-def test_a_run_of_an_own_task_keeps_its_file_and_says_when_it_changed(letters, monkeypatch, capsys, flags):
+def test_a_run_of_a_users_task_stores_its_file_and_reports_when_it_changed(letters, monkeypatch, capsys, flags):
     from textpolicy.run import training_run as run_module
 
     quickly(monkeypatch)
@@ -154,7 +154,7 @@ def test_a_run_of_an_own_task_keeps_its_file_and_says_when_it_changed(letters, m
     assert "not the same code or platform as before (my_task.py " in said
 
 
-def test_a_run_goes_on_to_its_end_when_its_file_has_gone(letters, monkeypatch):
+def test_a_run_continues_to_its_end_after_its_file_is_removed(letters, monkeypatch):
     from textpolicy.mlx.engine import MLXEngine
 
     true = MLXEngine.update
@@ -177,7 +177,7 @@ def test_a_run_goes_on_to_its_end_when_its_file_has_gone(letters, monkeypatch):
 @pytest.mark.parametrize(
     ("reward", "correct"), [(0.4, False), (0.5, True), (float("nan"), None), ((0.1, True), True), ((0.9, False), False)]
 )
-def test_a_reward_that_does_not_say_what_is_correct_is_measured_by_a_bound(reward, correct):
+def test_a_reward_without_is_correct_is_evaluated_by_a_bound(reward, correct):
     scorer = Scorer(lambda prompt, completion, example: reward, correct_from=0.5)
     assert scorer("", "", {}).is_correct is correct
     assert Scorer(lambda prompt, completion, example: 0.4)("", "", {}).is_correct is None

@@ -94,7 +94,7 @@ def test_the_answer_shown_is_one_that_the_reward_accepts(name):
 
 
 @pytest.mark.parametrize("name", OFFLINE)
-def test_no_question_stands_in_two_splits(name):
+def test_no_question_is_in_two_splits(name):
     task = load_task(name)
     splits = [{p.question for p in split} for split in (task.train, task.validation, task.test)]
     assert not splits[0] & splits[1]
@@ -185,7 +185,7 @@ def hub(monkeypatch):
     return made
 
 
-def test_without_the_library_made_up_problems_stand_in_and_say_so(monkeypatch, caplog):
+def test_without_the_library_made_up_problems_replace_the_data_set_with_a_warning(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert load_task("math").name == "math_generated"
     assert "made-up problems replace EleutherAI/hendrycks_math: datasets is not installed" in caplog.text
@@ -194,7 +194,7 @@ def test_without_the_library_made_up_problems_stand_in_and_say_so(monkeypatch, c
 
 
 @pytest.mark.parametrize("answer", [lambda: time.sleep(5), lambda: {}["no such host"]])
-def test_a_hub_that_does_not_answer_is_given_up_at_once_and_said_in_one_line(hub, monkeypatch, caplog, answer):
+def test_a_hub_that_does_not_answer_is_given_up_at_once_with_one_warning(hub, monkeypatch, caplog, answer):
     monkeypatch.setattr("textpolicy.tasks.hub.reachable", partial(reachable, seconds=0.2))
     hub(answer)
     started = time.perf_counter()
@@ -208,7 +208,7 @@ def test_a_hub_that_does_not_answer_is_given_up_at_once_and_said_in_one_line(hub
     assert Datasets.config.HF_HUB_OFFLINE is False  # as it was
 
 
-def test_a_hub_that_is_switched_off_is_not_asked(hub):
+def test_a_hub_that_is_switched_off_gets_no_request(hub):
     asked = []
     hub(lambda: asked.append(1))["huggingface_hub"].constants.HF_HUB_OFFLINE = True
     assert load_task("math").name == "math_generated"
@@ -247,7 +247,7 @@ def test_a_data_set_of_reasoning_gym_is_a_task():
         load_task("reasoning_gym:chain_sums")
 
 
-def test_fewer_different_problems_than_asked_for_are_refused():
+def test_fewer_different_problems_than_requested_are_refused():
     assert distinct([1, 2, 1, 3], lambda n: n, 3) == [1, 2, 3]
     with pytest.raises(UserError, match="only 2 of 3 problems differ; ask for fewer, or for a wider range"):
         distinct(itertools.cycle([1, 2]), lambda n: n, 3)

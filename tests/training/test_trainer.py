@@ -173,7 +173,7 @@ def test_checkpointed_blocks_keep_no_activations():
     assert peaks[True] < 0.6 * peaks[False]
 
 
-def test_a_profile_says_where_the_time_of_a_step_went(model):
+def test_a_profile_splits_the_time_of_a_step_into_parts(model):
     plain = trainer(model).train(filled(model))
     result = trainer(model, profile=True, metrics_fn=compute_metrics).train(filled(model))
     assert not any(name.startswith("timing/") for name in plain)
@@ -574,7 +574,7 @@ def test_when_every_advantage_is_zero_not_even_momentum_moves_anything(model):
     assert moved(before, model) == set()
 
 
-def test_groups_of_one_are_called_out_because_they_can_never_teach(model, caplog):
+def test_groups_of_one_log_a_warning_because_they_can_never_teach(model, caplog):
     with caplog.at_level(logging.WARNING):
         trainer(model).train(filled(model, [([5], [7], 1.0, 0), ([8], [6], 0.0, 1)]))
     assert "group_size of 2 or more" in caplog.text
@@ -628,7 +628,7 @@ def test_linking_replaces_and_unlinking_forgets_the_buffer(model):
 # what cannot work
 
 
-def test_without_a_buffer_train_says_how_to_give_one(model):
+def test_without_a_buffer_the_error_explains_how_to_pass_one(model):
     with pytest.raises(UserError, match=r"pass one to train\(\), or link it"):
         trainer(model).train()
 

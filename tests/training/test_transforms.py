@@ -62,7 +62,7 @@ def test_weights_and_amplification_worked_by_hand(array):
     assert np.allclose(apply(transform, array), wanted, atol=1e-6)
 
 
-def test_surprisal_is_used_only_if_asked_for():
+def test_surprisal_is_used_only_on_request():
     """Here it is twice the entropy, so the weights are the same; without entropies it is all there is."""
     exact = build_gtpo_hicra_transform(Tokenizer())
     guessed = build_gtpo_hicra_transform(Tokenizer(), uncertainty="surprisal")
@@ -198,7 +198,7 @@ def test_a_step_without_a_judged_completion_keeps_the_gate_shut():
     assert not transform.sepa.gate_open
 
 
-def test_a_saved_transform_goes_on_where_it_was():
+def test_a_saved_transform_resumes_where_it_was():
     def build(**changes):
         return build_gtpo_transform(tokenizer=Tokenizer(), use_maxrl_base=True, **{"sepa_steps": 3, **changes})
 
@@ -213,7 +213,7 @@ def test_a_saved_transform_goes_on_where_it_was():
         build_gtpo_transform().load_state_dict(one.state_dict())
 
 
-def test_a_boost_beside_sepa_has_no_effect_and_is_called_out(caplog):
+def test_a_boost_with_sepa_has_no_effect_and_logs_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         transform = build_gtpo_transform(tokenizer=Tokenizer(), sepa_steps=9, hicra_gamma=0.3, use_maxrl_base=True)
     assert "hicra_gamma is 0.3 and has no effect" in caplog.text

@@ -95,7 +95,7 @@ def test_levels_of_a_curriculum_get_harder():
     assert top == [e["question"] for e in make("chain_sum", 5, level=98).examples]
 
 
-def test_a_scorer_that_raises_gives_nothing_and_says_so_once(caplog):
+def test_a_scorer_that_raises_gives_0_and_logs_one_warning(caplog):
     env = make("prime_factorization")
     assert [score(env, 0, text).reward for text in ("x", "y", "((")] == [0.0] * 3
     assert caplog.text.count("prime_factorization: ValueError") == 1

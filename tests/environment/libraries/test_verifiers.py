@@ -34,7 +34,7 @@ def tasksets(monkeypatch):
 
 
 class Speaker:
-    """Answers by what stands last in the prompt; remembers all prompts, and how many it was given at a time."""
+    """An engine that answers by the end of the prompt, and records all prompts and the size of each call."""
 
     def __init__(self, tokenizer, answer, truncated=False):
         self.tokenizer, self.answer, self.truncated, self.seen, self.sizes = tokenizer, answer, truncated, [], []
@@ -55,7 +55,7 @@ def call(**arguments):
 
 
 def look_up(prompt):
-    """Call the tool once, then say what it said."""
+    """Call the tool once, then repeat its result."""
     if "<tool_response>" not in prompt:
         return call(name="ann" if "ann?" in prompt else "bob")
     return "it is " + prompt.split("<tool_response>\n")[-1][:4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,7 +38,13 @@ class Server:
 
 
 class FakeRemote:
-    r"""Answers "2 + 3" with \boxed{5} as often as sigmoid(skill), else with \boxed{6}; an update raises the skill."""
+    r"""Answers "2 + 3" with \boxed{5} as often as sigmoid(skill), else with \boxed{6}; an update raises the skill.
+
+    ``sent`` counts the tokens of every call.
+    """
+
+    packages = ("numpy",)
+    platform = {"device": "none"}  # noqa: RUF012
 
     def __init__(self, server=None, resume=None, fail_at=None, error=None):
         """``fail_at`` is the update, counted from 0, that raises ``error``, or that the server is gone."""
@@ -45,6 +52,7 @@ class FakeRemote:
         self.skill = -1.0 if resume is None else self.server.states[resume]
         self.fail_at, self.error = fail_at, error or RuntimeError("the server is gone")
         self.gap = 0.0  # nats, by which the learner's log-probs miss the sampler's
+        self.sent = {"prefill": 0, "sampled": 0, "trained": 0}
 
     def sample(self, prompts, n, sampling):
         out = []
@@ -53,6 +61,8 @@ class FakeRemote:
             text = self.tokenizer.decode(prompt)
             a, b = (int(word) for word in text.split("?")[0].split(" + "))
             out.append([self._answer(a + b, draw, sampling) for _ in range(n)])
+        self.sent["prefill"] += sum(map(len, prompts))
+        self.sent["sampled"] += sum(len(c.tokens) for group in out for c in group)
         return out
 
     def _answer(self, truth, draw, sampling):
@@ -65,9 +75,12 @@ class FakeRemote:
         return Completion(np.array(ids, np.int32), logprobs, None, ids[-1] != STOP, temperature)
 
     def score(self, batch, *, reference=False):
+        self.sent["prefill"] += int(batch.lengths.sum())
         return np.where(batch.weights != 0, batch.logprobs - self.gap, 0).astype(np.float32)
 
     def update(self, batch, surrogate, learning_rate):
+        rows = ((batch.weights != 0) & (batch.advantages != 0)).any(axis=1)
+        self.sent["trained"] += int(batch.lengths[rows].sum())
         if self.server.updates == self.fail_at:
             raise self.error
         self.server.updates += 1
@@ -76,7 +89,27 @@ class FakeRemote:
         return {"loss": -gain, "grad_norm": gain, "updated": float(gain > 0)}
 
     def save(self, path):
-        raise AssertionError("train_math keeps its states on the server")
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "tinker.json").write_text(json.dumps({"state": self.weights()}))
+
+    def weights(self):
+        return self.save_state("kept")
+
+    def restore(self, weights):
+        self.skill = self.server.states[weights]
+
+    def write_weights(self, weights, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "server.json").write_text(json.dumps(weights))
+
+    def read_weights(self, folder):
+        return json.loads((folder / "server.json").read_text())
+
+    def write_state(self, folder):
+        self.write_weights(self.save_state("step"), folder)
+
+    def read_state(self, folder):
+        self.restore(self.read_weights(folder))
 
     def save_state(self, name):
         path = f"tinker://run-{len(self.server.states)}/weights/{name}"

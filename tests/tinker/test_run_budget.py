@@ -19,62 +19,13 @@ STEPS = 5
 WORDS = len("let me check. \\boxed{10}") + 1  # tokens of the longest answer
 
 
-class FakeRun(FakeRemote):
-    """With what a run with checkpoints asks for; counts what it was sent."""
-
-    packages = ("numpy",)
-    platform = {"device": "none"}  # noqa: RUF012
-
-    def __init__(self, server):
-        super().__init__(server)
-        self.sent = {"prefill": 0, "sampled": 0, "trained": 0}
-
-    def sample(self, prompts, n, sampling):
-        out = super().sample(prompts, n, sampling)
-        self.sent["prefill"] += sum(map(len, prompts))
-        self.sent["sampled"] += sum(len(c.tokens) for group in out for c in group)
-        return out
-
-    def score(self, batch, *, reference=False):
-        self.sent["prefill"] += int(batch.lengths.sum())
-        return super().score(batch, reference=reference)
-
-    def update(self, batch, surrogate, learning_rate):
-        rows = ((batch.weights != 0) & (batch.advantages != 0)).any(axis=1)
-        self.sent["trained"] += int(batch.lengths[rows].sum())
-        return super().update(batch, surrogate, learning_rate)
-
-    def save(self, path):
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "tinker.json").write_text(json.dumps({"state": self.weights()}))
-
-    def weights(self):
-        return self.save_state("kept")
-
-    def restore(self, weights):
-        self.skill = self.server.states[weights]
-
-    def write_weights(self, weights, folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "server.json").write_text(json.dumps(weights))
-
-    def read_weights(self, folder):
-        return json.loads((folder / "server.json").read_text())
-
-    def write_state(self, folder):
-        self.write_weights(self.weights(), folder)
-
-    def read_state(self, folder):
-        self.restore(self.read_weights(folder))
-
-
 @pytest.fixture
 def engines(monkeypatch):
     """The engines that runs have connected to, on one server; and a task for them."""
     made, server = [], Server()
 
     def connect(*_, **__):
-        made.append(FakeRun(server))
+        made.append(FakeRemote(server))
         return made[-1]
 
     def reward(prompt, completion, example, **kwargs):
@@ -213,7 +164,7 @@ def test_steps_that_a_crash_cut_off_stay_paid(engines, tmp_path):
 def test_a_run_that_died_before_its_first_checkpoint_begins_again_and_stays_paid(engines, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(FakeRun, "write_state", lambda self, folder: 1 / 0)
+        patch.setattr(FakeRemote, "write_state", lambda self, folder: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(settings(folder))
     run(settings(folder))
@@ -230,7 +181,7 @@ def test_a_limit_without_room_for_a_step_is_refused_before_anything_is_spent(eng
 
 
 def test_a_learner_that_does_not_see_what_was_sampled_ends_a_run_after_a_few_tokens(engines, tmp_path, monkeypatch):
-    monkeypatch.setattr(FakeRun, "score", lambda self, batch, reference=False: batch.logprobs - 3)
+    monkeypatch.setattr(FakeRemote, "score", lambda self, batch, reference=False: batch.logprobs - 3)
     with pytest.raises(ServiceError, match="differ by 3 nats"):
         run(settings(tmp_path / "run"))
     assert engines[-1].sent["sampled"] <= 16
@@ -284,4 +235,4 @@ def test_a_limit_on_cost_needs_a_price(capsys):
 def test_a_dry_run_without_prices_says_which_flags_give_them(no_tinker_account, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--engine=tinker", "--model=any", "--dry-run"]) == 0
-    assert "no prices are given; say --tinker.price-prefill" in capsys.readouterr().out
+    assert "no prices are given; pass --tinker.price-prefill" in capsys.readouterr().out

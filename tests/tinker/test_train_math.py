@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,9 +14,12 @@ import pytest
 from fake_remote import FakeRemote, Server
 
 from textpolicy.algorithms import algorithm
+from textpolicy.cli.main import main as textpolicy
 from textpolicy.errors import ServiceError, UserError
 from textpolicy.losses import ImportanceSampling, Surrogate
+from textpolicy.record.reader import load_run
 from textpolicy.tasks import load_task
+from textpolicy.tinker.engine import TinkerEngine
 from textpolicy.tinker.train_math import TrainMathArguments, dry_run, grams_of, load_key, main, recipe_of, train
 
 DOCUMENTED = {
@@ -63,9 +67,12 @@ def settings(problems, folder, **other):
     return TrainMathArguments(data=problems, log_dir=folder, **{**small, **other})
 
 
-def run(asked, server=None, **remote):
+def run(asked, server=None, make=FakeRemote, **remote):
+    """Train against a stand-in for the server; returns the server."""
     server = server or Server()
-    train(asked, lambda asked, resume: FakeRemote(server, resume, **remote))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TinkerEngine, "connect", lambda *_, **__: make(server, **remote))
+        train(asked)
     return server
 
 
@@ -135,7 +142,7 @@ def test_problems_come_from_a_file_or_a_task_and_not_from_both(problems, capsys)
 def test_a_task_with_tools_is_refused_before_anything_is_asked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("textpolicy.tinker.train_math.load_task", lambda name: replace(load_task(name), tools=(len,)))
     assert main(["--task=addition", f"--log-dir={tmp_path / 'run'}"]) == 2
-    assert "has tools, which this command does not; take 'textpolicy train'" in capsys.readouterr().err
+    assert "has tools, which this command does not support; use 'textpolicy train'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -161,7 +168,7 @@ def test_steps_and_groups_without_signal_are_logged_too(problems, tmp_path):
     """The skill is such that every completion is right: no group disagrees, nothing is sent, all is written."""
     server = Server(states={"good": 100.0})
     asked = settings(problems, tmp_path / "run", max_steps=2)
-    train(asked, lambda asked, resume: FakeRemote(server, "good"))
+    run(asked, server, resume="good")
     rows = lines(tmp_path / "run" / "metrics.jsonl")
     assert [row["num_datums"] for row in rows] == [0, 0]
     assert [row["correct_rate"] for row in rows] == [1.0, 1.0]
@@ -186,7 +193,7 @@ def test_no_problem_is_trained_on_and_judged_by(problems, tmp_path):
                 seen.add((sampling.temperature > 0, tuple(p)))
             return super().sample(prompts, n, sampling)
 
-    train(asked, lambda asked, resume: Watching())
+    run(asked, make=Watching)
     trained, judged = ({p for kind, p in seen if kind is which} for which in (True, False))
     assert trained
     assert judged
@@ -208,7 +215,88 @@ def test_the_skill_of_the_stand_in_rises_with_either_algorithm(problems, tmp_pat
         assert looks[-1]["accuracy"] == 1.0
 
 
-# ---- going on
+# ---- the folder is one of a run
+
+
+def test_doctor_report_and_viewer_read_its_folder(problems, tmp_path, capsys):
+    from starlette.testclient import TestClient
+
+    from textpolicy.report.view.server import make_app
+
+    folder = tmp_path / "run"
+    run(settings(problems, folder))
+    capsys.readouterr()
+    assert textpolicy(["doctor", str(folder), "--json"]) in (0, 1)
+    assert json.loads(capsys.readouterr().out)["steps"] == 6
+    assert textpolicy(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "not finished" not in page
+    assert "100.0%" in page
+    client = TestClient(make_app([folder], "token"), base_url="http://127.0.0.1")
+    page = client.get("/token/")
+    assert page.status_code == 200
+    assert "let me check" in page.text
+
+
+def test_what_is_recorded_reads_back_as_numbers_and_evaluations(problems, tmp_path):
+    run(settings(problems, tmp_path / "run"))
+    recorded = load_run(tmp_path / "run")
+    assert recorded.metrics["step"].to_pylist() == list(range(6))
+    assert recorded.metrics["mean_reward"].to_pylist() == recorded.metrics["reward_mean"].to_pylist()
+    assert recorded.looks["step"].to_pylist() == [0, 3, 6]
+    assert recorded.rollouts.num_rows == 6 * 16
+    assert recorded.evals.num_rows == 3 * 3
+    assert recorded.summary["steps"] == 6
+    assert {"adapter", "report.html", "log.txt", "versions.json", "train_math.json"} <= {
+        p.name for p in (tmp_path / "run").iterdir()
+    }
+
+
+def test_a_step_in_which_nothing_could_be_scored_is_read_too(tmp_path):
+    row = {"kind": "train", "step": 0, "algorithm": None, "condition": "maxrl+none", "correct_rate": None, "loss": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert load_run(tmp_path).rows == [{"kind": "train", "step": 0, "loss": 0.5}]
+
+
+# ---- resuming
+
+
+def test_the_same_command_again_resumes_a_run_that_was_cut_off(problems, tmp_path, monkeypatch, capsys):
+    server = Server()
+    with pytest.raises(RuntimeError, match="gone"):
+        run(settings(problems, tmp_path / "run"), server, fail_at=5)
+    run(settings(problems, tmp_path / "run"), server)
+    assert [row["step"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == list(range(6))
+    assert [row["step"] for row in lines(tmp_path / "run" / "metrics.cut.jsonl")] == [4]
+
+
+def test_resume_needs_only_the_folder_and_takes_new_flags(problems, tmp_path, monkeypatch, capsys):
+    server, folder = run(settings(problems, tmp_path / "run")), tmp_path / "run"
+    monkeypatch.setattr(TinkerEngine, "connect", lambda *_, **__: FakeRemote(server))
+    assert main(["--resume", f"--log-dir={folder}", "--max-steps=7"]) == 0
+    assert [row["step"] for row in lines(folder / "metrics.jsonl")] == list(range(7))
+    assert main(["--resume", f"--log-dir={folder}", "--max-steps=7", "--lr=0.5"]) == 2
+    assert "lr was 1.0 and is 0.5" in capsys.readouterr().err
+    assert textpolicy(["train", f"--resume={folder}"]) == 2
+    assert f"resume it with: python -m textpolicy.tinker.train_math --resume --log-dir {folder}" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_signal_ends_a_run_where_it_can_be_resumed(problems, tmp_path, monkeypatch, capsys):
+    class Signalled(FakeRemote):
+        def update(self, batch, surrogate, learning_rate):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().update(batch, surrogate, learning_rate)
+
+    server = Server()
+    monkeypatch.setattr(TinkerEngine, "connect", lambda *_, **__: Signalled(server))
+    small = ["--max-steps=3", "--max-tokens=64", "--eval-every=0", "--batch-size=2", "--group-size=2"]
+    assert main([f"--data={problems}", f"--log-dir={tmp_path / 'run'}", *small]) == 143
+    said = capsys.readouterr().err
+    assert "after 1 of 3 steps" in said
+    assert "python -m textpolicy.tinker.train_math --resume" in said
+    assert server.closed == ["interrupted"]
 
 
 def same_rows(a, b):
@@ -265,7 +353,8 @@ def test_checkpoints_name_the_path_on_the_server(problems, tmp_path):
     assert [(line["name"], line["step"]) for line in kept] == [
         ("checkpoint_step_2", 2), ("checkpoint_step_4", 4), ("final", 6),
     ]  # fmt: skip
-    assert {line["state_path"] for line in kept} == set(server.states)
+    assert all(line["state_path"].endswith(f"/{line['name']}") for line in kept)
+    assert {line["state_path"] for line in kept} <= set(server.states)
 
 
 def test_a_folder_with_a_run_is_refused_unless_it_is_to_go_on(problems, tmp_path):
@@ -310,16 +399,16 @@ def test_a_folder_in_which_another_process_is_at_work_is_left_alone(problems, tm
 
 
 def test_a_disk_that_is_full_is_one_sentence(problems, tmp_path, monkeypatch, capsys):
-    from textpolicy.tinker import train_math
-
     def full(self, *_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
 
-    monkeypatch.setattr("textpolicy.tinker.progress.RunFolder.append", full)
-    monkeypatch.setattr(train_math.train, "__defaults__", (lambda asked, resume: FakeRemote(Server(), resume),))
+    monkeypatch.setattr("textpolicy.record.metrics_file.MetricsFile.write", full)
+    monkeypatch.setattr(TinkerEngine, "connect", lambda *_, **__: FakeRemote(Server()))
     small = ["--max-steps=2", "--max-tokens=64", "--eval-every=0", "--batch-size=2", "--group-size=2"]
     assert main([f"--data={problems}", f"--log-dir={tmp_path / 'run'}", *small]) == 2
-    assert "(No space left on device: metrics.jsonl); mend that, and go on with --resume" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "(No space left on device: metrics.jsonl)" in said
+    assert f"python -m textpolicy.tinker.train_math --resume --log-dir {tmp_path / 'run'}" in said
 
 
 def test_a_session_is_closed_by_how_it_ended(problems, tmp_path):
@@ -337,17 +426,17 @@ def test_ctrl_c_says_how_to_go_on(problems, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("textpolicy.tinker.train_math.train", interrupted)
     assert main([f"--data={problems}", f"--log-dir={tmp_path / 'run'}"]) == 130
-    assert capsys.readouterr().err == ("train_math: stopped by Ctrl-C; --resume goes on from the last checkpoint\n")
+    assert capsys.readouterr().err == ("train_math: stopped by Ctrl-C; --resume continues from the last checkpoint\n")
 
 
 def test_a_learner_that_does_not_see_what_was_sampled_stops_the_run_before_it_begins(problems, tmp_path):
     class Shifted(FakeRemote):
-        def __init__(self):
-            super().__init__()
+        def __init__(self, server):
+            super().__init__(server)
             self.gap = 3.0
 
     with pytest.raises(ServiceError, match="differ by 3 nats"):
-        train(settings(problems, tmp_path / "run"), lambda asked, resume: Shifted())
+        run(settings(problems, tmp_path / "run"), make=Shifted)
     assert not (tmp_path / "run").exists()
 
 
@@ -362,10 +451,11 @@ def test_a_dry_run_prices_the_worst_case_and_an_expected_one(problems, tmp_path)
     text = "\n".join(dry_run(asked))
     longest = len("6 + 5?\nPut the final answer in \\boxed{}.") // 3 + 30
     prefill, sampled, trained = 10 * 4 * longest, 10 * 16 * 64, 10 * 16 * (longest + 64)
+    prefill, sampled = prefill + 2 * longest + 16, sampled + 16  # before the first step a few tokens go there and back
     cost = (prefill + 10 * sampled + 100 * trained) / 1e6
     assert f"{prefill + sampled + trained:,} tokens ({prefill:,} prefill, {sampled:,} sampled, {trained:,} tr" in text
     assert f"{cost:,.2f}" in text
-    assert f"with 6 tokens each: {prefill + 10 * 16 * 6 + 10 * 16 * (longest + 6):,}" in text
+    assert f"with 6 tokens each: {prefill - 10 + 10 * 16 * 6 + 6 + 10 * 16 * (longest + 6):,}" in text
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -390,7 +480,7 @@ def test_a_look_that_a_limit_leaves_no_room_for_is_left_out_and_said(problems, t
     run(settings(problems, tmp_path / "run", max_tokens_total=3600, **few))  # a look may take 6 x (41 + 512)
     assert [row["step"] for row in lines(tmp_path / "run" / "evals.jsonl")] == [0]
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1
-    assert "no look at held-out problems after 1 steps: " in capsys.readouterr().out
+    assert "problems are not evaluated after 1 steps: " in capsys.readouterr().out
 
 
 def test_a_limit_on_cost_counts_what_was_spent_before_a_resume(problems, tmp_path):
@@ -398,7 +488,8 @@ def test_a_limit_on_cost_counts_what_was_spent_before_a_resume(problems, tmp_pat
     server = Server()
     run(settings(problems, tmp_path / "run", max_steps=50, max_cost=15.0, **prices), server)
     done = len(lines(tmp_path / "run" / "metrics.jsonl"))
-    run(settings(problems, tmp_path / "run", max_steps=50, max_cost=15.0, resume=True, **prices), server)
+    with pytest.raises(UserError, match="could pass max_cost"):
+        run(settings(problems, tmp_path / "run", max_steps=50, max_cost=15.0, resume=True, **prices), server)
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == done
     run(settings(problems, tmp_path / "run", max_steps=50, max_cost=25.0, resume=True, **prices), server)
     rows = lines(tmp_path / "run" / "metrics.jsonl")
@@ -432,7 +523,7 @@ def test_tokens_are_counted_as_they_were_sent(problems, tmp_path):
                     counted["trained"] += int((row != 0).nonzero()[0][-1]) + 1
             return super().update(batch, surrogate, learning_rate)
 
-    train(settings(problems, tmp_path / "run", eval_every=0), lambda asked, resume: Counting())
+    run(settings(problems, tmp_path / "run", eval_every=0), make=Counting)
     assert lines(tmp_path / "run" / "checkpoints.jsonl")[-1]["spent"] == counted
 
 
@@ -448,9 +539,10 @@ def test_the_key_is_read_from_a_file_and_written_nowhere(problems, tmp_path, mon
     with pytest.raises(RuntimeError, match="gone"):
         run(settings(problems, tmp_path / "run"), fail_at=3)
     assert os.environ["TINKER_API_KEY"] == KEY
-    written = [p.read_text() for p in (tmp_path / "run").rglob("*") if p.is_file()]
+    written = [p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()]
     assert written
-    assert not any(KEY in text for text in [*written, *capsys.readouterr()])
+    assert not any(KEY.encode() in content for content in written)
+    assert not any(KEY in text for text in capsys.readouterr())
 
 
 def test_the_environment_goes_before_the_file(tmp_path, monkeypatch):

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from textpolicy.tasks import TASKS, Problem, Task
-from textpolicy.tinker.train_math import TrainMathArguments, connect, main, train
+from textpolicy.tinker.engine import TinkerEngine
+from textpolicy.tinker.train_math import TrainMathArguments, main, train
 
 pytest.importorskip("tinker", reason="the Tinker SDK is not installed: pip install 'textpolicy[tinker]'")
 
@@ -33,18 +34,22 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def unfinished(asked, resume):
-    """The engine, which fails in the update of the fourth step."""
-    engine, updates = connect(asked, resume), []
+def failing(connect):
+    """``TinkerEngine.connect`` with an engine that fails in the update of the fourth step."""
 
-    def update(batch, surrogate, learning_rate):
-        updates.append(batch)
-        if len(updates) == 4:
-            raise ConnectionError("the power is gone")
-        return type(engine).update(engine, batch, surrogate, learning_rate)
+    def unfinished(*args, **settings):
+        engine, updates = connect(*args, **settings), []
 
-    engine.update = update
-    return engine
+        def update(batch, surrogate, learning_rate):
+            updates.append(batch)
+            if len(updates) == 4:
+                raise ConnectionError("the power is gone")
+            return type(engine).update(engine, batch, surrogate, learning_rate)
+
+        engine.update = update
+        return engine
+
+    return unfinished
 
 
 @pytest.mark.slow
@@ -58,8 +63,10 @@ def test_a_run_that_was_cut_off_goes_on_to_the_very_same_numbers(tinker_server, 
         for name in FOLDERS
     }  # fmt: skip
     train(asked["whole"])
-    with pytest.raises(ConnectionError):
-        train(asked["cut"], unfinished)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TinkerEngine, "connect", failing(TinkerEngine.connect))
+        with pytest.raises(ConnectionError):
+            train(asked["cut"])
     train(asked["cut"].model_copy(update={"resume": True}))
     whole, cut = (lines(tmp_path / name / "metrics.jsonl") for name in FOLDERS)
     compared = ("step", "loss", "mean_reward", "correct_rate", "running_correct_rate", "grad_norm", "sepa_lambda")

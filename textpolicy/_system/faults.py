@@ -9,12 +9,16 @@ from pathlib import Path
 
 from ..errors import UserError
 
+TRAIN_MATH = "train_math.json"  # the settings of a run of textpolicy.tinker.train_math, in its folder
 _NO_MEMORY = ("alloc]", "out of memory", "Insufficient Memory")  # as MLX says it on a CPU, on CUDA and on Metal
 
 
 def how_to_resume(folder: Path) -> str:
     """The command that goes on with the run in ``folder``."""
-    return f"textpolicy train --resume {shlex.quote(str(folder))}"
+    path = shlex.quote(str(folder))
+    if (folder / TRAIN_MATH).exists():
+        return f"python -m textpolicy.tinker.train_math --resume --log-dir {path}"
+    return f"textpolicy train --resume {path}"
 
 
 @contextmanager

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 METRICS, CONFIG, VERSIONS, SUMMARY, LOG = "metrics.jsonl", "config.json", "versions.json", "summary.json", "log.txt"
 REPORT = "report.html"
+MATH_EVALS = "evals.jsonl"  # of train_math: evaluations of the held-out problems, which other runs have in METRICS
 TASK = "task.py"  # a copy of the user's own task file, if the run used one
 ROLLOUTS, EVALS = "rollouts", "evals"  # folders of Parquet files; docs/run_folder.md lists their columns
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _EVALUATIONS = ("eval", "eval_sampled")
 _NEEDED = {"train": ("step",), "eval": ("step", "accuracy", "problems"), "eval_sampled": ("step",)}  # numbers
+_WORDS = ("algorithm", "advantage_mode", "transform_mode", "condition")  # in the rows of train_math
 _LONGEST = 200  # characters of a file shown in an error
 
 
@@ -48,13 +49,17 @@ class RecordedRun:
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl. Raises UserError for a line that no run writes.
+        """The rows of metrics.jsonl, and of train_math's evals.jsonl. Raises UserError for a line that no run writes.
 
         A last line without a line end is still being written, and left out.
         """
-        path = self.folder / layout.METRICS
-        complete, _, _ = path.read_bytes().rpartition(b"\n")
-        return [_row(line, f"line {n} of {path}") for n, line in enumerate(complete.splitlines(), 1) if line.strip()]
+        rows: dict[str, list[dict[str, Any]]] = {layout.METRICS: [], layout.MATH_EVALS: []}
+        for name, found in rows.items():
+            path = self.folder / name
+            lines = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.is_file() else []
+            found += [_row(line, f"line {n} of {path}") for n, line in enumerate(lines, 1) if line.strip()]
+        held_out = [{**row, "split": "validation"} for row in rows[layout.MATH_EVALS]]  # as the run driver calls them
+        return [*rows[layout.METRICS], *held_out]
 
     @cached_property
     def metrics(self) -> pa.Table:
@@ -134,6 +139,8 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
         raise UserError(f"{where} is not JSON ({error}); remove the line") from error
     if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
         raise UserError(f"{where} is not a row of a run (an object with a kind); remove the line")
+    if row["kind"] == "train":  # train_math also writes words, and null where nothing could be scored
+        row = {name: value for name, value in row.items() if value is not None and name not in _WORDS}
     needed: dict[str, Any] = {name: row.get(name) for name in _NEEDED.get(row["kind"], ())}
     if wrong := [name for name, v in needed.items() if not (_is_number(v) and math.isfinite(v))]:
         raise UserError(f"{where} has no number as its {wrong[0]}; remove the line")

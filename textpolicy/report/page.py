@@ -119,7 +119,9 @@ def _curves(arms: Sequence[Arm], values: Callable[[RecordedRun], dict[float, flo
 def _facts(run: RecordedRun) -> dict[str, Any]:
     """Return the row of one run in the table of runs."""
     rows = [r for r in run.rows if r["kind"] == "train"]
-    tests = [r for r in run.rows if r["kind"] == "eval" and r["split"] == "test"]  # before, and of the kept adapter
+    evaluations = [r for r in run.rows if r["kind"] == "eval"]
+    tests = [r for r in evaluations if r["split"] == "test"]  # before, and of the kept adapter
+    tests = tests or evaluations[:1] + (evaluations[-1:] if run.summary else [])  # of train_math, which has no others
     after = tests[-1] if len(tests) > 1 else None
     return {
         "name": run.folder.resolve().name,

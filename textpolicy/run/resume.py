@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from pydantic import model_validator
 
-from .._system.faults import how_to_resume
+from .._system.faults import TRAIN_MATH, how_to_resume
 from .._system.lock import LOCK, RunLock
 from ..config.settings import MONEY, Config, PositiveInt, check_config
 from ..errors import UserError
@@ -111,6 +111,8 @@ def reopen(config: Config, allow: Sequence[str], held: ExitStack) -> Resumed | N
 def saved_values(folder: Path) -> dict[str, Any]:
     """The settings of the run in ``folder``, unchecked. Raises UserError."""
     path = folder / CONFIG
+    if (folder / TRAIN_MATH).exists():
+        raise UserError(f"{folder} is a run of train_math; resume it with: {how_to_resume(folder)}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -53,6 +53,7 @@ class Extension:
     on_sampled: Callable[[int, Sequence[Episode]], Row] = lambda step, episodes: {}  # before the update; adds metrics
     on_row: Callable[[int, Row, Sequence[Episode]], Mapping[str, Any]] = lambda step, row, episodes: {}  # adds to it
     on_end: Callable[[int], None] = lambda done: None  # after the last step, be it early
+    eval_rows: bool = True  # in metrics.jsonl; else the program writes evals.jsonl
 
 
 def run(
@@ -73,7 +74,8 @@ def run(
     with ExitStack() as held:
         resumed = reopen(config, allow, held)
         parts = extension.replace_parts(assemble(config, task, recipe))
-        held.push(lambda kind, error, trace: parts.engine.close("errored" if kind else "success"))
+        ends: dict[Any, Any] = {None: "success", KeyboardInterrupt: "interrupted", StoppedError: "interrupted"}
+        held.push(lambda kind, error, trace: parts.engine.close(ends.get(kind, "errored")))
         if resumed is not None:
             parts.spending.open(resumed.folder)
             if resumed.checkpoint is not None:
@@ -247,7 +249,8 @@ class Run:
         row = {"kind": "eval", "step": steps, "split": split, "accuracy": rate.value, "problems": rate.total}
         row["solved"] = found.solved
         self.sinks.evaluated(steps, split, row, found.episodes)
-        self.metrics.write(row)
+        if self.extension.eval_rows:
+            self.metrics.write(row)
         parts.spending.enter(steps)
         return rate
 

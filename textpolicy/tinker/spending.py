@@ -1,65 +1,88 @@
-"""What a run of ``textpolicy train`` on a Tinker server may spend: counted, written down, and priced beforehand."""
+"""The cost of a run on a Tinker server: tokens counted as they are sent, limits, a ledger, and a quote beforehand."""
 
 from __future__ import annotations
 
+import json
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
+
+import numpy as np
 
 from ..algorithms import Algorithm
 from ..config.settings import Config, TinkerSettings
-from ..engine import ResumableEngine
+from ..engine import ResumableEngine, Sampling
 from ..environment.single_turn import TextGenerationEnv
-from ..errors import UserError
+from ..errors import ServiceError, UserError
+from ..loop.collect import collect
 from ..loop.metrics import Row
+from ..loop.on_policy import measure
+from ..losses import Surrogate
 from ..tasks import Task
-from .money import Limits, Metered, Prices, Tokens, guessed_prompt_tokens, priced
-from .preflight import TOKENS, preflight
-from .progress import LEDGER, RunFolder
+from ..types import Batch, Completion
+
+LEDGER = "ledger.jsonl"  # tokens spent so far, as they are spent
+MILLION = 1_000_000
+TEMPLATE_TOKENS = 30  # of a chat template, in a guess
+TRIAL_TOKENS = 16  # of the completion that a server is tried out with, at most
+MAX_GAP = 1.0  # nats, mean, between sampler and learner: 0.1 is half precision, more a misalignment
 
 
-class MeteredRun(Metered):
-    """``Metered``, for a run with checkpoints; what is kept on the server costs no tokens."""
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Numbers of tokens by what is done with them, which is how services bill."""
 
-    def __init__(self, engine: ResumableEngine) -> None:
-        super().__init__(engine)
-        self.kept, self.packages = engine, engine.packages
-
-    def weights(self) -> Any:
-        return self.kept.weights()
-
-    def restore(self, weights: Any) -> None:
-        self.kept.restore(weights)
-
-    def write_weights(self, weights: Any, folder: Path) -> None:
-        self.kept.write_weights(weights, folder)
-
-    def read_weights(self, folder: Path) -> Any:
-        return self.kept.read_weights(folder)
-
-    def write_state(self, folder: Path) -> None:
-        self.kept.write_state(folder)
-
-    def read_state(self, folder: Path) -> None:
-        self.kept.read_state(folder)
-
-    def close(self, status: Literal["success", "errored", "interrupted"] = "success") -> None:
-        self.kept.close(status)
+    prefill: int = 0  # of prompts, once for all completions of one, and of whole sequences that are only scored
+    sampled: int = 0
+    trained: int = 0  # prompt and completion of every sequence that is sent to be learned from
 
     @property
-    def platform(self) -> Mapping[str, str]:
-        return self.kept.platform
+    def total(self) -> int:
+        return self.prefill + self.sampled + self.trained
+
+    def __add__(self, other: Tokens) -> Tokens:
+        return Tokens(self.prefill + other.prefill, self.sampled + other.sampled, self.trained + other.trained)
+
+    def times(self, n: int) -> Tokens:
+        return Tokens(self.prefill * n, self.sampled * n, self.trained * n)
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """The prices in one currency, per million tokens."""
+
+    prefill: float = 0.0
+    sampled: float = 0.0
+    trained: float = 0.0
+
+    @classmethod
+    def of(cls, settings: TinkerSettings) -> Self:
+        return cls(settings.price_prefill, settings.price_sample, settings.price_train)
+
+    @property
+    def known(self) -> bool:
+        return (self.prefill, self.sampled, self.trained) != (0, 0, 0)
+
+    def cost(self, tokens: Tokens) -> float:
+        """Return prefill p_prefill + sampled p_sampled + trained p_trained, by the million."""
+        spent = self.prefill * tokens.prefill + self.sampled * tokens.sampled + self.trained * tokens.trained
+        return spent / MILLION
 
 
 @dataclass(frozen=True, slots=True)
 class RunWork:
-    """The size of a run, for bounds on what it spends."""
+    """The size of a run, which bounds what it spends."""
 
     config: Config
     prompt_tokens: int  # of the longest prompt, or of a guess
     said: int  # the most tokens of an episode after its prompt
-    turns: int = 1  # of an episode; each of them reads all before it
+    turns: int = 1  # of an episode; each of them reads everything before it
     draws: int = 1  # of prompts, in a step
     scored: bool = False  # every completion under the reference, for a KL in the reward
     validation: int = 0  # problems
@@ -67,7 +90,7 @@ class RunWork:
 
     @classmethod
     def of(cls, config: Config, recipe: Algorithm, task: Task, prompt_tokens: int, said: int) -> Self:
-        """``task`` says how many problems a look has, and whether there are tools."""
+        """Return the size of a run on ``task``, which decides the number of problems and of turns."""
         limit = config.evaluation.problems or None
         return cls(
             config,
@@ -80,89 +103,127 @@ class RunWork:
             test=len(task.test[:limit]),
         )
 
+    def sampled(self, prompts: int, n: int) -> Tokens:
+        """Return the most that ``n`` completions of each prompt take: a prompt is read once, later turns by each."""
+        later = prompts * n * (self.turns - 1) * (self.prompt_tokens + self.said)
+        return Tokens(prompts * self.prompt_tokens + later, prompts * n * self.said)
+
     def step(self, number: int) -> Tokens:
-        """The most that step ``number``, from 0, takes: every completion is as long as it may be, and learned from."""
+        """Return the most that step ``number``, from 0, takes: every completion is of full length and learned from."""
         rollout, check = self.config.rollout, self.config.on_policy
         rows, whole = rollout.prompts_per_step * rollout.group_size, self.prompt_tokens + self.said
         scored = rows * whole * self.scored
         if check.every and number % check.every == 0:
             scored += 2 * min(check.completions, rows * self.draws) * whole
-        drawn = self._sampled(rollout.prompts_per_step, rollout.group_size).times(self.draws)
+        drawn = self.sampled(rollout.prompts_per_step, rollout.group_size).times(self.draws)
         return drawn + Tokens(prefill=scored, trained=rows * whole)
 
-    @property
-    def validation_look(self) -> Tokens:
-        """The most that a look at the validation problems takes."""
+    def evaluation(self, split: str) -> Tokens:
+        """Return the most that an evaluation of "validation" or "test" takes."""
+        if split == "test":
+            return self.sampled(self.test, 1)
         samples = self.config.evaluation.samples
-        more = self._sampled(self.validation, samples) if samples else Tokens()
-        return self._sampled(self.validation, 1) + more
+        more = self.sampled(self.validation, samples) if samples else Tokens()
+        return self.sampled(self.validation, 1) + more
 
     @property
-    def test_look(self) -> Tokens:
-        return self._sampled(self.test, 1)
-
-    @property
-    def preflight(self) -> Tokens:
-        few = min(TOKENS, self.said)
+    def trial(self) -> Tokens:
+        """The most that ``Budget.try_out`` takes."""
+        few = min(TRIAL_TOKENS, self.said)
         return Tokens(2 * self.prompt_tokens * self.turns + few, few)
 
     @property
     def opening(self) -> Tokens:
-        """Before the first step."""
-        return self.preflight + self.test_look + self.validation_look
+        """The most that is spent before the first step."""
+        return self.trial + self.closing
 
     @property
     def closing(self) -> Tokens:
-        """After the last step, which may be any."""
-        return self.validation_look + self.test_look
+        """The most that is spent after the last step, which may be any."""
+        return self.evaluation("validation") + self.evaluation("test")
 
     @property
     def run(self) -> Tokens:
-        """The most that all of it takes."""
+        """The most that the whole run takes."""
         steps, every = self.config.steps, self.config.evaluation.every
-        spent = self.opening + self.validation_look.times((steps - 1) // every) + self.closing
+        spent = self.opening + self.evaluation("validation").times((steps - 1) // every) + self.closing
         for number in range(steps):
             spent += self.step(number)
         return spent
 
-    def _sampled(self, prompts: int, n: int) -> Tokens:
-        """``n`` completions of each of so many prompts: a prompt is read once for all, later turns by each."""
-        later = prompts * n * (self.turns - 1) * (self.prompt_tokens + self.said)
-        return Tokens(prompts * self.prompt_tokens + later, prompts * n * self.said)
+
+class MeteredRun:
+    """An engine that counts the tokens of every call; what is kept on the server costs none."""
+
+    def __init__(self, engine: ResumableEngine) -> None:
+        self.engine, self.spent, self.stop = engine, Tokens(), engine.stop
+        self.sequences = 0  # that were sent to be learned from
+
+    def __getattr__(self, name: str) -> Any:
+        """Return everything else from the engine itself."""
+        return getattr(self.engine, name)
+
+    def sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> list[list[Completion]]:
+        """Sample, and count prompts as prefill and completions as sampled."""
+        out = self.engine.sample(prompts, n, sampling)
+        self.spent += Tokens(prefill=sum(map(len, prompts)), sampled=sum(len(c.tokens) for group in out for c in group))
+        return out
+
+    def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
+        """Score, and count the rows as prefill."""
+        self.spent += Tokens(prefill=int(batch.lengths.sum()))
+        return self.engine.score(batch, reference=reference)
+
+    def update(self, batch: Batch, surrogate: Surrogate, learning_rate: float) -> Mapping[str, float]:
+        """Update, and count as trained the rows that can change the loss, which are those that are sent."""
+        rows = ((batch.weights != 0) & ((batch.advantages != 0) | (surrogate.kl is not None))).any(axis=1)
+        self.sequences += int(rows.sum())
+        self.spent += Tokens(trained=int(batch.lengths[rows].sum()))
+        return self.engine.update(batch, surrogate, learning_rate)
 
 
 class Budget:
     """The tokens that a run has spent and may spend; every entry goes to ledger.jsonl at once, so a resume knows it."""
 
-    def __init__(self, engine: MeteredRun, work: RunWork, settings: TinkerSettings) -> None:
-        self.engine, self.work = engine, work
-        self.prices, self.limits = prices_of(settings), Limits(settings.max_tokens_total, settings.max_cost)
-        self._folder: RunFolder | None = None
+    def __init__(self, engine: MeteredRun, work: RunWork, settings: TinkerSettings, *, reserve: bool = True) -> None:
+        """With ``reserve`` a step begins only if the limits leave room for the evaluations after it, too."""
+        self.engine, self.work, self.settings, self.prices = engine, work, settings, Prices.of(settings)
+        self.closing = work.closing if reserve else Tokens()
+        self.opening = work.opening if reserve else work.trial
+        self.ledger: Path | None = None
 
     def open(self, folder: Path) -> None:
         """Record in ``folder`` from now on, and count what the run there has spent before."""
-        self._folder = RunFolder(folder)
-        self._folder.mend(LEDGER)
-        self.engine.spent += self._folder.paid()
+        self.ledger = folder / LEDGER
+        cut(self.ledger)
+        paid = [Tokens(**line["spent"]) for line in read_lines(self.ledger)]
+        self.engine.spent += max(paid, key=lambda tokens: tokens.total, default=Tokens())
 
     def allow(self, done: int | None = None) -> None:
-        """Raise UserError if the limits leave no room for step ``done`` and its evaluations; None: to begin."""
-        work = self.work
-        if done is not None and done >= work.config.steps:
+        """Raise UserError if the limits leave no room for step ``done`` and what follows; None: for the beginning."""
+        if done is not None and done >= self.work.config.steps:
             return
-        first = work.opening + work.step(0) if done is None else work.preflight + work.step(done)
-        reason = self.limits.reason_to_stop(self.engine.spent, first + work.closing, self.prices)
-        if reason is not None:
+        first = self.opening + self.work.step(0) if done is None else self.work.trial + self.work.step(done)
+        if reason := self.reason_against(first + self.closing):
             raise UserError(f"{reason}; raise it, or make the run smaller")
 
     def try_out(self, env: TextGenerationEnv) -> None:
-        """Sample and score a few tokens of ``env``. Raises UserError, ServiceError."""
-        preflight(self.engine, env, self.work.config.rollout.temperature)
+        """Sample a few tokens and score them: the server works, and its learner sees what was sampled.
+
+        Raises UserError, ServiceError.
+        """
+        sampling = Sampling(min(TRIAL_TOKENS, env.max_tokens), self.work.config.rollout.temperature)
+        gap = measure(self.engine, collect(self.engine, env, [0], 1, sampling, pieces=False))
+        if not gap.mean <= MAX_GAP:
+            raise ServiceError(
+                f"the server's learner and sampler differ by {gap.mean:.3g} nats on average over {gap.tokens} tokens: "
+                "no run on it would be on-policy; check that both serve the same weights"
+            )
 
     def enter(self, step: int) -> None:
         """Record what is spent after so many steps."""
-        assert self._folder is not None
-        self._folder.enter(step, self.engine.spent)
+        assert self.ledger is not None
+        append_line(self.ledger, {"step": step, "spent": self.engine.spent.as_dict()})
 
     def sampled(self, step: int, record: Callable[[], None]) -> None:
         """Call ``record``, and record what is spent, before an update that may fail."""
@@ -170,11 +231,26 @@ class Budget:
         self.enter(step)
 
     def reason_to_end(self, done: int) -> str | None:
-        """Return why step ``done`` must not begin: with it and the last evaluations a limit could be passed."""
-        return self.limits.reason_to_stop(self.engine.spent, self.work.step(done) + self.work.closing, self.prices)
+        """Return why step ``done`` must not begin: with it a limit could be passed. None if it may."""
+        return self.reason_against(self.work.step(done) + self.closing)
 
     def reason_to_skip(self, split: str) -> str | None:
-        """Return None: ``allow`` and ``reason_to_end`` always leave room for the evaluations."""
+        """Return why the problems of ``split`` must not be evaluated now. None if they may."""
+        return self.reason_against(self.work.evaluation(split))
+
+    def reason_against(self, coming: Tokens) -> str | None:
+        """Return why ``coming`` must not be spent: with it the run could pass a limit. None if it may."""
+        spent, after, settings = self.engine.spent, self.engine.spent + coming, self.settings
+        if settings.max_tokens_total is not None and after.total > settings.max_tokens_total:
+            return (
+                f"{spent.total:,} tokens are spent and the next part may take {coming.total:,}, "
+                f"which could pass max_tokens_total ({settings.max_tokens_total:,})"
+            )
+        if settings.max_cost is not None and self.prices.cost(after) > settings.max_cost:
+            return (
+                f"{self.prices.cost(spent):.2f} is spent and the next part may cost {self.prices.cost(coming):.2f}, "
+                f"which could pass max_cost ({settings.max_cost:g})"
+            )
         return None
 
     @property
@@ -191,24 +267,26 @@ class Budget:
         return {"tokens_spent": float(self.engine.spent.total), **cost}
 
 
-def prices_of(settings: TinkerSettings) -> Prices:
-    return Prices(settings.price_prefill, settings.price_sample, settings.price_train)
-
-
 def budget(
     config: Config, recipe: Algorithm, task: Task, engine: MeteredRun, splits: Mapping[str, TextGenerationEnv]
 ) -> Budget:
-    """The budget of a run whose prompts are tokenised."""
+    """Return the budget of a run whose prompts are tokenised."""
     longest = max(len(env.prompt_ids(i)) for env in splits.values() for i in range(len(env)))
-    work = RunWork.of(config, recipe, task, longest, splits["train"].episode_tokens)
-    return Budget(engine, work, config.tinker)
+    return Budget(engine, RunWork.of(config, recipe, task, longest, splits["train"].episode_tokens), config.tinker)
 
 
-def quote_run(config: Config, recipe: Algorithm, task: Task, length: int | None = None) -> Sequence[str]:
-    """What the run may cost, line by line, without a server; with completions of ``length`` tokens, if given, too."""
-    problems = [*task.train, *task.validation, *task.test]
-    longest = guessed_prompt_tokens("\n".join(m["content"] for m in task.prompt(p.question)) for p in problems)
-    rollout, prices = config.rollout, prices_of(config.tinker)
+def quote_run(
+    config: Config, recipe: Algorithm, task: Task, length: int | None = None, flags: str = "--tinker."
+) -> Sequence[str]:
+    """Return what the run may cost, line by line, without a server; ``length`` adds completions of that length.
+
+    ``flags`` begins the names of the flags that set prices.
+    """
+    texts = [
+        "\n".join(m["content"] for m in task.prompt(p.question)) for p in [*task.train, *task.validation, *task.test]
+    ]
+    longest = max(map(len, texts)) // 3 + TEMPLATE_TOKENS
+    rollout, prices = config.rollout, Prices.of(config.tinker)
     said = (
         rollout.max_tokens if not task.tools else rollout.max_episode_tokens or rollout.max_turns * rollout.max_tokens
     )
@@ -217,13 +295,51 @@ def quote_run(config: Config, recipe: Algorithm, task: Task, length: int | None 
         f"{task.name}: {config.steps} steps of {rollout.prompts_per_step} prompts x {rollout.group_size} completions, "
         f"{work.validation} validation and {work.test} test problems",
         f"prompts of {longest} tokens; an episode has at most {said} more",
-        priced("at most", work.run, prices),
     ]
-    if length is not None:
-        lines.append(priced(f"with {length} tokens each", replace(work, said=length).run, prices))
+    sizes = (
+        {"at most": work}
+        if length is None
+        else {"at most": work, f"with {length} tokens each": replace(work, said=length)}
+    )
+    for what, size in sizes.items():
+        tokens = size.run
+        parts = ", ".join(f"{n:,} {name}" for name, n in tokens.as_dict().items())
+        cost = f": {prices.cost(tokens):,.2f}" if prices.known else ""
+        lines.append(f"{what}: {tokens.total:,} tokens ({parts}){cost}")
     if not prices.known:
         lines.append(
-            "no prices are given; say --tinker.price-prefill, --tinker.price-sample and --tinker.price-train, per "
+            f"no prices are given; pass {flags}price-prefill, {flags}price-sample and {flags}price-train, per "
             "million tokens"
         )
-    return [*lines, "prompt tokens are a guess, 3 characters each and the chat template; no server was asked"]
+    return [*lines, "prompt tokens are a guess, 3 characters each and the chat template; no server was contacted"]
+
+
+# ---- files of JSON lines, which a crash may cut off and a resume cuts back
+
+
+def read_lines(path: Path) -> list[Any]:
+    """Return the lines of a file, none if it is missing; an unfinished last line is left out."""
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Append a line, which is on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def cut(path: Path, step: float = math.inf) -> None:
+    """Move the lines of ``step`` and later to a ``.cut.jsonl`` file, and drop an unfinished last line."""
+    if not path.exists():
+        return
+    lines = read_lines(path)
+    late = [line for line in lines if line["step"] >= step]
+    if late:
+        with path.with_suffix(".cut.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in late)
+    new = path.with_suffix(".new")
+    new.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] < step), encoding="utf-8")
+    os.replace(new, path)

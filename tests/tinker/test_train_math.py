@@ -140,7 +140,7 @@ def test_problems_come_from_a_file_or_a_task_and_not_from_both(problems, capsys)
 
 
 def test_a_task_with_tools_is_refused_before_anything_is_asked(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("textpolicy.tinker.train_math.load_task", lambda name: replace(load_task(name), tools=(len,)))
+    monkeypatch.setattr("textpolicy.run.train_math.load_task", lambda name: replace(load_task(name), tools=(len,)))
     assert main(["--task=addition", f"--log-dir={tmp_path / 'run'}"]) == 2
     assert "has tools, which this command does not support; use 'textpolicy train'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -424,7 +424,7 @@ def test_ctrl_c_says_how_to_go_on(problems, tmp_path, monkeypatch, capsys):
     def interrupted(asked):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("textpolicy.tinker.train_math.train", interrupted)
+    monkeypatch.setattr("textpolicy.run.train_math.train", interrupted)
     assert main([f"--data={problems}", f"--log-dir={tmp_path / 'run'}"]) == 130
     assert capsys.readouterr().err == ("train_math: stopped by Ctrl-C; --resume continues from the last checkpoint\n")
 

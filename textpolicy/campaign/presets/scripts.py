@@ -15,7 +15,7 @@ from ...analysis.sepa.emergence_runs import read_rows
 from ...config.flags import parse
 from ...config.settings import PositiveInt, Section
 from ...errors import TextPolicyError
-from ...tinker.train_math import MathSettings
+from ...run.train_math import MathSettings
 from ..jobs import Attempt, Job, carry_out
 from ..settings import Share
 

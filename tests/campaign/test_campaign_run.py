@@ -191,7 +191,7 @@ def test_a_campaign_that_is_finished_ends_with_its_report(tmp_path, duel, capsys
 
 def test_a_campaign_in_which_a_run_failed_says_so_and_goes_on_by_the_same_command(tmp_path, duel, capsys):
     assert duel("fails", 0.5) == 1
-    assert "failed: the same command goes on with what is not finished" in capsys.readouterr().out
+    assert "failed: the same command resumes with the unfinished runs" in capsys.readouterr().out
     assert json.loads((tmp_path / "c" / "manifest.json").read_text())["status"] == "failed"
     assert not (tmp_path / "c" / "runs" / "new").exists()
     assert duel(0.3, 0.5, source=tmp_path / "c", words=()) == 0  # by its folder, which knows the plan

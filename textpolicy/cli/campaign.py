@@ -1,4 +1,4 @@
-"""``textpolicy campaign plan|run|status|analyze|report``."""
+"""The commands ``textpolicy campaign plan|run|status|analyze|report``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic_settings import CliPositionalArg
 from ..analysis.comparison import compare_arms
 from ..analysis.permutation import smallest_sign_flip_p
 from ..campaign.findings import decided, find, question
-from ..campaign.jobs import Attempt, carry_out, read_attempts
+from ..campaign.jobs import carry_out, read_attempts
 from ..campaign.outcomes import read_outcome
 from ..campaign.plan import finished, jobs_of, planned, write_manifest, write_plan
 from ..campaign.report import write_analysis, write_report
@@ -28,16 +28,16 @@ class PlanArguments(Section):
     output: Path | None = None
     """Folder of the campaign; campaigns/NAME after the file if not given."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Seeds of every arm, in place of the file's: 0,1,2,3,4,5."""
+    """Seeds of every arm, instead of the file's: 0,1,2,3,4,5."""
     engine: Literal["mlx", "tinker"] | None = None
-    """Where every run trains, in place of the file's."""
+    """Where every run trains, instead of the file's."""
     summary: Summary | None = None
-    """The one number of a run, in place of the file's."""
+    """The one number of a run, instead of the file's."""
     stopping: Literal["fixed", "anytime"] | None = None
-    """All seeds, or stop as soon as the evidence is enough; in place of the file's."""
+    """All seeds, or stop as soon as the evidence is enough; instead of the file's."""
 
     def settings(self) -> tuple[CampaignSettings, Path]:
-        """The campaign and its folder. Raises UserError."""
+        """Return the campaign and its folder. Raises UserError."""
         changes = {k: v for k in ("seeds", "engine", "summary", "stopping") if (v := getattr(self, k)) is not None}
         if self.source.is_dir():
             if changes or self.output:
@@ -47,28 +47,31 @@ class PlanArguments(Section):
 
 
 class RunArguments(PlanArguments):
-    """Run a campaign, or go on with it: what is finished is not run again."""
+    """Run a campaign, or resume it: finished runs are not repeated."""
 
     parallel: Annotated[int, Field(ge=1)] = 1
     """Runs at a time."""
     continue_on_error: bool = False
-    """Start the runs behind one that failed."""
+    """Start the remaining runs after one that failed."""
 
 
 class FolderArguments(Section):
-    """Look at a campaign."""
+    """Inspect a campaign."""
 
     folder: CliPositionalArg[Path]
-    """Of the campaign."""
+    """Folder of the campaign."""
 
 
 def main(arguments: list[str]) -> int:
-    """Plan, run and judge arms x seeds: textpolicy campaign plan|run|status|analyze|report."""
+    """Plan, run and evaluate arms x seeds: textpolicy campaign plan|run|status|analyze|report."""
     from ..config.flags import parse
 
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
-        print(_usage())
+        print("usage: textpolicy campaign COMMAND [ARGUMENTS]\n\nArms x seeds, and what they show.\n")
+        for command, (_, function) in COMMANDS.items():
+            print(f"  {command:<10} {(function.__doc__ or '').splitlines()[0]}")
+        print("\n'textpolicy campaign COMMAND --help' describes one.")
         return 0
     if name not in COMMANDS:
         raise unknown_name("campaign command", name, COMMANDS)
@@ -76,55 +79,44 @@ def main(arguments: list[str]) -> int:
     return command(parse(kind, arguments[1:], f"campaign {name}"))
 
 
-def _usage() -> str:
-    lines = [f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}" for name, (_, command) in COMMANDS.items()]
-    usage = ["usage: textpolicy campaign COMMAND [ARGUMENTS]", "", "Arms x seeds, and what they show.", "", *lines]
-    return "\n".join([*usage, "", "'textpolicy campaign COMMAND --help' describes one."])
-
-
-def plan(asked: PlanArguments) -> int:
+def plan(args: PlanArguments) -> int:
     """Check every run's settings and write them down: plan FILE.toml [--output FOLDER]."""
-    settings, root = asked.settings()
+    settings, root = args.settings()
     write_plan(settings, root)
-    print("\n".join(_plan_lines(settings, root)))
-    return 0
-
-
-def _plan_lines(settings: CampaignSettings, root: Path) -> list[str]:
     n = len(settings.seeds)
-    words = [
-        f"{len(settings.arms)} arms x {n} {'seed' if n == 1 else 'seeds'}, planned in {root}",
-        f"decided by {SUMMARIES[settings.summary]}, against {settings.reference}",
-    ]
+    print(f"{len(settings.arms)} arms x {n} {'seed' if n == 1 else 'seeds'}, planned in {root}")
+    print(f"decided by {SUMMARIES[settings.summary]}, against {settings.reference}")
     if settings.stopping == "fixed" and smallest_sign_flip_p(n) > settings.alpha:
-        words.append(
+        print(
             f"note: {n} paired seeds cannot reach p <= {settings.alpha:g}, whatever they show (the least p is "
             f"{smallest_sign_flip_p(n):.3g}); six can at 0.05"
         )
-    return [*words, f"run it with: textpolicy campaign run {root}"]
+    print(f"run it with: textpolicy campaign run {root}")
+    return 0
 
 
-def run(asked: RunArguments) -> int:
-    """Run it, or go on where it stopped, and report: run FILE.toml|FOLDER [--parallel N]."""
-    settings, root = asked.settings()
+def run(args: RunArguments) -> int:
+    """Run the campaign, or resume it, and report: run FILE.toml|FOLDER [--parallel N]."""
+    settings, root = args.settings()
     write_plan(settings, root)
-    attempts = carry_out(
-        jobs_of(settings, root),
-        root,
-        parallel=asked.parallel,
-        continue_on_error=asked.continue_on_error,
-        enough=lambda: settings.stopping == "anytime" and enough(settings, root),
-    )
-    status = _status(settings, root, attempts)
+    jobs = jobs_of(settings, root)
+
+    def stop() -> bool:
+        return settings.stopping == "anytime" and enough(settings, root)
+
+    attempts = carry_out(jobs, root, parallel=args.parallel, continue_on_error=args.continue_on_error, enough=stop)
+    status = "failed" if any(a.returncode for a in attempts) else "partial"
+    if all(job.done for job in jobs) or stop():
+        status = "completed"
     write_manifest(settings, root, status)
     if status == "completed":
         return report(FolderArguments(folder=root))
-    print(f"{status}: the same command goes on with what is not finished")
+    print(f"{status}: the same command resumes with the unfinished runs")
     return 1
 
 
 def enough(settings: CampaignSettings, root: Path) -> bool:
-    """Whether the pairs that are whole, in the order of the seeds, decide an anytime campaign."""
+    """Return whether the complete pairs, in the order of the seeds, decide an anytime campaign."""
     values: dict[str, dict[int, float]] = {arm: {} for arm in settings.arms}
     for seed in settings.seeds:
         folders = {arm: root / "runs" / arm / f"seed{seed}" for arm in settings.arms}
@@ -136,45 +128,34 @@ def enough(settings: CampaignSettings, root: Path) -> bool:
     return pairs > 0 and decided(compare_arms(values, settings.reference, question(settings)), settings)
 
 
-def _status(settings: CampaignSettings, root: Path, attempts: list[Attempt]) -> str:
-    undone = [j for j in jobs_of(settings, root) if not j.done]
-    if not undone or (settings.stopping == "anytime" and enough(settings, root)):
-        return "completed"
-    return "failed" if any(a.returncode for a in attempts) else "partial"
-
-
-def status(asked: FolderArguments) -> int:
-    """Which runs are finished, failed or to come: status FOLDER."""
-    settings = planned(asked.folder)
-    last = {(a.arm, a.seed): a for a in read_attempts(asked.folder)}
-    for job in jobs_of(settings, asked.folder):
+def status(args: FolderArguments) -> int:
+    """Print which runs are finished, failed or to come: status FOLDER."""
+    last = {(a.arm, a.seed): a for a in read_attempts(args.folder)}
+    for job in jobs_of(planned(args.folder), args.folder):
         attempt = last.get((job.arm, job.seed))
-        print(f"{job.name:<32} {_state(job.done, job.folder.exists(), attempt)}")
+        state = "begun" if job.folder.exists() else "to come"
+        if job.done:
+            state = "finished" if attempt is None else f"finished in {attempt.seconds:.0f} s"
+        elif attempt is not None and attempt.returncode:
+            state = f"failed ({attempt.returncode})"
+        print(f"{job.name:<32} {state}")
     return 0
 
 
-def _state(done: bool, begun: bool, attempt: Attempt | None) -> str:
-    if done:
-        return f"finished in {attempt.seconds:.0f} s" if attempt is not None else "finished"
-    if attempt is not None and attempt.returncode:
-        return f"failed ({attempt.returncode})"
-    return "begun" if begun else "to come"
-
-
-def analyze(asked: FolderArguments) -> int:
+def analyze(args: FolderArguments) -> int:
     """Compare the finished runs and print the verdict: analyze FOLDER."""
-    settings = planned(asked.folder)
-    found = find(settings, asked.folder, jobs_of(settings, asked.folder))
+    settings = planned(args.folder)
+    found = find(settings, args.folder, jobs_of(settings, args.folder))
     print(found.verdict)
-    print(f"written to {write_analysis(found, asked.folder)}")
+    print(f"written to {write_analysis(found, args.folder)}")
     return 0
 
 
-def report(asked: FolderArguments) -> int:
+def report(args: FolderArguments) -> int:
     """Write the report as Markdown, JSON and HTML: report FOLDER."""
-    settings = planned(asked.folder)
-    found = find(settings, asked.folder, jobs_of(settings, asked.folder))
-    paths = write_report(found, asked.folder)
+    settings = planned(args.folder)
+    found = find(settings, args.folder, jobs_of(settings, args.folder))
+    paths = write_report(found, args.folder)
     print(found.verdict)
     print("written to " + ", ".join(map(str, paths)))
     return 0

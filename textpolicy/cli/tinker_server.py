@@ -1,4 +1,4 @@
-"""``textpolicy tinker-server``: a Tinker server on this machine, to try things out or to test against."""
+"""The command ``textpolicy tinker-server``: a Tinker server on this machine, for trials and tests."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class ServerArguments(Section):
     model: str = "smollm2-135m"
     """Built-in name, folder of a model in float32, or tiny: a random one for tests."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    """0 is a free one."""
+    """0 is any free one."""
     folder: Path | None = None
     """Database, checkpoints and log, kept for the next start; if not given, one in the cache."""
     rank: PositiveInt = 32
-    """The largest of a LoRA."""
+    """Largest rank of a LoRA."""
     rows: PositiveInt = 8
     """Sequences in one pass."""
     install: bool = False
-    """Make the environment and stop."""
+    """Make the environment and exit."""
 
 
-def serve(asked: ServerArguments) -> None:
+def serve(args: ServerArguments) -> None:
     """Serve until Ctrl-C. Raises UserError, ServiceError."""
     from ..tinker.server.environment import server_python
     from ..tinker.server.server import LocalServer, ServerSettings
@@ -39,16 +39,16 @@ def serve(asked: ServerArguments) -> None:
     def say(line: str) -> None:
         print(line, flush=True)
 
-    if asked.install:
+    if args.install:
         say(f"the server's Python is {server_python(say)}")
         return
     settings = ServerSettings(
-        model=served_model(asked.model),
-        folder=asked.folder or cache_folder() / "tinker" / "server",
-        port=asked.port,
-        rank=asked.rank,
-        train_rows=asked.rows,
-        sample_rows=asked.rows,
+        model=served_model(args.model),
+        folder=args.folder or cache_folder() / "tinker" / "server",
+        port=args.port,
+        rank=args.rank,
+        train_rows=args.rows,
+        sample_rows=args.rows,
     )
     with LocalServer(settings, say) as server:
         say(f"serving {server.name} at {server.url}; its log is {server.log}")
@@ -60,16 +60,14 @@ def serve(asked: ServerArguments) -> None:
 
 
 def served_model(name: str) -> Path:
-    """The folder of ``name`` as a server can read it: a built-in is written out in float32 once. Raises UserError."""
+    """Return a folder of ``name`` that a server can read; a built-in is exported in float32 once. Raises UserError."""
     from ..tinker.server.server import tiny_model_folder
 
     if name == TINY:
         return tiny_model_folder()
     folder = Path(name).expanduser()
-    return folder if folder.is_dir() else _in_float32(name)
-
-
-def _in_float32(name: str) -> Path:
+    if folder.is_dir():
+        return folder
     from filelock import FileLock
 
     from ..run.export import ExportArguments, export

@@ -1,1 +1,1 @@
-"""A Tinker server on this machine, in an environment of its own, to test and develop against."""
+"""The local Tinker server, in an environment of its own, for tests and development."""

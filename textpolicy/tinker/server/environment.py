@@ -1,4 +1,4 @@
-"""The environment that the local Tinker server runs in: a Python of its own in the user's cache, made once."""
+"""The Python environment of the local Tinker server, in the user's cache, made once."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _TEST = f"import sys, venv, ensurepip; sys.exit(not {OLDEST} <= sys.version_info
 
 
 def server_python(say: Callable[[str], None] = lambda line: None) -> Path:
-    """The Python of the server's environment, made first if it is not there; ``say`` hears what takes long.
+    """Return the Python of the server's environment, which is made first if it is missing; ``say`` gets progress.
 
-    Several processes may ask at once, and one makes it. Raises UserError without a Python of 3.12 or 3.13,
+    Of several processes one makes it and the others wait. Raises UserError without a Python of 3.12 or 3.13,
     or for an installation that fails.
     """
     from filelock import FileLock
@@ -46,33 +46,28 @@ def server_python(say: Callable[[str], None] = lambda line: None) -> Path:
 
 
 def environment_folder() -> Path:
-    """Where it is, or would be; other pins have another one."""
+    """Return the environment's folder, made or not; its name depends on the pins."""
     digest = hashlib.sha256("\n".join(PINS).encode()).hexdigest()[:12]
     return cache_folder() / "tinker" / f"server-{digest}"
 
 
 def base_python() -> str | None:
-    """A Python that is right for it: this one, else one on the PATH, of pyenv's or of uv's; None without any."""
+    """Return a suitable Python: this one, or one on the PATH, of pyenv or of uv; None without any."""
     pyenvs = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     pyenv = sorted((pyenvs / "versions").glob("3.1[23].*/bin/python"))
-    found = [sys.executable, *filter(None, map(shutil.which, _NAMES)), *map(str, pyenv), *_of_uv()]
-    return next((python for python in found if _works(python)), None)
-
-
-def _of_uv() -> list[str]:
-    uv = shutil.which("uv")
-    if uv is None:
-        return []
-    asked = [uv, "python", "find", "--no-python-downloads", f">={OLDEST[0]}.{OLDEST[1]},<={NEWEST[0]}.{NEWEST[1]}.99"]
-    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
-
-
-def _works(python: str) -> bool:
-    return subprocess.run([python, "-c", _TEST], capture_output=True, check=False).returncode == 0
+    found = [sys.executable, *filter(None, map(shutil.which, _NAMES)), *map(str, pyenv)]
+    if uv := shutil.which("uv"):
+        wanted = f">={OLDEST[0]}.{OLDEST[1]},<={NEWEST[0]}.{NEWEST[1]}.99"
+        command = [uv, "python", "find", "--no-python-downloads", wanted]
+        found += subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    for python in found:
+        if subprocess.run([python, "-c", _TEST], capture_output=True, check=False).returncode == 0:
+            return python
+    return None
 
 
 def _make(base: str, folder: Path) -> None:
-    """Beside ``folder``, then renamed, so that it is there whole or not at all."""
+    """Make the environment beside ``folder`` and rename it, so that it appears complete or not at all."""
     for stale in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a process that was killed
         shutil.rmtree(stale)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.tmp-", dir=folder.parent) as workspace:
@@ -81,31 +76,20 @@ def _make(base: str, folder: Path) -> None:
         python = new / "bin" / "python"
         if uv := shutil.which("uv"):
             _run(uv, "venv", "--python", base, str(new))
-            # complete as pinned: what SkyRL asks for beyond these pins is gigabytes that it can do without
+            # the pins are complete: what SkyRL requires beyond them is gigabytes that it never uses here
             _run(uv, "pip", "install", "--python", str(python), "--no-deps", "-r", str(pins))
         else:
             _run(base, "-m", "venv", str(new))
-            _run(
-                str(python),
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--no-compile",
-                "--only-binary",
-                ":all:",
-                "--no-deps",
-                "-r",
-                str(pins),
-            )
+            install = ["pip", "install", "--quiet", "--no-compile", "--only-binary", ":all:", "--no-deps"]
+            _run(str(python), "-m", *install, "-r", str(pins))
         new.rename(folder)
 
 
 def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["without a word"]
+        said = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
         raise UserError(
-            f"the server's environment could not be made ({said[0]}); check the network and the space on the disk, "
+            f"the server's environment could not be made ({said[0]}); check the network and the disk space, "
             "and try again"
         )

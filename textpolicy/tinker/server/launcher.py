@@ -1,8 +1,8 @@
-"""Runs in the server's own environment, not in this package's: SkyRL's Tinker API, with its JAX engine beside it.
+"""The program that serves SkyRL's Tinker API with its JAX engine; it runs in the server's own environment.
 
-Three things are added to what SkyRL 0.4.0 does by itself. The engine runs in this interpreter, while SkyRL
-would look for uv. PyTorch and peft, which it imports for images and for one small file, may be absent, which
-saves gigabytes. And three calls that the SDK makes since 0.26 are answered; nothing that computes is touched.
+It changes three things in SkyRL 0.4.0. The engine runs in this interpreter instead of one that SkyRL starts
+through uv. PyTorch and peft, which SkyRL imports for images and for one small file, may be absent, which
+saves gigabytes. And three calls that the SDK makes since 0.26 are answered; no computation is changed.
 """
 
 # mypy: disable-error-code="import-not-found, import-untyped"
@@ -25,23 +25,25 @@ from typing import Any
 
 
 def main() -> None:
-    """Serve until the standard input closes, which it does when whoever started this is gone."""
-    stand_in_for_absent_packages()
+    """Serve until the standard input closes, which happens when the process that started this ends."""
+    for name, contents in (("torch", {"Tensor": type("Tensor", (), {})}), ("peft", {"LoraConfig": LoraConfig})):
+        if importlib.util.find_spec(name) is None:
+            module = ModuleType(name)
+            module.__spec__ = ModuleSpec(name, None)
+            vars(module).update(contents)
+            sys.modules[name] = module
     if sys.argv[1:2] == ["--engine"]:  # started by the API below
         del sys.argv[1]
         runpy.run_module("skyrl.tinker.engine", run_name="__main__", alter_sys=True)
         return
-    threading.Thread(target=end_with_the_starter, daemon=True).start()
+
+    def end_with_parent() -> None:
+        while os.read(sys.stdin.fileno(), 1024):
+            pass
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     serve()
-
-
-def end_with_the_starter() -> None:
-    while os.read(sys.stdin.fileno(), 1024):
-        pass
-    os.killpg(os.getpgrp(), signal.SIGKILL)
-
-
-# ---- what need not be installed
 
 
 @dataclasses.dataclass
@@ -58,19 +60,8 @@ class LoraConfig:
         (Path(path) / "adapter_config.json").write_text(json.dumps(dataclasses.asdict(self)))
 
 
-def stand_in_for_absent_packages() -> None:
-    for name, contents in (("torch", {"Tensor": type("Tensor", (), {})}), ("peft", {"LoraConfig": LoraConfig})):
-        if importlib.util.find_spec(name) is None:
-            module = ModuleType(name)
-            module.__spec__ = ModuleSpec(name, None)
-            vars(module).update(contents)
-            sys.modules[name] = module
-
-
-# ---- the server
-
-
 def serve() -> None:
+    """Run the API with the command line's settings."""
     import uvicorn
     from skyrl.tinker import api
     from skyrl.tinker.config import EngineConfig, add_model, config_to_argv
@@ -80,25 +71,19 @@ def serve() -> None:
     add_model(parser, EngineConfig)
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
-    asked = vars(parser.parse_args())
+    args = vars(parser.parse_args())
     api.app.state.engine_config = EngineConfig.model_validate(
-        {name: value for name, value in asked.items() if name in EngineConfig.model_fields}
+        {name: value for name, value in args.items() if name in EngineConfig.model_fields}
     )
-    api._build_uv_run_cmd_engine = lambda _, config: [
-        sys.executable,
-        "-P",
-        __file__,
-        "--engine",
-        *config_to_argv(config),
-    ]
+    engine = [sys.executable, "-P", __file__, "--engine"]
+    api._build_uv_run_cmd_engine = lambda _, config: [*engine, *config_to_argv(config)]
     answer_newer_calls(api)
-    uvicorn.run(
-        api.app, host=asked["host"], port=asked["port"], log_config=get_uvicorn_log_config(), timeout_keep_alive=75
-    )
+    log = get_uvicorn_log_config()
+    uvicorn.run(api.app, host=args["host"], port=args["port"], log_config=log, timeout_keep_alive=75)
 
 
 def answer_newer_calls(api: Any) -> None:
-    """Sampling names its sequences, a session can be finished, and a model can begin from a checkpoint."""
+    """Make sampling name its sequences, sessions end on request, and models start from a checkpoint."""
     from fastapi import Depends, HTTPException, Request
     from skyrl.tinker import types
     from skyrl.tinker.db_models import FutureDB, ModelDB
@@ -113,7 +98,7 @@ def answer_newer_calls(api: Any) -> None:
         return {**future.model_dump(), "sample_sequence_ids": names}
 
     async def finish(session_id, session=in_session):  # type: ignore[no-untyped-def]
-        """Frees the adapter slots of the session at once, and not when it has been silent for minutes."""
+        """Free the adapter slots of the session at once instead of after minutes of silence."""
         found = await session.exec(api.select(ModelDB).where(ModelDB.session_id == session_id))
         for model in found.all():
             if model.status not in ("unloading", "unloaded"):
@@ -130,15 +115,15 @@ def answer_newer_calls(api: Any) -> None:
             return await api.load_weights(api.LoadWeightsRequest.model_validate(request), http, session)
         path = types.TinkerPath.parse(request["path"])
         if not path or path.kind != "weights":
-            raise HTTPException(400, f"{request['path']} is no path of a state: tinker://RUN/weights/NAME")
+            raise HTTPException(400, f"{request['path']} is not the path of a state: tinker://RUN/weights/NAME")
         await api.validate_checkpoint(http, path.primary_id, path.secondary_id, types.CheckpointType.TRAINING, session)
         source = await api.get_model(session, path.primary_id)
         lora = types.LoraConfig.model_validate(source.lora_config)
         model = f"{request['session_id']}:train:{request['model_seq_id']}"
-        asked_before = api.select(FutureDB).where(
+        earlier = api.select(FutureDB).where(
             FutureDB.model_id == model, FutureDB.request_type == types.RequestType.LOAD_WEIGHTS
         )
-        if (known := (await session.exec(asked_before)).first()) is not None:  # its answer was lost on the way
+        if (known := (await session.exec(earlier)).first()) is not None:  # its answer was lost on the way
             return pending(known.request_id)
         create = types.CreateModelInput(lora_config=lora)
         created = await api.create_future(session, types.RequestType.CREATE_MODEL, model, create)
@@ -161,7 +146,7 @@ def answer_newer_calls(api: Any) -> None:
         await session.commit()
         return pending(loaded)
 
-    # FastAPI reads types at run time, and these names exist in here only
+    # FastAPI reads types at run time, and these names exist only in this function
     asample.__annotations__ = {"request": api.SampleRequest, "http": Request}
     load_weights.__annotations__ = {"request": dict, "http": Request}
     finish.__annotations__ = {"session_id": str}

@@ -1,6 +1,6 @@
-"""What the local Tinker server is made of, complete: nothing else is installed, and nothing newer.
+"""The pinned packages of the local Tinker server, complete: nothing else is installed.
 
-SkyRL 0.4.0 asks for PyTorch, peft, datasets and database drivers, too, which this way of running it never calls.
+SkyRL 0.4.0 also requires PyTorch, peft, datasets and database drivers, which are never called here.
 """
 
 PINS = (

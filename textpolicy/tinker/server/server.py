@@ -1,4 +1,4 @@
-"""A Tinker server on this machine: SkyRL's API with its JAX engine on the CPU, as a process that ends with this one."""
+"""The local Tinker server: SkyRL's API with its JAX engine on the CPU, as a process that ends with this one."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from .environment import server_python
 from .tiny_model import write_tiny_model
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
-_READY = "Initialized TinkerEngine"  # what the engine's log says once the model is loaded
+_READY = "Initialized TinkerEngine"  # in the engine's log once the model is loaded
 _START_LIMIT = 300.0  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
-    """What to serve, and how wide."""
+    """The model to serve, and the sizes of the server."""
 
     model: Path  # folder in the Hugging Face layout, config.json with "dtype": "float32"
-    folder: Path  # of the server's own: database, checkpoints and log
+    folder: Path  # for the server's database, checkpoints and log
     host: str = "127.0.0.1"
-    port: int = 0  # 0 is a free one
+    port: int = 0  # 0 is any free one
     rank: int = 32  # the largest of a LoRA
     adapters: int = 9  # at once; one of them is the base model
     train_rows: int = 8  # sequences in one pass; fixed widths are compiled once
@@ -42,7 +42,7 @@ class ServerSettings:
 
     @property
     def name(self) -> str:
-        """What the model is called on the server."""
+        """The name of the model on the server."""
         return str(self.model.resolve())
 
     def __post_init__(self) -> None:
@@ -51,33 +51,19 @@ class ServerSettings:
 
 
 class LocalServer:
-    """A server at ``url``, whose model is called ``name`` there. It ends with ``stop``, or with the program."""
+    """The server at ``url``, whose model is called ``name`` there. It ends with ``stop``, or with the program."""
 
     def __init__(self, settings: ServerSettings, say: Callable[[str], None] = lambda line: None):
-        """Starts it and waits until it answers. Raises UserError, ServiceError."""
+        """Start the server and wait until it answers. Raises UserError, ServiceError."""
         python = server_python(say)
-        self.name = settings.name
-        self.port = settings.port or _free_port(settings.host)
+        self.name, self.port = settings.name, settings.port
+        if not self.port:
+            with socket.socket() as listening:
+                listening.bind((settings.host, 0))
+                self.port = int(listening.getsockname()[1])
         self.url = f"http://{settings.host}:{self.port}"
         self.log = settings.folder / "server.log"
         settings.folder.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
-            self._began = log.tell()
-            self.process = subprocess.Popen(
-                [str(python), "-P", str(LAUNCHER), *self._arguments(settings)],
-                stdin=subprocess.PIPE,  # closes when this process ends, however it does
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **_environment()},
-                start_new_session=True,
-            )
-        try:
-            self._wait()
-        except BaseException:
-            self.stop()
-            raise
-
-    def _arguments(self, settings: ServerSettings) -> list[str]:
         engine = {
             "max_lora_adapters": settings.adapters,
             "max_lora_rank": settings.rank,
@@ -94,22 +80,38 @@ class LocalServer:
             "host": settings.host,
             "port": str(self.port),
         }
-        return [word for name, value in flags.items() for word in (f"--{name}", value)]
-
-    def _wait(self) -> None:
-        """Until the API answers and the engine has loaded the model."""
-        end = time.monotonic() + _START_LIMIT
-        while not (_READY in self.said() and answers(self.url)):
-            if self.process.poll() is not None or time.monotonic() > end:
-                last = " ".join(self.said().strip().splitlines()[-1:])
-                raise ServiceError(f"the Tinker server did not start ({last}); its log is {self.log}")
-            time.sleep(0.2)
-
-    def said(self) -> str:
-        """The log since this server was started."""
-        with self.log.open("rb") as log:
-            log.seek(self._began)
-            return log.read().decode(errors="replace")
+        environment = {  # JAX on the CPU, with everything that it compiles kept for the next start; nothing is fetched
+            "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
+            "JAX_COMPILATION_CACHE_DIR": str(cache_folder() / "tinker" / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": "",
+        }
+        words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+        with self.log.open("ab") as log:
+            began = log.tell()
+            self.process = subprocess.Popen(
+                [str(python), "-P", str(LAUNCHER), *words],
+                stdin=subprocess.PIPE,  # closes when this process ends in any way
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                start_new_session=True,
+            )
+        end, text = time.monotonic() + _START_LIMIT, ""
+        try:
+            while not (_READY in text and answers(self.url)):
+                if self.process.poll() is not None or time.monotonic() > end:
+                    last = " ".join(text.strip().splitlines()[-1:])
+                    raise ServiceError(f"the Tinker server did not start ({last}); its log is {self.log}")
+                time.sleep(0.2)
+                with self.log.open("rb") as log:
+                    log.seek(began)
+                    text = log.read().decode(errors="replace")
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """End the server and its engine."""
@@ -123,7 +125,7 @@ class LocalServer:
             self.process.stdin.close()
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to server and engine alike; nothing happens if they are gone."""
+        """Send a signal to the server and its engine, if they are still there."""
         try:
             os.killpg(self.process.pid, number)
         except ProcessLookupError:
@@ -137,7 +139,7 @@ class LocalServer:
 
 
 def tiny_model_folder(seed: int = 0) -> Path:
-    """The tiny random model in the cache, written first if it is not there."""
+    """Return the folder of the tiny random model in the cache, which is written first if it is missing."""
     from filelock import FileLock
 
     folder = cache_folder() / "tinker" / "models" / f"tiny-{seed}"
@@ -148,21 +150,3 @@ def tiny_model_folder(seed: int = 0) -> Path:
             write_tiny_model(new, seed)
             new.rename(folder)
     return folder
-
-
-def _environment() -> dict[str, str]:
-    """JAX on the CPU, with everything that it compiles kept for the next start; nothing is fetched."""
-    return {
-        "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
-        "JAX_COMPILATION_CACHE_DIR": str(cache_folder() / "tinker" / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": "",
-    }
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as listening:
-        listening.bind((host, 0))
-        return int(listening.getsockname()[1])

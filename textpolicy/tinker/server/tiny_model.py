@@ -1,4 +1,4 @@
-"""A tiny Qwen3 with random weights and a tokenizer of bytes, for tests of what happens around a model."""
+"""The tiny Qwen3 with random weights and a tokenizer of bytes, for tests of everything around a model."""
 
 from __future__ import annotations
 
@@ -39,18 +39,15 @@ CONFIG: dict[str, Any] = {
 
 
 def write_tiny_model(folder: Path, seed: int = 0) -> None:
-    """A model folder in the Hugging Face layout, of about 80,000 float32 parameters; ``seed`` fixes them."""
+    """Write a model folder in the Hugging Face layout, of about 80,000 float32 parameters; ``seed`` fixes them.
+
+    Matrices are (out, in) of variance 1 / in, norms are ones; token i below 256 is the byte i.
+    """
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    save_file(_weights(np.random.default_rng(seed)), folder / "model.safetensors", metadata={"format": "pt"})
-    _write_tokenizer(folder)
-
-
-def _weights(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """By Hugging Face's names; matrices are (out, in) float32 of variance 1 / in, norms are ones."""
-    c = CONFIG
+    c, rng = CONFIG, np.random.default_rng(seed)
     hidden, inner = c["hidden_size"], c["intermediate_size"]
     heads, shared = c["num_attention_heads"], c["num_key_value_heads"]
     width, words = c["head_dim"], c["vocab_size"]
@@ -70,20 +67,22 @@ def _weights(rng: np.random.Generator) -> dict[str, np.ndarray]:
     shapes = {"model.embed_tokens": (words, hidden), "lm_head": (words, hidden), "model.norm": (hidden,)}
     for layer in range(c["num_hidden_layers"]):
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
-    return {f"{name}.weight": _drawn(shape, rng) for name, shape in shapes.items()}
-
-
-def _drawn(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    if len(shape) == 1:
-        return np.ones(shape, np.float32)
-    return (rng.standard_normal(shape) / np.sqrt(shape[1])).astype(np.float32)
+    weights = {}
+    for name, shape in shapes.items():
+        drawn = np.ones(shape) if len(shape) == 1 else rng.standard_normal(shape) / np.sqrt(shape[1])
+        weights[f"{name}.weight"] = drawn.astype(np.float32)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_tokenizer(folder)
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """Token i below 256 is the byte i."""
+    """Write the tokenizer of bytes, in the letters of byte-level BPE: a byte that prints, else one from 256 upwards."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    tokenizer = Tokenizer(models.BPE({letter: byte for byte, letter in enumerate(_letters())}, []))
+    printing = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    other = [byte for byte in range(256) if byte not in printing]
+    letters = [chr(byte) if byte in printing else chr(256 + other.index(byte)) for byte in range(256)]
+    tokenizer = Tokenizer(models.BPE({letter: byte for byte, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
@@ -97,10 +96,3 @@ def _write_tokenizer(folder: Path) -> None:
         "chat_template": TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def _letters() -> list[str]:
-    """The letter that stands for each byte in byte-level BPE: itself if it prints, else one from 256 upwards."""
-    printing = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    other = [byte for byte in range(256) if byte not in printing]
-    return [chr(byte) if byte in printing else chr(256 + other.index(byte)) for byte in range(256)]

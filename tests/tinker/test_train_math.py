@@ -243,7 +243,7 @@ def test_what_is_recorded_reads_back_as_numbers_and_evaluations(problems, tmp_pa
     recorded = load_run(tmp_path / "run")
     assert recorded.metrics["step"].to_pylist() == list(range(6))
     assert recorded.metrics["mean_reward"].to_pylist() == recorded.metrics["reward_mean"].to_pylist()
-    assert recorded.looks["step"].to_pylist() == [0, 3, 6]
+    assert recorded.evaluations["step"].to_pylist() == [0, 3, 6]
     assert recorded.rollouts.num_rows == 6 * 16
     assert recorded.evals.num_rows == 3 * 3
     assert recorded.summary["steps"] == 6

@@ -46,7 +46,8 @@ def tiny_run(monkeypatch, tmp_path):
         problems = [Problem(f"{n} 3", "7") for n in range(1, 9)]
         parts = {"train": tuple(problems), "validation": tuple(problems[:2]), "test": tuple(problems[:2])}
         monkeypatch.setitem(TASKS, "tiny", lambda: Task("tiny", "", prompt=lambda q: q, reward=reward, **parts))
-        monkeypatch.setattr(runs, "build_engine", lambda config, recipe: (make_tiny_engine(vocabulary=16), Numbers()))
+        engine = make_tiny_engine(vocabulary=16), Numbers()
+        monkeypatch.setattr("textpolicy.run.assembly.build_engine", lambda config, recipe: engine)
         kept = Kept()
         monkeypatch.setattr(runs, "open_trackers", lambda config, folder: [kept])
         small = {"rollout": {"prompts_per_step": 2, "group_size": 4, "max_tokens": 3}, "optimizer": {"warmup_steps": 1}}

@@ -36,9 +36,9 @@ from .tinylora import (
 
 
 class LowRankLinear(LoRALinear):
-    """y = W x + scale (x A) B, as mlx-lm's LoRALinear, with A and B in the type of x for the products.
+    """The LoRA y = W x + scale (x A) B, as mlx-lm's LoRALinear, but with A and B in the type of x for the products.
 
-    There a model in bfloat16 does these in float32, which takes half of an update's time on a GPU.
+    mlx-lm's does these in float32 in a bfloat16 model, which takes half of an update's time on a GPU.
     """
 
     @classmethod

@@ -121,7 +121,7 @@ def reread_adapter(model: nn.Module, path: str | Path) -> nn.Module:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Saved:
-    """An adapter read from disk."""
+    """The adapter as read from disk."""
 
     path: Path
     config: Mapping[str, Any]

@@ -40,7 +40,7 @@ _REQUIRED: Any = object()
 
 @dataclass(frozen=True, eq=False)
 class GGUFModel:
-    """A model in the layout of Hugging Face's Llama, with quantised weights as MLX triples."""
+    """The model in the layout of Hugging Face's Llama, with quantised weights as MLX triples."""
 
     config: dict[str, Any]  # config.json without the quantization
     weights: dict[str, mx.array]

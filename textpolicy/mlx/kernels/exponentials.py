@@ -1,4 +1,4 @@
-"""A faster exponential for CPUs, where MLX computes one number at a time, and the SwiGLU and attention built on it."""
+"""The fast exponential for CPUs, where MLX computes one number at a time; SwiGLU and attention built on it."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _AT_ONCE = 16  # groups whose weights are joined at a time; until that is done t
 
 
 class FusedLinear:
-    """Linear layers called one after the other with the same input, computed as one.
+    """The linear layers called one after the other with the same input, computed as one.
 
     With the kernel for it (cuda.py) one product gives all outputs and the LoRAs' x A; the LoRAs' A are then rows below
     the layers' weights, and each layer's weight is a slice of the joined array. Otherwise A and B each take a product

@@ -1,4 +1,4 @@
-"""Reinforcement learning for text generation on MLX. Public names are imported when they are first used."""
+"""Train language models by reinforcement learning on MLX. Public names are imported at their first use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ._system.lazy import lazy_names
 from ._system.openblas import await_mlx
 
-if TYPE_CHECKING:  # for type checkers and editors; the table below says the same to Python
+if TYPE_CHECKING:  # for type checkers and editors; the table below is the same for Python
     from .algorithms.grpo import apply_entropy_weighting as apply_entropy_weighting
     from .algorithms.grpo import compute_advantages as compute_advantages
     from .algorithms.grpo import compute_advantages_dr_grpo as compute_advantages_dr_grpo

@@ -1,4 +1,4 @@
-"""``python -m textpolicy`` is the ``textpolicy`` command."""
+"""Run the ``textpolicy`` command as ``python -m textpolicy``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The seam: everything the training loop needs from a model, local or remote."""
+"""The interface between the training loop and a model, local or remote."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy as np
 
 from .errors import UserError
 from .losses import Surrogate
-from .types import Batch, Completion
+from .types import Batch, Completion, Floats
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn.
+    """The settings that completions are sampled with.
 
     Only ``temperature`` may differ from its default in training: the learner can score
-    under it, but not under a truncated or penalised distribution.
+    at any temperature, but not under a truncated or penalised distribution.
     """
 
     max_tokens: int = 256
-    temperature: float = 1.0  # 0 is greedy; the log-probs reported then are those at temperature 1
+    temperature: float = 1.0  # 0 is greedy, which reports log-probs at temperature 1
     top_p: float = 1.0  # keep the smallest set of tokens whose probability reaches this
     repetition_penalty: float = 1.0  # divide (multiply, if negative) logits of tokens already seen
-    seed: int = 0  # the same seed draws the same completions, whatever else is in the batch
+    seed: int = 0  # the same seed samples the same completions, whatever else is in the batch
     top_k: int = 0  # keep the k most likely tokens; 0 keeps all
     min_p: float = 0.0  # keep tokens at least this likely compared with the likeliest
 
@@ -46,59 +46,62 @@ class Sampling:
 
     @property
     def scored_temperature(self) -> float | None:
-        """The temperature a learner must score at, or None if no temperature alone describes it (top-p, ...)."""
+        """The temperature that a learner must score at; None for a truncated or penalised distribution."""
         untouched = (self.top_p, self.top_k, self.min_p, self.repetition_penalty) == (1, 0, 0, 1)
         return self.temperature if untouched else None
 
-    def elsewhere(self, *place: int) -> Sampling:
-        """Return the same settings with a seed derived from this one, for a step or a later turn."""
+    def reseeded(self, *place: int) -> Sampling:
+        """Return the same settings with a seed derived from theirs and ``place``, such as a step or a later turn."""
         return replace(self, seed=int(np.random.SeedSequence([self.seed, *place]).generate_state(1)[0]))
 
 
 class Engine(Protocol):
-    """A model that samples and learns. It never sees a reward or an algorithm's name."""
+    """The model that samples and learns. It never sees a reward or an algorithm's name."""
 
     stop: np.ndarray  # (S,) int, the tokens that end a completion
 
     def sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> list[list[Completion]]:
-        """``n`` completions for every prompt (token ids), in prompt order."""
+        """Sample ``n`` completions for every prompt (token ids), in prompt order."""
 
-    def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
-        """(B, T) float32 log-probs of the batch's targets, now or under the frozen ``reference``; 0 off the mask."""
+    def score(self, batch: Batch, *, reference: bool = False) -> Floats:
+        """Return (B, T) float32 log-probs of the batch's targets, 0 off the mask.
+
+        They are those of the current weights or, if ``reference``, of the frozen reference.
+        """
 
     def update(self, batch: Batch, surrogate: Surrogate, learning_rate: float) -> Mapping[str, float]:
-        """One optimiser step on ``batch``; returns metrics."""
+        """Take one optimiser step on ``batch`` and return its metrics."""
 
     def save(self, path: Path) -> None:
-        """Write the trained adapter to the folder ``path``, whole or not at all."""
+        """Write the trained adapter to the folder ``path`` atomically."""
 
 
 class ResumableEngine(Engine, Protocol):
-    """What a run with checkpoints needs of an engine, too."""
+    """The engine of a run with checkpoints."""
 
     def weights(self) -> Any:
-        """A copy of what is trained, or a name for it, that ``restore`` takes back."""
+        """Return a copy of the trainable parameters, or a name for it, which ``restore`` accepts."""
 
     def restore(self, weights: Any) -> None:
-        """Put back what ``weights`` returned."""
+        """Restore the parameters that ``weights`` returned."""
 
     def write_weights(self, weights: Any, folder: Path) -> None:
-        """Write what ``weights`` returned into the new folder ``folder``. Raises OSError."""
+        """Write the result of ``weights`` into the new folder ``folder``. Raises OSError."""
 
     def read_weights(self, folder: Path) -> Any:
-        """What ``write_weights`` wrote, as ``weights`` returned it. Raises UserError."""
+        """Read the result of ``weights`` back from what ``write_weights`` wrote. Raises UserError."""
 
     def write_state(self, folder: Path) -> None:
-        """Write all that updates change into ``folder``, so that ``read_state`` goes on bit for bit. Raises OSError."""
+        """Write everything that updates change into ``folder``, to resume from bit for bit. Raises OSError."""
 
     def read_state(self, folder: Path) -> None:
-        """Go on where ``write_state`` was called. Raises UserError, changing nothing, for what does not fit."""
+        """Resume where ``write_state`` was called. Raises UserError, changing nothing, if the state does not fit."""
 
     def close(self, status: Literal["success", "errored", "interrupted"] = "success") -> None:
-        """Let go of what is held elsewhere, saying how the run ended."""
+        """Release remote resources and report how the run ended."""
 
-    packages: tuple[str, ...]  # whose versions its numbers depend on
+    packages: tuple[str, ...]  # the packages whose versions its results depend on
 
     @property
     def platform(self) -> Mapping[str, str]:
-        """What the last bits of its numbers depend on, the versions of packages aside."""
+        """The facts that the last bits of its results depend on, besides the versions of packages."""

@@ -1,4 +1,4 @@
-"""The errors a user can mend. Each message is one sentence: what, the value, what to do."""
+"""The errors that a user can fix. Each message is one sentence: what, the value, what to do."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Iterable
 
 
 class TextPolicyError(Exception):
-    """Base of every error below; the command line prints its message and exits with code 2."""
+    """The base of every error below; the command line prints its message and exits with code 2."""
 
 
 class UserError(TextPolicyError, ValueError):
-    """A setting, file or argument that cannot work."""
+    """The error for a setting, file or argument that cannot work."""
 
 
 class NotFiniteError(UserError):
-    """A loss or gradient is NaN or infinite; nothing was changed."""
+    """The error for a loss or gradient that is NaN or infinite; nothing has changed."""
 
 
 class StoppedError(TextPolicyError):
-    """A signal ended a run where it can be resumed; the message says how."""
+    """The error that ends a run after a signal, where it can be resumed; the message says how."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
@@ -27,28 +27,41 @@ class StoppedError(TextPolicyError):
 
 
 class MissingDependencyError(TextPolicyError, ImportError):
-    """An optional package is absent; the message carries the install line."""
+    """The error for an optional package that is not installed; the message carries the install line."""
 
 
 class RewardError(TextPolicyError, RuntimeError):
-    """A reward function raised, or returned something that is not a number."""
+    """The error for a reward function that raised, or returned something that is not a number."""
 
 
 class RewardResultError(RewardError, ValueError):
-    """A reward function returned something that is no reward."""
+    """The error for a reward function that returned something that is not a reward."""
 
 
 class WorkerError(TextPolicyError, RuntimeError):
-    """A worker process died, took too long, or could not do what it was asked."""
+    """The error for a worker process that died, timed out or failed at its task."""
 
 
 class ServiceError(TextPolicyError, RuntimeError):
-    """A training service refused, failed, or no longer answers."""
+    """The error for a training service that refused a request, failed, or stopped answering."""
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a ``name`` that is none of the ``known`` ones, with the nearest of them."""
+    """Return the error for a ``name`` that is not among the ``known`` ones; it suggests the nearest."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UserError(f"there is no {what} {name!r}; {hint}choose one of {', '.join(known)}")
+
+
+def refuse_outside(name: str, value: float, low: float = 0, high: float = float("inf")) -> None:
+    """Raise UserError unless ``value`` is finite and low <= value <= high; the message names the setting."""
+    if not (low <= value <= high and abs(value) < float("inf")):
+        bounds = f"{low} or more" if high == float("inf") else f"a number from {low} to {high}"
+        raise UserError(f"{name} is {value}; set it to {bounds}")
+
+
+def refuse_not_positive(name: str, value: float) -> None:
+    """Raise UserError unless ``value`` is finite and above 0; the message names the setting."""
+    if not 0 < value < float("inf"):
+        raise UserError(f"{name} is {value}; set it above 0")

@@ -22,22 +22,24 @@ Estimator = Literal["k1", "k2", "k3", "abs", "k1+", "k3+"]
 
 
 class Objective(Protocol):
-    """What is maximised at a token, J(r, A)."""
+    """The quantity to maximise at a token, J(r, A)."""
 
     def __call__(self, ratio: Array, logprobs: Array, advantages: Array, xp: Any) -> Array:
-        """(B, T) values; ``ratio`` is (B, T) or (B, 1)."""
+        """Return (B, T) values; ``ratio`` is (B, T) or (B, 1)."""
 
     def clipped(self, ratio: Array, advantages: Array) -> tuple[Array, Array]:
-        """Where clipping stops the gradient: below the range, above it."""
+        """Return where clipping stops the gradient, below the range and above it; nowhere unless overridden."""
+        return ratio != ratio, ratio != ratio
 
 
 @dataclass(frozen=True)
-class Clip:
-    """J = min(r A, clip(r, 1 - low, 1 + high) A), PPO's (arXiv:1707.06347), clip-higher DAPO's (arXiv:2503.14476).
+class Clip(Objective):
+    """The clipped objective J = min(r A, clip(r, 1 - low, 1 + high) A) of PPO (arXiv:1707.06347).
 
-    The minimum is taken after clipping, which keeps the gradient of every token that clipping would
-    make look better. ``delta`` caps r in the unclipped branch too (two-sided, arXiv:2505.07291);
-    ``dual_clip`` keeps J above dual_clip x A where A < 0 (arXiv:1912.09729).
+    A wider upper bound is DAPO's clip-higher (arXiv:2503.14476). The minimum is taken after clipping,
+    which keeps the gradient of every token that clipping would make look better. ``delta`` caps r in the
+    unclipped branch too (two-sided, arXiv:2505.07291); ``dual_clip`` keeps J above dual_clip x A where
+    A < 0 (arXiv:1912.09729).
     """
 
     clip_low: float = 0.2
@@ -67,10 +69,10 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class ClippedWeight:
-    """J = sg(clip(r, low, high)) A l: CISPO (arXiv:2506.13585, eq. 4-5), which keeps every token's gradient.
+class ClippedWeight(Objective):
+    """The objective J = sg(clip(r, low, high)) A l of CISPO (arXiv:2506.13585, eq. 4-5): every token has a gradient.
 
-    The bounds are absolute; None is no bound. ScaleRL (arXiv:2510.13786) found 5 and no lower one.
+    The bounds are absolute; None means no bound. ScaleRL (arXiv:2510.13786) uses an upper bound of 5 alone.
     """
 
     weight_low: float | None = None
@@ -84,19 +86,17 @@ class ClippedWeight:
             )
 
     def __call__(self, ratio: Array, logprobs: Array, advantages: Array, xp: Any) -> Array:
-        return _fixed(xp.clip(ratio, self.weight_low, self._high), xp) * advantages * logprobs
+        high = np.inf if self.weight_high is None else self.weight_high
+        return _fixed(xp.clip(ratio, self.weight_low, high), xp) * advantages * logprobs
 
     def clipped(self, ratio: Array, advantages: Array) -> tuple[Array, Array]:
-        return ratio < (self.weight_low or 0.0), ratio > self._high
-
-    @property
-    def _high(self) -> float:
-        return np.inf if self.weight_high is None else self.weight_high
+        high = np.inf if self.weight_high is None else self.weight_high
+        return ratio < (self.weight_low or 0.0), ratio > high
 
 
 @dataclass(frozen=True)
-class SoftGate:
-    """J = (4 / tau) sigmoid(tau (r - 1)) A: SAPO (arXiv:2511.20347), tau by the sign of A."""
+class SoftGate(Objective):
+    """The objective J = (4 / tau) sigmoid(tau (r - 1)) A of SAPO (arXiv:2511.20347), tau by the sign of A."""
 
     tau_pos: float = 1.0
     tau_neg: float = 1.05
@@ -109,27 +109,21 @@ class SoftGate:
         tau = xp.where(advantages > 0, self.tau_pos, self.tau_neg)
         return 4 / tau / (1 + xp.exp(-tau * (ratio - 1))) * advantages
 
-    def clipped(self, ratio: Array, advantages: Array) -> tuple[Array, Array]:
-        return _nowhere(ratio)
-
 
 @dataclass(frozen=True)
-class ImportanceSampling:
-    """J = r A, without bounds: REINFORCE with an importance ratio."""
+class ImportanceSampling(Objective):
+    """The objective J = r A without bounds: REINFORCE with an importance ratio."""
 
     def __call__(self, ratio: Array, logprobs: Array, advantages: Array, xp: Any) -> Array:
         return ratio * advantages
 
-    def clipped(self, ratio: Array, advantages: Array) -> tuple[Array, Array]:
-        return _nowhere(ratio)
-
 
 @dataclass(frozen=True)
 class KL:
-    """A penalty in the loss that keeps the policy near the reference: the same weights with adapters off.
+    """The penalty in the loss that keeps the policy near the reference: the same weights with adapters off.
 
-    ``importance_weighted`` multiplies the estimate by the token ratio; k3 then has the gradient of the
-    KL itself (arXiv:2512.02556), as k2 has, whose ratio is held constant. k1 and plain k3 are for replication.
+    ``importance_weighted`` multiplies the estimate by the token ratio. k3 then has the gradient of the
+    KL itself (arXiv:2512.02556); so has k2, whose ratio is held constant. k1 and plain k3 are for replication.
     """
 
     coefficient: float
@@ -145,11 +139,11 @@ class KL:
 
 @dataclass(frozen=True)
 class Correction:
-    """How the mismatch between sampler and learner, d_t = o_t - b_t, weighs a token's loss.
+    """The weights that correct for the mismatch between sampler and learner, d_t = o_t - b_t.
 
-    "token" weighs by exp(d_t), "sequence" by exp(sum_t d_t); "truncate" caps that weight at ``high``
-    (and raises it to ``low``): TIS; "mask" drops what is outside: MIS, IcePop. "geometric" only ever
-    drops, whole sequences, by exp(mean_t d_t).
+    "token" weighs by exp(d_t), "sequence" by exp(sum_t d_t). "truncate" limits that weight to
+    [low, high] (TIS), "mask" drops tokens or sequences outside of it (MIS, IcePop). "geometric" keeps
+    or drops whole sequences by exp(mean_t d_t), without weights.
     """
 
     level: Literal["token", "sequence", "geometric"] = "sequence"
@@ -170,7 +164,7 @@ class Correction:
 
 @dataclass(frozen=True)
 class Surrogate:
-    """How a policy update reads a batch; the only thing an engine knows of an algorithm."""
+    """The loss that a policy update applies to a batch; the only part of an algorithm that an engine sees."""
 
     objective: Objective = Clip()
     ratio: RatioLevel = "token"
@@ -183,38 +177,49 @@ class Surrogate:
             raise unknown_name("ratio level", self.ratio, get_args(RatioLevel))
 
 
-def policy_objective(logprobs: Array, batch: Any, xp: Any, how: Surrogate) -> Array:
-    """sum_t w_t (-c_t J(r_t, A_t) + beta KL_t), the scalar to minimise.
+def policy_objective(logprobs: Array, batch: Any, xp: Any, surrogate: Surrogate) -> Array:
+    """Return sum_t w_t (-c_t J(r_t, A_t) + beta KL_t), the scalar to minimise.
 
     ``logprobs`` is l, (B, T), under the policy being trained; ``batch`` holds arrays of the namespace
-    ``xp``. w are its weights, c the sampler correction, constant in the gradient.
+    ``xp``. w are its weights, c the sampler correction, constant in the gradient. Raises UserError when
+    there is a KL penalty and the batch has no reference log-probs.
     """
     live = batch.weights != 0
     l = xp.where(live, logprobs, 0)
-    log_r = xp.where(live, l - denominator(l, batch, xp, how), 0)
-    j = how.objective(importance_ratio(log_r, live, how.ratio, xp), l, batch.advantages, xp)
-    if how.correction is not None:
-        j = j * correction_weights(denominator(l, batch, xp, how), batch.logprobs, live, how.correction, xp)
-    if how.off_policy_limit is not None:
+    log_r = xp.where(live, l - denominator(l, batch, xp, surrogate), 0)
+    j = surrogate.objective(importance_ratio(log_r, live, surrogate.ratio, xp), l, batch.advantages, xp)
+    if surrogate.correction is not None:
+        o = denominator(l, batch, xp, surrogate)
+        j = j * correction_weights(o, batch.logprobs, live, surrogate.correction, xp)
+    if surrogate.off_policy_limit is not None:
         drift = _sequence_mean(xp.where(live, batch.logprobs - _fixed(l, xp), 0), live)
-        stale = drift > how.off_policy_limit  # arXiv:2512.02556, eq. 9, against the sampler
+        stale = drift > surrogate.off_policy_limit  # arXiv:2512.02556, eq. 9, against the sampler
         j = xp.where(stale & (batch.advantages < 0), 0, j)
     loss = -(batch.weights * j).sum()
-    return loss if how.kl is None else loss + (batch.weights * _penalty(l, log_r, live, batch, xp, how.kl)).sum()
+    kl = surrogate.kl
+    if kl is None:
+        return loss
+    if batch.reference is None:
+        raise UserError("the loss has a KL penalty and the batch no reference log-probs; score them first")
+    value = kl_estimate(l, xp.where(live, batch.reference, 0), kl.estimator, xp, limit=20)
+    if kl.importance_weighted:
+        ratio = xp.exp(xp.clip(log_r, -20, 20))
+        value = value * (ratio if kl.estimator in ("k1", "k3", "abs") else _fixed(ratio, xp))
+    return loss + (batch.weights * (kl.coefficient * value)).sum()
 
 
-def denominator(logprobs: Array, batch: Any, xp: Any, how: Surrogate) -> Array:
-    """o, the log-probs under the ratio: the sampler's, or the learner's own when those are corrected for.
+def denominator(logprobs: Array, batch: Any, xp: Any, surrogate: Surrogate) -> Array:
+    """Return o, the log-probs under the ratio: the sampler's or, with a correction, the learner's own.
 
-    The learner's are ``batch.old``, or, in the only update on a batch, what it says now.
+    The learner's are ``batch.old`` or, in the only update on a batch, its current ``logprobs``.
     """
-    if how.correction is None:
+    if surrogate.correction is None:
         return batch.logprobs
     return _fixed(logprobs, xp) if batch.old is None else batch.old
 
 
 def importance_ratio(log_r: Array, live: Array, level: RatioLevel, xp: Any) -> Array:
-    """r from log r (B, T), 0 where not ``live``: (B, T), or (B, 1) for a sequence's; an empty row has 1."""
+    """Return r from log r (B, T), 0 where not ``live``: (B, T), or (B, 1) per sequence; an empty row has 1."""
     bounded = xp.clip(log_r, -20, 20)
     match level:
         case "token":
@@ -231,29 +236,29 @@ def importance_ratio(log_r: Array, live: Array, level: RatioLevel, xp: Any) -> A
     raise unknown_name("ratio level", level, get_args(RatioLevel))
 
 
-def correction_weights(old: Array, sampler: Array, live: Array, how: Correction, xp: Any) -> Array:
-    """c from o and b, both (B, T): (B, T), or (B, 1) for a sequence's; constant in the gradient.
+def correction_weights(old: Array, sampler: Array, live: Array, correction: Correction, xp: Any) -> Array:
+    """Return c from o and b, both (B, T): (B, T), or (B, 1) per sequence; constant in the gradient.
 
     A token without a sampler log-prob (NaN) counts as d = 0. Sources: docs/algorithms.md.
     """
     known = live & (sampler == sampler)  # NaN differs from itself
     d = _fixed(xp.where(known, old - xp.where(known, sampler, 0), 0), xp)
-    match how.level:
+    match correction.level:
         case "token":
             w = xp.exp(xp.clip(d, -20, 20))
         case "sequence":
             w = xp.exp(xp.clip(d.sum(axis=1, keepdims=True), -20, 20))
         case "geometric":
             w = xp.exp(xp.clip(_sequence_mean(d, live), -20, 20))
-    low = how.low or 0.0
-    if how.how == "truncate":
-        return xp.clip(w, low, how.high)
-    kept = ((w >= low) & (w <= how.high)) * 1.0
-    return kept if how.level == "geometric" else w * kept
+    low = correction.low or 0.0
+    if correction.how == "truncate":
+        return xp.clip(w, low, correction.high)
+    kept = ((w >= low) & (w <= correction.high)) * 1.0
+    return kept if correction.level == "geometric" else w * kept
 
 
 def kl_estimate(logprobs: Array, reference: Array, estimator: Estimator, xp: Any, limit: float = np.inf) -> Array:
-    """KL(policy || reference) at each token from d = q - l (Schulman, "Approximating KL divergence", 2020).
+    """Estimate KL(policy || reference) at each token, d = q - l (Schulman, "Approximating KL divergence", 2020).
 
     k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1, abs = |d|; "k1+" and "k3+" have their values and
     the gradient of k2. d is kept within +-``limit`` nats. Raises UserError for an unknown name.
@@ -275,26 +280,12 @@ def kl_estimate(logprobs: Array, reference: Array, estimator: Estimator, xp: Any
     raise unknown_name("KL estimator", estimator, get_args(Estimator))
 
 
-def _penalty(logprobs: Array, log_r: Array, live: Array, batch: Any, xp: Any, kl: KL) -> Array:
-    if batch.reference is None:
-        raise UserError("the loss has a KL penalty and the batch no reference log-probs; score them first")
-    value = kl_estimate(logprobs, xp.where(live, batch.reference, 0), kl.estimator, xp, limit=20)
-    if kl.importance_weighted:
-        ratio = xp.exp(xp.clip(log_r, -20, 20))
-        value = value * (ratio if kl.estimator in ("k1", "k3", "abs") else _fixed(ratio, xp))
-    return kl.coefficient * value
-
-
 def _sequence_mean(values: Array, live: Array) -> Array:
-    """(B, T) -> (B, 1), over the live tokens of each row; 0 for an empty row."""
+    """Return the mean over the live tokens of each row, (B, T) -> (B, 1); 0 for an empty row."""
     count = (live * 1.0).sum(axis=1, keepdims=True)
     return (values * live).sum(axis=1, keepdims=True) / (count + (count == 0))
 
 
 def _fixed(value: Array, xp: Any) -> Array:
-    """``value``, a constant to the gradient; NumPy has none."""
+    """Return ``value`` as a constant to the gradient; NumPy has no gradients."""
     return value if xp is np else xp.stop_gradient(value)
-
-
-def _nowhere(ratio: Array) -> tuple[Array, Array]:
-    return ratio != ratio, ratio != ratio

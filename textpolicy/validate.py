@@ -1,4 +1,4 @@
-"""``textpolicy validate``: is this installation fit to train, and if not, what is to be done."""
+"""Check that this installation can train, for ``textpolicy validate``, and advise where it cannot."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
 from .errors import MissingDependencyError
 
-Check = dict[str, Any]  # facts by name; "advice" is a sentence, "error" one that makes the check fail
+Check = dict[str, Any]  # facts by name; "advice" is a sentence, "error" a sentence that fails the check
 USAGE = "usage: textpolicy validate [--json]"
 
 
@@ -33,12 +34,12 @@ def validate_installation(verbose: bool = True) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command. Returns 0 if all is well, 1 if a check failed, 2 for arguments it does not know."""
+    """Run the command. Returns 0 if all is well, 1 if a check failed, 2 for unknown arguments."""
     if set(arguments) & {"-h", "--help"}:
         print(USAGE)
         return 0
     if unknown := [a for a in arguments if a != "--json"]:
-        print(f"textpolicy: validate does not take {unknown[0]!r}; {USAGE}", file=sys.stderr)
+        print(f"textpolicy: validate does not accept {unknown[0]!r}; {USAGE}", file=sys.stderr)
         return 2
     report = validate_installation(verbose=False)
     print(json.dumps(report, indent=2) if arguments else describe(report))
@@ -46,27 +47,19 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def describe(report: dict[str, Any]) -> str:
-    """The report for people: a verdict, a line per check, then errors and advice."""
-    checks = report["checks"]
-    return "\n".join(
-        [
-            f"TextPolicy validation: {report['status']}",
-            *(f"- {name}: {_facts(facts)}" for name, facts in checks.items()),
-            *(f"error: {error}" for error in report["errors"]),
-            *(f"advice: {facts['advice']}" for facts in checks.values() if "advice" in facts),
-        ]
-    )
-
-
-def _facts(facts: Check) -> str:
-    shown = {name: fact for name, fact in facts.items() if name != "advice"}
-    return ", ".join(_fact(name, fact) for name, fact in shown.items())
-
-
-def _fact(name: str, fact: Any) -> str:
-    if isinstance(fact, bool):
-        return name if fact else f"not {name}"
-    return f"{name} {fact}"
+    """Return the report for people: a verdict, a line per check, then errors and advice."""
+    lines, advice = [f"TextPolicy validation: {report['status']}"], []
+    for check, facts in report["checks"].items():
+        shown = []
+        for name, fact in facts.items():
+            if name == "advice":
+                advice.append(f"advice: {fact}")
+            elif isinstance(fact, bool):
+                shown.append(name if fact else f"not {name}")
+            else:
+                shown.append(f"{name} {fact}")
+        lines.append(f"- {check}: {', '.join(shown)}")
+    return "\n".join([*lines, *(f"error: {error}" for error in report["errors"]), *advice])
 
 
 # ---- the checks
@@ -79,25 +72,17 @@ def _python() -> Check:
 def _mlx() -> Check:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # that BLAS is slow: it is measured and reported here
+            warnings.simplefilter("ignore", RuntimeWarning)  # of a slow BLAS, which is measured and reported here
             from .mlx.probe import describe_mlx
     except MissingDependencyError as error:
         return {"available": False, "error": str(error)}
     return describe_mlx()
 
 
-def _package(name: str, install: str = "") -> Check:
+def _package(name: str, advice: str = "") -> Check:
     if find_spec(name) is None:
-        return {"available": False, **({"advice": install} if install else {})}
+        return {"available": False, **({"advice": advice} if advice else {})}
     return {"available": True, "version": version(name)}
-
-
-def _mlx_lm() -> Check:
-    return _package("mlx_lm", "to load models: pip install 'textpolicy[mlx]'")
-
-
-def _gymnasium() -> Check:
-    return _package("gymnasium")  # only its adapter needs it, so its absence is a fact and no advice
 
 
 def _model() -> Check:
@@ -105,16 +90,30 @@ def _model() -> Check:
         from .mlx.probe import describe_models
 
         return describe_models()
-    except MissingDependencyError:  # the check of mlx says why
+    except MissingDependencyError:  # the check of mlx reports it
         return {"available": False}
     except ModuleNotFoundError as error:
         return {"available": False, "advice": f"to load models ({error}): pip install 'textpolicy[mlx]'"}
 
 
 def _environment_contract() -> Check:
+    """Play one episode of a tiny environment and compare its results with the contract."""
+
+    def length(prompt: str, completion: str, example: Any, **_: Any) -> float:
+        return float(len(completion))
+
     try:
-        _play_one_episode()
-    except Exception as error:  # noqa: BLE001 - whatever breaks is the finding
+        from .environment.single_turn import TextGenerationEnv
+        from .rollout.base import STEP_KEYS, checked_step
+
+        env = TextGenerationEnv(["ab"], length, tokenizer=_LetterTokenizer())
+        observation, info = env.reset()
+        result = checked_step(env, [99, 100, 101])
+        found = (observation.tolist(), info["prompt_text"], sorted(result), result["reward"], result["terminated"])
+        expected = ([97, 98], "ab", sorted(STEP_KEYS), 3.0, True)
+        if found != expected:
+            raise ValueError(f"it gave {found} instead of {expected}")
+    except Exception as error:  # noqa: BLE001 - any failure is the finding
         return {
             "ok": False,
             "error": f"an episode of a tiny environment failed with {error!r}; install textpolicy again",
@@ -122,25 +121,8 @@ def _environment_contract() -> Check:
     return {"ok": True}
 
 
-def _play_one_episode() -> None:
-    """Raises unless ``reset`` and ``step`` of a tiny environment keep their promises."""
-    from .environment.single_turn import TextGenerationEnv
-    from .rollout.base import STEP_KEYS, checked_step
-
-    def length(prompt: str, completion: str, example: Any, **_: Any) -> float:
-        return float(len(completion))
-
-    env = TextGenerationEnv(["ab"], length, tokenizer=_Letters())
-    observation, info = env.reset()
-    result = checked_step(env, [99, 100, 101])
-    found = (observation.tolist(), info["prompt_text"], sorted(result), result["reward"], result["terminated"])
-    expected = ([97, 98], "ab", sorted(STEP_KEYS), 3.0, True)
-    if found != expected:
-        raise ValueError(f"it gave {found} instead of {expected}")
-
-
-class _Letters:
-    """A tokenizer whose tokens are letters."""
+class _LetterTokenizer:
+    """The tokenizer with one token per character."""
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]
@@ -152,8 +134,8 @@ class _Letters:
 CHECKS: dict[str, Callable[[], Check]] = {
     "python": _python,
     "mlx": _mlx,
-    "mlx_lm": _mlx_lm,
-    "gymnasium": _gymnasium,
+    "mlx_lm": partial(_package, "mlx_lm", "to load models: pip install 'textpolicy[mlx]'"),
+    "gymnasium": partial(_package, "gymnasium"),  # only its adapter needs it, so there is no advice
     "model": _model,
     "environment_contract": _environment_contract,
 }

@@ -46,7 +46,7 @@ class Policy:
         """
         ids = [_token_ids(p).tolist() for p in prompts]
         greedy = replace(self.sampling, temperature=0.0)
-        sampling = greedy if deterministic else self.sampling.elsewhere(next(self.draws))
+        sampling = greedy if deterministic else self.sampling.reseeded(next(self.draws))
         outputs: list[Output] = []
         for [completion] in self.engine.sample(ids, 1, sampling):
             extras: dict[str, Any] = {

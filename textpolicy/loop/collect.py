@@ -48,7 +48,7 @@ def collect(
         unfinished = [n for n in unfinished if not conversations[n].over]
         if not unfinished:
             break
-        groups = engine.sample([conversations[n].tokens for n in unfinished], 1, sampling.elsewhere(turn))
+        groups = engine.sample([conversations[n].tokens for n in unfinished], 1, sampling.reseeded(turn))
         sampled = [completion for [completion] in groups]
     return [
         Episode.from_turns(

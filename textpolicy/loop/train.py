@@ -74,7 +74,7 @@ def train(
 
         def draw(n: int, step: int = step) -> list[Episode]:
             prompts = curriculum.draw(step, prompts_per_step, n)
-            drawn = sampling.elsewhere(step, *([n] if n else []))
+            drawn = sampling.reseeded(step, *([n] if n else []))
             return collect(engine, env, prompts, group_size, drawn, n * prompts_per_step, algorithm.grams is not None)
 
         rollouts = collect_informative(draw, algorithm.resample, algorithm.signal_of)

@@ -453,7 +453,7 @@ def test_the_sentence_of_a_broken_policy_comes_before_any_update():
         return Episode.from_completion([5], completion, reward=1.0, group=0)
 
     for value in (np.nan, np.inf, -np.inf):
-        with pytest.raises(UserError, match="holds log-probs that are not finite; the policy that sampled it"):
+        with pytest.raises(UserError, match="has log-probs that are not finite; check the policy that sampled it"):
             recipe("grpo").credit([broken([-1.0, value]), broken([-1.0, -1.0])])
 
 

@@ -235,7 +235,7 @@ class _Answers:
                 request.reply({"role": "assistant", "content": ""}, "length", (len(tokens), 0))
             else:
                 taken.append((request, session, tokens))
-        drawn = self.sampling.elsewhere(self.rounds)
+        drawn = self.sampling.reseeded(self.rounds)
         self.rounds += 1
         sampled = self.engine.sample([tokens for _, _, tokens in taken], 1, drawn) if taken else []
         for (request, session, tokens), [completion] in zip(taken, sampled, strict=True):

@@ -10,8 +10,7 @@ from statistics import mean
 import numpy as np
 
 import textpolicy as tp
-from textpolicy.algorithms import Algorithm, Credit
-from textpolicy.algorithms.rewards import Rewards
+from textpolicy.algorithms import Algorithm, Credit, Rewards
 from textpolicy.engine import Sampling
 from textpolicy.loop.evaluation import evaluate
 from textpolicy.loop.train import Schedule, train

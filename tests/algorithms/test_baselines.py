@@ -7,7 +7,7 @@ import pytest
 from conftest import random_episodes, recipe
 
 from textpolicy.algorithms import ALGORITHMS, algorithm
-from textpolicy.algorithms.rewards import Rewards
+from textpolicy.algorithms.credit import Rewards
 from textpolicy.errors import UserError
 from textpolicy.losses import Clip
 

@@ -57,7 +57,7 @@ def test_a_tuple_is_saved_as_a_list(tmp_path):
 def test_a_file_of_another_form_is_named_in_the_error(tmp_path, content):
     path = tmp_path / "grams.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=r"the file .*grams\.json holds no strategic grams; make it a list"):
+    with pytest.raises(UserError, match=r"the file .*grams\.json has no strategic grams; make it a list"):
         load_strategic_grams(path)
 
 
@@ -74,7 +74,7 @@ def test_a_file_that_is_absent_or_no_json_is_named_in_the_error(tmp_path):
 
 def test_nothing_is_saved_that_could_not_be_loaded(tmp_path):
     for wrong in ({"phrases": ["let me"]}, [1], {"grams": None}):
-        with pytest.raises(UserError, match="holds no strategic grams"):
+        with pytest.raises(UserError, match="has no strategic grams"):
             save_strategic_grams(wrong, tmp_path / "grams.json")
     assert not (tmp_path / "grams.json").exists()
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_credit import make_credit, random_lengths
 
+from textpolicy.algorithms.credit import Rewards
 from textpolicy.algorithms.reinforce import NoBaseline, ReturnToGo, Whiten, returns_to_go, whiten
-from textpolicy.algorithms.rewards import Rewards
 
 made = settings(max_examples=30, deadline=None, derandomize=True)
 

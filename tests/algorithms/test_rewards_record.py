@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from textpolicy.algorithms.credit import Rewards
 from textpolicy.algorithms.grpo import GroupRelative
 from textpolicy.algorithms.maxrl import MeanNormalized
 from textpolicy.algorithms.reinforce import NoBaseline
-from textpolicy.algorithms.rewards import Rewards
 from textpolicy.algorithms.rloo import LeaveOneOut
 from textpolicy.errors import UserError
 

@@ -1,14 +1,13 @@
 """The entropy of gram counts, and how dispersed the planning tokens of a group are."""
 
 import itertools
-import json
 import math
 
 import numpy as np
 import pytest
 
 from textpolicy.algorithms.semantic_entropy import (
-    PlanningDispersionTracker,
+    dispersion_trend,
     planning_dispersion,
     planning_token_bags,
     pool_planning_states,
@@ -102,96 +101,28 @@ def test_pooled_states_point_along_the_mean_and_are_zero_without_planning_tokens
     np.testing.assert_allclose(pooled, [[0.6, 0.8], [0.0, 0.0]])
 
 
-# the tracker
-
-ALIKE, APART = np.array([[1.0, 0.0], [1.0, 0.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])
-TOGETHER, BOTH_RIGHT = np.zeros(2, int), np.ones(2)
+# the trend
 
 
-def test_only_successful_completions_of_one_group_are_compared():
-    tracker = PlanningDispersionTracker()
-    assert tracker.update(APART, np.array([1.0, 0.4]), TOGETHER) is None
-    assert tracker.update(APART, np.array([1.0, np.nan]), TOGETHER) is None
-    assert tracker.update(APART, BOTH_RIGHT, np.array([0, 1])) is None
-    assert tracker.ema is None
-    report = tracker.update(APART, np.array([0.5, 1.0]), TOGETHER)
-    assert (report.batch, report.ema, report.delta, report.groups) == (1.0, 1.0, 0.0, 1)
+def test_the_average_follows_by_hand():
+    assert dispersion_trend([1.0, 0.0, 0.0], decay=0.75) == [(1.0, 0.0, 0), (0.75, 0.25, 0), (0.5625, 0.1875, 0)]
+    assert dispersion_trend([]) == []
 
 
 def test_groups_count_alike_whatever_their_size():
     embeddings = np.array([[1.0, 0.0]] * 5 + [[1.0, 0.0], [0.0, 1.0]])
-    report = PlanningDispersionTracker().update(embeddings, np.ones(7), np.array([0] * 5 + [1] * 2))
-    assert (report.batch, report.groups) == (pytest.approx(0.5), 2)
+    assert planning_dispersion(embeddings, np.array([0] * 5 + [1] * 2)).mean() == pytest.approx(0.5)
 
 
-def test_the_average_follows_by_hand():
-    tracker = PlanningDispersionTracker(decay=0.75)
-    reports = [tracker.update(e, BOTH_RIGHT, TOGETHER) for e in (APART, ALIKE, ALIKE)]
-    assert [r.ema for r in reports] == [1.0, 0.75, 0.5625]
-    assert [r.delta for r in reports] == [0.0, 0.25, 0.1875]
-
-
-def alternating(tracker, steps):
-    return [tracker.update(APART if i % 2 else ALIKE, BOTH_RIGHT, TOGETHER) for i in range(steps)]
-
-
-def test_a_series_that_jumps_is_not_stable_though_its_slow_average_hardly_moves():
-    raw, smoothed = (PlanningDispersionTracker(0.999, 0.01, 5, series=series) for series in ("batch", "ema"))
-    assert not any(report.stable for report in alternating(raw, 30))
-    assert alternating(smoothed, 30)[-1].stable
-
-
-def test_stability_needs_patience_and_is_lost_at_one_jump():
-    tracker = PlanningDispersionTracker(decay=0.5, tolerance=0.1, patience=2)
-    states = [tracker.update(e, BOTH_RIGHT, TOGETHER).stable for e in (APART, APART, APART, APART, ALIKE, ALIKE)]
-    assert states == [False, False, True, True, False, False]
-
-
-def test_a_step_without_a_usable_group_changes_nothing():
-    tracker = PlanningDispersionTracker(tolerance=0.1, patience=1)
-    for _ in range(2):
-        tracker.update(APART, BOTH_RIGHT, TOGETHER)
-    before = tracker.state_dict()
-    assert tracker.update(ALIKE, np.zeros(2), TOGETHER) is None
-    assert tracker.state_dict() == before
-    assert tracker.stable
-
-
-def test_a_saved_tracker_goes_on_as_if_nothing_had_happened():
-    one, other = (PlanningDispersionTracker(0.9, 0.2, 3) for _ in range(2))
-    alternating(one, 5)
-    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
-    assert alternating(other, 4) == alternating(one, 4)
-    fresh = PlanningDispersionTracker()
-    fresh.load_state_dict(PlanningDispersionTracker().state_dict())
-    assert fresh.ema is None
-
-
-@pytest.mark.parametrize(
-    "state",
-    [
-        {},
-        {"ema": 0.5},
-        {"ema": 0.5, "stable_steps": 1, "more": 2},
-        {"ema": math.nan, "stable_steps": 0},
-        {"ema": -1.0, "stable_steps": 0},
-        {"ema": 0.5, "stable_steps": -1},
-        {"ema": 0.5, "stable_steps": None},
-    ],
-)
-def test_a_state_that_cannot_be_is_refused_and_changes_nothing(state):
-    tracker = PlanningDispersionTracker()
-    alternating(tracker, 2)
-    before = tracker.state_dict()
-    with pytest.raises(UserError, match="give one that state_dict returned"):
-        tracker.load_state_dict(state)
-    assert tracker.state_dict() == before
+def test_stability_counts_changes_in_a_row_and_is_lost_at_one_jump():
+    trend = dispersion_trend([1.0, 1.0, 1.0, 1.0, 0.0, 0.0], decay=0.5, tolerance=0.1)
+    assert [calm for _, _, calm in trend] == [0, 1, 2, 3, 0, 0]
 
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("decay", 1.0), ("decay", -0.1), ("tolerance", -1.0), ("tolerance", math.nan), ("patience", 0), ("series", "raw")],
+    [("decay", 1.0), ("decay", -0.1), ("tolerance", -1.0), ("tolerance", math.nan)],
 )
 def test_settings_that_cannot_work_are_refused(setting, value):
     with pytest.raises(UserError, match=setting):
-        PlanningDispersionTracker(**{setting: value})
+        dispersion_trend([0.5], **{setting: value})

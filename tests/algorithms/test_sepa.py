@@ -176,7 +176,7 @@ def test_a_broken_state_is_refused_by_name_and_changes_nothing(name, value):
 def test_a_state_with_other_keys_is_refused():
     state = SEPAController().state_dict()
     del state["var_0"]
-    with pytest.raises(UserError, match="lacks or does not know more, var_0"):
+    with pytest.raises(UserError, match="missing or unknown entries, more, var_0"):
         SEPAController().load_state_dict({**state, "more": 1})
 
 

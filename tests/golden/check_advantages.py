@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from vectors import Answer, Case, UnknownCase, numbers
 
+from textpolicy.algorithms.credit import Rewards
 from textpolicy.algorithms.grpo import GroupRelative
 from textpolicy.algorithms.maxrl import MeanNormalized
 from textpolicy.algorithms.reinforce import NoBaseline, returns_to_go, whiten
-from textpolicy.algorithms.rewards import Rewards
 from textpolicy.algorithms.rloo import LeaveOneOut
 
 NOT_TARGETS = {

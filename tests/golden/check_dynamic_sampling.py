@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from vectors import Answer, Case
 
-from textpolicy.algorithms.rewards import Rewards
+from textpolicy.algorithms.credit import Rewards
 
 NOT_TARGETS = {"kept_by_upstream*": "a variance threshold, which drops one success in 128 and keeps groups of one"}
 

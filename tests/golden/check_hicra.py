@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from vectors import Answer, Case, UnknownCase, raised
 
+from textpolicy.algorithms.credit import Rewards
 from textpolicy.algorithms.grpo import GroupRelative
 from textpolicy.algorithms.hicra import amplify, boost_entropy, reported_selection
-from textpolicy.algorithms.rewards import Rewards
 from textpolicy.algorithms.top_entropy import entropy_threshold
 
 

@@ -7,9 +7,9 @@ from math import comb
 import numpy as np
 from vectors import Answer, Case
 
+from textpolicy.algorithms.credit import Rewards
 from textpolicy.algorithms.grpo import GroupRelative
 from textpolicy.algorithms.maxrl import MeanNormalized
-from textpolicy.algorithms.rewards import Rewards
 from textpolicy.algorithms.rloo import LeaveOneOut
 
 NOT_TARGETS = {

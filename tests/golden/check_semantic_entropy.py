@@ -8,15 +8,16 @@ import numpy as np
 from vectors import Answer, Case, UnknownCase, numbers, raised
 
 from textpolicy.algorithms.semantic_entropy import (
-    Dispersion,
-    PlanningDispersionTracker,
+    dispersion_trend,
+    planning_dispersion,
     planning_token_bags,
     pool_planning_states,
     semantic_entropy,
 )
 
 SETTING = {"ema_decay": "decay", "stability_tol": "tolerance", "stability_patience": "patience"}
-UPSTREAM = {"decay": 0.99, "tolerance": 1e-3, "patience": 20, "series": "ema"}
+UPSTREAM = {"decay": 0.99, "tolerance": 1e-3, "patience": 20}
+SUCCESS = 0.5  # the reward from which a completion counts
 
 
 def check(case: Case) -> list[Answer]:
@@ -46,34 +47,33 @@ def pooled(case: Case) -> list[list[float] | None]:
 
 def tracked(case: Case) -> list[Answer]:
     bins = case.params.get("hash_bins", 256)
-    given = {SETTING[name]: value for name, value in case.params.items() if name != "hash_bins"}
-    tracker = PlanningDispersionTracker(**{**UPSTREAM, **given})
-    trace, fired = [], 0
+    settings = {**UPSTREAM, **{SETTING[name]: value for name, value in case.params.items() if name != "hash_bins"}}
+    trace: list[dict[str, Any]] = []
+    means: list[float] = []
+    ema, calm, stable, fired = None, 0, False, 0
     for step in case.inputs["steps"]:
-        was_stable = tracker.stable
-        report = tracker.update(*arrays(step, bins))
-        fired += tracker.stable and not was_stable
-        trace.append({"stats": report and stats(report), "fired_total": fired})
-    return [
-        Answer("trace", trace),
-        Answer("ema", tracker.ema),
-        Answer("stable_steps", tracker.stable_steps),
-        Answer("stability_fired", tracker.stable),
-    ]
+        embeddings, reward, group = arrays(step, bins)
+        distances = planning_dispersion(embeddings[reward >= SUCCESS], group[reward >= SUCCESS])
+        if not len(distances):  # no group has two successful completions, so nothing changes
+            trace.append({"stats": None, "fired_total": fired})
+            continue
+        means.append(float(distances.mean()))
+        ema, change, calm = dispersion_trend(means, settings["decay"], settings["tolerance"])[-1]
+        fired += calm >= settings["patience"] and not stable
+        stable = calm >= settings["patience"]
+        stats = {
+            "semantic_entropy_batch": means[-1],
+            "semantic_entropy_ema": ema,
+            "semantic_entropy_delta": change,
+            "semantic_entropy_group_count": len(distances),
+            "semantic_entropy_stable": float(stable),
+            "semantic_entropy_stable_steps": calm,
+        }
+        trace.append({"stats": stats, "fired_total": fired})
+    return [Answer("trace", trace), Answer("ema", ema), Answer("stable_steps", calm), Answer("stability_fired", stable)]
 
 
 def arrays(step: dict[str, Any], bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     row = np.repeat(np.arange(len(step["lens"])), step["lens"])
     bags = planning_token_bags(np.array(step["actions"]), np.array(step["mask"]) != 0, row, len(step["lens"]), bins)
     return bags, numbers(step["rewards"]), np.array([step["keys"].index(key) for key in step["keys"]])
-
-
-def stats(report: Dispersion) -> dict[str, float]:
-    return {
-        "semantic_entropy_batch": report.batch,
-        "semantic_entropy_ema": report.ema,
-        "semantic_entropy_delta": report.delta,
-        "semantic_entropy_group_count": report.groups,
-        "semantic_entropy_stable": float(report.stable),
-        "semantic_entropy_stable_steps": report.stable_steps,
-    }

@@ -1,4 +1,4 @@
-"""One file per idea; this table says how they combine. docs/algorithms.md explains every row."""
+"""The table of recipes: one file per idea, combined here. docs/algorithms.md explains every row."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from ..errors import unknown_name
 from ..losses import Clip, ClippedWeight, SoftGate, Surrogate
 from .credit import Credit as Credit
+from .credit import Rewards as Rewards
 from .grams import DEFAULT_STRATEGIC_GRAMS
 from .grpo import GroupRelative
 from .gtpo import ShapeByEntropy
@@ -140,7 +141,7 @@ ALGORITHMS = {
 
 
 def algorithm(name: str) -> Algorithm:
-    """The recipe called ``name``; an unknown name is a ``UserError`` that lists the near and known ones."""
+    """Return the recipe called ``name``. Raises UserError, with the nearest and all known names, for any other."""
     if name not in ALGORITHMS:
         raise unknown_name("algorithm", name, ALGORITHMS)
     return ALGORITHMS[name]

@@ -1,6 +1,6 @@
 """GRPO (arXiv:2402.03300) and Dr. GRPO (arXiv:2503.20783): the group-relative baseline, and the documented functions.
 
-The functions, GTPO's among them, take arrays of NumPy, MLX or any library that names its functions alike.
+The functions, including GTPO's, accept arrays of NumPy, MLX or any library with the same function names.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import numpy as np
 
 from ..errors import UserError, unknown_name
 from ..losses import Array, Clip, Surrogate, policy_objective
+from ..types import Floats
 from .arrays import like, namespace, refuse_unlike, values_of
+from .credit import Rewards
 from .gtpo import Normalisation, normalize, shaped_rewards
 from .maxrl import compute_advantages_maxrl as compute_advantages_maxrl
-from .rewards import Rewards
 from .selection import Lengths, row_and_position
 from .selection import compute_prompt_group_stats as compute_prompt_group_stats
 from .selection import filter_informative_prompts as filter_informative_prompts
@@ -30,11 +31,11 @@ SCALES = ("group", "batch", "none")
 
 @dataclass(frozen=True)
 class GroupRelative:
-    """A_i = (r_i - mean r) / (std r + eps), mean over the completions of one prompt.
+    """The baseline A_i = (r_i - mean r) / (std r + eps), with the mean over the completions of one prompt.
 
-    The std is the sample (Bessel) one of the group (GRPO, sec. 4.1.2), of the whole batch (Lite PPO,
-    arXiv:2508.08221), or there is none (Dr. GRPO, sec. 3, which keeps a problem's difficulty in the
-    scale). A group of one, one that agrees and an unscorable reward get 0.
+    The std is the sample (Bessel) one of the group (GRPO, sec. 4.1.2), that of the whole batch (Lite PPO,
+    arXiv:2508.08221), or left out (Dr. GRPO, sec. 3, where the scale reflects a problem's difficulty).
+    A group of one, a group of equal rewards and an unscored completion get 0.
     """
 
     scale_rewards: Literal["group", "batch", "none"] = "group"
@@ -45,7 +46,7 @@ class GroupRelative:
         if self.scale_rewards not in SCALES:
             raise unknown_name("scale of rewards", self.scale_rewards, SCALES)
 
-    def __call__(self, rewards: Rewards) -> np.ndarray:
+    def __call__(self, rewards: Rewards) -> Floats:
         match self.scale_rewards:
             case "group":
                 return rewards.centered / (rewards.std(self.ddof) + self.std_eps)
@@ -59,7 +60,7 @@ class GroupRelative:
 
 
 def compute_advantages(rewards: Array) -> Array:
-    """A_i = r_i - mean(r) over the group given, (G,) -> (G,); exactly 0 where all agree.
+    """Return A_i = r_i - mean(r) over one group, (G,) -> (G,); exactly 0 if all are equal.
 
     An array gives an array of its own kind, a list a NumPy array. Raises TypeError for anything else.
     """
@@ -70,7 +71,7 @@ def compute_advantages(rewards: Array) -> Array:
 
 
 def compute_advantages_dr_grpo(rewards: Array) -> Array:
-    """Dr. GRPO's advantages, r - mean(r) without a standard deviation: those of ``compute_advantages``."""
+    """Return Dr. GRPO's advantages, r - mean(r) without a standard deviation: those of ``compute_advantages``."""
     return compute_advantages(rewards)
 
 
@@ -83,7 +84,7 @@ def policy_loss(
     clip_ratio_high: float = 0.28,
     normalize_constant: float | None = None,
 ) -> Array:
-    """-mean_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t) with r_t = exp(new_t - old_t), all (N,).
+    """Return -mean_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t) with r_t = exp(new_t - old_t), all (N,).
 
     ``clip_ratio`` sets both bounds. ``normalize_constant`` divides the sum by itself instead of by N
     (arXiv:2503.20783). The wider upper bound is DAPO's (arXiv:2503.14476). Raises UserError.
@@ -93,9 +94,9 @@ def policy_loss(
         raise UserError(f"normalize_constant is {normalize_constant}; set it above 0, or leave it out")
     xp = namespace(new_logprobs)
     weight = 1 / (normalize_constant or max(new_logprobs.size, 1))
-    row = Rows(old_logprobs[None], advantages[None], xp.full(new_logprobs[None].shape, weight))
-    how = Surrogate(clip_range(clip_ratio, clip_ratio_low, clip_ratio_high))
-    return policy_objective(new_logprobs[None], row, xp, how)
+    row = FlatBatch(old_logprobs[None], advantages[None], xp.full(new_logprobs[None].shape, weight))
+    surrogate = Surrogate(clip_range(clip_ratio, clip_ratio_low, clip_ratio_high))
+    return policy_objective(new_logprobs[None], row, xp, surrogate)
 
 
 def compute_metrics(
@@ -106,19 +107,19 @@ def compute_metrics(
     clip_ratio_low: float = 0.2,
     clip_ratio_high: float = 0.28,
 ) -> dict[str, float]:
-    """What a policy update looks like over N tokens, as plain floats.
+    """Return statistics of a policy update over N tokens, as plain floats.
 
     The clip fractions are shares of tokens whose ratio r is outside the clip range. kl_divergence
     estimates KL(old || new) by mean(r - 1 - log r), which is never negative. Raises UserError.
     """
     refuse_unlike(old_logprobs=old_logprobs, new_logprobs=new_logprobs, advantages=advantages)
-    how = clip_range(clip_ratio, clip_ratio_low, clip_ratio_high)
+    clip = clip_range(clip_ratio, clip_ratio_low, clip_ratio_high)
     old, new, a = values_of(old_logprobs), values_of(new_logprobs), values_of(advantages)
     if not a.size:
         raise UserError("there are no tokens to measure; give at least one")
     log_r = np.clip(new - old, -20, 20)
     r = np.exp(log_r)
-    lower, upper = float((r < 1 - how.clip_low).mean()), float((r > 1 + how.clip_high).mean())
+    lower, upper = float((r < 1 - clip.clip_low).mean()), float((r > 1 + clip.clip_high).mean())
     return {
         "mean_advantage": float(a.mean()),
         "std_advantage": float(a.std()),
@@ -129,13 +130,13 @@ def compute_metrics(
         "clip_fraction_lower": lower,
         "clip_fraction_upper": upper,
         "kl_divergence": float((r - 1 - log_r).mean()),
-        "clip_ratio_low": how.clip_low,
-        "clip_ratio_high": how.clip_high,
+        "clip_ratio_low": clip.clip_low,
+        "clip_ratio_high": clip.clip_high,
     }
 
 
 def compute_token_entropy(logits: Array) -> Array:
-    """H = -sum_y p_y log p_y in nats, p = softmax of the last axis: (..., V) -> (...). A logit of -inf has p = 0."""
+    """Return H = -sum_y p_y log p_y in nats, p = softmax of the last axis: (..., V) -> (...); -inf has p = 0."""
     xp = namespace(logits)
     shifted = logits - logits.max(axis=-1, keepdims=True)
     p = xp.exp(shifted)
@@ -149,10 +150,10 @@ def compute_token_entropy(logits: Array) -> Array:
 def apply_entropy_weighting(
     advantages: Array, token_entropies: Array, entropy_weight: float = 0.1, episode_lengths: Lengths | None = None
 ) -> Array:
-    """A_t max(0, 1 + beta (H_t / mean H - 1)), (N,) -> (N,), constant in the gradient; see ``uncertainty_weights``.
+    """Return A_t max(0, 1 + beta (H_t / mean H - 1)), (N,) -> (N,), constant in the gradient.
 
-    beta is ``entropy_weight``. The mean is over a completion; without ``episode_lengths`` all tokens
-    are one. Raises UserError.
+    beta is ``entropy_weight``; see ``uncertainty_weights``. The mean is per completion; without
+    ``episode_lengths`` all tokens are one completion. Raises UserError.
     """
     refuse_unlike(advantages=advantages, token_entropies=token_entropies)
     count = token_entropies.size
@@ -164,7 +165,7 @@ def apply_entropy_weighting(
 def compute_advantages_gtpo(
     rewards: Array, token_entropies: Array, entropy_weight: float = 0.1, episode_lengths: Lengths | None = None
 ) -> Array:
-    """``compute_advantages`` of one group (G,), on each token, under ``apply_entropy_weighting``: (N,).
+    """Return ``compute_advantages`` of one group (G,) per token, weighted by ``apply_entropy_weighting``: (N,).
 
     Without ``episode_lengths`` every completion has one token. Raises UserError.
     """
@@ -188,7 +189,7 @@ def compute_gtpo_shaped_rewards(
     eps: float = 1e-8,
     prompt_ids: Sequence[int] | Array | None = None,
 ) -> tuple[Array, Array]:
-    """The shaped reward of each token, and whether its completion succeeded: (N,) and (N,) bool.
+    """Return the shaped reward of each token, and whether its completion succeeded: (N,) and (N,) bool.
 
     The formulas are those of ``gtpo.shaped_rewards``, for rewards (B,) of completions that share a prompt,
     or have the ``prompt_ids`` (B,). Constant in the gradient. Raises UserError.
@@ -210,11 +211,11 @@ def normalize_gtpo_advantages(
     normalisation: Normalisation = "joint",
     prompt_ids: Sequence[int] | Array | None = None,
 ) -> Array:
-    """(x - mean x) / sqrt(var x + eps) over the tokens of a prompt, (N,) -> (N,); see ``gtpo.normalize``.
+    """Return (x - mean x) / sqrt(var x + eps) over the tokens of a prompt, (N,) -> (N,); see ``gtpo.normalize``.
 
-    0 where all completions of a prompt succeeded, or all failed: entropy alone would be left.
+    A prompt whose completions all succeeded, or all failed, gets 0: only entropy would remain.
     ``prompt_ids`` (N,) are those of the tokens; without them all share one. ``normalisation``
-    "separate" is the paper's, which forgets the outcome. Raises UserError.
+    "separate" is the paper's, which ignores the outcome. Raises UserError.
     """
     refuse_unlike(shaped=shaped, is_positive=is_positive)
     success = np.asarray(is_positive) != 0
@@ -236,10 +237,10 @@ def gtpo_loss(
     eps: float = 1e-8,
     prompt_ids: Sequence[int] | Array | None = None,
 ) -> Array:
-    """``policy_loss`` of the shaped and normalised rewards, bounds 1 -+ ``clip_epsilon``; 0 without tokens."""
-    how = {"alpha_1": alpha_1, "alpha_2": alpha_2, "reward_threshold": reward_threshold, "eps": eps}
+    """Return ``policy_loss`` of the shaped and normalised rewards, bounds 1 -+ ``clip_epsilon``; 0 without tokens."""
+    settings = {"alpha_1": alpha_1, "alpha_2": alpha_2, "reward_threshold": reward_threshold, "eps": eps}
     shaped, success = compute_gtpo_shaped_rewards(
-        rewards, token_entropies, episode_lengths, prompt_ids=prompt_ids, **how
+        rewards, token_entropies, episode_lengths, prompt_ids=prompt_ids, **settings
     )
     row, _ = row_and_position(episode_lengths, token_entropies.size)
     of_tokens = None if prompt_ids is None else np.asarray(prompt_ids)[row]
@@ -251,8 +252,8 @@ def gtpo_loss(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows:
-    """What ``policy_objective`` reads of a batch."""
+class FlatBatch:
+    """The part of a batch that ``policy_objective`` reads."""
 
     logprobs: Array  # (B, T), of the policy that sampled
     advantages: Array  # (B, T) or (B, 1)
@@ -260,10 +261,11 @@ class Rows:
 
 
 def clip_range(both: float | None, low: float, high: float) -> Clip:
-    """[1 - low, 1 + high], or the same bound for both."""
+    """Return the range [1 - low, 1 + high], or one with the bound ``both`` on either side."""
     return Clip(low, high) if both is None else Clip(both, both)
 
 
 def _refuse_other_count(rewards: Array, lengths: Lengths) -> None:
+    """Raise UserError unless every completion has a reward."""
     if len(rewards) != len(lengths):
         raise UserError(f"there are {len(rewards)} rewards for {len(lengths)} completions; give one for each")

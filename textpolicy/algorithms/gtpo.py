@@ -1,4 +1,4 @@
-"""GTPO and GRPO-S (arXiv:2508.04349): a prompt's reward is shared out over tokens, or completions, by exact entropy."""
+"""GTPO and GRPO-S (arXiv:2508.04349): share a prompt's reward out over tokens, or completions, by exact entropy."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from ..errors import UserError, unknown_name
-from .credit import Credit, row_mean
-from .rewards import Rewards
+from ..errors import refuse_outside, unknown_name
+from ..types import Bools, Floats, Ints
+from .credit import Credit, Rewards, row_mean
 from .top_entropy import exact_entropy
 
 Normalisation = Literal["joint", "separate"]
@@ -17,11 +17,11 @@ Normalisation = Literal["joint", "separate"]
 
 @dataclass(frozen=True, slots=True)
 class ShapeByEntropy:
-    """A_t <- ``normalize(shaped_rewards)``, in place of the baseline's advantage.
+    """The stage A_t <- ``normalize(shaped_rewards)``, in place of the baseline's advantage.
 
-    A group whose rewards all agree, or that failed throughout, gets 0: its shaped rewards differ by
-    entropy alone. So does an unscorable completion, which no sum counts either. ``normalisation``
-    "joint" tells success from failure; "separate" is the paper's, for replication.
+    A group whose rewards are all equal, or that failed throughout, gets 0: its shaped rewards differ by
+    entropy alone. So does an unscored completion, which no sum includes either. ``normalisation``
+    "joint" keeps success above failure; "separate" is the paper's, for replication.
     """
 
     alpha_1: float = 1.0  # of the outcome
@@ -30,15 +30,16 @@ class ShapeByEntropy:
     normalisation: Normalisation = "joint"
 
     def __post_init__(self) -> None:
-        for name, value in (("alpha_1", self.alpha_1), ("alpha_2", self.alpha_2)):
-            if not 0 <= value < np.inf:
-                raise UserError(f"{name} is {value}; set it to 0 or more")
+        refuse_outside("alpha_1", self.alpha_1)
+        refuse_outside("alpha_2", self.alpha_2)
         if self.normalisation not in get_args(Normalisation):
             raise unknown_name("normalisation", self.normalisation, get_args(Normalisation))
 
     def __call__(self, credit: Credit) -> Credit:
         entropy = exact_entropy(credit, "gtpo_paper", "the recipe gtpo with uncertainty = 'surprisal'")
-        kept = self._informative(credit)[credit.row]
+        # a completion counts if it is scored and outcomes differ in its group, all failures being the same outcome
+        outcomes = Rewards(np.maximum(credit.reward, self.reward_threshold), credit.group)
+        kept = (outcomes.scored & ~outcomes.uniform)[credit.row]
         row = credit.row[kept]
         shaped = shaped_rewards(
             entropy[kept], row, credit.position[kept], credit.reward, credit.group,
@@ -49,35 +50,30 @@ class ShapeByEntropy:
         advantage[kept] = normalize(shaped, success[row], credit.group[row], self.normalisation)
         return replace(credit, advantage=advantage)
 
-    def _informative(self, credit: Credit) -> np.ndarray:
-        """(B,) bool: scored, in a group whose outcomes, all failures being one, differ."""
-        outcomes = Rewards(np.maximum(credit.reward, self.reward_threshold), credit.group)
-        return outcomes.scored & ~outcomes.uniform
-
 
 def shaped_rewards(
-    entropy: np.ndarray,
-    row: np.ndarray,
-    position: np.ndarray,
-    reward: np.ndarray,
-    group: np.ndarray,
+    entropy: Floats,
+    row: Ints,
+    position: Ints,
+    reward: Floats,
+    group: Ints,
     *,
     alpha_1: float = 1.0,
     alpha_2: float = 0.1,
     reward_threshold: float = 0.5,
     eps: float = 1e-8,
-) -> np.ndarray:
-    """The token rewards of eq. 3 and 5, (N,).
+) -> Floats:
+    """Return the token rewards of eq. 3 and 5, (N,).
 
     O+_t are the completions of the prompt with a reward above the threshold that are longer than t,
-    O-_t the others that are; d_t and h_t count them:
+    O-_t the others that are longer; d_t and h_t are the numbers of them:
 
         i in O+:  alpha_1 r_i + alpha_2 d_t H_it / sum_{k in O+_t} H_kt
         j in O-: -alpha_1     - alpha_2 h_t (1/H_jt) / sum_{k in O-_t} (1/H_kt)
 
-    ``entropy`` (N,) is H in nats, of the policy that sampled; ``row`` (N,) each token's completion,
-    ``position`` (N,) its place there; ``reward`` (B,) without NaN where a token is, ``group`` (B,) the
-    prompt. Where all H of O+_t are 0 they share nothing. alpha_1 + alpha_2 = 1 keeps the mean reward of
+    ``entropy`` (N,) is H in nats, of the policy that sampled; ``row`` (N,) the completion of each token,
+    ``position`` (N,) its place in it; ``reward`` (B,), not NaN for a completion with tokens; ``group`` (B,)
+    the prompt. Where all H of O+_t are 0 they share nothing. alpha_1 + alpha_2 = 1 keeps the mean reward of
     O+ (proposition 2.2).
     """
     success = reward > reward_threshold
@@ -89,29 +85,27 @@ def shaped_rewards(
     return outcome[row] + alpha_2 * np.where(success, 1.0, -1.0)[row] * share
 
 
-def live_counts(
-    row: np.ndarray, position: np.ndarray, reward: np.ndarray, group: np.ndarray, reward_threshold: float = 0.5
-) -> np.ndarray:
-    """(N,) int: d_t at a token of a success, h_t at one of a failure; arguments as in ``shaped_rewards``."""
+def live_counts(row: Ints, position: Ints, reward: Floats, group: Ints, reward_threshold: float = 0.5) -> Ints:
+    """Return d_t at a token of a success and h_t at one of a failure, (N,) int; see ``shaped_rewards``."""
     cell = _cells(row, position, reward > reward_threshold, group)
     return np.bincount(cell)[cell]
 
 
 def sequence_rewards(
-    entropy: np.ndarray,
-    row: np.ndarray,
-    reward: np.ndarray,
-    group: np.ndarray,
+    entropy: Floats,
+    row: Ints,
+    reward: Floats,
+    group: Ints,
     *,
     beta_1: float = 1.0,
     beta_2: float = 0.1,
     reward_threshold: float = 0.5,
     eps: float = 1e-8,
-) -> np.ndarray:
-    """GRPO-S: the shaped reward of each completion, (B,), 0 for one without tokens.
+) -> Floats:
+    """Return the shaped reward of each completion for GRPO-S, (B,), 0 for one without tokens.
 
-    The formulas of ``shaped_rewards`` with the mean of a completion's entropies, at least ``eps``, in
-    place of H_it and whole completions counted. It goes with ``Surrogate(ratio="sequence-mean")``.
+    The formulas are those of ``shaped_rewards``, with the mean of a completion's entropies, at least
+    ``eps``, in place of H_it, and whole completions counted. Use ``Surrogate(ratio="sequence-mean")``.
     """
     live = np.unique(row)
     mean = np.maximum(row_mean(entropy, row, len(reward))[live], eps)
@@ -124,17 +118,17 @@ def sequence_rewards(
 
 
 def normalize(
-    shaped: np.ndarray,
-    success: np.ndarray,
-    group: np.ndarray,
+    shaped: Floats,
+    success: Bools,
+    group: Ints,
     normalisation: Normalisation = "joint",
     eps: float = 1e-8,
-) -> np.ndarray:
-    """(x - mean x) / sqrt(var x + eps), with the population variance, over each group's tokens; (N,) -> (N,).
+) -> Floats:
+    """Return (x - mean x) / sqrt(var x + eps), with the population variance, over each group's tokens; (N,) -> (N,).
 
     ``success`` (N,) bool and ``group`` (N,) int are those of the token's completion. "joint" takes one mean
-    per group, so success stays above failure unless alpha_2 is large. "separate", eq. 6, takes one for
-    successes and one for failures: with 0/1 rewards both alphas then cancel, each side sums to 0, and
+    per group, so success stays above failure unless alpha_2 is large. "separate", eq. 6, takes one mean of
+    successes and one of failures: with 0/1 rewards both alphas then cancel, each side sums to 0, and
     advantages follow entropy whatever the outcome. Raises UserError for another name.
     """
     match normalisation:
@@ -149,9 +143,11 @@ def normalize(
     first[part] = shaped
     x = shaped - first[part]  # equal values become exactly 0, which a mean's rounding would not
     x = x - (np.bincount(part, x) / count)[part]
-    return x / np.sqrt(np.bincount(part, x * x) / count + eps)[part]
+    normalised: Floats = x / np.sqrt(np.bincount(part, x * x) / count + eps)[part]
+    return normalised
 
 
-def _cells(row: np.ndarray, position: np.ndarray, success: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """(N,) int: tokens of one group, one outcome and one position share a number."""
-    return (2 * group + success)[row] * (position.max(initial=-1) + 1) + position
+def _cells(row: Ints, position: Ints, success: Bools, group: Ints) -> Ints:
+    """Number the tokens, (N,) int, such that those of one group, one outcome and one position share a number."""
+    positions = int(position.max(initial=-1)) + 1
+    return (2 * group + success)[row] * positions + position

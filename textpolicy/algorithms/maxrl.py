@@ -1,4 +1,4 @@
-"""MaxRL (arXiv:2602.02710): the advantage is divided by the success rate, which approaches maximum likelihood."""
+"""MaxRL (arXiv:2602.02710): divide the advantage by the success rate, which approaches maximum likelihood."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ import numpy as np
 
 from ..errors import UserError
 from ..losses import Array
+from ..types import Floats
 from .arrays import like, values_of
-from .rewards import Rewards
+from .credit import Rewards
 
 
 @dataclass(frozen=True)
 class MeanNormalized:
-    """A_i = (r_i - mean r) / (mean r + eps), 0 where mean r <= eps (eq. 10, Alg. 1).
+    """The baseline A_i = (r_i - mean r) / (mean r + eps), 0 where mean r <= eps (eq. 10, Alg. 1).
 
     Over 0/1 rewards it is unbiased for the likelihood truncated at order G - 1 (docs/algorithms.md).
     """
 
     mean_eps: float = 1e-6
 
-    def __call__(self, rewards: Rewards) -> np.ndarray:
+    def __call__(self, rewards: Rewards) -> Floats:
         lowest = np.nanmin(rewards.value, initial=0.0)
         if lowest < 0:
             raise UserError(
@@ -39,14 +40,14 @@ def compute_advantages_maxrl(
     prompt_ids: Sequence[int] | Array | None = None,
     num_prompt_groups: int | None = None,
 ) -> Array:
-    """(r - m) / (m + eps) with m the mean reward of the prompt, (B,) -> (B,); 0 where m <= eps.
+    """Return (r - m) / (m + eps) with m the mean reward of the prompt, (B,) -> (B,); 0 where m <= eps.
 
-    ``prompt_ids`` (B,) says which completions share a prompt; without it all do.
-    ``num_prompt_groups`` is accepted and not needed. An array gives an array of its own kind, a list
+    ``prompt_ids`` (B,) are the same for completions of one prompt; without them all share one.
+    ``num_prompt_groups`` is accepted and ignored. An array gives an array of its own kind, a list
     a NumPy array. Raises UserError for negative rewards.
     """
     ids = None if prompt_ids is None else np.asarray(prompt_ids)
     return like(rewards, MeanNormalized(eps)(Rewards.of(values_of(rewards), ids)))
 
 
-compute_advantages_maxrl.accepts_prompt_groups = True  # type: ignore[attr-defined]  # how version 0.1.11 told Trainer
+compute_advantages_maxrl.accepts_prompt_groups = True  # type: ignore[attr-defined]  # as Trainer of 0.1.11 expects

@@ -1,14 +1,15 @@
-"""Planning masks (HICRA, arXiv:2509.03646): which sampled tokens are part of a strategic gram."""
+"""Planning masks (HICRA, arXiv:2509.03646): mark the sampled tokens that are part of a strategic gram."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..errors import UserError
+from ..types import Bools
 
 # U+0130 is the only character whose lower case is longer than itself
 _ONE_FOR_ONE = (("\u2018", "'"), ("\u2019", "'"), ("\u201c", '"'), ("\u201d", '"'), ("\u0130", "i"))
@@ -16,54 +17,43 @@ _ONE_FOR_ONE = (("\u2018", "'"), ("\u2019", "'"), ("\u201c", '"'), ("\u201d", '"
 
 @dataclass(frozen=True, slots=True)
 class PlanningGrams:
-    """Strategic grams, compiled once for any number of texts; blank ones are ignored.
+    """The strategic grams, compiled once for any number of texts; blank ones are ignored.
 
-    A gram w1 w2 ... matches where its words stand in this order with nothing but non-word characters
-    between them, in any case, with straight or curly quotes, and never inside a longer word.
+    A gram w1 w2 ... matches where its words occur in this order with only non-word characters between
+    them, in any case, with straight or curly quotes, and never inside a longer word.
     Raises UserError when ``phrases`` is a single string.
     """
 
     phrases: Sequence[str]
-    _grams: tuple[_Gram, ...] = field(init=False, repr=False, compare=False)
+    _grams: dict[tuple[str, ...], re.Pattern[str]] = field(init=False, repr=False, compare=False)  # words -> pattern
 
     def __post_init__(self) -> None:
         if isinstance(self.phrases, str):
             raise UserError(f"the strategic grams are the string {self.phrases!r}; give a list of strings")
-        words = [tuple(_plain(phrase).split()) for phrase in self.phrases]
+        grams = [tuple(_plain(phrase).split()) for phrase in self.phrases]
+        compiled = {words: re.compile(r"\W+".join(map(re.escape, words)) + r"(?!\w)") for words in grams if words}
         object.__setattr__(self, "phrases", tuple(self.phrases))
-        object.__setattr__(self, "_grams", tuple(_Gram.of(w) for w in dict.fromkeys(words) if w))
+        object.__setattr__(self, "_grams", compiled)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """Where the grams match, as (start, end) in characters of ``text``: overlaps included, gram by gram."""
+        """Return the matches as (start, end) in characters of ``text``, overlaps included, gram by gram."""
         text = _plain(text)
-        return [span for gram in self._grams if gram.could_be_in(text) for span in gram.spans(text)]
+        found = []
+        for words, pattern in self._grams.items():
+            if not all(word in text for word in words):  # much faster than the pattern
+                continue
+            # a leading (?<!\w) in the pattern would disable the fast search of `re` for the first word
+            match = pattern.search(text)
+            while match:
+                start = match.start()
+                if start == 0 or not (text[start - 1].isalnum() or text[start - 1] == "_"):  # what `re` calls \w
+                    found.append(match.span())
+                match = pattern.search(text, start + 1)  # not after its end: a gram may overlap itself
+        return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Gram:
-    words: tuple[str, ...]
-    pattern: re.Pattern[str]
-
-    @classmethod
-    def of(cls, words: tuple[str, ...]) -> _Gram:
-        return cls(words, re.compile(r"\W+".join(map(re.escape, words)) + r"(?!\w)"))
-
-    def could_be_in(self, text: str) -> bool:
-        """Whether every word is somewhere in ``text``, be it inside another: much faster than the pattern."""
-        return all(word in text for word in self.words)
-
-    def spans(self, text: str) -> Iterator[tuple[int, int]]:
-        # a leading (?<!\w) in the pattern would keep `re` from its fast search for the first word
-        match = self.pattern.search(text)
-        while match:
-            start = match.start()
-            if start == 0 or not _in_word(text[start - 1]):
-                yield match.span()
-            match = self.pattern.search(text, start + 1)  # not after its end: a gram may overlap itself
-
-
-def planning_mask(pieces: Sequence[str], grams: PlanningGrams) -> np.ndarray:
-    """(T,) bool: the tokens of one completion that share a character with a match of any gram.
+def planning_mask(pieces: Sequence[str], grams: PlanningGrams) -> Bools:
+    """Mark the tokens of one completion that share a character with a match of any gram, (T,) bool.
 
     ``pieces`` are the decoded texts of its T tokens, spaces included; an empty one (a special token) is never
     marked. A match begins and ends with a word, so the spaces that begin a token need no trimming.
@@ -81,18 +71,13 @@ def planning_mask(pieces: Sequence[str], grams: PlanningGrams) -> np.ndarray:
     return mask & (lengths > 0)
 
 
-def planning_masks(completions: Sequence[Sequence[str]], grams: PlanningGrams) -> np.ndarray:
-    """(N,) bool: ``planning_mask`` of completion after completion; no gram matches across two of them."""
+def planning_masks(completions: Sequence[Sequence[str]], grams: PlanningGrams) -> Bools:
+    """Return ``planning_mask`` of completion after completion, (N,) bool; no gram matches across two of them."""
     return np.concatenate([np.zeros(0, bool), *(planning_mask(pieces, grams) for pieces in completions)])
 
 
 def _plain(text: str) -> str:
-    """Lower case and straight quotes, every character where it was."""
+    """Return ``text`` in lower case with straight quotes, and every character at the same index."""
     for character, plain in _ONE_FOR_ONE:
         text = text.replace(character, plain)
     return text.lower()
-
-
-def _in_word(character: str) -> bool:
-    """What ``re`` calls \\w."""
-    return character.isalnum() or character == "_"

@@ -1,4 +1,4 @@
-"""RLOO (arXiv:2402.14740): every completion is compared with the others of its prompt."""
+"""RLOO (arXiv:2402.14740): compare every completion with the others of its prompt."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .rewards import Rewards
+from ..types import Floats
+from .credit import Rewards
 
 
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """A_i = r_i - mean_{j != i} r_j = n / (n - 1) (r_i - mean r); a group of one gets 0.
+    """The baseline A_i = r_i - mean_{j != i} r_j = n / (n - 1) (r_i - mean r); a group of one gets 0.
 
     ``normalize_advantages`` then scales the whole batch to mean 0 and sample std 1.
     """
@@ -19,9 +20,9 @@ class LeaveOneOut:
     normalize_advantages: bool = False
     advantage_eps: float = 1e-4
 
-    def __call__(self, rewards: Rewards) -> np.ndarray:
+    def __call__(self, rewards: Rewards) -> Floats:
         n = rewards.count
-        a = rewards.centered * n / np.maximum(n - 1, 1)
-        if not self.normalize_advantages or len(a) < 2:
-            return a
-        return (a - a.mean()) / (a.std(ddof=1) + self.advantage_eps)
+        a: Floats = rewards.centered * n / np.maximum(n - 1, 1)
+        if self.normalize_advantages and len(a) > 1:
+            a = (a - a.mean()) / (a.std(ddof=1) + self.advantage_eps)
+        return a

@@ -1,17 +1,17 @@
-"""How varied planning is: the entropy of strategic grams (arXiv:2509.03646), and an older measure of dispersion."""
+"""Measure how varied planning is: the entropy of strategic grams (arXiv:2509.03646), and an older dispersion."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..errors import UserError, unknown_name
-
-Series = Literal["batch", "ema"]
+from ..errors import UserError, refuse_outside
+from ..types import Bools, Floats, Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +20,13 @@ class SemanticEntropy:
 
     nats: float
     bits: float
-    normalised: float  # nats / ln(number of grams), from 0 (one gram only) to 1 (all alike)
+    normalised: float  # nats / ln(number of grams), from 0 (one gram only) to 1 (all equally frequent)
 
 
-def semantic_entropy(counts: Sequence[float] | np.ndarray) -> SemanticEntropy:
-    """H = -sum_g p_g ln p_g with p_g = counts_g / sum(counts), for (K,) counts of K grams (arXiv:2509.03646).
+def semantic_entropy(counts: Sequence[float] | NDArray[Any]) -> SemanticEntropy:
+    """Return H = -sum_g p_g ln p_g with p_g = counts_g / sum(counts), for (K,) counts of K grams (arXiv:2509.03646).
 
-    0 where nothing was counted, and of a single gram. Raises UserError for counts that are negative or no numbers.
+    It is 0 without counts, and for a single gram. Raises UserError for counts that are negative or not finite.
     """
     c = np.asarray(counts, np.float64)
     if c.ndim != 1 or not np.isfinite(c).all() or (c < 0).any():
@@ -39,90 +39,32 @@ def semantic_entropy(counts: Sequence[float] | np.ndarray) -> SemanticEntropy:
 # ---- dispersion
 
 
-@dataclass(frozen=True, slots=True)
-class Dispersion:
-    """What one step told a ``PlanningDispersionTracker``."""
+def dispersion_trend(
+    values: Sequence[float], decay: float = 0.99, tolerance: float = 1e-3
+) -> list[tuple[float, float, int]]:
+    """Smooth a series of dispersions, ema <- decay ema + (1 - decay) x, and count how long it has been stable.
 
-    batch: float  # mean over groups of the mean pairwise cosine distance, 0 to 2
-    ema: float
-    delta: float  # |ema - the one before|, 0 at the first step
-    groups: int  # that counted
-    stable: bool
-    stable_steps: int
-
-
-class PlanningDispersionTracker:
-    """Follows how far apart the planning tokens of a group's successful completions are.
-
-    ema <- x at first, then decay ema + (1 - decay) x, where x is the mean of ``planning_dispersion``.
-    Stable means ``patience`` counted steps in a row with |x - ema before| <= tolerance. With
-    ``series="ema"`` the change of the ema itself is held against the tolerance, as version 0.1.11 did:
-    that is (1 - decay) |x - ema before|, so at a decay of 0.99 almost any series passes.
+    Returns for every value the ema, its change |ema - previous ema| (0 at first), and the number of
+    changes in a row that were at most ``tolerance``. A change is (1 - decay) |x - previous ema|, so with
+    a decay of 0.99 almost any series is stable. Raises UserError.
     """
-
-    def __init__(
-        self,
-        decay: float = 0.99,
-        tolerance: float = 0.02,
-        patience: int = 20,
-        series: Series = "batch",
-        success: float = 0.5,
-    ) -> None:
-        """Start without a value; ``success`` is the reward from which a completion counts. Raises UserError."""
-        if not 0 <= decay < 1:
-            raise UserError(f"decay is {decay}; set it to 0 or more and below 1")
-        if not 0 <= tolerance < math.inf:
-            raise UserError(f"tolerance is {tolerance}; set it to 0 or more")
-        if patience < 1:
-            raise UserError(f"patience is {patience}; set it to 1 or more")
-        if series not in ("batch", "ema"):
-            raise unknown_name("series", series, ("batch", "ema"))
-        self.decay, self.tolerance, self.patience = decay, tolerance, patience
-        self.series, self.success = series, success
-        self.ema: float | None = None
-        self.stable_steps = 0
-
-    @property
-    def stable(self) -> bool:
-        """Whether the last ``patience`` counted steps were all within the tolerance."""
-        return self.stable_steps >= self.patience
-
-    def update(self, embeddings: np.ndarray, reward: np.ndarray, group: np.ndarray) -> Dispersion | None:
-        """Take in one step of B completions: embeddings (B, d), rewards (B,), groups (B,).
-
-        None, and nothing changes, when no group has two successful completions.
-        """
-        kept = reward >= self.success  # False where the reward is NaN
-        distances = planning_dispersion(embeddings[kept], group[kept])
-        if not len(distances):
-            return None
-        batch = float(distances.mean())
-        before = self.ema
-        self.ema = batch if before is None else self.decay * before + (1 - self.decay) * batch
-        delta = 0.0 if before is None else abs(self.ema - before)
-        self._count(None if before is None else delta if self.series == "ema" else abs(batch - before))
-        return Dispersion(batch, self.ema, delta, len(distances), self.stable, self.stable_steps)
-
-    def state_dict(self) -> dict[str, float | int | None]:
-        """All that ``update`` changes, fit for JSON."""
-        return {"ema": self.ema, "stable_steps": self.stable_steps}
-
-    def load_state_dict(self, state: Mapping[str, float | int | None]) -> None:
-        """Go on from a ``state_dict``. Raises UserError, and changes nothing, for one that cannot be."""
-        if set(state) != {"ema", "stable_steps"}:
-            raise UserError(f"the state holds {sorted(state)}; give one that state_dict returned")
-        ema, steps = state["ema"], state["stable_steps"]
-        if steps is None or steps < 0 or (ema is not None and not 0 <= ema < math.inf):
-            raise UserError(f"the state is {dict(state)}; give one that state_dict returned")
-        self.ema, self.stable_steps = ema, int(steps)
-
-    def _count(self, change: float | None) -> None:
-        calm = change is not None and change <= self.tolerance
-        self.stable_steps = self.stable_steps + 1 if calm else 0
+    if not 0 <= decay < 1:
+        raise UserError(f"decay is {decay}; set it to 0 or more and below 1")
+    refuse_outside("tolerance", tolerance)
+    trend: list[tuple[float, float, int]] = []
+    for x in values:
+        if not trend:
+            trend.append((x, 0.0, 0))
+            continue
+        before, _, calm = trend[-1]
+        ema = decay * before + (1 - decay) * x
+        change = abs(ema - before)
+        trend.append((ema, change, calm + 1 if change <= tolerance else 0))
+    return trend
 
 
-def planning_dispersion(embeddings: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Mean over pairs of 1 - cos(u_i, u_j) in each group of two or more: embeddings (B, d), group (B,) -> (G,).
+def planning_dispersion(embeddings: Floats, group: Ints) -> Floats:
+    """Return the mean over pairs of 1 - cos(u_i, u_j) in each group of two or more: (B, d), (B,) -> (G,).
 
     A zero row is a completion without planning tokens: the distance between two of them is 0, to any other 1.
     """
@@ -139,32 +81,30 @@ def planning_dispersion(embeddings: np.ndarray, group: np.ndarray) -> np.ndarray
     return np.maximum(distances, 0.0)[several] if rows else np.zeros(0)
 
 
-def planning_token_bags(
-    tokens: np.ndarray, planning: np.ndarray, row: np.ndarray, rows: int, bins: int = 256
-) -> np.ndarray:
-    """(rows, bins) float64: how often each token id, modulo ``bins``, is planned with; rows of length 1, or zero.
+def planning_token_bags(tokens: Ints, planning: Bools, row: Ints, rows: int, bins: int = 256) -> Floats:
+    """Count each completion's planning tokens by id modulo ``bins``, scaled to length 1: (rows, bins) float64.
 
     tokens, planning and row are flat, (N,): id, mask and completion (0..rows-1) of each sampled token.
-    Raises UserError for less than one bin.
+    A completion without planning tokens is zero. Raises UserError for less than one bin.
     """
-    if bins < 1:
-        raise UserError(f"bins is {bins}; set it to 1 or more")
+    refuse_outside("bins", bins, 1)
     cells = row[planning] * bins + tokens[planning] % bins
     return _unit(np.bincount(cells, minlength=rows * bins).reshape(rows, bins))
 
 
-def pool_planning_states(hidden: np.ndarray, planning: np.ndarray, row: np.ndarray, rows: int) -> np.ndarray:
-    """(rows, d) float64: the mean hidden state of each completion's planning tokens; rows of length 1, or zero.
+def pool_planning_states(hidden: Floats, planning: Bools, row: Ints, rows: int) -> Floats:
+    """Return the mean hidden state of each completion's planning tokens, scaled to length 1: (rows, d) float64.
 
-    hidden is (N, d); planning and row are (N,), as for ``planning_token_bags``.
+    hidden is (N, d); planning, row and zero rows are as in ``planning_token_bags``.
     """
     total = np.zeros((rows, hidden.shape[1]))
     np.add.at(total, row[planning], hidden[planning])  # the mean has the direction of the sum
     return _unit(total)
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
-    """(B, d) -> (B, d) float64 of length 1, zero rows as they are."""
+def _unit(rows: NDArray[Any]) -> Floats:
+    """Scale rows to length 1, (B, d) -> (B, d) float64; zero rows stay zero."""
     rows = rows.astype(np.float64)
     length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
+    unit: Floats = np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
+    return unit

@@ -1,4 +1,4 @@
-"""Credit for the most uncertain tokens only (arXiv:2506.01939): forking tokens carry the gradient."""
+"""Credit for the most uncertain tokens only (arXiv:2506.01939): the forking tokens carry the gradient."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..errors import UserError
+from ..types import Floats
 from .credit import Credit
 
 
 @dataclass(frozen=True, slots=True)
 class KeepTopEntropy:
-    """A_t <- A_t where H_t is among the share ``top_entropy`` of highest entropies in the batch, else 0.
+    """The stage that keeps A_t where H_t is among the share ``top_entropy`` of highest entropies in the batch, else 0.
 
-    The loss divides by what it divided by before: tokens without credit still count.
+    The loss is divided by the same number as without this stage: tokens without credit still count.
     """
 
     top_entropy: float = 0.2
@@ -28,14 +29,14 @@ class KeepTopEntropy:
         return replace(credit, advantage=np.where(kept, credit.advantage, 0.0))
 
 
-def entropy_threshold(entropy: np.ndarray, share: float) -> float:
-    """The (1 - share)-quantile of (N,) entropies in nats; -inf without tokens. Raises UserError for no share."""
+def entropy_threshold(entropy: Floats, share: float) -> float:
+    """Return the (1 - share)-quantile of (N,) entropies in nats; -inf without tokens. Raises UserError."""
     _refuse_no_share("share", share)
     return float(np.quantile(entropy, 1 - share)) if len(entropy) else -np.inf
 
 
-def exact_entropy(credit: Credit, purpose: str, instead: str = "leave it out") -> np.ndarray:
-    """The (N,) exact entropies of a step; a UserError that names the ``purpose`` where the engine saw none."""
+def exact_entropy(credit: Credit, purpose: str, instead: str = "leave it out") -> Floats:
+    """Return the (N,) exact entropies of a step; raise UserError, naming the ``purpose``, if there are none."""
     if credit.entropy is None:
         raise UserError(
             f"{purpose} needs exact entropy and the engine reported none; use an engine that does, or {instead}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..algorithms.rewards import Rewards
+from ..algorithms.credit import Rewards
 from ..types import Episode
 from .collect import Rollouts
 

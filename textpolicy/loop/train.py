@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..algorithms import Algorithm
-from ..algorithms.pipeline import Controller
+from ..algorithms.sepa import SEPAController
 from ..engine import Engine, Sampling
 from ..environment.base import DrivenEnv
 from ..environment.single_turn import TextGenerationEnv
@@ -43,7 +43,7 @@ class Session:
 
     start: int = 0  # steps done before
     curriculum: Curriculum | None = None  # None: every prompt once before any is drawn again
-    controller: Controller | None = None  # of SEPA; None: a fresh one, where the algorithm pools
+    controller: SEPAController | None = None  # of SEPA; None: a fresh one, where the algorithm pools
     stopped: Callable[[], bool] = lambda: False  # ends the run between steps, or discards a step before its update
     on_sampled: Callable[[int, Sequence[Episode]], Row] = lambda step, episodes: {}  # before the update; adds metrics
 

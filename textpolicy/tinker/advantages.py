@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from ..algorithms.credit import Rewards
 from ..algorithms.grams import DEFAULT_STRATEGIC_GRAMS as DEFAULT_STRATEGIC_GRAMS
 from ..algorithms.grpo import GroupRelative
 from ..algorithms.hicra import AmplifyPlanning, amplify
 from ..algorithms.maxrl import MeanNormalized
 from ..algorithms.pipeline import Algorithm, Baseline, Stage
 from ..algorithms.planning import PlanningGrams
-from ..algorithms.rewards import Rewards
 from ..algorithms.sepa import Pooling, pool_execution
 from ..algorithms.sepa import SEPAController as SEPAController
 from ..algorithms.weighting import WeightByUncertainty, uncertainty_weights

@@ -8,10 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from ..algorithms.arrays import like, values_of
-from ..algorithms.credit import Credit
+from ..algorithms.credit import Credit, Rewards
 from ..algorithms.hicra import boost_entropy
 from ..algorithms.pipeline import Stage, Uncertainty
-from ..algorithms.rewards import Rewards
 from ..algorithms.selection import row_and_position
 from ..algorithms.sepa import Pooling, pool_execution
 from ..errors import UserError

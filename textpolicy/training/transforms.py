@@ -15,6 +15,7 @@ from ..algorithms.selection import row_and_position
 from ..algorithms.sepa import Pooling, pool_execution
 from ..errors import UserError
 from ..losses import Array
+from ..types import Floats
 
 Transform = Callable[[Array, dict[str, Any]], Array]  # (N,) advantages and the batch -> (N,) advantages
 MarkPlanning = Callable[[Sequence[np.ndarray]], np.ndarray]  # ids of each completion -> (N,) bool
@@ -79,6 +80,7 @@ class CreditTransform:
                 "the transform weighs by exact entropy and an episode has none; let the policy return entropy "
                 "for every token, as create_policy does"
             )
+        uncertainty: Floats  # (N,) float64, nats
         if self.uncertainty == "entropy":
             uncertainty = values_of(batch["token_entropies"]).astype(np.float64)
         else:

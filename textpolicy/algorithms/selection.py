@@ -19,12 +19,10 @@ The dict of B completions with N sampled tokens, G prompts, and lengths of at mo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from ..buffer import Buffer
-from ..buffer import Episode as BufferedEpisode
 from ..errors import UserError, refuse_outside
 from ..losses import Array
 from ..types import Episode, Ints, pad
@@ -34,7 +32,27 @@ NEEDED = ("obs", "logprob", "rewards", "episode_lengths", "prompt_lengths", "pro
 Lengths = Sequence[int] | Array  # (B,) tokens of each completion
 
 
-def select_all_data(buffer: Buffer) -> dict[str, Any]:
+class BufferedEpisode(Protocol):
+    """The part of an episode in a buffer that is read here."""
+
+    rew: list[float]
+    group: int | None
+
+    def as_training(self) -> Episode:
+        """Return the episode as the record that algorithms read."""
+
+
+@runtime_checkable
+class EpisodeBuffer(Protocol):
+    """The part of a buffer that is read here."""
+
+    episodes: list[Any]  # complete ones, oldest first
+
+
+Kept = TypeVar("Kept", bound=BufferedEpisode)
+
+
+def select_all_data(buffer: EpisodeBuffer) -> dict[str, Any]:
     """Return every complete episode, oldest first, as the dict above.
 
     Raises TypeError unless given a Buffer, UserError when it is empty or an episode cannot be trained on.
@@ -42,13 +60,13 @@ def select_all_data(buffer: Buffer) -> dict[str, Any]:
     return as_arrays([episode.as_training() for episode in _episodes(buffer)])
 
 
-def select_recent_data(buffer: Buffer, max_episodes: int = 100) -> dict[str, Any]:
+def select_recent_data(buffer: EpisodeBuffer, max_episodes: int = 100) -> dict[str, Any]:
     """Return the latest ``max_episodes`` episodes, or all if there are fewer; errors as in ``select_all_data``."""
     refuse_outside("max_episodes", max_episodes, 1)
     return as_arrays([episode.as_training() for episode in _episodes(buffer)[-max_episodes:]])
 
 
-def select_informative_data(buffer: Buffer, min_variance: float = 0.0) -> dict[str, Any]:
+def select_informative_data(buffer: EpisodeBuffer, min_variance: float = 0.0) -> dict[str, Any]:
     """Return the episodes that ``filter_informative_prompts`` keeps, and its counts as ``filter_stats``.
 
     If every group's rewards are equal no row is left, and ``Trainer`` changes nothing. Errors as in
@@ -59,8 +77,8 @@ def select_informative_data(buffer: Buffer, min_variance: float = 0.0) -> dict[s
 
 
 def filter_informative_prompts(
-    episodes: Sequence[BufferedEpisode], min_variance: float = 0.0, keep_single_completion: bool = True
-) -> tuple[list[BufferedEpisode], dict[str, float]]:
+    episodes: Sequence[Kept], min_variance: float = 0.0, keep_single_completion: bool = True
+) -> tuple[list[Kept], dict[str, float]]:
     """Return the episodes of groups whose rewards differ, with a variance above ``min_variance``, and counts.
 
     A group with one scored completion is kept if ``keep_single_completion``; a group with none is
@@ -193,9 +211,9 @@ def row_and_position(lengths: Lengths, count: int) -> tuple[Ints, Ints]:
     return row, np.arange(count) - (np.cumsum(n) - n)[row]
 
 
-def _episodes(buffer: Buffer) -> Sequence[BufferedEpisode]:
+def _episodes(buffer: EpisodeBuffer) -> list[Any]:
     """Return the complete episodes of a buffer. Raises TypeError and UserError."""
-    if not isinstance(buffer, Buffer):
+    if not isinstance(buffer, EpisodeBuffer):
         raise TypeError(
             f"data is selected from a {type(buffer).__name__}; give the Buffer that RolloutRunner.collect returns"
         )

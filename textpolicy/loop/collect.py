@@ -9,7 +9,7 @@ from operator import attrgetter
 
 import numpy as np
 
-from ..algorithms.rewards import Rewards
+from ..algorithms.credit import Rewards
 from ..engine import Engine, Sampling
 from ..environment.base import DrivenEnv, Wanted
 from ..environment.single_turn import TextGenerationEnv

@@ -178,7 +178,7 @@ def test_text_instead_of_token_ids_is_refused(model, tokenizer):
 
 
 def test_an_empty_prompt_is_refused(model, tokenizer):
-    with pytest.raises(UserError, match="no tokens"):
+    with pytest.raises(UserError, match="a prompt is empty"):
         create_policy(model, tokenizer)(mx.array([], mx.int32))
 
 

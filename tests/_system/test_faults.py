@@ -14,7 +14,7 @@ import pytest
 from conftest import random_episodes, recipe
 from toy_run import letters, metrics, outcome, quickly, settings, toy_task
 
-from textpolicy._system.faults import told
+from textpolicy._system.faults import resumable_errors
 from textpolicy.cli.main import main
 from textpolicy.mlx.engine import MLXEngine
 from textpolicy.record.metrics_file import MetricsFile
@@ -95,7 +95,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(
                 patch.setattr(os, "replace", failing(os.replace, no_room(), 5))
         said, _ = stopped(capsys, "train", str(config), f"--output={folder}")
     assert f"the run in {folder} cannot write or read its files (No space left on device)" in said
-    assert f"go on with: textpolicy train --resume {folder}" in said
+    assert f"resume with: textpolicy train --resume {folder}" in said
     assert main(["train", f"--resume={folder}"]) == 0
     assert outcome(folder) == outcome(whole)
 
@@ -108,7 +108,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(config, tmp_path, capsys, m
 
 
 def test_an_error_of_the_network_is_not_taken_for_one_of_the_disk(tmp_path):
-    with pytest.raises(ConnectionError), told(tmp_path):
+    with pytest.raises(ConnectionError), resumable_errors(tmp_path):
         raise ConnectionResetError("reset")
 
 
@@ -130,7 +130,7 @@ def test_a_run_out_of_memory_says_what_to_lower_and_goes_on(config, whole, tmp_p
 
 
 def test_an_error_of_ours_stays_one(tmp_path):
-    with pytest.raises(RuntimeError, match="a bug"), told(tmp_path):
+    with pytest.raises(RuntimeError, match="a bug"), resumable_errors(tmp_path):
         raise RuntimeError("a bug")
 
 
@@ -223,7 +223,7 @@ def test_a_reward_that_raises_in_the_middle_keeps_what_was_done(config, whole, t
         with_reward(patch, failing(letters, KeyError("score"), 60))
         said, before = stopped(capsys, "train", str(config), f"--output={folder}")
     assert "raised KeyError" in said
-    assert f"go on with: textpolicy train --resume {folder}" in before
+    assert f"resume with: textpolicy train --resume {folder}" in before
     assert main(["train", f"--resume={folder}"]) == 0
     assert outcome(folder) == outcome(whole)
 

@@ -282,7 +282,7 @@ class Chaos:
         if code not in {*polite, -number, 0}:
             return Counter(), [f"{number.name} in {phase} ended with {code}"]
         said = (place / "output.txt").read_text()
-        if code in polite and "go on with: textpolicy train --resume" not in said and "stopped by Ctrl-C" not in said:
+        if code in polite and "resume with: textpolicy train --resume" not in said and "stopped by Ctrl-C" not in said:
             return Counter(), ["it did not say how to go on"]
         return Counter({phase: 1}), self.finish(place)
 

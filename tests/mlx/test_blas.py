@@ -135,7 +135,7 @@ def test_a_missing_openblas_is_a_warning_only_when_products_are_slow(monkeypatch
 
 def test_nothing_is_preloaded_on_a_gpu_or_metal(monkeypatch):
     monkeypatch.setattr(_openblas, "runs_on_linux_cpu", lambda: False)
-    monkeypatch.setattr(_openblas, "load", lambda library: pytest.fail("preloaded"))
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: pytest.fail("preloaded"))
     _openblas.preload()
 
 

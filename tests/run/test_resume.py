@@ -235,7 +235,7 @@ def test_two_runs_on_one_folder_are_one_too_many(config, tmp_path, capsys):
     code += f"with RunLock(pathlib.Path({str(folder)!r})): print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
-        assert f"the process {other.pid} is at work on the run in" in refused(capsys, "train", f"--resume={folder}")
+        assert f"process {other.pid} is using the run in" in refused(capsys, "train", f"--resume={folder}")
         other.kill()
     with RunLock(folder):  # that of a dead process is free
         pass
@@ -267,8 +267,8 @@ def test_a_signal_ends_a_run_where_it_can_go_on(config, whole, tmp_path, capfd, 
         assert main(["train", str(config), f"--output={folder}"]) == code
     _, err = capfd.readouterr()
     said = err.splitlines()
-    assert said[0].startswith("textpolicy: stopping at the end of what is being computed")
-    assert said[1].startswith(f"textpolicy: stopped by {number.name} after 2 of 5 steps; go on with: textpolicy train")
+    assert said[0].startswith("textpolicy: finishing this step, then stopping")
+    assert said[1].startswith(f"textpolicy: stopped by {number.name} after 2 of 5 steps; resume with: textpolicy train")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert main(["train", f"--resume={folder}"]) == 0
     assert outcome(folder) == outcome(whole)
@@ -299,7 +299,7 @@ def test_a_second_signal_ends_the_process_at_once_and_damages_nothing(config, wh
     script = IMPATIENT.format(chaos=chaos, config=str(config), folder=folder)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == -signal.SIGTERM, done.stderr
-    assert "once more, and it stops at once" in done.stderr
+    assert "press Ctrl-C again to stop now" in done.stderr
     assert "still here" not in done.stdout
     assert main(["train", f"--resume={folder}"]) == 0
     assert outcome(folder) == outcome(whole)

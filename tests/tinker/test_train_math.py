@@ -392,7 +392,7 @@ def test_a_folder_in_which_another_process_is_at_work_is_left_alone(problems, tm
     command = [sys.executable, "-c", other, str(tmp_path / "run")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
-        with pytest.raises(UserError, match="is at work on the run"):
+        with pytest.raises(UserError, match="is using the run"):
             run(settings(problems, tmp_path / "run", resume=True, max_steps=8), server)
         process.stdin.close()
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 6

@@ -1,4 +1,4 @@
-"""The folder in which what was made once is kept between runs."""
+"""The user's cache folder: models, factorisations and environments that later runs reuse."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """``TEXTPOLICY_CACHE``, or the user's cache folder."""
-    from platformdirs import user_cache_dir  # of the extras mlx and tinker
+    """Return ``TEXTPOLICY_CACHE``, or else textpolicy's folder in the user's cache."""
+    from platformdirs import user_cache_dir  # installed with the extras mlx and tinker
 
     return Path(os.environ.get("TEXTPOLICY_CACHE") or user_cache_dir("textpolicy")).expanduser()

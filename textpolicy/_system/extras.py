@@ -1,4 +1,4 @@
-"""Packages that only some parts need: imported when they do, or refused with the line that installs them."""
+"""Import optional packages, or raise an error with the command that installs them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ..errors import MissingDependencyError
 
 
 def extra(module: str, install: str) -> Any:
-    """The ``module`` of an optional package. Raises MissingDependencyError, which says to pip install ``install``."""
+    """Import ``module``. Raises MissingDependencyError with the command ``pip install install``."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module.split(".")[0]:
-            raise  # it is there, and lacks something of its own
+            raise  # installed, but a dependency of it is missing
         raise MissingDependencyError(
             f"{error.name} is not installed; install it with: pip install '{install}'"
         ) from error

@@ -1,4 +1,4 @@
-"""Faults of the machine under a run, a full disk or too little memory, as one sentence that says how to go on."""
+"""Turn disk-full and out-of-memory errors into a UserError that says how to resume."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from ..errors import UserError
 
 TRAIN_MATH = "train_math.json"  # the settings of a run of textpolicy.tinker.train_math, in its folder
-_NO_MEMORY = ("alloc]", "out of memory", "Insufficient Memory")  # as MLX says it on a CPU, on CUDA and on Metal
+_NO_MEMORY = ("alloc]", "out of memory", "Insufficient Memory")  # in MLX's errors on a CPU, on CUDA and on Metal
 
 
 def how_to_resume(folder: Path) -> str:
-    """The command that goes on with the run in ``folder``."""
+    """Return the command that resumes the run in ``folder``."""
     path = shlex.quote(str(folder))
     if (folder / TRAIN_MATH).exists():
         return f"python -m textpolicy.tinker.train_math --resume --log-dir {path}"
@@ -22,8 +22,8 @@ def how_to_resume(folder: Path) -> str:
 
 
 @contextmanager
-def told(folder: Path) -> Iterator[None]:
-    """Turn an error of the disk, or of memory, into a UserError that says how to go on with the run in ``folder``."""
+def resumable_errors(folder: Path) -> Iterator[None]:
+    """Turn an error of the disk, or of memory, into a UserError that says how to resume the run in ``folder``."""
     try:
         yield
     except (ConnectionError, TimeoutError):
@@ -32,13 +32,13 @@ def told(folder: Path) -> Iterator[None]:
         where = f": {error.filename}" if error.filename is not None else ""
         raise UserError(
             f"the run in {folder} cannot write or read its files ({error.strerror or error}{where}); "
-            f"mend that and go on with: {how_to_resume(folder)}"
+            f"fix that and resume with: {how_to_resume(folder)}"
         ) from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in _NO_MEMORY):
             raise
         raise UserError(
             f"memory ran out ({str(error).strip() or 'MemoryError'}); lower machine.micro_batch_tokens or "
-            f"machine.decode_rows, or set machine.memory_limit_gb below what is free, and go on with: "
+            f"machine.decode_rows, or set machine.memory_limit_gb below what is free, and resume with: "
             f"{how_to_resume(folder)} --allow machine"
         ) from error

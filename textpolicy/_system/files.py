@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and stay when the power goes."""
+"""Write files atomically, and sync them to the disk so that they survive a power cut."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import BinaryIO
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace the file ``path`` by ``text`` in UTF-8. Raises OSError."""
+    """Replace the file ``path`` by ``text`` in UTF-8, atomically. Raises OSError."""
     fill_whole(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def fill_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Make ``path`` of what ``write`` puts into a file beside it, which is then renamed. Raises OSError."""
+    """Let ``write`` fill a file beside ``path``, then rename it to ``path``. Raises OSError."""
     new = path.with_name(f".{path.name}.new")
     with new.open("wb") as file:
         write(file)
@@ -34,7 +34,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """``sync`` of everything below ``folder``, of itself and of the folder it is in."""
+    """Sync everything below ``folder``, then ``folder`` itself and its parent. Raises OSError."""
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)

@@ -1,4 +1,4 @@
-"""Public names of a package that are imported when they are first used (PEP 562)."""
+"""Import the public names of a package when they are first used (PEP 562)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def lazy_names(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a ``__getattr__`` for ``package``; ``home`` is {public name: the module it is in, relative to it}."""
+    """Return a ``__getattr__`` for ``package``; ``home`` is {public name: its module, relative to the package}."""
 
     def attribute(name: str) -> Any:
         if name not in home:

@@ -1,4 +1,4 @@
-"""A run folder belongs to one process at a time; that of a dead process is free."""
+"""Lock a run folder for one process at a time; the lock of a dead process is released."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOCK = ".lock"
 
 
 class RunLock:
-    """Holds the folder of a run while it is a context; the system lets go when the process ends, however it does."""
+    """The lock on a run's folder, held within a ``with``; the system releases it when the process ends."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -24,13 +24,12 @@ class RunLock:
         """Raises UserError if another process has the folder, or it cannot be written to."""
         try:
             self.file = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by children, unlike flock
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by children
         except BlockingIOError as error:
             holder = os.read(self.file, 32).decode("ascii", "replace").strip()
             os.close(self.file)
             raise UserError(
-                f"the process {holder} is at work on the run in {self.folder}; wait until it ends, "
-                "or choose another output"
+                f"process {holder} is using the run in {self.folder}; wait until it ends, or choose another output"
             ) from error
         except OSError as error:
             raise UserError(

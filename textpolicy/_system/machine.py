@@ -1,4 +1,4 @@
-"""The memory of the machine that this process may use."""
+"""Measure the memory of the machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _CGROUP = Path("/sys/fs/cgroup/memory.max")  # a container's share of the machin
 
 
 def memory() -> int:
-    """Bytes of this machine, or of this container's share of it."""
+    """Return the bytes of memory of this machine, or of this container's share of it."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _CGROUP.read_text().strip() if _CGROUP.is_file() else "max"
     return installed if limit == "max" else min(installed, int(limit))

@@ -1,9 +1,9 @@
-"""OpenBLAS in the process before mlx is first imported, whoever imports it.
+"""Load OpenBLAS into the process before mlx is first imported, by any module.
 
-The CPU wheel of mlx links a reference BLAS some thirty times slower than OpenBLAS. The loader binds
+The CPU wheel of mlx links a reference BLAS about thirty times slower than OpenBLAS. The loader binds
 ``cblas_sgemm`` when ``mlx.core`` is imported, so OpenBLAS must be in the process, with global symbols,
 before that; afterwards nothing helps. ``import textpolicy`` imports no mlx, and the program may import
-it next, so what stands here waits for that import. Standard library only.
+it next, so this module waits for that import. Standard library only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 
 class BeforeMLX(importlib.abc.MetaPathFinder):
-    """Finds nothing; the first time that ``mlx.core`` is looked for, it loads OpenBLAS."""
+    """The import hook that finds nothing, but loads OpenBLAS when ``mlx.core`` is first looked for."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name == "mlx.core":
@@ -34,18 +34,17 @@ def await_mlx() -> None:
 
 
 def preload() -> None:
-    """Load OpenBLAS for all to see, if mlx computes on a Linux CPU and the library can be had."""
-    library = find_openblas() if runs_on_linux_cpu() else None
-    if library is not None:
-        load(library)
-
-
-def find_openblas() -> Path | None:
-    """The shared library of the package for this kind of machine, or None if it is not installed."""
-    if platform.machine() == "x86_64":  # the one of cmeel-openblas is for CPUs with AVX-512 alone and ends others
+    """Load OpenBLAS with global symbols, if mlx computes on a Linux CPU and the library is installed."""
+    if not runs_on_linux_cpu():
+        return
+    if platform.machine() == "x86_64":  # cmeel-openblas needs AVX-512 here, and ends the program without it
         folder = _distribution_path("ngsolve-openblas", "ngsolve_openblas")
-        return next(folder.glob("libopenblas*.so*"), None) if folder else None
-    return _distribution_path("cmeel-openblas", "cmeel.prefix/lib/libopenblas.so")
+        library = next(folder.glob("libopenblas*.so*"), None) if folder else None
+    else:
+        library = _distribution_path("cmeel-openblas", "cmeel.prefix/lib/libopenblas.so")
+    # many small systems have no libgfortran.so.5, and the wheel of mlx-cpu has one
+    if library is not None and not _loads(str(library)) and _load_fortran():
+        _loads(str(library))
 
 
 def _distribution_path(package: str, inside: str) -> Path | None:
@@ -54,12 +53,6 @@ def _distribution_path(package: str, inside: str) -> Path | None:
     except PackageNotFoundError:
         return None
     return path if path.exists() else None
-
-
-def load(library: Path) -> bool:
-    """Load OpenBLAS for all to see; False when its Fortran runtime cannot be had."""
-    # many small systems have no libgfortran.so.5, and the wheel of mlx-cpu carries one
-    return _loads(str(library)) or (_load_fortran() and _loads(str(library)))
 
 
 def _load_fortran() -> bool:
@@ -81,6 +74,7 @@ def _load_fortran() -> bool:
 
 
 def _loads(library: str) -> bool:
+    """Load ``library`` with global symbols; return False if it, or a library it needs, cannot be loaded."""
     try:
         ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
     except OSError:
@@ -89,5 +83,5 @@ def _loads(library: str) -> bool:
 
 
 def runs_on_linux_cpu() -> bool:
-    """Whether the mlx that is installed computes with a BLAS on this machine."""
+    """Return whether the installed mlx computes on a Linux CPU, with a BLAS."""
     return sys.platform == "linux" and not any(_distribution_path(f"mlx-cuda-{v}", "mlx") for v in (12, 13))

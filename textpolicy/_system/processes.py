@@ -1,4 +1,4 @@
-"""Fresh interpreters that can import this package and whatever this process can; functions are sent to them."""
+"""Start Python processes with the same import path, and send functions to them."""
 
 from __future__ import annotations
 

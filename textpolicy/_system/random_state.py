@@ -1,4 +1,4 @@
-"""The random streams that Python and NumPy share with everybody, such as a reward that draws; ours come from seeds."""
+"""Seed, save and restore the global random streams of Python and NumPy, which rewards and libraries may use."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 
 
 def seed_streams(seed: int) -> None:
-    """Begin both anew."""
+    """Seed both streams."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
 
 def streams() -> dict[str, Any]:
-    """Where both are, as plain JSON values."""
+    """Return the state of both streams, as JSON values."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
@@ -28,7 +28,7 @@ def streams() -> dict[str, Any]:
 
 
 def restore_streams(state: Mapping[str, Any]) -> None:
-    """Put both where ``streams`` found them."""
+    """Restore both streams to a state that ``streams`` returned."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
@@ -37,9 +37,9 @@ def restore_streams(state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def untouched() -> Iterator[None]:
-    """Both are afterwards where they were, whatever other threads draw: SDKs space their retries by chance.
+    """Restore both streams at the end: SDKs draw random delays for their retries, in threads too.
 
-    In another thread than the main one, whose rewards may be drawing meanwhile, nothing is put back.
+    Outside the main thread nothing is restored, because rewards in the main thread may draw meanwhile.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks a run to stop where nothing is lost, the second ends the process at once."""
+"""Handle Ctrl-C and SIGTERM: the first stops a run after its step, the second ends the process at once."""
 
 from __future__ import annotations
 
@@ -8,37 +8,32 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-_HEARD = b"textpolicy: stopping at the end of what is being computed; once more, and it stops at once\n"
+_STOPPING = b"textpolicy: finishing this step, then stopping; press Ctrl-C again to stop now\n"
 
 
 class StopSignal:
-    """Within it the first SIGINT or SIGTERM is remembered; after that they do what they always do to a process.
+    """The first SIGINT or SIGTERM within a ``with``, whose ``number`` it keeps; the next has its default effect.
 
-    Nothing is remembered outside the main thread, where Python hears no signals, and of a signal that is ignored.
+    Outside the main thread, where Python receives no signals, and for an ignored signal it does nothing.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
         self._before: dict[signal.Signals, Any] = {}
 
-    @property
-    def heard(self) -> bool:
-        """Whether one has come."""
-        return self.number is not None
-
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._hear)
+                    self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        for listened in self._before:
-            signal.signal(listened, signal.SIG_DFL)
-        os.write(2, _HEARD)  # print may be in the middle of a line
+        for handled in self._before:
+            signal.signal(handled, signal.SIG_DFL)
+        os.write(2, _STOPPING)  # a print may be in the middle of its line

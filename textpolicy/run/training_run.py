@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._system.faults import how_to_resume, told
+from .._system.faults import how_to_resume, resumable_errors
 from .._system.files import sync_tree, write_whole
 from .._system.lock import RunLock
 from .._system.random_state import restore_streams, seed_streams, streams
@@ -80,7 +80,7 @@ def run(
             parts.spending.open(resumed.folder)
             if resumed.checkpoint is not None:
                 fit_memory(parts, resumed.checkpoint)
-                with told(resumed.folder):
+                with resumable_errors(resumed.folder):
                     progress = Run(parts, resumed.folder, sinks, extension, resumed.checkpoint)
                     return progress.resume(resumed.checkpoint, resumed.remarks)
         seed_streams(config.seed)
@@ -95,7 +95,7 @@ def run(
         if resumed is None:
             held.enter_context(RunLock(folder))
             parts.spending.open(folder)
-        with told(folder):
+        with resumable_errors(folder):
             write_setup(folder, parts)
             return Run(parts, folder, sinks, extension).begin(before, started, plan)
 
@@ -181,7 +181,7 @@ class Run:
                     start=self.done,
                     curriculum=parts.curriculum,
                     controller=parts.controller,
-                    stopped=lambda: self.signal.heard or self.end is not None,
+                    stopped=lambda: self.signal.number is not None or self.end is not None,
                     on_sampled=self.on_sampled,
                 ),
                 on_step=self.on_step,
@@ -191,7 +191,7 @@ class Run:
                     self.checkpoint()
                 raise StoppedError(
                     f"stopped by {signal.Signals(self.signal.number).name} after {self.done} of "
-                    f"{parts.schedule.steps} steps; go on with: {how_to_resume(self.folder)}",
+                    f"{parts.schedule.steps} steps; resume with: {how_to_resume(self.folder)}",
                     self.signal.number,
                 )
             seconds = time.perf_counter() - self.trained
@@ -353,9 +353,9 @@ class Run:
     def _resumable(self) -> Iterator[None]:
         """Print how to resume after an error that does not say so itself."""
         try:
-            with told(self.folder):
+            with resumable_errors(self.folder):
                 yield
         except TextPolicyError as error:
             if self.saved is not None and how_to_resume(self.folder) not in str(error):
-                self.view.say(f"checkpoint of step {self.saved} kept; go on with: {how_to_resume(self.folder)}")
+                self.view.say(f"checkpoint of step {self.saved} kept; resume with: {how_to_resume(self.folder)}")
             raise

@@ -15,7 +15,7 @@ from ..blas import blas_threads, has_small_products
 from ..kernels.patching import StandIn, with_modules
 
 _PAYS = 8  # products before a layer's weights are copied: the copy costs about as much as so many products save
-_SHARE = 1 / 16  # of the machine's memory, at most, for all copies
+_MOST_BYTES = memory() / 16  # for all copies
 _FEW = 12  # rows that OpenBLAS multiplies with small matrices in place; it packs larger ones first
 _CORES = 2  # with more cores, large products are divided among them and small ones are not
 _SMALL = 10**6  # rows x inputs x outputs of a small product, at most
@@ -52,7 +52,7 @@ def copies(model: nn.Module) -> int:
     found = [module for module in model.modules() if _suits(module)]
     loras = [module for module in found if isinstance(module, LoRALinear)]
     size = sum(weight.nbytes for weight in {id(w): w for w in (_base(m).weight for m in found)}.values())
-    return size if loras and size <= _SHARE * memory() else 0
+    return size if loras and size <= _MOST_BYTES else 0
 
 
 class Product:

@@ -128,7 +128,7 @@ def test_an_unknown_command_names_the_near_one(capsys):
 
 @pytest.mark.parametrize("flag", ["--rollout.top-p=0.9", "--rollout.repetition-penalty=1.2", "--rollout.min-p=0.1"])
 def test_sampling_that_training_refuses_has_no_flag_and_says_why(capsys, flag):
-    assert f"{flag}; training samples from the whole distribution" in refused(capsys, "train", flag)
+    assert f"{flag}; training samples from the full distribution" in refused(capsys, "train", flag)
 
 
 def test_a_section_is_not_what_was_meant_by_a_flag(capsys):

@@ -37,7 +37,7 @@ def test_the_json_of_a_config_reads_back_equal():
         ("stepz = 3", "there is no setting 'stepz'; did you mean 'steps'?"),
         ("[rollout]\ngroupsize = 3", "there is no setting 'rollout.groupsize'; did you mean 'group_size'?"),
         ("[rollout]\nzzz = 3", "there is no setting 'rollout.zzz'; choose one of prompts_per_step, group_size"),
-        ("[rollout]\ntop_p = 0.9", "there is no setting 'rollout.top_p'; training samples from the whole distribution"),
+        ("[rollout]\ntop_p = 0.9", "there is no setting 'rollout.top_p'; training samples from the full distribution"),
         ("[rollout]\ngroup_size = 1", "rollout.group_size is 1; input should be greater than or equal to 2"),
         ("[rollout]\nmax_tokens = 0", "rollout.max_tokens is 0; input should be greater than or equal to 1"),
         ("[rollout]\ntemperature = 0", "rollout.temperature is 0; input should be greater than 0"),
@@ -51,8 +51,8 @@ def test_the_json_of_a_config_reads_back_equal():
         ('steps = "many"', "steps is many; input should be a valid integer"),
         ('[algorithm]\nname = "grop"', "there is no algorithm 'grop'; did you mean 'grpo'?"),
         ('[adapter]\nkind = "tinylor"', "adapter.kind is tinylor; input should be 'lora', 'dora', 'qlora'"),
-        ('[adapter]\nkind = "full"\nrank = 4', "an adapter of the kind full has no use for rank; leave it out"),
-        ("[adapter]\nu = 4", "an adapter of the kind lora has no use for u; leave it out"),
+        ('[adapter]\nkind = "full"\nrank = 4', "an adapter of the kind full does not use rank; leave it out"),
+        ("[adapter]\nu = 4", "an adapter of the kind lora does not use u; leave it out"),
         ('[adapter]\nkind = "full"\n[algorithm.kl]\ncoefficient = 0.1', "adapter.kind full, which leaves no reference"),
         ("steps = ", "is not TOML"),
     ],
@@ -98,10 +98,10 @@ def test_several_mistakes_are_all_named():
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("[rollout]\ntemperature = 1e-30", "rollout.temperature is 1e-30, under which log-probs are not finite"),
+        ("[rollout]\ntemperature = 1e-30", "rollout.temperature is 1e-30, at which log-probs are not finite"),
         ("[rollout]\ntemperature = 1e30", "rollout.temperature is 1e+30; input should be less than or equal to 100"),
         ("[rollout]\ntemperature = inf", "rollout.temperature is inf"),
-        ("[rollout]\nmax_episode_tokens = 4", "rollout.max_episode_tokens is 4 and rollout.max_tokens 8; set an"),
+        ("[rollout]\nmax_episode_tokens = 4", "rollout.max_episode_tokens is 4 and rollout.max_tokens 8; an episode"),
         ("[rollout]\nprompts_per_step = 99999999999", "rollout.prompts_per_step is 99999999999; input should be less"),
         ("[optimizer]\nlearning_rate = 2", "optimizer.learning_rate is 2; input should be less than or equal to 1"),
         ("[optimizer]\nmax_skipped = 0", "optimizer.max_skipped is 0; input should be greater than or equal to 1"),
@@ -134,8 +134,8 @@ def test_ranges_and_contradictions_are_found_in_the_file(tmp_path, text, sentenc
         ('[algorithm]\nname = "cispo"\nweight_low = 3\nweight_high = 2', "set 0 <= "),
         ("[algorithm.correction]\nlevel = 'token'\nlow = 4\nhigh = 2", "the correction keeps [4.0, 2.0]; set 0 <= low"),
         ("[algorithm]\nclip_high = 0.5\ndelta = 1.2", "delta is 1.2; set it above 1 + clip_high"),
-        ("[algorithm]\ntau_pos = 1.0", "the recipe grpo has no use for tau_pos"),
-        ('[algorithm]\nname = "bnpo"\n[algorithm.sepa]\nsteps = 4', "has no use for sepa.steps"),
+        ("[algorithm]\ntau_pos = 1.0", "the recipe grpo does not use tau_pos"),
+        ('[algorithm]\nname = "bnpo"\n[algorithm.sepa]\nsteps = 4', "does not use sepa.steps"),
     ],
 )
 def test_contradictions_within_a_recipe_are_found_before_a_model_is_looked_for(tmp_path, capsys, text, sentence):
@@ -171,7 +171,7 @@ def test_a_config_that_is_not_text_is_refused(tmp_path):
     ],
 )
 def test_a_password_in_an_address_is_refused_and_not_repeated(tmp_path, text, instead):
-    with pytest.raises(UserError, match="would stand in the run's folder") as error:
+    with pytest.raises(UserError, match="would be written to the run's folder") as error:
         read_config(write(tmp_path, text))
     assert instead in str(error.value)
     assert "planted" not in str(error.value)

@@ -92,12 +92,12 @@ def test_a_setting_the_recipe_has_no_use_for_is_one_sentence(setting):
     _, value, _, without = LANDS[setting]
     with pytest.raises(UserError) as error:
         configured(without, **{setting: value})
-    assert str(error.value).startswith(f"the recipe {without} has no use for {setting}; leave it out, or choose")
+    assert str(error.value).startswith(f"the recipe {without} does not use {setting}; leave it out, or choose")
     assert "\n" not in str(error.value)
 
 
 def test_several_settings_without_use_are_all_named():
-    with pytest.raises(UserError, match="the recipe grpo has no use for tau_neg, tau_pos;"):
+    with pytest.raises(UserError, match="the recipe grpo does not use tau_neg, tau_pos;"):
         configured(tau_pos=2.0, tau_neg=3.0)
 
 
@@ -115,12 +115,12 @@ def test_a_recipe_whose_credit_is_made_of_outcomes_refuses_a_penalty_in_the_rewa
 
 @pytest.mark.parametrize("name", [n for n in ALGORITHMS if n not in ("gtpo", "sepa", "full")])
 def test_uncertainty_is_refused_where_no_stage_reads_it(name):
-    with pytest.raises(UserError, match=f"the recipe {re.escape(name)} has no use for uncertainty; leave it out"):
+    with pytest.raises(UserError, match=f"the recipe {re.escape(name)} does not use uncertainty; leave it out"):
         configured(name, uncertainty="entropy")
 
 
 def test_the_paper_form_of_gtpo_has_no_rewards_to_scale():
-    with pytest.raises(UserError, match="the recipe gtpo_paper has no use for scale_rewards"):
+    with pytest.raises(UserError, match="the recipe gtpo_paper does not use scale_rewards"):
         configured("gtpo_paper", scale_rewards="group")
 
 
@@ -202,7 +202,7 @@ def test_the_sepa_section_sets_the_pooling_and_keeps_the_rest(name):
 
 
 def test_a_recipe_that_does_not_pool_refuses_the_section_by_the_name_that_was_written():
-    with pytest.raises(UserError, match=r"the recipe gtpo has no use for sepa\.steps"):
+    with pytest.raises(UserError, match=r"the recipe gtpo does not use sepa\.steps"):
         configured("gtpo", sepa={"steps": 5})
 
 
@@ -218,7 +218,7 @@ def test_grams_of_a_file_take_the_place_of_the_built_in_ones(name, tmp_path):
 
 def test_grams_that_cannot_be_used_are_one_sentence(tmp_path):
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(UserError, match="the recipe grpo has no use for grams; leave them out, or choose hicra"):
+    with pytest.raises(UserError, match="the recipe grpo does not use grams; leave them out, or choose hicra"):
         configured(grams=str(tmp_path / "bad.json"))
     with pytest.raises(UserError, match=r"none.json cannot be read \(No such file or directory\); check the path"):
         configured("hicra", grams=str(tmp_path / "none.json"))

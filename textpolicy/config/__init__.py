@@ -1,1 +1,1 @@
-"""What a run is told: its settings, the kinds of adapter, a recipe's parameters, command-line flags."""
+"""The configuration of a run: its settings, the kinds of adapter, a recipe's parameters, command-line flags."""

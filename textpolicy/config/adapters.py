@@ -1,4 +1,4 @@
-"""The kinds of adapter: what each trains, on which modules, and at what scale."""
+"""The kinds of adapter: their trainable parameters, the modules they adapt, and their scale."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Sigma = Literal["paper", "peft", "loraxs_code"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """Where an adapter sits: linear modules of a model's blocks."""
+    """The base of all kinds: an adapter on linear modules of a model's blocks."""
 
     kind: ClassVar[str]
-    learning_rate: ClassVar[float]  # to start from, for AdamW
-    dequantize: ClassVar[bool | None] = None  # how to load the base; None leaves it to load_model
+    learning_rate: ClassVar[float]  # a good default for AdamW
+    dequantize: ClassVar[bool | None] = None  # whether to load the base dequantised; None leaves it to load_model
 
-    layers: int = 0  # of the last so many blocks; 0 for all
+    layers: int = 0  # adapt this many last blocks; 0 for all
     modules: tuple[str, ...] = ()  # names or their ends, such as "q_proj"; () for all
 
     def __post_init__(self) -> None:
@@ -30,7 +30,7 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoRA(Adapter):
-    """y = W x + s (x A) B with A ~ U(+-1/sqrt(in)) and B = 0 (arXiv:2106.09685)."""
+    """The LoRA y = W x + s (x A) B with A ~ U(+-1/sqrt(in)) and B = 0 (arXiv:2106.09685)."""
 
     kind: ClassVar[str] = "lora"
     learning_rate: ClassVar[float] = 3e-4
@@ -48,31 +48,31 @@ class LoRA(Adapter):
 
     @property
     def scale(self) -> float:
-        """s = alpha / r, or alpha / sqrt(r) rank-stabilised (arXiv:2312.03732)."""
+        """The scale s = alpha / r, or alpha / sqrt(r) if rank-stabilised (arXiv:2312.03732)."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoRA(LoRA):
-    """A LoRA of the weight's direction, and its magnitude m by row beside it (arXiv:2402.09353)."""
+    """The LoRA of the weight's direction, with a trained magnitude m for each row (arXiv:2402.09353)."""
 
     kind: ClassVar[str] = "dora"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QLoRA(LoRA):
-    """A float LoRA on a base that is and stays quantised (arXiv:2305.14314)."""
+    """The float LoRA on a base that stays quantised (arXiv:2305.14314)."""
 
     kind: ClassVar[str] = "qlora"
     dequantize: ClassVar[bool | None] = False
 
-    bits: int | None = None  # a base in floats is quantised to so many, 4 if None; a quantised one must agree
-    group_size: int = 64  # weights of a scale, where a base in floats is quantised
+    bits: int | None = None  # for a base in floats, 4 if None; a quantised base must have the same
+    group_size: int = 64  # weights that share a scale, for a base in floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Full(Adapter):
-    """No adapter: the model's own weights train. There is then no reference for a KL."""
+    """The model's own weights, without an adapter: there is then no reference for a KL penalty."""
 
     kind: ClassVar[str] = "full"
     learning_rate: ClassVar[float] = 2e-5
@@ -81,14 +81,14 @@ class Full(Adapter):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoRAXS(Adapter):
-    """y = W x + U S R V^T x on the frozen SVD of W, R (r, r) trained (arXiv:2405.17604)."""
+    """The adapter y = W x + U S R V^T x on the frozen SVD of W, with R (r, r) trained (arXiv:2405.17604)."""
 
     kind: ClassVar[str] = "lora_xs"
     learning_rate: ClassVar[float] = 1e-3
 
     rank: int = 16
     sigma: Sigma = "paper"
-    alpha: float = 32.0  # scales by alpha / r where sigma is "loraxs_code"; the other two have no scale
+    alpha: float = 32.0  # scale alpha / r for sigma "loraxs_code"; the other two have no scale
 
     def __post_init__(self) -> None:
         Adapter.__post_init__(self)
@@ -101,7 +101,7 @@ class LoRAXS(Adapter):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyLoRA(Adapter):
-    """As LoRA-XS with R = sum_i v_i P_i, P fixed and random, v (u,) shared by tied modules (arXiv:2602.04118)."""
+    """The LoRA-XS with R = sum_i v_i P_i: P fixed and random, v (u,) shared by tied modules (arXiv:2602.04118)."""
 
     kind: ClassVar[str] = "tinylora"
     learning_rate: ClassVar[float] = 5e-3
@@ -125,20 +125,20 @@ KINDS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (LoRA, DoRA, QLoR
 
 
 def make_adapter(kind: str, settings: Mapping[str, Any]) -> Adapter:
-    """The adapter of that ``kind`` with ``settings`` for its fields. Raises UserError for one it has no use for."""
+    """Return an adapter of that ``kind`` with these ``settings``. Raises UserError for one that does not apply."""
     if kind not in KINDS:
         raise unknown_name("kind of adapter", kind, KINDS)
     known = {f.name for f in fields(KINDS[kind])}
     if idle := sorted(set(settings) - known):
         raise UserError(
-            f"an adapter of the kind {kind} has no use for {', '.join(idle)}; "
+            f"an adapter of the kind {kind} does not use {', '.join(idle)}; "
             f"leave it out, or choose from {', '.join(sorted(known))}"
         )
     return KINDS[kind](**{**settings, "modules": tuple(settings.get("modules", ()))})
 
 
 def settings_of(adapter: Adapter) -> dict[str, Any]:
-    """Everything that ``make_adapter`` needs beside the kind, fit for JSON."""
+    """Return the settings for ``make_adapter``, as JSON values."""
     return {**asdict(adapter), "modules": list(adapter.modules)}
 
 

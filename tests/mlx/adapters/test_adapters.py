@@ -591,8 +591,8 @@ def test_every_kind_is_known_by_its_name():
     ("call", "message"),
     [
         (lambda: make_adapter("tinylor", {}), "did you mean 'tinylora'"),
-        (lambda: make_adapter("full", {"rank": 4}), "full has no use for rank"),
-        (lambda: make_adapter("lora", {"u": 4, "tie": 1}), "lora has no use for tie, u"),
+        (lambda: make_adapter("full", {"rank": 4}), "full does not use rank"),
+        (lambda: make_adapter("lora", {"u": 4, "tie": 1}), "lora does not use tie, u"),
         (lambda: LoRA(rank=0), "LoRA rank is 0"),
         (lambda: LoRA(dropout=1.0), "dropout of a LoRA is 1.0"),
         (lambda: LoRA(layers=-1), "layers is -1"),

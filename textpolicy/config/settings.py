@@ -174,7 +174,7 @@ class AlgorithmSettings(Section):
     tau_neg: Positive | None = None
     """SAPO: sharpness of the gate where the advantage is negative."""
     off_policy_limit: NonNegative | None = None
-    """Drop tokens with a negative advantage in completions whose mean log-prob fell by more than this since sampling."""
+    """Drop tokens with negative advantage in completions whose mean log-prob fell by more than this since sampling."""
     signal: Literal["reward", "correctness"] | None = None
     """Train on the reward, or on is_correct as 0 or 1."""
     mask_truncated: bool | None = None

@@ -14,7 +14,6 @@ import resource
 import signal
 import struct
 import sys
-from collections.abc import Sequence
 
 # ---- system calls by architecture; they reach the network, other processes, the kernel, or gaps in Landlock
 
@@ -60,23 +59,7 @@ def can_confine() -> bool:
     return sys.platform == "linux" and platform.machine() in REFUSED and _landlock_version() > 0
 
 
-def leave_files(readable: Sequence[str], writable: Sequence[str]) -> None:
-    """Give up the file system except for these folders."""
-    everything = WRITE_BY_VERSION.get(_landlock_version(), 0xFFFF)
-    libc = _libc()
-    ruleset = _checked(libc.syscall(CREATE_RULESET, struct.pack("Q", everything), 8, 0))
-    for folders, rights in ((readable, READ), (writable, everything)):
-        for folder in filter(os.path.exists, folders):
-            kept = rights if os.path.isdir(folder) else rights & 1 << 2
-            path = os.open(folder, os.O_PATH)
-            _checked(libc.syscall(ADD_RULE, ruleset, 1, struct.pack("=Qi", kept, path), 0))
-            os.close(path)
-    _checked(libc.prctl(38, 1, 0, 0, 0))  # no new privileges
-    _checked(libc.syscall(RESTRICT_SELF, ruleset, 0))
-    os.close(ruleset)
-
-
-def leave_calls() -> None:
+def refuse_calls() -> None:
     """Make the refused system calls fail with EPERM; a call of another architecture ends the process.
 
     Opening a file to read with O_TRUNC, which empties it, fails too: Landlock before Linux 6.2 sees only the reading.
@@ -120,7 +103,6 @@ def main() -> None:
             sys.exit("the process that started this one has ended")
     with open(settings["program"], encoding="utf-8", errors="surrogateescape") as file:
         text = file.read()
-    readable = [sys.prefix, sys.base_prefix, *SYSTEM_FOLDERS, settings["folder"]]
     for name, value in settings["limits"].items():  # by their names in ``resource``; soft and hard
         try:
             resource.setrlimit(getattr(resource, name), (value, value))
@@ -128,8 +110,23 @@ def main() -> None:
             if name != "RLIMIT_AS":
                 raise
     if settings["confined"]:
-        leave_files(readable, [settings["folder"]] if settings["writes"] else [])
-        leave_calls()
+        # give up the file system except for these folders
+        everything = WRITE_BY_VERSION.get(_landlock_version(), 0xFFFF)
+        readable = [sys.prefix, sys.base_prefix, *SYSTEM_FOLDERS, settings["folder"]]
+        rights = [(folder, READ) for folder in readable]
+        rights += [(settings["folder"], everything)] if settings["writes"] else []
+        libc = _libc()
+        ruleset = _checked(libc.syscall(CREATE_RULESET, struct.pack("Q", everything), 8, 0))
+        for folder, right in rights:
+            if os.path.exists(folder):
+                kept = right if os.path.isdir(folder) else right & 1 << 2
+                path = os.open(folder, os.O_PATH)
+                _checked(libc.syscall(ADD_RULE, ruleset, 1, struct.pack("=Qi", kept, path), 0))
+                os.close(path)
+        _checked(libc.prctl(38, 1, 0, 0, 0))  # no new privileges
+        _checked(libc.syscall(RESTRICT_SELF, ruleset, 0))
+        os.close(ruleset)
+        refuse_calls()
     os.write(settings["ready"], READY)
     os.close(settings["ready"])
     sys.argv = ["program.py"]

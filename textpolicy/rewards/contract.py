@@ -43,6 +43,7 @@ class BoundReward:
 
     fn: Callable[..., Any]
     keywords: frozenset[str] | None  # None: it has **kwargs and takes all
+    parameters: frozenset[str] = frozenset()  # all names in the signature; empty when it has none (a C function)
     batched: bool = False  # it takes lists: prompts, completions, examples
     is_async: bool = False
 
@@ -55,7 +56,11 @@ class BoundReward:
         """
         if not callable(fn):
             raise UserError(f"{fn!r} is not a function; write one as fn(prompt, completion, example, **kwargs)")
-        keywords, batched = accepted_keywords(fn), {*MANY} <= parameter_names(fn)
+        try:
+            parameters = frozenset(inspect.signature(fn).parameters)
+        except (ValueError, TypeError):
+            parameters = frozenset()
+        keywords, batched = accepted_keywords(fn), {*MANY} <= parameters
         missing = set() if batched or keywords is None else {*ONE} - keywords
         if missing:
             raise UserError(
@@ -63,7 +68,7 @@ class BoundReward:
                 "write it as fn(prompt, completion, example, **kwargs)"
             )
         is_async = any(map(inspect.iscoroutinefunction, (fn, type(fn).__call__)))  # or an object's __call__ is
-        return cls(fn, keywords, batched, is_async)
+        return cls(fn, keywords, parameters, batched, is_async)
 
     @property
     def __name__(self) -> str:
@@ -87,14 +92,6 @@ def accepted_keywords(fn: Callable[..., Any]) -> frozenset[str] | None:
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-
-
-def parameter_names(fn: Callable[..., Any]) -> frozenset[str]:
-    """Return the names in the signature of ``fn``; empty when it has none (a C function)."""
-    try:
-        return frozenset(inspect.signature(fn).parameters)
-    except (ValueError, TypeError):
-        return frozenset()
 
 
 def name_of(fn: Callable[..., Any]) -> str:

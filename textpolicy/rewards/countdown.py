@@ -46,7 +46,10 @@ def evaluate_expression(expr: str, available_numbers: Iterable[int] | None = Non
         raise ExpressionError(
             f"{reprlib.repr(expr)} contains {stray[0]!r}; write whole numbers, + - * / and parentheses only"
         )
-    result = _Parser(expr).parse()
+    parser = _Parser(expr)
+    result = EvalResult(parser.sum(), tuple(parser.numbers))
+    if parser.token:
+        raise parser.error(f"{parser.token!r} where it should end")
     if available_numbers is not None and (excess := Counter(result.numbers_used) - Counter(available_numbers)):
         raise ExpressionError(
             f"{reprlib.repr(min(excess))} is used more often than it is given; use each number at most once"
@@ -64,15 +67,9 @@ class _Parser:
     def __init__(self, expr: str) -> None:
         self.expr = expr
         self.tokens = [*re.findall(r"[0-9]+|[-+*/()]", expr), ""]  # "" ends them
-        self.at = 0
+        self.at, self.token = 0, self.tokens[0]
         self.depth = 0
         self.numbers: list[int] = []
-
-    def parse(self) -> EvalResult:
-        value = self.sum()
-        if self.token:
-            raise self.error(f"{self.token!r} where it should end")
-        return EvalResult(value, tuple(self.numbers))
 
     def sum(self) -> Fraction:
         value = self.product()
@@ -111,13 +108,11 @@ class _Parser:
         self.numbers.append(int(token))
         return Fraction(self.numbers[-1])
 
-    @property
-    def token(self) -> str:
-        return self.tokens[self.at]
-
     def next(self) -> str:
         token = self.token
-        self.at += token != ""
+        if token:
+            self.at += 1
+            self.token = self.tokens[self.at]
         return token
 
     def error(self, what: str) -> ExpressionError:

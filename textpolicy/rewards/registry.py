@@ -50,12 +50,16 @@ def verifier(_func: Any = None, *, name: str | None = None) -> Any:
 
 def get_reward_function(name: str) -> RewardFunction | None:
     """Return the reward registered as ``name``; for an unknown one log the known names and return None."""
-    return _look_up(REWARD_REGISTRY, "reward", name)
+    if name not in REWARD_REGISTRY:
+        logger.error("%s", unknown_name("reward", name, REWARD_REGISTRY))
+    return REWARD_REGISTRY.get(name)
 
 
 def get_verifier_function(name: str) -> VerifierFunction | None:
     """Return the verifier registered as ``name``; for an unknown one log the known names and return None."""
-    return _look_up(VERIFIER_REGISTRY, "verifier", name)
+    if name not in VERIFIER_REGISTRY:
+        logger.error("%s", unknown_name("verifier", name, VERIFIER_REGISTRY))
+    return VERIFIER_REGISTRY.get(name)
 
 
 def list_registered_functions() -> dict[str, list[str]]:
@@ -86,12 +90,6 @@ def _register(registry: dict[str, Any], kind: str, name: str, fn: Function) -> F
         logger.warning("%s %r was already registered; the new function replaces it", kind, name)
     registry[name] = fn
     return fn
-
-
-def _look_up(registry: dict[str, Any], kind: str, name: str) -> Any:
-    if name not in registry:
-        logger.error("%s", unknown_name(kind, name, registry))
-    return registry.get(name)
 
 
 def _require(registry: dict[str, Any], kind: str, name: str) -> Any:
@@ -131,7 +129,11 @@ def configured(config: RewardConfig) -> BoundReward:
     for key in config.params:
         if keywords is not None and key not in keywords:
             raise unknown_name(f"parameter of reward {config.name!r} called", key, keywords)
-    return BoundReward.of(_called(config.name, functools.partial(fn, **config.params)) if config.params else fn)
+    if not config.params:
+        return BoundReward.of(fn)
+    with_params: Any = functools.partial(fn, **config.params)
+    with_params.__name__ = config.name
+    return BoundReward.of(with_params)
 
 
 def verifiers(names: Sequence[str]) -> tuple[BoundReward, ...]:
@@ -172,9 +174,5 @@ def apply_verifiers_to_reward(
         arguments = {"prompt": prompt, "completion": completion, "example": example, **kwargs}
         return scoring(**arguments) if all(check(**arguments) for check in checks) else penalty_on_failure
 
-    return _called(f"{scoring.__name__}_verified_by_{'_and_'.join(verifier_names)}", verified)
-
-
-def _called(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
-    fn.__name__ = name
-    return fn
+    verified.__name__ = f"{scoring.__name__}_verified_by_{'_and_'.join(verifier_names)}"
+    return verified

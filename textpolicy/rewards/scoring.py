@@ -19,7 +19,7 @@ from typing import Any, Self, get_args
 from .._system.processes import cloudpickle
 from ..errors import RewardError, RewardResultError, UserError, unknown_name
 from .background import in_thread, in_time, wait_for
-from .contract import BoundReward, OnFailure, Request, RewardFunction, Scored, parameter_names, read_result
+from .contract import BoundReward, OnFailure, Request, RewardFunction, Scored, read_result
 from .registry import RewardConfig, configured, verifiers
 from .workers import Raised, TooSlowError, WorkerDiedError, WorkerRaisedError, Workers
 
@@ -237,7 +237,20 @@ class Scorer:
             calls += [Call(reward, batch, shared) for batch in batches]
         outcomes = iter([outcome for found in self._run(calls) for outcome in found])
         columns = [[next(outcomes) for _ in requests] for _ in self.rewards]
-        return [self._sum(row) for row in zip(*columns, strict=True)]
+        found = []
+        for row in zip(*columns, strict=True):
+            applied = [(reward, o) for reward, o in zip(self.rewards, row, strict=True) if o is not None]
+            terms = [reward.weight * o.reward for reward, o in applied if reward.weight]
+            total = math.fsum(terms) if terms else math.nan
+            verdicts = [o.is_correct for _, o in applied if o.is_correct is not None]
+            is_correct = all(verdicts) if verdicts else None
+            if not verdicts and self.correct_from is not None and not math.isnan(total):
+                is_correct = total >= self.correct_from
+            scores: Mapping[str, float] = {reward.name: o.reward for reward, o in applied}
+            if len(self.rewards) == 1:  # which may be a sum itself
+                scores = applied[0][1].scores if applied else {}
+            found.append(Scored(total, is_correct, scores))
+        return found
 
     def close(self) -> None:
         """End the worker processes, if any run; the next call starts others."""
@@ -248,19 +261,6 @@ class Scorer:
     def worker_pids(self) -> list[int]:
         """Return the ids of the worker processes that run now."""
         return [] if self._workers is None else self._workers.pids()
-
-    def _sum(self, outcomes: Sequence[Outcome]) -> Scored:
-        """Return the weighted sum for one completion, from the outcome of each reward."""
-        applied = [(reward, o) for reward, o in zip(self.rewards, outcomes, strict=True) if o is not None]
-        terms = [reward.weight * o.reward for reward, o in applied if reward.weight]
-        total = math.fsum(terms) if terms else math.nan
-        verdicts = [o.is_correct for _, o in applied if o.is_correct is not None]
-        is_correct = all(verdicts) if verdicts else None
-        if not verdicts and self.correct_from is not None and not math.isnan(total):
-            is_correct = total >= self.correct_from
-        if len(self.rewards) > 1:
-            return Scored(total, is_correct, {reward.name: o.reward for reward, o in applied})
-        return Scored(total, is_correct, applied[0][1].scores if applied else {})  # of a reward that is itself a sum
 
     def _run(self, calls: Sequence[Call]) -> list[list[Outcome]]:
         """Return the outcomes of each call, made in this thread or, as the settings require, on the event loop."""
@@ -306,8 +306,7 @@ class Scorer:
             return await in_time(fn.fn(**arguments), self.time_limit)
         if self._workers is None:
             return await in_time(in_thread(partial(fn.fn, **arguments)), self.time_limit)
-        own = parameter_names(fn.fn)
-        sent = {k: v for k, v in arguments.items() if k not in call.shared or k in own}
+        sent = {k: v for k, v in arguments.items() if k not in call.shared or k in fn.parameters}
         return await in_thread(partial(self._workers.call, self.rewards.index(call.reward), sent, self.time_limit))
 
     def _failed(self, call: Call, error: RewardError) -> list[Outcome]:

@@ -21,7 +21,7 @@ class RunLock:
         self.file = -1
 
     def __enter__(self) -> Self:
-        """Raises UserError if another process has the folder, or it cannot be written to."""
+        """Take the lock. Raises UserError if another process has it, or the folder cannot be written to."""
         try:
             self.file = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by children

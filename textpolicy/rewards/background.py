@@ -1,4 +1,4 @@
-"""Reward calls off the calling thread: an event loop that async functions share, threads, a time limit."""
+"""Run reward calls off the calling thread: on a shared event loop or in threads, under a time limit."""
 
 from __future__ import annotations
 

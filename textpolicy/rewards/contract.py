@@ -28,7 +28,7 @@ MANY = ("prompts", "completions", "examples")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion to score."""
+    """The completion to score, with its prompt and example."""
 
     prompt: str
     completion: str
@@ -39,7 +39,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class BoundReward:
-    """A reward or verifier together with the keywords that its signature takes, looked up once."""
+    """The reward or verifier together with the keywords that its signature takes, looked up once."""
 
     fn: Callable[..., Any]
     keywords: frozenset[str] | None  # None: it has **kwargs and takes all

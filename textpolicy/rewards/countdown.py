@@ -58,7 +58,7 @@ def evaluate_expression(expr: str, available_numbers: Iterable[int] | None = Non
 
 
 class _Parser:
-    """A recursive-descent parser in exact fractions; each method is one rule of the grammar.
+    """The recursive-descent parser in exact fractions; each method is one rule of the grammar.
 
     sum = product {("+" | "-") product};  product = signed {("*" | "/") signed}
     signed = {"+" | "-"} atom;            atom = number | "(" sum ")"

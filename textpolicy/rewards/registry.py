@@ -103,7 +103,7 @@ def _require(registry: dict[str, Any], kind: str, name: str) -> Any:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """A registered reward with its settings."""
+    """The settings of a registered reward."""
 
     name: str
     weight: float = 1.0  # in a weighted sum; with 0 the reward is only reported

@@ -48,7 +48,7 @@ class Ran:
 
     @property
     def ok(self) -> bool:
-        """Whether the program ended by itself and without an error."""
+        """Return whether the program ended by itself and without an error."""
         return self.exit_code == 0 and not self.timed_out
 
 

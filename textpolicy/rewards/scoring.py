@@ -1,4 +1,4 @@
-"""``Scorer``: several rewards, over many completions at a time, with a time limit and a policy for failures.
+"""Score many completions at a time with several rewards, a time limit and a policy for failures.
 
 reward = sum of weight * score over the rewards that apply
 """
@@ -37,7 +37,7 @@ _excerpt.maxother = 80
 
 @dataclass(frozen=True, slots=True)
 class WeightedReward:
-    """One of the rewards that are summed."""
+    """The reward as one term of the sum."""
 
     name: str
     fn: BoundReward
@@ -59,7 +59,7 @@ class WeightedReward:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A reward function and the completions that one call of it scores: one, or many for a batched function."""
+    """The call of a reward function that scores one completion, or many for a batched function."""
 
     reward: WeightedReward
     requests: tuple[Request, ...]
@@ -166,7 +166,7 @@ def _keywords(request: Request) -> dict[str, Any]:
 
 
 class Scorer:
-    """A weighted sum of rewards; itself a reward function, so an environment takes one as its ``reward_fn``."""
+    """The weighted sum of rewards; itself a reward function, so an environment takes one as its ``reward_fn``."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class Scorer:
         processes: bool = False,
         correct_from: float | None = None,
     ) -> None:
-        """Functions and names have weight 1 and no verifiers; a ``RewardConfig`` sets more for a registered reward.
+        """Take functions and registered names, with weight 1 and no verifiers, or ``RewardConfig``s, which set both.
 
         ``time_limit`` is in seconds for each call (one call of a batched function scores a whole batch), and
         ``concurrency`` calls run at once. With either, functions that are not async run in threads, which

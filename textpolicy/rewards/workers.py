@@ -58,7 +58,7 @@ class WorkerRaisedError(Exception):
 
 
 class Workers:
-    """The pool: ``count`` processes that hold ``functions`` and call them on request, from any thread.
+    """The pool of ``count`` processes that hold ``functions`` and call them on request, from any thread.
 
     Processes start when first needed, and end with this object or the program. Functions are sent by
     cloudpickle, so lambdas and those of a script's main module can be sent too.
@@ -71,7 +71,7 @@ class Workers:
     def __init__(
         self, functions: Sequence[Callable[..., Any]], count: int, prepare: Callable[[], None] | None = None
     ) -> None:
-        """Raises UserError for functions that cannot be sent, MissingDependencyError without cloudpickle."""
+        """Pickle the functions. Raises UserError if that fails, MissingDependencyError without cloudpickle."""
         dumps = processes.cloudpickle().dumps if prepare is None else pickle.dumps
         try:
             blob = bytes(dumps((list(functions), prepare)))
@@ -126,7 +126,7 @@ def _stop_all(workers: Sequence[Worker], owner: int) -> None:
 
 
 class Worker:
-    """One process and the pipe to it."""
+    """The process and the pipe to it."""
 
     def __init__(self, functions: bytes, forks: bool) -> None:
         self.functions, self.forks = functions, forks
@@ -203,7 +203,7 @@ def serve(descriptor: int) -> None:
         _answer(pipe, functions)
         return
     prepare()
-    gc.freeze()  # what is here is never garbage, and a child that looks for it among all this loses time
+    gc.freeze()  # these objects are never garbage, and a child would lose time looking through them
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the alarm ends the child
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     pipe.send_bytes(pickle.dumps((number, None)))

@@ -4,16 +4,22 @@ DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 PROCESSES ?= 2
 
+# What a change most often breaks, without a model: the records, formulas, settings, the loop and what reads run folders.
+QUICK = tests/algorithms tests/config tests/doctor tests/golden tests/loop tests/record tests/rollout tests/training \
+  tests/test_buffer.py tests/test_losses.py tests/test_public_names.py tests/test_types.py
+
 # The first of these that works makes .venv. `make test PYTHON=python3.12` asks for one by name.
 PYTHONS = "$(PYTHON)" .venv/bin/python python3 python3.13 python3.12 python3.14 python3.11 python
 SUPPORTED = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
 CAN_MAKE_VENV = import ensurepip, venv
 
-.PHONY: help demo test check format docs constraints clean venv
+.PHONY: help quick demo test check format docs constraints clean venv
 
 help:
+	@echo "make quick        the tests that tell most in a minute"
 	@echo "make demo         train the small model with the embedded task, into a new folder under runs/"
-	@echo "make test         run the tests in PROCESSES=2 processes (PYTEST_FLAGS=... adds options)"
+	@echo "make test         all tests, in PROCESSES=2 processes (PYTEST_FLAGS=... adds options); those of the local Tinker"
+	@echo "                  server run with TEXTPOLICY_SERVER_TESTS=1, or once its environment (800 MB) is there"
 	@echo "make check        formatting, lint and types: what must be clean before a commit"
 	@echo "make format       rewrite the sources in the project's format"
 	@echo "make docs         build the documentation as a site, in site/"
@@ -24,6 +30,9 @@ help:
 
 demo: venv
 	@.venv/bin/textpolicy train $(DEMO_FLAGS)
+
+quick: venv
+	@.venv/bin/python -m pytest -q -n $(PROCESSES) --dist loadgroup -m "not slow" $(PYTEST_FLAGS) $(QUICK)
 
 test: venv
 	@.venv/bin/python -m pytest -n $(PROCESSES) --dist loadgroup $(PYTEST_FLAGS)

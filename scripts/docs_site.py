@@ -24,15 +24,15 @@ PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md"
 
 # The public names by what they are for; each stands once, and a test says that none is missing.
 GROUPS: dict[str, list[str]] = {
-    "Models and policies": ["mlx.models", "mlx.policy"],
-    "Adapters": ["mlx.setup", "mlx.reload", "adapters", "mlx.lora"],
+    "Models and policies": ["mlx.models", "generation.mlx_generation"],
+    "Adapters": ["generation.lora", "generation.reload", "config.adapters", "mlx.adapters.merging"],
     "Rewards": ["rewards", "rewards.scoring", "rewards.math", "rewards.sandbox"],
     "Environments": ["environment"],
     "Rollouts": ["rollout", "buffer"],
-    "Training": ["training", "loop", "config", "run", "evaluation"],
+    "Training": ["training", "loop.train", "config.settings", "run.training_run", "loop.evaluation"],
     "Algorithms": ["algorithms", "algorithms.grpo", "algorithms.gspo", "algorithms.maxrl", "algorithms.hicra",
-                   "algorithms.length", "algorithms.sepa", "algorithms.selection", "environment.pieces", "losses"],
-    "Records and engines": ["types", "engine", "sinks", "errors"],
+                   "algorithms.length", "algorithms.sepa", "algorithms.selection", "environment.text.pieces", "losses"],
+    "Records and engines": ["types", "engine", "record.sinks", "errors"],
     "After a run": ["analysis", "doctor", "validate"],
 }  # fmt: skip
 

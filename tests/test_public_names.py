@@ -4,6 +4,7 @@ import ast
 import graphlib
 import importlib
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -198,6 +199,24 @@ def test_the_mlx_and_tinker_packages_do_not_know_each_other():
         or (relative.parts[0] == "tinker" and within(name, "textpolicy.mlx", "mlx", "mlx_lm"))
     ]  # fmt: skip
     assert guilty == []
+
+
+def test_no_import_runs_up_the_tree_of_contributing():
+    page = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = page.split("```text\ntextpolicy/\n")[1].split("```")[0].splitlines()
+    named = [re.match(r"  ((?:\w+(?:/|\.py)\s+)+)", line + " ") for line in tree]
+    place = {name.strip("/ ").removesuffix(".py"): n for n, row in enumerate(named) if row for name in row[1].split()}
+    rooms = {relative.parts[0].removesuffix(".py") for relative in MODULES.values()} - {"__init__", "__main__"}
+    assert set(place) == rooms
+    upward = {
+        (str(relative), name)
+        for path, relative in MODULES.items()
+        for name, _ in imports(path, types=False)
+        if relative.parts[0].removesuffix(".py") in place
+        if within(name, "textpolicy") and (target := name.split(".")[1]) in place
+        if place[target] > place[relative.parts[0].removesuffix(".py")]
+    }
+    assert upward == set()
 
 
 def test_no_room_and_no_file_imports_in_a_circle():

@@ -1,7 +1,7 @@
 """textpolicy train --engine tinker and money: a quote, limits that end a run in order, a ledger; without a server."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from fake_remote import FakeRemote, Server
@@ -62,7 +62,7 @@ def settings(folder, **tinker):
 
 def work_of(folder):
     config = settings(folder)
-    return RunWork.of(config, configure(config), TASKS["sums"](), len("4 + 3?\n"), WORDS)
+    return RunWork(config, configure(config), TASKS["sums"](), len("4 + 3?\n"), WORDS)
 
 
 def lines(path):
@@ -82,7 +82,7 @@ def test_tokens_are_counted_as_they_were_sent_and_stay_below_the_quote(engines, 
     [engine] = engines
     assert ledger(tmp_path / "run")[-1] == engine.sent
     bound = work_of(tmp_path).run
-    assert all(engine.sent[kind] <= most for kind, most in bound.as_dict().items())
+    assert all(engine.sent[kind] <= most for kind, most in asdict(bound).items())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["tokens_spent"] == sum(engine.sent.values())
     assert summary["cost"] == pytest.approx(2e-6 * engine.sent["sampled"])
@@ -103,8 +103,8 @@ def test_the_quote_is_what_a_run_sends_in_which_nothing_is_shorter_than_it_may_b
     config = settings(tmp_path / "run")
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_tokens": 9})})
     run(config)
-    work = RunWork.of(config, configure(config), same, len("1 + 1?\n"), 9)
-    sent, most = engines[0].sent, work.run.as_dict()
+    work = RunWork(config, configure(config), same, len("1 + 1?\n"), 9)
+    sent, most = engines[0].sent, asdict(work.run)
     # the last token of a sequence predicts nothing: in the preflight, two checks before and after an update, updates
     assert sent == {
         "prefill": most["prefill"] - 1 - 2 * 2 * 8,
@@ -192,12 +192,14 @@ def test_a_step_of_a_task_with_tools_reads_every_turn_and_a_kl_in_the_reward_sco
     config = check_config(
         {
             "engine": "tinker",
+            "algorithm": {"resample": 1, "kl": {"coefficient": 0.1, "place": "reward"}},
             "rollout": {"prompts_per_step": 2, "group_size": 3, "max_tokens": 10, "max_turns": 4},
             "on_policy": {"every": 0},
         },
         "here",
     )
-    work = RunWork(config, prompt_tokens=100, said=40, turns=4, draws=2, scored=True)
+    task = replace(TASKS["addition"](), tools=(len,))
+    work = RunWork(config, configure(config), task, prompt_tokens=100, said=40)
     step = work.step(0)
     assert step.trained == 6 * 140
     assert step.sampled == 2 * 6 * 40

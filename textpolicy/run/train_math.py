@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -259,9 +259,7 @@ class MathFiles:
                 max_completion_tokens=self.args.max_tokens,
             )
         title = f"{self.args.condition} on {self.args.model}, {self.args.max_steps} steps"
-        return replace(
-            parts, title=title, spending=Budget(self.engine, spending.work, parts.config.tinker, reserve=False)
-        )
+        return replace(parts, title=title, spending=Budget(self.engine, spending.work, reserve=False))
 
     def begin(self, parts: Parts, folder: Path, done: int) -> None:
         """Write the settings, and cut the files back to ``done`` steps: later lines move to ``.cut.jsonl`` files."""
@@ -325,7 +323,7 @@ class MathFiles:
     def save(self, name: str, done: int) -> None:
         """Save weights and optimiser on the server under a documented name, and list them in checkpoints.jsonl."""
         line = {"name": name, "step": done, "correct": self.correct, "judged": self.judged}
-        line |= {"spent": self.engine.spent.as_dict(), "state_path": self.engine.save_state(name)}
+        line |= {"spent": asdict(self.engine.spent), "state_path": self.engine.save_state(name)}
         append_line(self.folder / "checkpoints.jsonl", line)
 
     def evaluated(self, step: int, split: str, row: Mapping[str, Any], episodes: Sequence[Episode]) -> None:

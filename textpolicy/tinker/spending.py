@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -21,11 +21,10 @@ from ..loop.collect import collect
 from ..loop.metrics import Row
 from ..loop.on_policy import measure
 from ..losses import Surrogate
-from ..tasks import Task
+from ..tasks import Problem, Task
 from ..types import Batch, Completion
 
 LEDGER = "ledger.jsonl"  # tokens spent so far, as they are spent
-MILLION = 1_000_000
 TEMPLATE_TOKENS = 30  # of a chat template, in a guess
 TRIAL_TOKENS = 16  # of the completion that a server is tried out with, at most
 MAX_GAP = 1.0  # nats, mean, between sampler and learner: 0.1 is half precision, more a misalignment
@@ -46,33 +45,13 @@ class Tokens:
     def __add__(self, other: Tokens) -> Tokens:
         return Tokens(self.prefill + other.prefill, self.sampled + other.sampled, self.trained + other.trained)
 
-    def times(self, n: int) -> Tokens:
+    def __mul__(self, n: int) -> Tokens:
         return Tokens(self.prefill * n, self.sampled * n, self.trained * n)
 
-    def as_dict(self) -> dict[str, int]:
-        return asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """The prices in one currency, per million tokens."""
-
-    prefill: float = 0.0
-    sampled: float = 0.0
-    trained: float = 0.0
-
-    @classmethod
-    def of(cls, settings: TinkerSettings) -> Self:
-        return cls(settings.price_prefill, settings.price_sample, settings.price_train)
-
-    @property
-    def known(self) -> bool:
-        return (self.prefill, self.sampled, self.trained) != (0, 0, 0)
-
-    def cost(self, tokens: Tokens) -> float:
-        """Return prefill p_prefill + sampled p_sampled + trained p_trained, by the million."""
-        spent = self.prefill * tokens.prefill + self.sampled * tokens.sampled + self.trained * tokens.trained
-        return spent / MILLION
+    def cost(self, prices: TinkerSettings) -> float | None:
+        """Return what they cost, in the currency of the ``prices`` per million tokens; None if no price is given."""
+        p = prices.price_prefill, prices.price_sample, prices.price_train
+        return (p[0] * self.prefill + p[1] * self.sampled + p[2] * self.trained) / 1e6 if any(p) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,28 +59,10 @@ class RunWork:
     """The size of a run, which bounds what it spends."""
 
     config: Config
+    recipe: Algorithm
+    task: Task
     prompt_tokens: int  # of the longest prompt, or of a guess
     said: int  # the most tokens of an episode after its prompt
-    turns: int = 1  # of an episode; each of them reads everything before it
-    draws: int = 1  # of prompts, in a step
-    scored: bool = False  # every completion under the reference, for a KL in the reward
-    validation: int = 0  # problems
-    test: int = 0
-
-    @classmethod
-    def of(cls, config: Config, recipe: Algorithm, task: Task, prompt_tokens: int, said: int) -> Self:
-        """Return the size of a run on ``task``, which decides the number of problems and of turns."""
-        limit = config.evaluation.problems or None
-        return cls(
-            config,
-            prompt_tokens,
-            said,
-            turns=config.rollout.max_turns if task.tools else 1,
-            draws=1 + recipe.resample,
-            scored=bool(recipe.reward_kl),
-            validation=len(task.validation[:limit]),
-            test=len(task.test[:limit]),
-        )
 
     def sampled(self, prompts: int, n: int) -> Tokens:
         """Return the most that ``n`` completions of each prompt take: a prompt is read once, later turns by each."""
@@ -110,21 +71,30 @@ class RunWork:
 
     def step(self, number: int) -> Tokens:
         """Return the most that step ``number``, from 0, takes: every completion is of full length and learned from."""
-        rollout, check = self.config.rollout, self.config.on_policy
+        rollout, check, draws = self.config.rollout, self.config.on_policy, 1 + self.recipe.resample
         rows, whole = rollout.prompts_per_step * rollout.group_size, self.prompt_tokens + self.said
-        scored = rows * whole * self.scored
+        scored = rows * whole if self.recipe.reward_kl else 0
         if check.every and number % check.every == 0:
-            scored += 2 * min(check.completions, rows * self.draws) * whole
-        drawn = self.sampled(rollout.prompts_per_step, rollout.group_size).times(self.draws)
+            scored += 2 * min(check.completions, rows * draws) * whole
+        drawn = self.sampled(rollout.prompts_per_step, rollout.group_size) * draws
         return drawn + Tokens(prefill=scored, trained=rows * whole)
 
     def evaluation(self, split: str) -> Tokens:
         """Return the most that an evaluation of "validation" or "test" takes."""
-        if split == "test":
-            return self.sampled(self.test, 1)
-        samples = self.config.evaluation.samples
-        more = self.sampled(self.validation, samples) if samples else Tokens()
-        return self.sampled(self.validation, 1) + more
+        problems = len(self.problems(split))
+        if split == "test" or not self.config.evaluation.samples:
+            return self.sampled(problems, 1)
+        return self.sampled(problems, 1) + self.sampled(problems, self.config.evaluation.samples)
+
+    def problems(self, split: str) -> Sequence[Problem]:
+        """Return the problems of "validation" or "test" that are evaluated."""
+        problems = self.task.test if split == "test" else self.task.validation
+        return problems[: self.config.evaluation.problems or None]
+
+    @property
+    def turns(self) -> int:
+        """The turns of an episode, each of which reads everything before it."""
+        return self.config.rollout.max_turns if self.task.tools else 1
 
     @property
     def trial(self) -> Tokens:
@@ -146,7 +116,7 @@ class RunWork:
     def run(self) -> Tokens:
         """The most that the whole run takes."""
         steps, every = self.config.steps, self.config.evaluation.every
-        spent = self.opening + self.evaluation("validation").times((steps - 1) // every) + self.closing
+        spent = self.opening + self.evaluation("validation") * ((steps - 1) // every) + self.closing
         for number in range(steps):
             spent += self.step(number)
         return spent
@@ -185,9 +155,9 @@ class MeteredRun:
 class Budget:
     """The tokens that a run has spent and may spend; every entry goes to ledger.jsonl at once, so a resume knows it."""
 
-    def __init__(self, engine: MeteredRun, work: RunWork, settings: TinkerSettings, *, reserve: bool = True) -> None:
+    def __init__(self, engine: MeteredRun, work: RunWork, *, reserve: bool = True) -> None:
         """With ``reserve`` a step begins only if the limits leave room for the evaluations after it, too."""
-        self.engine, self.work, self.settings, self.prices = engine, work, settings, Prices.of(settings)
+        self.engine, self.work, self.settings = engine, work, work.config.tinker
         self.closing = work.closing if reserve else Tokens()
         self.opening = work.opening if reserve else work.trial
         self.ledger: Path | None = None
@@ -223,7 +193,7 @@ class Budget:
     def enter(self, step: int) -> None:
         """Record what is spent after so many steps."""
         assert self.ledger is not None
-        append_line(self.ledger, {"step": step, "spent": self.engine.spent.as_dict()})
+        append_line(self.ledger, {"step": step, "spent": asdict(self.engine.spent)})
 
     def sampled(self, step: int, record: Callable[[], None]) -> None:
         """Call ``record``, and record what is spent, before an update that may fail."""
@@ -246,9 +216,9 @@ class Budget:
                 f"{spent.total:,} tokens are spent and the next part may take {coming.total:,}, "
                 f"which could pass max_tokens_total ({settings.max_tokens_total:,})"
             )
-        if settings.max_cost is not None and self.prices.cost(after) > settings.max_cost:
+        if settings.max_cost is not None and (after.cost(settings) or 0) > settings.max_cost:
             return (
-                f"{self.prices.cost(spent):.2f} is spent and the next part may cost {self.prices.cost(coming):.2f}, "
+                f"{spent.cost(settings):.2f} is spent and the next part may cost {coming.cost(settings):.2f}, "
                 f"which could pass max_cost ({settings.max_cost:g})"
             )
         return None
@@ -256,15 +226,15 @@ class Budget:
     @property
     def lines(self) -> tuple[tuple[str, str], ...]:
         """The line of the closing table."""
-        spent = self.engine.spent
-        cost = f", cost {self.prices.cost(spent):,.2f}" if self.prices.known else ""
-        return (("spent", f"{spent.total:,} tokens on the server{cost}"),)
+        cost = self.engine.spent.cost(self.settings)
+        end = "" if cost is None else f", cost {cost:,.2f}"
+        return (("spent", f"{self.engine.spent.total:,} tokens on the server{end}"),)
 
     @property
     def row(self) -> Row:
         """The metrics of a step."""
-        cost = {"cost": self.prices.cost(self.engine.spent)} if self.prices.known else {}
-        return {"tokens_spent": float(self.engine.spent.total), **cost}
+        cost = self.engine.spent.cost(self.settings)
+        return {"tokens_spent": float(self.engine.spent.total), **({} if cost is None else {"cost": cost})}
 
 
 def budget(
@@ -272,7 +242,7 @@ def budget(
 ) -> Budget:
     """Return the budget of a run whose prompts are tokenised."""
     longest = max(len(env.prompt_ids(i)) for env in splits.values() for i in range(len(env)))
-    return Budget(engine, RunWork.of(config, recipe, task, longest, splits["train"].episode_tokens), config.tinker)
+    return Budget(engine, RunWork(config, recipe, task, longest, splits["train"].episode_tokens))
 
 
 def quote_run(
@@ -282,31 +252,26 @@ def quote_run(
 
     ``flags`` begins the names of the flags that set prices.
     """
-    texts = [
-        "\n".join(m["content"] for m in task.prompt(p.question)) for p in [*task.train, *task.validation, *task.test]
-    ]
-    longest = max(map(len, texts)) // 3 + TEMPLATE_TOKENS
-    rollout, prices = config.rollout, Prices.of(config.tinker)
-    said = (
-        rollout.max_tokens if not task.tools else rollout.max_episode_tokens or rollout.max_turns * rollout.max_tokens
-    )
-    work = RunWork.of(config, recipe, task, longest, said)
+    problems, rollout = [*task.train, *task.validation, *task.test], config.rollout
+    texts = ["\n".join(m["content"] for m in task.prompt(p.question)) for p in problems]
+    longest, said = max(map(len, texts)) // 3 + TEMPLATE_TOKENS, rollout.max_tokens
+    if task.tools:
+        said = rollout.max_episode_tokens or rollout.max_turns * rollout.max_tokens
+    work = RunWork(config, recipe, task, longest, said)
     lines = [
         f"{task.name}: {config.steps} steps of {rollout.prompts_per_step} prompts x {rollout.group_size} completions, "
-        f"{work.validation} validation and {work.test} test problems",
+        f"{len(work.problems('validation'))} validation and {len(work.problems('test'))} test problems",
         f"prompts of {longest} tokens; an episode has at most {said} more",
     ]
-    sizes = (
-        {"at most": work}
-        if length is None
-        else {"at most": work, f"with {length} tokens each": replace(work, said=length)}
-    )
-    for what, size in sizes.items():
+    sizes = [("at most", work)]
+    if length is not None:
+        sizes.append((f"with {length} tokens each", replace(work, said=length)))
+    for what, size in sizes:
         tokens = size.run
-        parts = ", ".join(f"{n:,} {name}" for name, n in tokens.as_dict().items())
-        cost = f": {prices.cost(tokens):,.2f}" if prices.known else ""
-        lines.append(f"{what}: {tokens.total:,} tokens ({parts}){cost}")
-    if not prices.known:
+        parts = ", ".join(f"{n:,} {name}" for name, n in asdict(tokens).items())
+        cost = tokens.cost(config.tinker)
+        lines.append(f"{what}: {tokens.total:,} tokens ({parts}){'' if cost is None else f': {cost:,.2f}'}")
+    if cost is None:
         lines.append(
             f"no prices are given; pass {flags}price-prefill, {flags}price-sample and {flags}price-train, per "
             "million tokens"

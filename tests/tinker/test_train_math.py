@@ -275,7 +275,9 @@ def test_resume_needs_only_the_folder_and_takes_new_flags(problems, tmp_path, mo
     monkeypatch.setattr(TinkerEngine, "connect", lambda *_, **__: FakeRemote(server))
     assert main(["--resume", f"--log-dir={folder}", "--max-steps=7"]) == 0
     assert [row["step"] for row in lines(folder / "metrics.jsonl")] == list(range(7))
-    assert main(["--resume", f"--log-dir={folder}", "--max-steps=7", "--lr=0.5"]) == 2
+    assert main(["--resume", f"--log-dir={folder}"]) == 2
+    assert "is finished, with 7 steps; raise --max-steps to train it further" in capsys.readouterr().err
+    assert main(["--resume", f"--log-dir={folder}", "--max-steps=8", "--lr=0.5"]) == 2
     assert "lr was 1.0 and is 0.5" in capsys.readouterr().err
     assert textpolicy(["train", f"--resume={folder}"]) == 2
     assert f"resume it with: python -m textpolicy.tinker.train_math --resume --log-dir {folder}" in (

@@ -26,7 +26,7 @@ from ..algorithms.planning import planning_masks
 from ..algorithms.sepa import Pooling
 from ..analysis.sepa.emergence import EmergenceLogger
 from ..config.flags import parse
-from ..config.settings import Config, NonNegative, Positive, PositiveInt, Section, check_config
+from ..config.settings import MONEY, Config, NonNegative, Positive, PositiveInt, Section, check_config
 from ..errors import StoppedError, TextPolicyError, UserError
 from ..loop.evaluation import Evaluation
 from ..loop.metrics import Row
@@ -42,9 +42,9 @@ from .assembly import Parts
 from .training_run import Extension, run
 
 ALGORITHMS = {"grpo": ("grpo", "none"), "full": ("maxrl", "gtpo_sepa_hicra")}  # advantage mode, transform mode
-_FREE = ("log_dir", "max_steps", "save_every", "eval_every", "resume", "dry_run", "expected_tokens", "base_url",
-         "price_prefill", "price_sample", "price_train", "max_tokens_total", "max_cost")  # fmt: skip
-_ALLOWED = ("steps", "evaluation", "checkpoint", "tinker")  # the same as settings of the run driver
+RECIPES = {"gtpo": "gtpo", "gtpo_hicra": "hicra", "gtpo_sepa": "sepa", "gtpo_sepa_hicra": "full"}  # by transform mode
+_FREE = {"log_dir", "max_steps", "save_every", "eval_every", "resume", "dry_run", "expected_tokens", "base_url", *MONEY}
+_ALLOWED = ("steps", "evaluation", "checkpoint", "tinker")  # settings that may differ from those a run began with
 
 
 class MathSettings(Section):
@@ -196,39 +196,26 @@ def run_of(args: TrainMathArguments) -> tuple[Config, Algorithm, Task]:
     The held-out problems are the task's test problems; the run driver evaluates them as its validation problems.
     """
     values = {
-        "model": args.model,
-        "task": args.task,
+        **args.model_dump(include={"model", "task", "seed"}),
         "steps": args.max_steps,
-        "seed": args.seed,
         "output": args.log_dir,
         "engine": "tinker",
-        "algorithm": {"name": args.algorithm or "full"},
+        "algorithm": {"name": RECIPES.get(args.modes[1], args.modes[0])},
         "adapter": {"rank": args.lora_rank},
         "rollout": {
             "prompts_per_step": args.batch_size,
-            "group_size": args.group_size,
-            "max_tokens": args.max_tokens,
-            "temperature": args.temperature,
+            **args.model_dump(include={"group_size", "max_tokens", "temperature"}),
         },
         "optimizer": {
             "learning_rate": args.lr,
+            "weight_decay": args.weight_decay,
             "warmup_steps": 0,
             "final_fraction": 1.0,
-            "weight_decay": args.weight_decay,
         },
         "evaluation": {"every": args.eval_every or args.max_steps},
         "on_policy": {"every": 0},
         "checkpoint": {"every": args.save_every or args.max_steps},
-        "tinker": {
-            "base_url": args.base_url,
-            "reduction": args.reduction,
-            "untempered": True,
-            "price_prefill": args.price_prefill,
-            "price_sample": args.price_sample,
-            "price_train": args.price_train,
-            "max_tokens_total": args.max_tokens_total,
-            "max_cost": args.max_cost,
-        },
+        "tinker": {"untempered": True, **args.model_dump(include={"base_url", "reduction", *MONEY})},
     }
     task = task_of(args)
     held_out = task.test[: args.eval_problems or None] if args.eval_every else ()
@@ -240,7 +227,6 @@ class MathFiles:
 
     def __init__(self, args: TrainMathArguments) -> None:
         self.args, self.folder = args, args.log_dir
-        self.logger = EmergenceLogger(self.folder / "emergence", max_completion_tokens=args.max_tokens)
         self.metrics = read_lines(self.folder / layout.METRICS)  # as they were before a resume cuts them back
         self.correct = self.judged = 0  # completions over all steps
 
@@ -252,12 +238,10 @@ class MathFiles:
         engine: Any = self.engine.engine
         engine.adam = Adam(weight_decay=self.args.weight_decay)
         self.grams = parts.recipe.grams
-        if self.grams is not None:
-            self.logger = EmergenceLogger(
-                self.folder / "emergence",
-                strategic_grams=self.grams.phrases,
-                max_completion_tokens=self.args.max_tokens,
-            )
+        phrases = None if self.grams is None else self.grams.phrases
+        self.logger = EmergenceLogger(
+            self.folder / "emergence", strategic_grams=phrases, max_completion_tokens=self.args.max_tokens
+        )
         title = f"{self.args.condition} on {self.args.model}, {self.args.max_steps} steps"
         return replace(parts, title=title, spending=Budget(self.engine, spending.work, reserve=False))
 
@@ -324,6 +308,7 @@ class MathFiles:
         """Save weights and optimiser on the server under a documented name, and list them in checkpoints.jsonl."""
         line = {"name": name, "step": done, "correct": self.correct, "judged": self.judged}
         line |= {"spent": asdict(self.engine.spent), "state_path": self.engine.save_state(name)}
+        line["sepa"] = None if self.controller is None else self.controller.state_dict()
         append_line(self.folder / "checkpoints.jsonl", line)
 
     def evaluated(self, step: int, split: str, row: Mapping[str, Any], episodes: Sequence[Episode]) -> None:
@@ -358,11 +343,11 @@ def train(args: TrainMathArguments) -> Path:
     ServiceError and MissingDependencyError.
     """
     config, algorithm, task = run_of(args)
-    folder, saved = args.log_dir, args.log_dir / TRAIN_MATH
+    folder, saved, summary = (args.log_dir / name for name in ("", TRAIN_MATH, layout.SUMMARY))
     if args.resume and not saved.exists():
         raise UserError(f"there is no run in {folder} to resume; leave --resume out, or correct --log-dir")
     if saved.exists():
-        if (folder / layout.SUMMARY).exists() and not args.resume:
+        if summary.exists() and not args.resume:
             raise UserError(f"{folder} holds a run; add --resume to resume it, or choose another --log-dir")
         before, now = json.loads(saved.read_text(encoding="utf-8")), args.model_dump(mode="json")
         fixed = [name for name in now if name not in _FREE]
@@ -370,6 +355,10 @@ def train(args: TrainMathArguments) -> Path:
         if changed:
             raise UserError(
                 f"the run began with other settings: {'; '.join(changed)}; resume it with its own, or start another"
+            )
+        if summary.exists() and (steps := json.loads(summary.read_text())["steps"]) >= args.max_steps:
+            raise UserError(
+                f"the run in {folder} is finished, with {steps} steps; raise --max-steps to train it further"
             )
     load_key()
     files = MathFiles(args)

@@ -106,7 +106,8 @@ def test_a_run_that_was_cut_short_goes_on_in_its_folder(tmp_path):
     assert campaign(tmp_path / "c", "--execute") == 0
     (tmp_path / "c" / "candidate" / "checkpoints.jsonl").write_text('{"name": "checkpoint_step_1", "step": 1}\n')
     assert campaign(tmp_path / "c", "--execute") == 0
-    assert "--resume" in (tmp_path / "c" / "candidate" / "calls.jsonl").read_text()
+    assert not (tmp_path / "c" / "candidate.unfinished1").exists()
+    assert json.loads((tmp_path / "c" / "candidate" / "checkpoints.jsonl").read_text())["step"] == 3
 
 
 def test_another_plan_in_the_same_folder_is_refused(tmp_path, capsys):

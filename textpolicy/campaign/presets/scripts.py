@@ -66,7 +66,7 @@ def math_job(
     values = {**shared.model_dump(include=set(MathSettings.model_fields)), "algorithm": algorithm, "lr": lr}
     values |= {"seed": seed, "max_steps": steps, "log_dir": folder}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
-    return Job(arm, seed, folder, (MODULE, *flags), partial(math_finished, steps=steps), resume=("--resume",))
+    return Job(arm, seed, folder, (MODULE, *flags), partial(math_finished, steps=steps), resume=())  # resumes by itself
 
 
 def math_finished(folder: Path, steps: int) -> bool:

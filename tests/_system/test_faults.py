@@ -1,4 +1,4 @@
-"""Faults under a run: what happens is stated, in one sentence, and nothing already written is lost."""
+"""Faults during a run: each is reported in one sentence, and nothing already written is lost."""
 
 import errno
 import itertools
@@ -45,7 +45,7 @@ def whole(config, tmp_path_factory):
 
 
 def stopped(capsys, *argv):
-    """The one sentence of a run that cannot go on, and what it said before."""
+    """Return the error of a run that cannot continue, which is one sentence, and what it printed before."""
     capsys.readouterr()
     assert main(list(argv)) == 2
     out, err = capsys.readouterr()
@@ -55,7 +55,7 @@ def stopped(capsys, *argv):
 
 
 def failing(true, error, first, last=math.inf):
-    """``true``, whose calls from ``first`` to ``last``, counted from 1, raise ``error``."""
+    """Return ``true``, whose calls from ``first`` to ``last``, counted from 1, raise ``error``."""
     calls = []
 
     def call(*arguments, **keywords):
@@ -79,7 +79,7 @@ def no_room():
 
 
 @pytest.mark.parametrize("what", ["sync", "metrics", "weights", "rename"])
-def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(
+def test_a_full_disk_stops_the_run_and_it_resumes_when_there_is_room(
     config, whole, tmp_path, capsys, monkeypatch, what
 ):
     folder = tmp_path / "run"
@@ -93,9 +93,9 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(
                 patch.setattr(MLXEngine, "write_state", failing(MLXEngine.write_state, no_room(), 3))
             case "rename":
                 patch.setattr(os, "replace", failing(os.replace, no_room(), 5))
-        said, _ = stopped(capsys, "train", str(config), f"--output={folder}")
-    assert f"the run in {folder} cannot write or read its files (No space left on device)" in said
-    assert f"resume with: textpolicy train --resume {folder}" in said
+        message, _ = stopped(capsys, "train", str(config), f"--output={folder}")
+    assert f"the run in {folder} cannot write or read its files (No space left on device)" in message
+    assert f"resume with: textpolicy train --resume {folder}" in message
     assert main(["train", f"--resume={folder}"]) == 0
     assert outcome(folder) == outcome(whole)
 
@@ -103,8 +103,8 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(
 def test_a_folder_that_cannot_be_written_to_is_named(config, tmp_path, capsys, monkeypatch):
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(os, "open", failing(os.open, PermissionError(errno.EROFS, os.strerror(errno.EROFS)), 1))
-    said, _ = stopped(capsys, "train", str(config), f"--output={tmp_path / 'run'}")
-    assert "cannot be written to (Read-only file system); make it writable" in said
+    message, _ = stopped(capsys, "train", str(config), f"--output={tmp_path / 'run'}")
+    assert "cannot be written to (Read-only file system); make it writable" in message
 
 
 def test_an_error_of_the_network_is_not_taken_for_one_of_the_disk(tmp_path):
@@ -118,18 +118,18 @@ def test_an_error_of_the_network_is_not_taken_for_one_of_the_disk(tmp_path):
 @pytest.mark.parametrize(
     "error", [RuntimeError("[malloc] Unable to allocate 99 bytes."), MemoryError(), RuntimeError("CUDA out of memory")]
 )
-def test_a_run_out_of_memory_says_what_to_lower_and_goes_on(config, whole, tmp_path, capsys, monkeypatch, error):
+def test_a_run_out_of_memory_says_what_to_lower_and_resumes(config, whole, tmp_path, capsys, monkeypatch, error):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(MLXEngine, "update", failing(MLXEngine.update, error, 4))
-        said, _ = stopped(capsys, "train", str(config), f"--output={folder}")
-    assert "memory ran out" in said
-    assert "lower machine.micro_batch_tokens or machine.decode_rows" in said
+        message, _ = stopped(capsys, "train", str(config), f"--output={folder}")
+    assert "memory ran out" in message
+    assert "lower machine.micro_batch_tokens or machine.decode_rows" in message
     assert main(["train", f"--resume={folder}", "--allow=machine", "--machine.micro-batch-tokens=4096"]) == 0
     assert outcome(folder)["metrics"] == outcome(whole)["metrics"]  # of this size a micro-batch holds all, too
 
 
-def test_an_error_of_ours_stays_one(tmp_path):
+def test_any_other_runtime_error_is_passed_on(tmp_path):
     with pytest.raises(RuntimeError, match="a bug"), resumable_errors(tmp_path):
         raise RuntimeError("a bug")
 
@@ -139,13 +139,13 @@ def test_an_error_of_ours_stays_one(tmp_path):
 
 def test_a_gradient_that_is_not_finite_moves_nothing(tiny_engine):
     rng = np.random.default_rng(0)
-    how = recipe("grpo")
-    batch = how.credit(random_episodes(rng))
-    tiny_engine.update(batch, how.surrogate, 1e-3)
+    grpo = recipe("grpo")
+    batch = grpo.credit(random_episodes(rng))
+    tiny_engine.update(batch, grpo.surrogate, 1e-3)
     before = {k: np.array(v) for k, v in tiny_engine.weights().items()}
     taken = int(tiny_engine.optimizer.step)
     broken = replace(batch, advantages=np.where(batch.advantages != 0, np.float32(np.inf), batch.advantages))
-    row = tiny_engine.update(broken, how.surrogate, 1e-3)
+    row = tiny_engine.update(broken, grpo.surrogate, 1e-3)
     assert (row["skipped"], row["updated"]) == (1.0, 0.0)
     assert all(np.isfinite(value) for value in row.values())
     assert all((np.array(v) == before[k]).all() for k, v in tiny_engine.weights().items())
@@ -172,8 +172,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(config, tmp_path, caps
 
 def test_a_run_of_steps_that_are_not_finite_is_stopped(config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(MLXEngine, "gradients", nan_gradients(MLXEngine.gradients, 1, math.inf))
-    said, _ = stopped(capsys, "train", str(config), f"--output={tmp_path / 'run'}", "--optimizer.max-skipped=2")
-    assert "the loss or gradient of the last 2 steps was not finite; lower optimizer.learning_rate" in said
+    message, _ = stopped(capsys, "train", str(config), f"--output={tmp_path / 'run'}", "--optimizer.max-skipped=2")
+    assert "the loss or gradient of the last 2 steps was not finite; lower optimizer.learning_rate" in message
     assert len(steps(tmp_path / "run")) == 2
 
 
@@ -201,18 +201,18 @@ def none_of_many(prompt, completion, example):
 
 
 @pytest.mark.parametrize("reward", [nan_of_many, none_of_many])
-def test_completions_that_cannot_be_scored_teach_nothing_and_are_counted(config, tmp_path, monkeypatch, reward):
+def test_completions_that_cannot_be_scored_are_not_trained_on_and_are_counted(config, tmp_path, monkeypatch, reward):
     with_reward(monkeypatch, reward)
     assert main(["train", str(config), f"--output={tmp_path / 'run'}"]) == 0
     assert any(row["unscorable"] > 0 for row in steps(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("size", [1e30, 1e200, 1e308])
-def test_a_huge_reward_ends_in_finite_numbers_or_a_sentence(config, tmp_path, capsys, monkeypatch, size):
+def test_a_huge_reward_gives_finite_numbers_or_an_error_of_one_sentence(config, tmp_path, capsys, monkeypatch, size):
     with_reward(monkeypatch, lambda prompt, completion, example: (size * len(completion), len(completion) > 2))
     code = main(["train", str(config), f"--output={tmp_path / 'run'}"])
-    said = capsys.readouterr().err
-    assert (code, said) == (0, "") or (code == 2 and said.count("\n") == 1)
+    error = capsys.readouterr().err
+    assert (code, error) == (0, "") or (code == 2 and error.count("\n") == 1)
     for row in steps(tmp_path / "run") if (tmp_path / "run").exists() else ():
         assert all(math.isfinite(value) for key, value in row.items() if key != "kind")
 
@@ -221,8 +221,8 @@ def test_a_reward_that_raises_in_the_middle_keeps_what_was_done(config, whole, t
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         with_reward(patch, failing(letters, KeyError("score"), 60))
-        said, before = stopped(capsys, "train", str(config), f"--output={folder}")
-    assert "raised KeyError" in said
+        message, before = stopped(capsys, "train", str(config), f"--output={folder}")
+    assert "raised KeyError" in message
     assert f"resume with: textpolicy train --resume {folder}" in before
     assert main(["train", f"--resume={folder}"]) == 0
     assert outcome(folder) == outcome(whole)
@@ -232,7 +232,7 @@ def test_a_reward_that_hangs_costs_its_limit(config, tmp_path, monkeypatch):
     calls, over = itertools.count(), threading.Event()
 
     def slow(prompt, completion, example):
-        if 20 <= next(calls) < 24:  # after the first looks at held-out problems
+        if 20 <= next(calls) < 24:  # after the first evaluations
             over.wait(30)
             return 0.0  # a draw of a late thread would be another test's
         return letters(prompt, completion, example)
@@ -268,18 +268,18 @@ def test_a_prompt_that_cannot_be_trained_on_is_refused_before_anything_is_writte
     config, tmp_path, capsys, monkeypatch, question, sentence
 ):
     with_questions(monkeypatch, [question, "Type 1"])
-    said, _ = stopped(capsys, "train", str(config), f"--output={tmp_path / 'run'}")
-    assert sentence in said
+    message, _ = stopped(capsys, "train", str(config), f"--output={tmp_path / 'run'}")
+    assert sentence in message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_prompts_that_stand_twice_are_prompts_like_others(config, tmp_path, monkeypatch):
+def test_repeated_prompts_are_prompts_like_others(config, tmp_path, monkeypatch):
     with_questions(monkeypatch, ["Type 1"] * 8)
     assert main(["train", str(config), f"--output={tmp_path / 'run'}"]) == 0
     assert len(steps(tmp_path / "run")) == 3
 
 
-def test_fewer_prompts_than_a_step_draws_come_again(config, tmp_path, monkeypatch):
+def test_fewer_prompts_than_a_step_draws_are_repeated(config, tmp_path, monkeypatch):
     with_questions(monkeypatch, ["Type 1"])
     assert main(["train", str(config), f"--output={tmp_path / 'run'}"]) == 0
 
@@ -301,17 +301,17 @@ SECRETS = {
 }
 
 
-def test_planted_secrets_are_in_nothing_a_run_says_or_writes(config, tmp_path, capfd, monkeypatch):
+def test_planted_secrets_are_in_nothing_a_run_prints_or_writes(config, tmp_path, capfd, monkeypatch):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     assert main(["train", str(config), f"--output={tmp_path / 'run'}"]) == 0
     with_reward(monkeypatch, failing(letters, KeyError("score"), 60))
     assert main(["train", str(config), f"--output={tmp_path / 'broken'}"]) == 2
-    said = "".join(capfd.readouterr())
+    printed = "".join(capfd.readouterr())
     written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
     assert len(written) > 10_000
     for value in SECRETS.values():
-        assert value not in said
+        assert value not in printed
         assert value.encode() not in written
 
 
@@ -327,6 +327,6 @@ def test_a_run_name_cannot_leave_its_folder(tmp_path, monkeypatch):
 
 def test_evaluation_of_a_split_without_verdicts_says_so(config, tmp_path, capsys, monkeypatch):
     with_reward(monkeypatch, lambda prompt, completion, example: float(len(completion)))
-    said, _ = stopped(capsys, "train", str(config), f"--output={tmp_path / 'run'}")
-    assert "the reward never says whether a completion is correct" in said
+    message, _ = stopped(capsys, "train", str(config), f"--output={tmp_path / 'run'}")
+    assert "the reward never says whether a completion is correct" in message
     assert not (tmp_path / "run").exists()

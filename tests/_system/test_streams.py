@@ -1,4 +1,4 @@
-"""The random streams that everybody shares: saved, put back, and out of the reach of other threads."""
+"""The global random streams of Python and NumPy: saved, restored, and protected from other threads."""
 
 import random
 import threading
@@ -22,7 +22,7 @@ def as_they_were():
     restore_streams(before)
 
 
-def test_streams_go_on_where_they_were_saved():
+def test_restored_streams_continue_from_the_saved_state():
     seed_streams(5)
     draws()
     state = streams()
@@ -39,7 +39,7 @@ def elsewhere(call):
     thread.join()
 
 
-def test_what_other_threads_draw_leaves_no_trace():
+def test_draws_of_other_threads_have_no_effect():
     seed_streams(5)
     alone = [draws(), draws()]
     seed_streams(5)
@@ -49,7 +49,7 @@ def test_what_other_threads_draw_leaves_no_trace():
     assert [first, draws()] == alone
 
 
-def test_a_thread_puts_nothing_back():
+def test_outside_the_main_thread_nothing_is_restored():
     seed_streams(5)
 
     def call():
@@ -62,7 +62,7 @@ def test_a_thread_puts_nothing_back():
     assert draws() != after
 
 
-def test_a_wait_for_the_server_hides_what_the_sdk_draws():
+def test_draws_of_the_sdk_have_no_effect_on_the_streams():
     pytest.importorskip("tinker", reason="no Tinker SDK here: pip install 'textpolicy[tinker]'")
     from textpolicy.tinker.service import Service
 

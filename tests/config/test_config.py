@@ -1,4 +1,4 @@
-"""Settings: strict names, ranges, and sentences that say what to do."""
+"""Settings: strict names, ranges, and errors of one sentence that say what to do."""
 
 from pathlib import Path
 
@@ -69,9 +69,9 @@ def test_the_example_file_spells_out_the_defaults():
 
 
 def test_a_run_of_fewer_steps_than_the_warm_up_climbs_to_the_peak():
-    asked = check_config({"steps": 2, "optimizer": {"learning_rate": 1e-3}}, "here")
-    assert asked.optimizer.warmup_steps == 3
-    assert [schedule(asked)(step) for step in range(2)] == [5e-4, 1e-3]
+    config = check_config({"steps": 2, "optimizer": {"learning_rate": 1e-3}}, "here")
+    assert config.optimizer.warmup_steps == 3
+    assert [schedule(config)(step) for step in range(2)] == [5e-4, 1e-3]
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -79,7 +79,7 @@ def test_a_missing_file_is_named(tmp_path):
         read_config(tmp_path / "none.toml")
 
 
-def test_every_setting_says_what_it_is():
+def test_every_setting_has_a_description():
     def undocumented(section):
         for name, field in section.model_fields.items():
             if isinstance(field.default, BaseModel):
@@ -138,7 +138,7 @@ def test_ranges_and_contradictions_are_found_in_the_file(tmp_path, text, sentenc
         ('[algorithm]\nname = "bnpo"\n[algorithm.sepa]\nsteps = 4', "does not use sepa.steps"),
     ],
 )
-def test_contradictions_within_a_recipe_are_found_before_a_model_is_looked_for(tmp_path, capsys, text, sentence):
+def test_contradictions_within_a_recipe_are_found_before_the_model_is_loaded(tmp_path, capsys, text, sentence):
     path = write(tmp_path, 'model = "./nowhere"\n' + text)
     assert main(["train", str(path)]) == 2
     assert sentence in capsys.readouterr().err

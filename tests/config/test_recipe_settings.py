@@ -1,4 +1,4 @@
-"""Where every setting of an algorithm lands, which recipes refuse it, and settings through TOML and JSON."""
+"""The part of a recipe that each setting changes, the recipes that refuse it, and settings through TOML and JSON."""
 
 import json
 import re
@@ -262,7 +262,7 @@ updates_per_step = 4
 """
 
 
-def test_a_toml_file_with_every_section_is_the_recipe_it_says_and_survives_json(tmp_path):
+def test_a_toml_file_with_every_section_gives_its_recipe_and_survives_json(tmp_path):
     (tmp_path / "grams.json").write_text('["so far"]')
     (tmp_path / "run.toml").write_text(TOML.format(grams=f"grams = '{tmp_path / 'grams.json'}'"))
     config = read_config(tmp_path / "run.toml")

@@ -269,7 +269,7 @@ def test_the_time_limit_holds_and_the_next_answer_is_graded(hostile):
     "hostile",
     ["\x00\n1\n", "\u2028", "\ud800", "__import__('os')", r"\frac{" * 100, "^" * 900, "$" * 900, "-" * 900 + "5"],
 )
-def test_text_that_nobody_can_parse_is_incorrect(hostile):
+def test_text_that_cannot_be_parsed_is_incorrect(hostile):
     assert not grade_math_answer(hostile, "5")
 
 

@@ -1,4 +1,4 @@
-"""The [rewards] section of a run: how the task's reward is called, and what a call that fails does to the run."""
+"""The [rewards] section of a run: how the task's reward is called, and the effect of a call that fails."""
 
 import math
 import os
@@ -19,7 +19,7 @@ from textpolicy.types import Completion
 
 
 class Says:
-    """An engine that answers every prompt with the given texts."""
+    """The engine that answers every prompt with the given texts."""
 
     def __init__(self, *texts):
         self.texts = texts
@@ -30,7 +30,7 @@ class Says:
 
 
 def moody(prompt, completion, example):
-    """Hangs, raises, says who it is, or is content."""
+    """Hang, raise, return the process id, or return 1."""
     if completion == "hang":
         time.sleep(30)
     if completion == "raise":
@@ -102,6 +102,6 @@ def test_every_setting_is_a_flag_of_train():
 )
 def test_a_setting_that_cannot_work_is_one_sentence(tmp_path, text, sentence):
     (tmp_path / "run.toml").write_text(f"[rewards]\n{text}\n")
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         read_config(tmp_path / "run.toml")
-    assert sentence in str(told.value)
+    assert sentence in str(error.value)

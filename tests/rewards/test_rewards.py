@@ -166,7 +166,7 @@ def test_a_result_may_be_a_number_a_dict_or_a_pair(result, expected):
 
 
 @pytest.mark.parametrize("result", [None, float("nan"), {"reward": None}, (None, None), np.float32("nan")])
-def test_none_and_nan_say_that_a_completion_could_not_be_scored(result):
+def test_none_and_nan_mean_that_a_completion_could_not_be_scored(result):
     scored = call_reward(lambda **_: result, "p", "c", {})
     assert np.isnan(scored.reward)
     assert scored.is_correct is None
@@ -373,12 +373,12 @@ def test_an_unknown_reward_verifier_or_parameter_is_named_with_a_near_match():
 
 
 def test_the_first_refusal_gives_the_penalty_and_nothing_else_is_called():
-    asked = []
-    verifier(name="no")(lambda prompt, completion, example: asked.append("no") or False)
-    verifier(name="later")(lambda prompt, completion, example: asked.append("later") or True)
+    called = []
+    verifier(name="no")(lambda prompt, completion, example: called.append("no") or False)
+    verifier(name="later")(lambda prompt, completion, example: called.append("later") or True)
     guarded = apply_verifiers_to_reward(fixed(1 / 3), ["no_empty_response", "no", "later"], -0.5)
     assert guarded("p", "text", {}, truncated=True) == -0.5
-    assert asked == ["no"]
+    assert called == ["no"]
     assert guarded.__name__ == "scorer_verified_by_no_empty_response_and_no_and_later"
 
 
@@ -411,10 +411,10 @@ def test_a_plateau_falls_by_a_share_for_each_word_too_few_or_too_many():
     assert plateau(26) == plateau(14) == 0.95
 
 
-# ---- functions that say nothing of their arguments
+# ---- functions without a signature
 
 
-def test_a_function_without_a_signature_is_given_all_that_there_is():
+def test_a_function_without_a_signature_gets_all_keywords():
     with pytest.raises(ValueError, match="no signature"):
         inspect.signature(getattr)
     bound = BoundReward.of(getattr)

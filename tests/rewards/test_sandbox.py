@@ -46,7 +46,7 @@ def test_a_program_reads_its_input_prints_and_imports(way):
 
 
 @pytest.mark.parametrize(
-    ("program", "code", "said"),
+    ("program", "code", "message"),
     [
         ("raise SystemExit(3)", 3, ""),
         ("1 / 0", 1, "ZeroDivisionError"),
@@ -57,10 +57,10 @@ def test_a_program_reads_its_input_prints_and_imports(way):
     ],
 )
 @confined
-def test_an_error_is_the_programs_own(program, code, said):
+def test_an_error_is_the_programs_own(program, code, message):
     ran = run_python(program)
     assert ran.exit_code == code
-    assert said in ran.stderr
+    assert message in ran.stderr
     assert not ran.ok
 
 
@@ -251,7 +251,7 @@ def test_a_child_that_survives_the_limits_is_killed_with_its_session():
 # ---- what cannot work
 
 
-def test_where_a_system_cannot_confine_this_is_said_and_how_to_go_on(monkeypatch):
+def test_where_a_system_cannot_confine_the_error_names_the_alternative(monkeypatch):
     monkeypatch.setattr(confine, "can_confine", lambda: False)
     with pytest.raises(UserError, match=r"cannot confine .* Limits\(confined=False\)"):
         run_python("print(1)")
@@ -259,7 +259,7 @@ def test_where_a_system_cannot_confine_this_is_said_and_how_to_go_on(monkeypatch
 
 
 @confined
-def test_limits_too_small_to_start_are_told_from_a_failing_program():
+def test_limits_too_small_to_start_are_not_mistaken_for_a_failing_program():
     with pytest.raises(RewardError, match="the sandbox did not start"):
         run_python("print(1)", limits=Limits(open_files=0))
     with pytest.raises(UserError, match="limit is 0 s"):

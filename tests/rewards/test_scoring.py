@@ -112,17 +112,17 @@ def test_correct_is_what_no_reward_denies(verdicts, expected):
     assert Scorer(parts)("p", "c", {}).is_correct is expected
 
 
-def test_rewards_of_one_name_are_told_apart():
+def test_rewards_of_one_name_get_numbers():
     scorer = Scorer([RewardConfig("keyword_reward", params={"keywords": [k]}) for k in ("sun", "moon")])
     assert scorer("p", "the moon", {}).scores == {"keyword_reward": 0.0, "keyword_reward_2": 1.0}
 
 
 def test_the_penalty_stands_in_for_the_reward_and_is_weighted_like_it():
-    asked = []
-    reward(name="asked")(lambda prompt, completion, example: asked.append(completion) or 1.0)
-    config = RewardConfig("asked", weight=2, verifiers=["no_empty_response"], verifier_penalty=-0.5)
+    scored = []
+    reward(name="recorded")(lambda prompt, completion, example: scored.append(completion) or 1.0)
+    config = RewardConfig("recorded", weight=2, verifiers=["no_empty_response"], verifier_penalty=-0.5)
     assert rewards(config, "text", " ") == [2.0, -1.0]
-    assert asked == ["text"]
+    assert scored == ["text"]
 
 
 def test_a_penalty_that_a_weight_of_0_silences_is_pointed_out(caplog):
@@ -196,7 +196,7 @@ def test_plain_async_and_batched_functions_score_alike_and_in_order(fn, settings
     assert call_reward(fn, "p", "four", {}) == Scored(4.0)
 
 
-def test_a_batched_function_is_told_what_was_cut_off_and_takes_params_and_shared_keywords():
+def test_a_batched_function_gets_truncated_flags_params_and_shared_keywords():
     seen = []
 
     @reward
@@ -204,8 +204,8 @@ def test_a_batched_function_is_told_what_was_cut_off_and_takes_params_and_shared
         seen.append((prompts, completions, examples, truncated, turns, tokenizer))
         return [scale * t for t in truncated]
 
-    asked = [Request("p", "a", {"n": 1}, truncated=True), Request("q", "b", {"n": 2}, extra={"turns": 4})]
-    scored = Scorer(RewardConfig("curious", params={"scale": 3})).score(asked, tokenizer="T")
+    wanted = [Request("p", "a", {"n": 1}, truncated=True), Request("q", "b", {"n": 2}, extra={"turns": 4})]
+    scored = Scorer(RewardConfig("curious", params={"scale": 3})).score(wanted, tokenizer="T")
     assert [s.reward for s in scored] == [3, 0]
     assert seen == [(["p", "q"], ["a", "b"], [{"n": 1}, {"n": 2}], [True, False], [None, 4], "T")]
 
@@ -275,13 +275,13 @@ def test_a_reward_that_raises_shows_the_prompt_and_the_completion():
         assert isinstance(caught.value.__cause__, KeyError)
 
 
-def test_a_reward_that_says_itself_what_is_wrong_keeps_its_words():
+def test_a_reward_error_raised_by_a_reward_is_passed_on():
     def strict(prompt, completion, example):
-        raise RewardError("the example has no label; mend the data")
+        raise RewardError("the example has no label; fix the data")
 
     with pytest.raises(RewardError) as caught:
         rewards(strict, "c")
-    assert str(caught.value) == "the example has no label; mend the data"
+    assert str(caught.value) == "the example has no label; fix the data"
 
 
 def test_a_scorer_inside_an_async_reward_is_refused_where_it_would_wait_for_itself():
@@ -293,7 +293,7 @@ def test_a_scorer_inside_an_async_reward_is_refused_where_it_would_wait_for_itse
     ) as caught:
         rewards(nested, "c")
     assert str(caught.value.__cause__).startswith("a Scorer was called inside an async reward;")
-    assert rewards(slow_letters, "ab") == [2]  # the loop goes on
+    assert rewards(slow_letters, "ab") == [2]  # the loop still runs
 
 
 def test_an_async_reward_that_cancels_itself_is_a_failure_like_another():
@@ -305,7 +305,7 @@ def test_an_async_reward_that_cancels_itself_is_a_failure_like_another():
     assert np.isnan(rewards(Scorer(gives_up, on_failure="unscorable"), "a")).all()
 
 
-def test_who_no_longer_waits_for_a_reward_cancels_it():
+def test_a_reward_that_is_no_longer_awaited_is_cancelled():
     seen = []
 
     async def endlessly():
@@ -374,7 +374,7 @@ def test_verifiers_stand_before_an_async_or_batched_function_in_a_scorer_only(fn
     assert rewards(config, "ab", "") == [2, 0]
 
 
-def test_exit_in_a_reward_ends_neither_the_loop_nor_a_thread_unheard():
+def test_exit_in_a_reward_is_an_error_and_does_not_end_the_loop():
     async def leaves(prompt, completion, example):
         raise SystemExit(1)
 
@@ -492,7 +492,7 @@ def test_a_reward_that_kills_its_worker_every_time_is_a_clear_error_within_five_
     assert time.perf_counter() - started < 5
 
 
-def test_a_worker_that_cannot_start_says_where_to_look(made, monkeypatch):
+def test_a_worker_that_cannot_start_is_an_error_that_says_where_to_look(made, monkeypatch):
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(
         RewardError, match="a worker process for rewards ended at its start; see why in what it wrote to"
@@ -516,7 +516,7 @@ def test_a_worker_that_leaves_a_process_with_its_pipe_is_noticed(made, tmp_path)
         os.kill(child, signal.SIGKILL)  # which are still there
 
 
-def test_what_a_reward_raises_in_a_worker_is_told_with_its_traceback(made):
+def test_an_exception_in_a_worker_is_reported_with_its_traceback(made):
     def broken(prompt, completion, example):
         return example["label"]
 
@@ -536,7 +536,7 @@ def test_a_worker_is_sent_shared_keywords_only_by_name(made):
     assert scorer.score(requests("a"), tokenizer=7)[0].scores == {"greedy": 1, "curious": 7}  # 1: truncated
 
 
-def test_a_reward_that_cannot_travel_is_refused_at_once(made):
+def test_a_reward_that_cannot_be_pickled_is_refused_at_once(made):
     lock = threading.Lock()
 
     def held(prompt, completion, example):

@@ -34,7 +34,10 @@ def validate_installation(verbose: bool = True) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command. Returns 0 if all is well, 1 if a check failed, 2 for unknown arguments."""
+    """Check this installation: textpolicy validate [--json].
+
+    Returns 0 if all is well, 1 if a check failed, 2 for unknown arguments.
+    """
     if set(arguments) & {"-h", "--help"}:
         print(USAGE)
         return 0

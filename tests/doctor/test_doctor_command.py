@@ -89,9 +89,9 @@ def test_a_number_that_is_not_finite_is_null_in_json():
 def test_the_last_lines_of_a_run_are_one_per_finding():
     assert last_lines(HOSTILE) == ["doctor: What. To change it: that."]
     assert last_lines(Report((), ("a", "b"), (("c", "why"),), 3)) == [
-        "doctor: nothing found by 2 rules; 1 rule could not be checked"
+        "doctor: nothing found by 2 rules; 1 could not be checked"
     ]
-    assert last_lines(Report((), ("a",), (), 3)) == ["doctor: nothing found by 1 rule"]
+    assert last_lines(Report((), ("a",), (), 3)) == ["doctor: nothing found by 1 rules"]
 
 
 def test_recorded_completions_are_read_back_as_they_were(tmp_path):

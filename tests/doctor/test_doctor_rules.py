@@ -317,7 +317,7 @@ def test_no_reward_dominates_where_the_total_is_not_a_sum_of_them():
 
 def test_every_rule_says_what_it_looks_for_in_a_sentence():
     for rule in RULES:
-        sentence = rule.check.__doc__
+        sentence = getattr(rule.check, "func", rule.check).__doc__
         assert sentence.startswith("Find ")
         assert sentence.endswith(".")
         assert "\n" not in sentence

@@ -15,6 +15,7 @@ from pydantic_settings import CliPositionalArg
 from ..config.flags import parse
 from ..config.settings import Section, read_values
 from ..errors import StoppedError, TextPolicyError
+from ..validate import main as validate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,29 +32,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(f"textpolicy {version('textpolicy')}")
         return 0
-    if name not in COMMANDS:
+    code = 2
+    try:
+        if name in COMMANDS:
+            return COMMANDS[name](arguments)
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        return _refuse(f"there is no command {name!r}; {hint}run 'textpolicy --help' for the list")
-    try:
-        return COMMANDS[name](arguments)
+        message = f"there is no command {name!r}; {hint}run 'textpolicy --help' for the list"
     except StoppedError as error:
-        _refuse(str(error))
-        return error.exit_code
+        message, code = str(error), error.exit_code
     except TextPolicyError as error:
-        return _refuse(str(error))
+        message = str(error)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "textpolicy":
             raise
-        return _refuse(f"the package {error.name!r} is not installed; install it with: pip install 'textpolicy[mlx]'")
+        message = f"the package {error.name!r} is not installed; install it with: pip install 'textpolicy[mlx]'"
     except KeyboardInterrupt:
-        print("textpolicy: stopped by Ctrl-C", file=sys.stderr)
-        return 130
-
-
-def _refuse(message: str) -> int:
+        message, code = "stopped by Ctrl-C", 130
     print(f"textpolicy: {message}", file=sys.stderr)
-    return 2
+    return code
 
 
 def train(arguments: list[str]) -> int:
@@ -143,13 +140,6 @@ def doctor(arguments: list[str]) -> int:
     report = examine(args.run)
     print(as_json(report) if args.as_json else full(report, str(args.run)))
     return 1 if report.findings else 0
-
-
-def validate(arguments: list[str]) -> int:
-    """Check this installation: textpolicy validate [--json]."""
-    from ..validate import main as check
-
-    return check(arguments)
 
 
 class AlgorithmsArguments(Section):

@@ -19,6 +19,31 @@ ALWAYS = 0.95  # nineteen in twenty is as good as all
 RARELY = 0.05
 UNSCORED = 0.01  # of the completions: one in a hundred is no longer an accident
 SHORT = 0.5  # of the steps
+CAUSES = {  # rule -> why groups have no signal, what to change
+    "reward_constant": (
+        "because the reward is the same number for every completion",
+        "check the reward function: print it for a good and a bad completion of one prompt",
+    ),
+    "all_truncated": (
+        "and nearly every completion was cut off{limit}",
+        "raise rollout.max_tokens, or ask for shorter answers in the prompt",
+    ),
+    "all_fail": (
+        "because nearly every completion fails",
+        "take easier problems (rollout.curriculum = 'pass_rate'), pay for partial success in the reward, "
+        "or raise rollout.group_size to find the rare success",
+    ),
+    "all_pass": (
+        "because nearly every completion is right already",
+        "take harder problems, or end the run here",
+    ),
+    "groups_agree": (
+        "though completions are neither all right nor all wrong: a prompt is always solved or never, "
+        "or the reward does not tell its completions apart",
+        "draw prompts that are solved now and then (rollout.curriculum = 'pass_rate', or algorithm.resample), "
+        "raise rollout.group_size, or compare the rewards of a right and a wrong completion",
+    ),
+}
 
 
 def no_gradient(facts: Facts) -> Finding | None:
@@ -43,57 +68,38 @@ def no_gradient(facts: Facts) -> Finding | None:
     return Finding("no_gradient", f"The adapter did not move: {what}.", change, evidence | {"truncated": share})
 
 
-def all_fail(facts: Facts) -> Finding | None:
-    """Find no-signal groups in which every completion fails."""
-    return _no_signal(
-        facts,
-        "all_fail",
-        "because nearly every completion fails",
-        "take easier problems (rollout.curriculum = 'pass_rate'), pay for partial success in the reward, "
-        "or raise rollout.group_size to find the rare success",
+def no_signal(facts: Facts, rule: str) -> Finding | None:
+    """Find too many no-signal groups, if ``rule``, a key of CAUSES, is what explains them."""
+    rows = facts.rows
+    # The steps that show it: those without a gradient, or all.
+    idle = [row for row in rows if row["updated"] == 0 and row["frac_reward_zero_std"] == 1]
+    share = mean(rows, "frac_reward_zero_std")
+    shown = idle if len(idle) > IDLE * len(rows) else rows if share > NO_SIGNAL else ()
+    if not len(values(shown, "reward_mean")):
+        return None  # too few, or nothing could be scored, which has a rule of its own
+    # One number is what a sound reward gives if all are right, or all wrong and worth nothing.
+    never_varied = (values(rows, "reward_std") < 1e-9).all() and np.ptp(values(rows, "reward_mean")) < 1e-9
+    right, reward = mean(rows, "accuracy"), mean(rows, "reward_mean")
+    sound = right == 1 or (right == 0 and reward <= 0)
+    right = mean(shown, "accuracy")  # NaN where the reward does not say
+    if mean(shown, "truncated") >= ALWAYS:
+        cause = "all_truncated"
+    elif never_varied and not sound:
+        cause = "reward_constant"
+    else:
+        cause = "all_pass" if right >= ALWAYS else "all_fail" if right <= RARELY else "groups_agree"
+    if cause != rule:
+        return None
+    because, change = CAUSES[rule]
+    steps_idle = sum(row["updated"] == 0 for row in rows)
+    what = (
+        f"{share:.0%} of the groups had no signal, one reward for all their completions{_rewards(shown)}, "
+        f"{because.format(limit=at_limit(facts))}; {steps_idle} of {len(rows)} steps had no gradient at all."
     )
-
-
-def all_pass(facts: Facts) -> Finding | None:
-    """Find no-signal groups in which every completion passes."""
-    return _no_signal(
-        facts,
-        "all_pass",
-        "because nearly every completion is right already",
-        "take harder problems, or end the run here",
-    )
-
-
-def all_truncated(facts: Facts) -> Finding | None:
-    """Find no-signal groups in which every completion was cut off."""
-    return _no_signal(
-        facts,
-        "all_truncated",
-        f"and nearly every completion was cut off{at_limit(facts)}",
-        "raise rollout.max_tokens, or ask for shorter answers in the prompt",
-    )
-
-
-def reward_constant(facts: Facts) -> Finding | None:
-    """Find no-signal groups under a reward that is always the same number."""
-    return _no_signal(
-        facts,
-        "reward_constant",
-        "because the reward is the same number for every completion",
-        "check the reward function: print it for a good and a bad completion of one prompt",
-    )
-
-
-def groups_agree(facts: Facts) -> Finding | None:
-    """Find no-signal groups though completions are neither all right nor all wrong."""
-    return _no_signal(
-        facts,
-        "groups_agree",
-        "though completions are neither all right nor all wrong: a prompt is always solved or never, "
-        "or the reward does not tell its completions apart",
-        "draw prompts that are solved now and then (rollout.curriculum = 'pass_rate', or algorithm.resample), "
-        "raise rollout.group_size, or compare the rewards of a right and a wrong completion",
-    )
+    known = {key: mean(shown, key) for key in ("accuracy", "truncated", "reward_mean", "reward_std")}
+    evidence = {"agreeing_groups": share, "idle_steps": steps_idle, "steps": len(rows)}
+    examples = facts.completions.examples() if facts.completions else ()
+    return Finding(rule, what, change, evidence | {k: v for k, v in known.items() if not np.isnan(v)}, examples)
 
 
 def unscorable(facts: Facts) -> Finding | None:
@@ -128,42 +134,6 @@ def short_batches(facts: Facts) -> Finding | None:
     )
     change = "take problems that are solved now and then, or raise algorithm.resample"
     return Finding("short_batches", what, change, {"short_steps": short, "prompt_draws": draws})
-
-
-def _no_signal(facts: Facts, name: str, because: str, change: str) -> Finding | None:
-    """Return the finding ``name`` if it is what explains the no-signal groups."""
-    cause, shown = _cause(facts)
-    if cause != name:
-        return None
-    idle = sum(row["updated"] == 0 for row in facts.rows)
-    share = mean(facts.rows, "frac_reward_zero_std")
-    what = (
-        f"{share:.0%} of the groups had no signal, one reward for all their completions{_rewards(shown)}, {because}; "
-        f"{idle} of {len(facts.rows)} steps had no gradient at all."
-    )
-    known = {key: mean(shown, key) for key in ("accuracy", "truncated", "reward_mean", "reward_std")}
-    evidence = {"agreeing_groups": share, "idle_steps": idle, "steps": len(facts.rows)}
-    examples = facts.completions.examples() if facts.completions else ()
-    return Finding(name, what, change, evidence | {k: v for k, v in known.items() if not np.isnan(v)}, examples)
-
-
-def _cause(facts: Facts) -> tuple[str, Sequence[Row]]:
-    """Return the rule that explains the no-signal groups, with the steps that show it; ("", ()) without too many."""
-    rows = facts.rows
-    idle = [row for row in rows if row["updated"] == 0 and row["frac_reward_zero_std"] == 1]
-    too_many = mean(rows, "frac_reward_zero_std") > NO_SIGNAL
-    shown = idle if len(idle) > IDLE * len(rows) else rows if too_many else ()
-    if not len(values(shown, "reward_mean")):
-        return "", ()  # nothing could be scored, which has a rule of its own
-    if mean(shown, "truncated") >= ALWAYS:
-        return "all_truncated", shown
-    never_varied = (values(rows, "reward_std") < 1e-9).all() and np.ptp(values(rows, "reward_mean")) < 1e-9
-    # One number is what a sound reward gives if all are right, or all wrong and worth nothing.
-    right, reward = mean(rows, "accuracy"), mean(rows, "reward_mean")
-    if never_varied and not (right == 1 or (right == 0 and reward <= 0)):
-        return "reward_constant", shown
-    right = mean(shown, "accuracy")  # NaN where the reward does not say
-    return "all_pass" if right >= ALWAYS else "all_fail" if right <= RARELY else "groups_agree", shown
 
 
 def _rewards(rows: Sequence[Row]) -> str:

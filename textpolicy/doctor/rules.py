@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from . import gradient, movement, sampled
@@ -21,15 +22,11 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A function from facts to a finding of the same name; its docstring is the rule in a sentence."""
+    """A function from facts to a finding of the rule's name, and the facts it needs."""
 
+    name: str
     check: Callable[[Facts], Finding | None]
     needs: tuple[Need, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """The name of the function."""
-        return self.check.__name__
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,29 +57,25 @@ NAMED_REWARDS = Need(
 )
 
 RULES: tuple[Rule, ...] = (
-    Rule(gradient.no_gradient, (MOVED,)),
-    Rule(gradient.not_finite, (MOVED,)),
-    Rule(gradient.unscorable, (_column("unscorable"),)),
-    Rule(gradient.reward_constant, (MOVED,)),
-    Rule(gradient.all_truncated, (MOVED,)),
-    Rule(gradient.all_fail, (MOVED,)),
-    Rule(gradient.all_pass, (MOVED,)),
-    Rule(gradient.groups_agree, (MOVED,)),
-    Rule(gradient.short_batches, (_column("batch_full"),)),
-    Rule(sampled.stop_never_learned, (_column("truncated"),)),
-    Rule(sampled.truncation, (_column("truncated"),)),
-    Rule(sampled.empty_completions, (RECORDED,)),
-    Rule(sampled.repeated_completions, (RECORDED,)),
-    Rule(sampled.looping_completions, (RECORDED,)),
-    Rule(sampled.entropy_collapse, (_column("entropy"), _steps(3))),
-    Rule(sampled.format_without_answers, (RECORDED, _column("accuracy"), _steps(6))),
-    Rule(sampled.one_part_dominates, (RECORDED, NAMED_REWARDS)),
-    Rule(movement.on_policy_gap, (_column("on_policy_gap_mean"),)),
-    Rule(movement.clips_most, (_column("clip_fraction_high"),)),
-    Rule(movement.clips_nothing, (_column("clip_fraction_high"),)),
-    Rule(movement.held_out_falls, (EVALUATED, _steps(6))),
-    Rule(movement.learning_rate_high, (MOVED,)),
-    Rule(movement.learning_rate_low, (_column(movement.MEASURED), _steps(4))),
+    Rule("no_gradient", gradient.no_gradient, (MOVED,)),
+    Rule("not_finite", gradient.not_finite, (MOVED,)),
+    Rule("unscorable", gradient.unscorable, (_column("unscorable"),)),
+    *(Rule(name, partial(gradient.no_signal, rule=name), (MOVED,)) for name in gradient.CAUSES),
+    Rule("short_batches", gradient.short_batches, (_column("batch_full"),)),
+    Rule("stop_never_learned", sampled.stop_never_learned, (_column("truncated"),)),
+    Rule("truncation", sampled.truncation, (_column("truncated"),)),
+    Rule("empty_completions", sampled.empty_completions, (RECORDED,)),
+    Rule("repeated_completions", sampled.repeated_completions, (RECORDED,)),
+    Rule("looping_completions", sampled.looping_completions, (RECORDED,)),
+    Rule("entropy_collapse", sampled.entropy_collapse, (_column("entropy"), _steps(3))),
+    Rule("format_without_answers", sampled.format_without_answers, (RECORDED, _column("accuracy"), _steps(6))),
+    Rule("one_part_dominates", sampled.one_part_dominates, (RECORDED, NAMED_REWARDS)),
+    Rule("on_policy_gap", movement.on_policy_gap, (_column("on_policy_gap_mean"),)),
+    Rule("clips_most", movement.clips_most, (_column("clip_fraction_high"),)),
+    Rule("clips_nothing", movement.clips_nothing, (_column("clip_fraction_high"),)),
+    Rule("held_out_falls", movement.held_out_falls, (EVALUATED, _steps(6))),
+    Rule("learning_rate_high", movement.learning_rate_high, (MOVED,)),
+    Rule("learning_rate_low", movement.learning_rate_low, (_column(movement.MEASURED), _steps(4))),
 )
 
 

@@ -20,11 +20,6 @@ def rollouts_path(run: Path, step: int) -> Path:
     return run / ROLLOUTS / f"step-{step:06d}.parquet"
 
 
-def evals_path(run: Path, split: str, steps: int, sampled: bool) -> Path:
-    """Return the path for the held-out completions, greedy or ``sampled``, of an evaluation after ``steps`` steps."""
-    return run / EVALS / f"{split}{'-sampled' if sampled else ''}-{steps:06d}.parquet"
-
-
 def parquet_files(folder: Path) -> list[Path]:
     """Return the complete Parquet files of ``folder``, sorted; an empty list if the folder does not exist."""
     return sorted(folder.glob("[!.]*.parquet"))

@@ -16,11 +16,7 @@ class PromptRow:
     prompt_index: int
     count: tuple[int, int]  # scored completions
     reward: tuple[float, float]  # their mean
-
-    @property
-    def change(self) -> float:
-        """The difference of the two mean rewards."""
-        return self.reward[1] - self.reward[0]
+    change: float  # of the mean
 
 
 def compare(first: pa.Table, second: pa.Table) -> list[PromptRow]:
@@ -31,7 +27,10 @@ def compare(first: pa.Table, second: pa.Table) -> list[PromptRow]:
         means = scored.group_by("prompt_index").aggregate([("reward", "count"), ("reward", "mean")])
         found.append({row["prompt_index"]: (row["reward_count"], row["reward_mean"]) for row in means.to_pylist()})
     a, b = found
-    rows = [PromptRow(i, (a[i][0], b[i][0]), (a[i][1], b[i][1])) for i in sorted(a.keys() & b.keys())]
+    rows: list[PromptRow] = []
+    for prompt in sorted(a.keys() & b.keys()):
+        (n, before), (m, after) = a[prompt], b[prompt]
+        rows.append(PromptRow(prompt, (n, m), (before, after), after - before))
     return sorted(rows, key=lambda row: -abs(row.change))
 
 

@@ -57,7 +57,9 @@ class RecordedRun:
         for name, found in rows.items():
             path = self.folder / name
             lines = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.is_file() else []
-            found += [_row(line, f"line {n} of {path}") for n, line in enumerate(lines, 1) if line.strip()]
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    found.append(_row(line, f"line {number} of {path}"))
         held_out = [{**row, "split": "validation"} for row in rows[layout.MATH_EVALS]]  # as the run driver calls them
         return [*rows[layout.METRICS], *held_out]
 
@@ -137,23 +139,19 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({error}); remove the line") from error
-    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
+    if not isinstance(row, dict) or not isinstance(kind := row.get("kind"), str):
         raise UserError(f"{where} is not a row of a run (an object with a kind); remove the line")
-    if row["kind"] == "train":  # train_math also writes words, and null where nothing could be scored
+    if kind == "train":  # train_math also writes words, and null where nothing could be scored
         row = {name: value for name, value in row.items() if value is not None and name not in _WORDS}
-    needed: dict[str, Any] = {name: row.get(name) for name in _NEEDED.get(row["kind"], ())}
-    if wrong := [name for name, v in needed.items() if not (_is_number(v) and math.isfinite(v))]:
+    # A metric may be NaN or infinite; an integer has 64 bits.
+    numbers = {k: v for k, v in row.items() if isinstance(v, float) or (isinstance(v, int) and abs(v) < 2**63)}
+    if wrong := [name for name in _NEEDED.get(kind, ()) if not math.isfinite(numbers.get(name, math.nan))]:
         raise UserError(f"{where} has no number as its {wrong[0]}; remove the line")
-    if row["kind"] == "train" and (odd := [name for name, v in row.items() if name != "kind" and not _is_number(v)]):
+    if kind == "train" and (odd := [name for name in row if name != "kind" and name not in numbers]):
         raise UserError(f"{where} has a metric that is not a number ({odd[0][:_LONGEST]!r}); remove the line")
-    if row["kind"] in _EVALUATIONS and not isinstance(row.get("split"), str):
+    if kind in _EVALUATIONS and not isinstance(row.get("split"), str):
         raise UserError(f"{where} does not name its split; remove the line")
     return row
-
-
-def _is_number(value: object) -> bool:
-    """Return whether ``value`` is a float, NaN and infinities included, or an integer of 64 bits."""
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from .._system.files import fill_whole
 from ..loop.metrics import Row
 from ..types import Episode
 from . import layout
+from .sinks import Sink
 
 Spell = Callable[[np.ndarray], Sequence[str]]  # (T,) token ids -> the text of each
 # A file is one step, so there is nothing to skip by statistics, and Zstandard alone beats dictionaries.
@@ -22,24 +24,21 @@ _COMPACT: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Recorder:
+@dataclass(frozen=True)
+class Recorder(Sink):
     """Write each step's completions to a file of their own, atomically, before the next step begins."""
 
-    def __init__(self, run: Path, spell: Spell) -> None:
-        """Record into the run folder ``run``; ``spell`` gives each token's text, as ``TextGenerationEnv.pieces``."""
-        self._run, self._spell = run, spell
+    run: Path  # its folder
+    spell: Spell  # gives each token's text, as ``TextGenerationEnv.pieces``
 
     def step(self, step: int, row: Row, episodes: Sequence[Episode]) -> None:
         """Write the completions of a training step."""
-        self._write(layout.rollouts_path(self._run, step), step, "train", episodes)
+        self._write(layout.rollouts_path(self.run, step), step, "train", episodes)
 
     def evaluated(self, step: int, split: str, row: Mapping[str, Any], episodes: Sequence[Episode]) -> None:
-        """Write the completions of an evaluation."""
-        sampled = any(e.temperature != 0 for e in episodes)
-        self._write(layout.evals_path(self._run, split, step, sampled), step, split, episodes)
-
-    def close(self) -> None:
-        """Do nothing: every file is complete."""
+        """Write the held-out completions of an evaluation after ``step`` steps."""
+        kind = f"{split}-sampled" if any(e.temperature != 0 for e in episodes) else split
+        self._write(self.run / layout.EVALS / f"{kind}-{step:06d}.parquet", step, split, episodes)
 
     def _write(self, path: Path, step: int, split: str, episodes: Sequence[Episode]) -> None:
         """Write the ``episodes`` as rows of ``layout.schema`` to the Parquet file ``path``."""
@@ -72,7 +71,7 @@ class Recorder:
             "advantage": [e.credited and e.credited.advantage for e in episodes],
             "prompt_tokens": [e.tokens[:n] for e, n in pairs],
             "tokens": [e.tokens[n:] for e, n in pairs],
-            "pieces": [[_storable(piece) for piece in self._spell(e.tokens[n:])] for e, n in pairs],
+            "pieces": [[_storable(piece) for piece in self.spell(e.tokens[n:])] for e, n in pairs],
             "sampled": [None if e.mask[n:].all() else e.mask[n:] for e, n in pairs],
             "logprobs": [e.logprobs[n:] for e, n in pairs],
             # Rounding to half precision halves the bytes on disk.

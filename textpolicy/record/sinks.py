@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..loop.metrics import Row
@@ -25,26 +26,27 @@ class Sink(Protocol):
         """
 
     def close(self) -> None:
-        """Finish; called once, however the run ended."""
+        """Finish; called once, however the run ended. A sink with nothing to finish inherits this."""
+        return
 
 
-class Sinks:
+@dataclass(frozen=True)
+class Sinks(Sink):
     """Several sinks as one; each is called in order."""
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._sinks = tuple(sinks)
+    sinks: Sequence[Sink]
 
     def step(self, step: int, row: Row, episodes: Sequence[Episode]) -> None:
         """Pass a training step to every sink."""
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.step(step, row, episodes)
 
     def evaluated(self, step: int, split: str, row: Mapping[str, Any], episodes: Sequence[Episode]) -> None:
         """Pass an evaluation to every sink."""
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.evaluated(step, split, row, episodes)
 
     def close(self) -> None:
         """Close every sink."""
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.close()

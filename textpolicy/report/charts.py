@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,7 @@ _WINDOW = 20  # a noisy curve is also shown as its mean over this part of the st
 
 def line_chart(curves: Sequence[Series], label: str, *, smooth: bool = False, share: bool = False) -> str:
     """Draw the ``curves`` with their bands; ``smooth`` adds running means, ``share`` fixes the axis to 0 to 1."""
-
-    def draw(axes: Any) -> None:
+    with _axes(label + "".join(c.name for c in curves), _SIZE[1]) as (axes, svg):
         for i, curve in enumerate(curves):
             colour, name = _COLOURS[i % len(_COLOURS)], _in_lines(curve.name, 40)
             few = len(curve.steps) <= 30
@@ -57,17 +57,14 @@ def line_chart(curves: Sequence[Series], label: str, *, smooth: bool = False, sh
             axes.set_ylim(-0.03, 1.03)
         if len(curves) > 1:
             axes.legend(fontsize=8)
-
-    return _svg(draw, label + "".join(c.name for c in curves))
+    return _for_page(svg)
 
 
 def stacked_bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], label: str) -> str:
     """Draw one horizontal bar per name, made of ``parts``."""
-
     labels, places = [_in_lines(name, 26) for name in names], np.arange(len(names))  # names may be equal once cut
     lines = max(label.count("\n") + 1 for label in labels)
-
-    def draw(axes: Any) -> None:
+    with _axes(label, 0.9 + (0.2 + 0.15 * lines) * len(names)) as (axes, svg):
         left = np.zeros(len(names))
         for i, (part, values) in enumerate(parts.items()):
             axes.barh(places, values, left=left, color=_COLOURS[i % len(_COLOURS)], height=0.6, label=part)
@@ -76,8 +73,7 @@ def stacked_bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], lab
         axes.invert_yaxis()
         axes.set(xlabel=label)
         axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(parts))
-
-    return _svg(draw, label, height=0.9 + (0.2 + 0.15 * lines) * len(names))
+    return _for_page(svg)
 
 
 def running_width(steps: int) -> int:
@@ -96,22 +92,23 @@ def _in_lines(name: str, width: int) -> str:
     return textwrap.fill(name, width, max_lines=3, placeholder=" ...", break_on_hyphens=False)
 
 
-def _svg(draw: Callable[[Any], None], salt: str, height: float = _SIZE[1]) -> str:
-    """Return what ``draw`` puts on axes as an SVG element, sized and coloured by the page.
-
-    ``salt`` makes its ids differ from those of other charts.
-    """
+@contextmanager
+def _axes(salt: str, height: float) -> Iterator[tuple[Any, io.StringIO]]:
+    """Give axes in the style of the page, and the text that has their SVG afterwards; ``salt`` makes its ids unique."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     style: Any = {**_STYLE, "svg.hashsalt": salt}
     with mpl.rc_context(style):
-        figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
-        draw(figure.subplots())
-        out = io.StringIO()
+        figure, out = Figure(figsize=(_SIZE[0], height), layout="constrained"), io.StringIO()
+        yield figure.subplots(), out
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = out.getvalue()
-    element = svg[svg.index("<svg") :]
+
+
+def _for_page(svg: io.StringIO) -> str:
+    """Return the SVG element alone, sized and coloured by the page."""
+    text = svg.getvalue()
+    element = text[text.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     element = re.sub(r'<g id="[^"]*">', "<g>", element)  # other charts have the same ids
     element = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", element, count=1)

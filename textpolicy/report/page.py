@@ -66,15 +66,39 @@ def report_html(folders: Sequence[Path]) -> str:
 
     runs = [load_run(folder) for folder in folders]
     arms = arms_of(runs)
+    table: list[dict[str, Any]] = []
+    for run in runs:
+        rows = [r for r in run.rows if r["kind"] == "train"]
+        evaluations = [r for r in run.rows if r["kind"] == "eval"]
+        tests = [r for r in evaluations if r["split"] == "test"]  # before, and of the kept adapter
+        tests = tests or evaluations[:1] + (evaluations[-1:] if run.summary else [])  # train_math has no others
+        after = tests[-1] if len(tests) > 1 else None
+        table.append(
+            {
+                "name": run.folder.resolve().name,
+                "settings": flat(run.config),
+                "seed": run.config.get("seed"),
+                "model": run.config.get("model"),
+                "steps": len(rows),
+                "over": after is not None,
+                "before": tests[0]["accuracy"] if tests else None,
+                "after": after and after["accuracy"],
+                "problems": tests[0]["problems"] if tests else None,
+                "kept_step": after and after["step"],
+                "seconds": sum(r["sample_seconds"] + r["update_seconds"] for r in rows),
+                "tokens": sum(r["sampled_tokens"] for r in rows),
+                "memory": max((r["peak_memory_bytes"] for r in rows if "peak_memory_bytes" in r), default=None),
+            }
+        )
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("report.html").render(
         title=" and ".join(arm.name for arm in arms),
-        runs=[_facts(run) for run in runs],
-        differing=differences([flat(run.config) for run in runs]),
+        runs=table,
+        differing=differences([run["settings"] for run in table]),
         charts=[(title, Markup(svg)) for title, svg in _charts(arms)],
         bands=any(len(arm.runs) > 1 for arm in arms),
-        smoothed=any(running_width(sum(row["kind"] == "train" for row in run.rows)) > 1 for run in runs),
+        smoothed=any(running_width(run["steps"]) > 1 for run in table),
         prompts=[shown for run in runs if (shown := _prompts(run)) is not None],
     )
 
@@ -114,30 +138,6 @@ def _curves(arms: Sequence[Arm], values: Callable[[RecordedRun], dict[float, flo
     """Return a curve of the ``values`` for each arm whose runs have any step in common."""
     found = [series(arm, [values(run) for run in arm.runs], arm.name + suffix) for arm in arms]
     return [curve for curve in found if curve is not None]
-
-
-def _facts(run: RecordedRun) -> dict[str, Any]:
-    """Return the row of one run in the table of runs."""
-    rows = [r for r in run.rows if r["kind"] == "train"]
-    evaluations = [r for r in run.rows if r["kind"] == "eval"]
-    tests = [r for r in evaluations if r["split"] == "test"]  # before, and of the kept adapter
-    tests = tests or evaluations[:1] + (evaluations[-1:] if run.summary else [])  # of train_math, which has no others
-    after = tests[-1] if len(tests) > 1 else None
-    return {
-        "name": run.folder.resolve().name,
-        "settings": flat(run.config),
-        "seed": run.config.get("seed"),
-        "model": run.config.get("model"),
-        "steps": len(rows),
-        "over": after is not None,
-        "before": tests[0]["accuracy"] if tests else None,
-        "after": after and after["accuracy"],
-        "problems": tests[0]["problems"] if tests else None,
-        "kept_step": after and after["step"],
-        "seconds": sum(r["sample_seconds"] + r["update_seconds"] for r in rows),
-        "tokens": sum(r["sampled_tokens"] for r in rows),
-        "memory": max((r["peak_memory_bytes"] for r in rows if "peak_memory_bytes" in r), default=None),
-    }
 
 
 def _prompts(run: RecordedRun) -> dict[str, Any] | None:

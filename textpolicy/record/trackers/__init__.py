@@ -21,24 +21,18 @@ def require(settings: TrackingSettings) -> None:
 
 def open_trackers(config: Config, folder: Path) -> list[Sink]:
     """Open a sink for each tracker that ``config`` names, for the run in ``folder``. Raises MissingDependencyError."""
+    from . import mlflow, tensorboard, trackio, weights_and_biases
+
     settings, resolved = config.tracking, config.model_dump(mode="json")
     sinks: list[Sink] = []
     for name in settings.to:
         match name:
             case "tensorboard":
-                from .tensorboard import TensorBoard
-
-                sinks.append(TensorBoard(folder))
+                sinks.append(tensorboard.start(folder))
             case "wandb":
-                from .weights_and_biases import WeightsAndBiases
-
-                sinks.append(WeightsAndBiases(settings, folder, resolved))
+                sinks.append(weights_and_biases.start(settings, folder, resolved))
             case "trackio":
-                from .trackio import Trackio
-
-                sinks.append(Trackio(settings, folder, resolved))
+                sinks.append(trackio.start(settings, folder, resolved))
             case _:
-                from .mlflow import MLflow
-
-                sinks.append(MLflow(settings, folder, resolved))
+                sinks.append(mlflow.start(settings, folder, resolved))
     return sinks

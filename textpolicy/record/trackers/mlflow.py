@@ -21,46 +21,37 @@ logger = logging.getLogger(__name__)
 _LONGEST = 500  # characters of a parameter that every store takes
 
 
-class MLflow(Tracker):
-    """A run in RUN/mlflow, unless ``settings.uri`` names a server or another store."""
+def start(settings: TrackingSettings, folder: Path, config: Mapping[str, Any]) -> Tracker:
+    """Start a run in RUN/mlflow, or in the server or store of ``settings.uri``. Raises MissingDependencyError."""
+    tracking, entities = extra("mlflow.tracking", INSTALL), extra("mlflow.entities", INSTALL)
+    refusal: type[Exception] = extra("mlflow.exceptions", INSTALL).MlflowException
+    if settings.uri is None:  # files need no database, but MLflow wants explicit permission
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = tracking.MlflowClient(settings.uri or (folder / "mlflow").absolute().as_uri())
+    known = client.get_experiment_by_name(settings.project)
+    experiment = known.experiment_id if known else client.create_experiment(settings.project)
+    run = client.create_run(experiment, run_name=settings.name or folder.name).info.run_id
+    client.log_batch(run, params=[entities.Param(k, str(v)[:_LONGEST]) for k, v in flat(config).items()])
+    lost = False
 
-    def __init__(self, settings: TrackingSettings, folder: Path, config: Mapping[str, Any]) -> None:
-        """Create an MLflow run and log its parameters. Raises MissingDependencyError."""
-        tracking, self._entities = extra("mlflow.tracking", INSTALL), extra("mlflow.entities", INSTALL)
-        self._refusal: type[Exception] = extra("mlflow.exceptions", INSTALL).MlflowException
-        self._lost = False
-        if settings.uri is None:  # files need no database, but MLflow wants explicit permission
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        self._client = tracking.MlflowClient(settings.uri or (folder / "mlflow").absolute().as_uri())
-        known = self._client.get_experiment_by_name(settings.project)
-        experiment = known.experiment_id if known else self._client.create_experiment(settings.project)
-        self._run = self._client.create_run(experiment, run_name=settings.name or folder.name).info.run_id
-        parameters = [self._entities.Param(k, str(v)[:_LONGEST]) for k, v in flat(config).items()]
-        self._client.log_batch(self._run, params=parameters)
+    def send(call: Callable[..., object], **arguments: Any) -> None:
+        """Call the server; after its first failure warn once and stop, for the run folder has every metric."""
+        nonlocal lost
+        if lost:
+            return
+        try:
+            call(run, **arguments)
+        except refusal as error:
+            lost = True
+            logger.warning("MLflow gets no more metrics of this run, which are in its folder: %s", error)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log ``metrics`` at ``step``.
-
-        MLflow allows letters, digits and a few signs in a name, and no metric inside another: other signs become "_"
-        and a second "/" becomes ".".
-        """
+    def log(step: int, metrics: dict[str, float]) -> None:
+        """Log ``metrics``, in whose names MLflow allows letters, digits and a few signs, and only one "/"."""
         now, batch = int(1000 * time.time()), []  # ms
         for name, value in metrics.items():
             split, _, metric = name.partition("/")
             allowed = split + "/" + re.sub(r"[^\w. :-]", "_", metric.replace("/", "."))
-            batch.append(self._entities.Metric(allowed, value, now, step))
-        self._send(self._client.log_batch, metrics=batch)
+            batch.append(entities.Metric(allowed, value, now, step))
+        send(client.log_batch, metrics=batch)
 
-    def close(self) -> None:
-        """Mark the MLflow run as finished."""
-        self._send(self._client.set_terminated)
-
-    def _send(self, call: Callable[..., object], **arguments: Any) -> None:
-        """Call the server; after its first failure warn once and stop, for the run folder has every metric."""
-        if self._lost:
-            return
-        try:
-            call(self._run, **arguments)
-        except self._refusal as error:
-            self._lost = True
-            logger.warning("MLflow gets no more metrics of this run, which are in its folder: %s", error)
+    return Tracker(log, lambda: send(client.set_terminated))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ...loop.metrics import Row
@@ -13,8 +13,13 @@ INSTALL = "textpolicy[trackers]"
 _LABELS = ("kind", "step", "split")  # keys of a row of metrics.jsonl that are not metrics
 
 
-class Tracker(ABC):
-    """The base of a tracker, which logs the metrics of a step or an evaluation in its own way."""
+@dataclass(frozen=True)
+class Tracker:
+    """The sink of one tracker, made of its functions; ``flush`` is called after each evaluation."""
+
+    log: Callable[[int, dict[str, float]], object]  # (step, metrics by name)
+    close: Callable[[], None]
+    flush: Callable[[], object] | None = None
 
     def step(self, step: int, row: Row, episodes: Sequence[Episode]) -> None:
         """Log every metric of a training step as "train/NAME"."""
@@ -23,11 +28,5 @@ class Tracker(ABC):
     def evaluated(self, step: int, split: str, row: Mapping[str, Any], episodes: Sequence[Episode]) -> None:
         """Log every metric of an evaluation as "validation/NAME" or "test/NAME"; "@" becomes "_at_"."""
         self.log(step, {f"{split}/{k.replace('@', '_at_')}": float(v) for k, v in row.items() if k not in _LABELS})
-
-    @abstractmethod
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send ``metrics`` to the tracker."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """End the tracker's run."""
+        if self.flush is not None:
+            self.flush()

@@ -14,29 +14,20 @@ if TYPE_CHECKING:
     from ...config.settings import TrackingSettings
 
 
-class WeightsAndBiases(Tracker):
-    """A wandb run with its files in RUN/wandb; account and server are wandb's own (`wandb login`)."""
+def start(settings: TrackingSettings, folder: Path, config: Mapping[str, Any]) -> Tracker:
+    """Start a wandb run with its files in RUN/wandb; account and server are wandb's own (`wandb login`).
 
-    def __init__(self, settings: TrackingSettings, folder: Path, config: Mapping[str, Any]) -> None:
-        """Start a wandb run. Raises MissingDependencyError, and UserError where wandb refuses."""
-        wandb = extra("wandb", INSTALL)
-        mode = "offline" if settings.offline else None
-        about = {"project": settings.project, "name": settings.name or folder.name, "config": dict(config)}
-        try:
-            self._run = wandb.init(dir=str(folder), mode=mode, **about)
-        except wandb.errors.Error as error:
-            raise UserError(
-                f"wandb cannot start a run ({error}); log in with 'wandb login', or set tracking.offline to true"
-            ) from error
-        self._run.define_metric("step")
-        self._run.define_metric(
-            "*", step_metric="step"
-        )  # the last evaluation, of the kept adapter, has an earlier step
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log ``metrics`` beside their ``step``."""
-        self._run.log({"step": step, **metrics})
-
-    def close(self) -> None:
-        """End the wandb run."""
-        self._run.finish()
+    Raises MissingDependencyError, and UserError where wandb refuses.
+    """
+    wandb = extra("wandb", INSTALL)
+    mode = "offline" if settings.offline else None
+    about = {"project": settings.project, "name": settings.name or folder.name, "config": dict(config)}
+    try:
+        run = wandb.init(dir=str(folder), mode=mode, **about)
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"wandb cannot start a run ({error}); log in with 'wandb login', or set tracking.offline to true"
+        ) from error
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")  # the last evaluation, of the kept adapter, has an earlier step
+    return Tracker(lambda step, metrics: run.log({"step": step, **metrics}), run.finish)

@@ -1,11 +1,14 @@
-"""A learning curve small enough for the top of a page, as points of an SVG line, without a plotting library."""
+"""Learning curves small enough for the top of a page, as points of SVG lines, without a plotting library."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 WIDTH, HEIGHT, MARGIN = 320, 72, 4
+_METRICS = {"reward_mean": "reward", "accuracy": "correct in training", "entropy": "entropy", "length_mean": "length"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,17 +22,24 @@ class Curve:
     last: float
 
 
-def curve(name: str, steps: Sequence[float], values: Sequence[float]) -> Curve | None:
-    """Return the curve; None if there are fewer than two points."""
-    if len(values) < 2:
-        return None
-    low, high = min(values), max(values)
-    first, span, rise = steps[0], (steps[-1] - steps[0]) or 1, (high - low) or 1
-    places = [
-        (
-            MARGIN + (WIDTH - 2 * MARGIN) * (step - first) / span,
-            HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * (value - low) / rise,
-        )
-        for step, value in zip(steps, values, strict=True)
-    ]
-    return Curve(name, " ".join(f"{x:.1f},{y:.1f}" for x, y in places), low, high, values[-1])
+def curves(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    """Return the curves of a run from the rows of its metrics.jsonl; one needs at least two points."""
+    evaluations = [r for r in rows if r["kind"] == "eval" and r["split"] == "validation"]
+    drawn = [("validation, greedy", [(r["step"], r["accuracy"]) for r in evaluations])]
+    for name, shown in _METRICS.items():
+        known = [r for r in rows if r["kind"] == "train" and math.isfinite(r.get(name, math.nan))]
+        drawn.append((shown, [(r["step"], r[name]) for r in known]))
+    found: list[Curve] = []
+    for name, points in drawn:
+        if len(points) < 2:
+            continue
+        values = [value for _, value in points]
+        low, high, first = min(values), max(values), points[0][0]
+        span, rise = (points[-1][0] - first) or 1, (high - low) or 1
+        places: list[str] = []
+        for step, value in points:
+            x = MARGIN + (WIDTH - 2 * MARGIN) * (step - first) / span
+            y = HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * (value - low) / rise
+            places.append(f"{x:.1f},{y:.1f}")
+        found.append(Curve(name, " ".join(places), low, high, values[-1]))
+    return found

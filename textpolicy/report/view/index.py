@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
@@ -79,9 +80,13 @@ class Index:
     """The figures of every completion in one folder of a run; ``refresh`` adds what has been written since."""
 
     def __init__(self, folder: Path) -> None:
+        import pyarrow as pa
+
         self._folder = folder
         self.files: list[Path] = []  # the column "file" of ``table`` counts them
-        self.table = _empty()
+        schema = layout.schema()
+        figures = [schema.field(name) for name in FIGURES]
+        self.table = pa.schema([*figures, ("file", pa.int32()), ("row", pa.int32())]).empty_table()
         self._reading = Lock()  # requests come in threads
 
     def refresh(self) -> None:
@@ -92,17 +97,22 @@ class Index:
             files = layout.parquet_files(self._folder)
             known = set(self.files)
             if not known <= set(files):
-                self.files, self.table, known = [], _empty(), set()
+                self.files, self.table, known = [], self.table.slice(0, 0), set()
             fresh = [path for path in files if path not in known]
             if not fresh:
                 return
             with ThreadPoolExecutor(_THREADS) as pool:
-                parts = pool.map(_figures, fresh, range(len(self.files), len(self.files) + len(fresh)))
-                self.table = pa.concat_tables([self.table, *parts]).combine_chunks()
+                tables: list[pa.Table] = list(pool.map(partial(_read, columns=FIGURES), fresh))
+            placed = [self.table]
+            for number, table in enumerate(tables, len(self.files)):
+                file, row = np.full(len(table), number, np.int32), np.arange(len(table), dtype=np.int32)
+                placed.append(table.append_column("file", pa.array(file)).append_column("row", pa.array(row)))
+            self.table = pa.concat_tables(placed).combine_chunks()
             self.files += fresh
 
     def select(self, query: Query) -> pa.Table:
-        """Return the figures of the completions that match ``query``, in its order."""
+        """Return the figures of the completions that match ``query``, in its order; words match in any case."""
+        import pyarrow as pa
         import pyarrow.compute as pc
 
         table = self.table
@@ -119,8 +129,19 @@ class Index:
         ):
             if value is not None:
                 table = table.filter(pc.call_function(comparison, [table[column], value]))
-        if query.words:
-            table = self._containing(table, query.words)
+        if query.words:  # reads the texts of the files that are left
+            words = query.words
+
+            def hits(number: int) -> pa.Table:
+                texts = _read(self.files[number], SHOWN)
+                matches = [pc.match_substring(texts[name], words, ignore_case=True) for name in SHOWN]
+                rows = np.flatnonzero(pc.or_(*matches).to_numpy(zero_copy_only=False)).astype(np.int32)
+                return pa.table({"file": np.full(len(rows), number, np.int32), "row": rows})
+
+            with ThreadPoolExecutor(_THREADS) as pool:
+                found = list(pool.map(hits, np.unique(table["file"].to_numpy()).tolist()))
+            if found:
+                table = table.join(pa.concat_tables(found), ["file", "row"], join_type="inner")
         return table.take(pc.sort_indices(table, sort_keys=_ORDERS[query.sort]))
 
     def read(self, places: pa.Table, columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -141,30 +162,6 @@ class Index:
             raise UserError(f"there is no completion {row} in {file!r}; follow a link of the list")
         return table.slice(row, 1).to_pylist()[0]
 
-    def _containing(self, table: pa.Table, words: str) -> pa.Table:
-        """Return the rows whose prompt or text contains ``words``, in any case; reads the texts of their files."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        def hits(number: int) -> pa.Table:
-            texts = _read(self.files[number], SHOWN)
-            matches = [pc.match_substring(texts[name], words, ignore_case=True) for name in SHOWN]
-            rows = np.flatnonzero(pc.or_(*matches).to_numpy(zero_copy_only=False)).astype(np.int32)
-            return pa.table({"file": np.full(len(rows), number, np.int32), "row": rows})
-
-        with ThreadPoolExecutor(_THREADS) as pool:
-            found = list(pool.map(hits, np.unique(table["file"].to_numpy()).tolist()))
-        return table.join(pa.concat_tables(found), ["file", "row"], join_type="inner") if found else table
-
-
-def _figures(path: Path, number: int) -> pa.Table:
-    """Read the figures of one file, with its number and the number of each row."""
-    import pyarrow as pa
-
-    table = _read(path, FIGURES)
-    file = pa.array(np.full(table.num_rows, number, np.int32))
-    return table.append_column("file", file).append_column("row", pa.array(np.arange(table.num_rows, dtype=np.int32)))
-
 
 def _read(path: Path, columns: Sequence[str] | None) -> pa.Table:
     """Read one file, its columns in the order given. Raises UserError for a damaged one."""
@@ -179,11 +176,3 @@ def _read(path: Path, columns: Sequence[str] | None) -> pa.Table:
         return table.select(names).cast(pa.schema([schema.field(name) for name in names]))
     except (pa.ArrowException, OSError, KeyError) as error:
         raise damaged(str(path), error) from error
-
-
-def _empty() -> pa.Table:
-    import pyarrow as pa
-
-    schema = layout.schema()
-    kept = [schema.field(name) for name in FIGURES]
-    return pa.schema([*kept, ("file", pa.int32()), ("row", pa.int32())]).empty_table()

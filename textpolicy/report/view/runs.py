@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,12 @@ from typing import TYPE_CHECKING, Any, get_args
 from ...errors import UserError
 from ...record import layout
 from ...record.reader import load_run
-from .curves import Curve, curve
 from .index import SHOWN, Address, Index, Kind, Query
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 PER_PAGE = 50
-_CURVES = {"reward_mean": "reward", "accuracy": "correct in training", "entropy": "entropy", "length_mean": "length"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +44,8 @@ class ViewedRun:
     def __init__(self, number: int, folder: Path) -> None:
         """Open the run as number ``number`` of the page. Raises UserError for a folder that is not a run."""
         load_run(folder)
-        self.number, self.folder = number, folder
+        self.number, self.folder, self.name = number, folder, folder.resolve().name
         self.indices: dict[str, Index] = {kind: Index(folder / kind) for kind in get_args(Kind)}
-
-    @property
-    def name(self) -> str:
-        """The name of the folder."""
-        return self.folder.resolve().name
 
     @property
     def over(self) -> bool:
@@ -82,23 +74,6 @@ class ViewedRun:
         query = Query(kind=address.kind, step_from=row["step"], step_to=row["step"], group=row["group"], sort="oldest")  # type: ignore[arg-type]  # index() has checked it
         lines = self._lines(address.kind, index, index.select(query))
         return [line for line in lines if line.address.file == address.file]
-
-    def latest(self, prompt_index: int) -> Listed | None:
-        """Return a completion of a training prompt, from the last step that drew it."""
-        index = self.index("rollouts")
-        found = index.select(Query(prompt=prompt_index)).slice(0, 1)
-        return next(iter(self._lines("rollouts", index, found)), None)
-
-    def curves(self) -> list[Curve]:
-        """Return the curves at the top of the page."""
-        rows = load_run(self.folder).rows
-        evaluations = [r for r in rows if r["kind"] == "eval" and r["split"] == "validation"]
-        steps, accuracy = [r["step"] for r in evaluations], [r["accuracy"] for r in evaluations]
-        drawn = [curve("validation, greedy", steps, accuracy)]
-        for name, shown in _CURVES.items():
-            known = [r for r in rows if r["kind"] == "train" and math.isfinite(r.get(name, math.nan))]
-            drawn.append(curve(shown, [r["step"] for r in known], [r[name] for r in known]))
-        return [c for c in drawn if c is not None]
 
     def _lines(self, kind: str, index: Index, places: pa.Table) -> list[Listed]:
         """Return the lines of the list for the completions at ``places``."""

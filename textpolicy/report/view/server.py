@@ -21,6 +21,8 @@ from ..._system.extras import extra
 from ...config.settings import Section, explain
 from ...errors import UserError
 from ...record.prompts import compare, halves
+from ...record.reader import load_run
+from .curves import curves
 from .drawing import COLOURINGS, Colouring, draw
 from .index import Address, Query
 from .runs import ViewedRun
@@ -109,7 +111,12 @@ class Pages:
             query = Query.model_validate(given)
         except ValidationError as error:
             raise UserError("; ".join(explain(error, Query))) from error
-        shown: dict[str, Any] = {"run": run, "query": query, "page": run.page(query), "curves": run.curves()}
+        shown: dict[str, Any] = {
+            "run": run,
+            "query": query,
+            "page": run.page(query),
+            "curves": curves(load_run(run.folder).rows),
+        }
         return self._page("completions.html", request, refresh="live" in request.query_params, **shown)
 
     def completion(self, request: Request) -> Response:
@@ -137,7 +144,7 @@ class Pages:
         from starlette.responses import RedirectResponse
 
         index = _whole(request, "index")
-        found = [line for run in self.runs if (line := run.latest(index)) is not None]
+        found = [line for run in self.runs for line in run.page(Query(prompt=index)).lines[:1]]
         if len(found) < 2:
             return RedirectResponse(f"./?prompt={index}", headers=_HEADERS)
         return RedirectResponse(f"./pair?a={found[0].address}&b={found[1].address}", headers=_HEADERS)

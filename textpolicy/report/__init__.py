@@ -1,1 +1,1 @@
-"""What a person reads about runs: an HTML file, and a local page in ``view``."""
+"""The pages that people read about runs: an HTML file, and a local page in ``view``."""

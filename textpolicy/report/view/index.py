@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from ...config.settings import Section
 from ...errors import UserError
@@ -40,6 +41,7 @@ _ORDERS = {
 class Query(Section):
     """The filter and the order of a list of completions. A field that is not given filters nothing."""
 
+    run: Annotated[int, Field(ge=0)] = 0  # its number on the page
     kind: Kind = "rollouts"
     split: Literal["train", "validation", "test"] | None = None
     step_from: int | None = None

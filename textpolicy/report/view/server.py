@@ -105,12 +105,12 @@ class Pages:
 
     def completions(self, request: Request) -> Response:
         """Show the filtered list, below the curves of the run."""
-        run = self._run(_whole(request, "run") if "run" in request.query_params else 0)
-        given = {name: v for name, v in request.query_params.items() if v.strip() and name not in ("run", "live")}
+        given = {name: v for name, v in request.query_params.items() if v.strip() and name != "live"}
         try:
             query = Query.model_validate(given)
         except ValidationError as error:
             raise UserError("; ".join(explain(error, Query))) from error
+        run = self._run(query.run)
         shown: dict[str, Any] = {
             "run": run,
             "query": query,
@@ -143,8 +143,10 @@ class Pages:
         """Redirect to a prompt's latest completion in each run, side by side; of one run, to all its completions."""
         from starlette.responses import RedirectResponse
 
-        index = _whole(request, "index")
-        found = [line for run in self.runs for line in run.page(Query(prompt=index)).lines[:1]]
+        index = request.query_params.get("index", "")
+        if not index.isdecimal():
+            raise UserError(f"index is {index!r}; give a whole number")
+        found = [line for run in self.runs for line in run.page(Query(prompt=int(index))).lines[:1]]
         if len(found) < 2:
             return RedirectResponse(f"./?prompt={index}", headers=_HEADERS)
         return RedirectResponse(f"./pair?a={found[0].address}&b={found[1].address}", headers=_HEADERS)
@@ -201,11 +203,3 @@ def _colouring(request: Request) -> Colouring:
     if name not in get_args(Colouring):
         raise UserError(f"completions are not coloured by {name!r}; choose one of {', '.join(COLOURINGS)}")
     return name  # type: ignore[return-value]  # one of them
-
-
-def _whole(request: Request, name: str) -> int:
-    """Return the parameter ``name`` as a whole number. Raises UserError."""
-    text = request.query_params.get(name, "")
-    if not text.isdecimal():
-        raise UserError(f"{name} is {text!r}; give a whole number")
-    return int(text)

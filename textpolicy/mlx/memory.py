@@ -135,34 +135,25 @@ class Costs:
             if before is not None:
                 mx.set_memory_limit(before)
 
-    @property
-    def fixed(self) -> float:
-        """The weights and the two moments of Adam."""
-        return self.weights + 2 * self.trained
-
     def update(self, work: Workload, micro_batch_tokens: int) -> float:
         """Return the peak of an update; shorter completions, of which more fit into a micro-batch, may need more."""
-        optimizer = self.fixed + 3 * self.trained  # gradients as they were, scaled down, and one being made of them
-        peak = optimizer
-        for tokens in {max(1, work.completion_tokens // 2**i) for i in range(16)}:
-            shorter = replace(work, completion_tokens=tokens)
+        up: Callable[[int], int] = size_up if self.compiled else int
+        fixed = self.weights + 2 * self.trained  # and the two moments of Adam
+        peak = fixed + 3 * self.trained  # gradients as they were, scaled down, and one being made of them
+        for completion in {max(1, work.completion_tokens // 2**i) for i in range(16)}:
+            shorter = replace(work, completion_tokens=completion)
             rows = min(shorter.rows, max(1, micro_batch_tokens // shorter.row))
             accumulated = self.trained if rows < shorter.rows else 0.0
-            peak = max(peak, self.fixed + accumulated + self.trained + self._pass(shorter, rows))
+            prompts, p, t, n = up(shorter.spanned(rows)), up(shorter.prompt_tokens), up(completion), up(rows)
+            body = self.learning(prompts * p + n * t, prompts * p * p + n * t * (p + t))
+            # the prompt's for each row, and with its own; a checkpointed block gets copies of them
+            read = n * ((p + p + t) * self.cache + self.state) * (2 if self.recomputed else 1)
+            chunks = n * t / self.chunk
+            waiting = 2 * max(0.0, chunks - _CHUNKS[-1]) * self.head_trained  # gradients of chunks, to be added up
+            head = float(np.interp(chunks, _CHUNKS, self.head)) + waiting
+            one_pass = body + read + head + n * t * self.scored
+            peak = max(peak, fixed + accumulated + self.trained + one_pass)
         return _MARGIN * peak
-
-    def _pass(self, work: Workload, rows: int) -> float:
-        """Return the bytes of one micro-batch's forward and backward pass."""
-        up: Callable[[int], int] = size_up if self.compiled else int
-        prompts, p, t = up(work.spanned(rows)), up(work.prompt_tokens), up(work.completion_tokens)
-        n = up(rows)
-        tokens, pairs = prompts * p + n * t, prompts * p * p + n * t * (p + t)
-        # the prompt's for each row, and with its own; a checkpointed block gets copies of them
-        read = n * ((p + p + t) * self.cache + self.state) * (2 if self.recomputed else 1)
-        chunks = n * t / self.chunk
-        waiting = 2 * max(0.0, chunks - _CHUNKS[-1]) * self.head_trained  # gradients of chunks, to be added up
-        head = float(np.interp(chunks, _CHUNKS, self.head)) + waiting
-        return self.learning(tokens, pairs) + read + head + n * t * self.scored
 
     def decode(self, work: Workload, rows: int, copies: bool = True) -> float:
         """Return the peak of decoding ``rows`` completions side by side, with or without copies of weights."""
@@ -174,7 +165,8 @@ class Costs:
         context = n * (slots * self.cache + self.state)
         entering = max(reading, context)  # rows that fork, leave or join: their context is held twice for a while
         peak = entering + context if rows < work.rows else max(reading, 2 * context)
-        return _MARGIN * (self.fixed + copies * self.folded + n * self.logits + peak)
+        fixed = self.weights + 2 * self.trained  # and the two moments of Adam
+        return _MARGIN * (fixed + copies * self.folded + n * self.logits + peak)
 
 
 @dataclass(frozen=True, slots=True)

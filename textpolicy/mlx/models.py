@@ -110,7 +110,18 @@ def find_model(name: str | Path) -> Path:
     if path.exists():
         return _check_folder(path)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
-        return _from_hub(str(name))
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, HTTPError
+        from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+        try:
+            folder = snapshot_download(str(name), allow_patterns=DEFAULT_ALLOW_PATTERNS)
+        except (OSError, HTTPError, HFValidationError) as error:
+            raise UserError(
+                f"{str(name)!r} is not a folder here, and the hub did not provide it ({_first_line(error)}); "
+                "check the name, the network and your access, or give a built-in, a folder or a .gguf file"
+            ) from error
+        return _check_folder(Path(folder))
     near = difflib.get_close_matches(str(name).lower(), MODELS, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UserError(
@@ -141,21 +152,6 @@ def _converted(gguf: Path, name: str, identity: str) -> Path:
             "set TEXTPOLICY_CACHE to a folder with room"
         ) from error
     return folder
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError
-    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
-
-    try:
-        folder = snapshot_download(name, allow_patterns=DEFAULT_ALLOW_PATTERNS)
-    except (OSError, HTTPError, HFValidationError) as error:
-        raise UserError(
-            f"{name!r} is not a folder here, and the hub did not provide it ({_first_line(error)}); "
-            "check the name, the network and your access, or give a built-in, a folder or a .gguf file"
-        ) from error
-    return _check_folder(Path(folder))
 
 
 def _check_folder(path: Path) -> Path:

@@ -136,7 +136,9 @@ def test_forks_and_joins_in_any_order_continue_every_row_as_if_alone(tiny_engine
         texts = [[*texts[row], data.draw(token)] for row in rows]
         logits = np.array(context.read(model, mx.array([t[-1:] for t in texts]))[:, -1])
         assert context.rows == len(texts)
-        np.testing.assert_array_equal(np.broadcast_to(np.array(context.offset), len(texts)), [len(t) for t in texts])
+        np.testing.assert_array_equal(
+            np.broadcast_to(np.array(context.layers[0].offset), len(texts)), [len(t) for t in texts]
+        )
         for ours, text in zip(logits, texts, strict=True):
             np.testing.assert_allclose(ours, alone(model, text)[-1], atol=5e-5)
 
@@ -151,7 +153,7 @@ def test_rows_that_are_alike_need_no_mask_and_one_offset(tiny_engine):
     assert context.mask(3, False, None) == "causal"
     context.read(tiny_engine.model, mx.array([[4, 5, 6, 7, 8]]))
     context = context.fork(np.array([0, 0]))
-    assert context.offset == 5
+    assert context.layers[0].offset == 5
     assert context.mask(1, True, None) is None
     assert context.mask(3, False, None) == "causal"
     assert context.mask(1, False, None, own=4) is None  # a sliding layer hands out the last 3 only
@@ -166,14 +168,14 @@ def test_slots_that_only_a_row_that_left_had_used_are_dropped(tiny_engine):
     long.read(model, mx.array([[4, 5, 6, 7, 8, 9]]))
     short.read(model, mx.array([[4, 5], [6, 7]]))
     joined = Context.join([long, short])
-    assert np.array(joined.offset).tolist() == [6, 2, 2]
+    assert np.array(joined.layers[0].offset).tolist() == [6, 2, 2]
     assert np.array(joined.mask(1, False, None))[:, 0, 0].astype(int).tolist() == [
         [1, 1, 1, 1, 1, 1, 1],
         [0, 0, 0, 0, 1, 1, 1],
         [0, 0, 0, 0, 1, 1, 1],
     ]
     rest = joined.fork(np.array([2, 1]))
-    assert rest.size == rest.offset == 2
+    assert rest.size == rest.layers[0].offset == 2
     assert rest.mask(1, False, None) is None
     assert rest.layers[0].keys.shape[2] == 2
     assert (long.size, joined.size) == (6, 6)

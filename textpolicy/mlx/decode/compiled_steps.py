@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -50,13 +50,9 @@ class StaticRows:
     own: tuple[Arrays, ...]  # per layer, (R, heads, C, D); with the P slots in front if not shared; or running states
     attends: tuple[bool, ...]  # per layer, whether it is an attention layer
     prompt_slots: int  # P
+    front: int  # slots of the own arrays before the own slots: P, or 0 if prompts are shared
     used: int  # of the C own slots
     start_slot: np.ndarray  # (R,) the first own slot of each row
-
-    @property
-    def front(self) -> int:
-        """The number of slots in the own arrays before the own slots: 0 where prompts are shared."""
-        return 0 if any(self.common) else self.prompt_slots
 
     @classmethod
     def begin(cls, context: Context, tree: PromptTree, rows: np.ndarray, share: bool) -> StaticRows:
@@ -90,6 +86,7 @@ class StaticRows:
             own=tuple(own),
             attends=tuple(isinstance(layer, Attention) for layer in layers),
             prompt_slots=wide,
+            front=0 if any(common) else wide,
             used=0,
             start_slot=np.zeros(len(rows), int),
         )
@@ -165,7 +162,7 @@ class StaticRows:
             common = tuple([mx.pad(a, pad) for a in arrays] for arrays in self.common)
             return replace(self, seen=seen, common=common, prompt_slots=slots)
         own = self._attending(lambda a: mx.concatenate([mx.pad(a[..., :p, :], pad), a[..., p:, :]], axis=2))
-        return replace(self, seen=seen, own=own, prompt_slots=slots)
+        return replace(self, seen=seen, own=own, prompt_slots=slots, front=slots)
 
     def _attending(self, change: Callable[[mx.array], mx.array]) -> tuple[Arrays, ...]:
         """Return the own arrays after ``change`` to those of attention layers."""
@@ -261,15 +258,18 @@ class StepState:
     grouped: bool
 
 
+@dataclass(eq=False)
 class _Slots:
     """One attention layer during one step, with the interface of mlx-lm's caches."""
 
-    def __init__(self, now: StepState, window: int | None, common: Arrays, own: Arrays):
-        self.now, self.window, self.common, self.own = now, window, common, own
-        self.fresh: Arrays = []
-        self.fetched: Arrays = []
-        self.written = own  # the own arrays after the step
-        self.offset = now.lengths
+    now: StepState
+    offset: mx.array  # (R,) int32, the position of the arriving token
+    window: int | None
+    common: Arrays
+    own: Arrays
+    written: Arrays  # the own arrays after the step
+    fresh: Arrays = field(default_factory=list)  # the arriving keys and values
+    fetched: Arrays = field(default_factory=list)
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         seen, window = self.now.seen, window_size or self.window
@@ -317,7 +317,9 @@ def _layer(layer: Any, now: StepState, given: Any) -> Any:
     if isinstance(layer, Group):
         return Group(*(_layer(member, now, given) for member in layer.caches))
     common, own = next(given)
-    return _Slots(now, layer.window, common, own) if isinstance(layer, Attention) else State.holding(list(own))
+    if isinstance(layer, State):
+        return State.holding(list(own))
+    return _Slots(now, now.lengths, layer.window, common, own, written=own)
 
 
 def _rounded(slots: int) -> int:

@@ -39,17 +39,41 @@ def decode(
 ) -> list[Completion]:
     """Return one completion per prompt (token ids), sampling at most ``max_rows`` at a time.
 
-    Neighbours with equal prompts share the reading of it. Row i draws from the stream (sampling.seed, i), so
+    Equal prompts that start together are read once. Row i draws from the stream (sampling.seed, i), so
     neither ``max_rows`` nor the other rows change what it samples, beyond the rounding of the matrix products.
     ``ahead`` computes the next step while Python handles the last one; None does so on a GPU only, because a CPU
     gains nothing. ``steps`` are compiled steps of this model, used where they apply; without them the model runs
     as it is.
     """
+    n, width, penalty = len(prompts), sampling.max_tokens, sampling.repetition_penalty
+    repetition = None
+    if penalty != 1:
+        repetition = RepetitionPenalty(penalty, np.zeros((n, model(mx.array([[0]])).shape[-1]), bool))
+        for i, prompt in enumerate(prompts):
+            repetition.seen[i, prompt] = True
+    if penalty != 1 or any(len(prompt) < 2 for prompt in prompts):
+        steps = None
     if ahead is None:
         ahead = mx.default_device() == mx.Device(mx.gpu)
-    if sampling.repetition_penalty != 1 or any(len(prompt) < 2 for prompt in prompts):
-        steps = None
-    return _Decoder(model, prompts, sampling, stop, max_rows, ahead, steps).run()
+    decoder = _Decoder(
+        model=model,
+        prompts=prompts,
+        sampling=sampling,
+        sampler=Sampler(sampling),
+        stop=stop,
+        max_rows=max_rows,
+        ahead=ahead and penalty == 1,  # a penalty must see a token before the next is drawn
+        steps=steps,
+        penalty=repetition,
+        random=np.zeros((n, width), np.float32),
+        tokens=np.zeros((n, width), np.int32),
+        logprobs=np.zeros((n, width), np.float32),
+        entropy=np.zeros((n, width), np.float32),
+        lengths=np.zeros(n, np.int32),
+        launched=np.zeros(n, np.int32),
+        stopped=np.zeros(n, bool),
+    )
+    return decoder.run()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,70 +99,39 @@ class ActiveRows:
         )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class RepetitionPenalty:
     """The penalty on tokens that a completion's text contains, its prompt included."""
 
-    def __init__(self, model: nn.Module, prompts: Sequence[np.ndarray], penalty: float):
-        self.penalty = penalty
-        self.seen = np.zeros((len(prompts), model(mx.array([[0]])).shape[-1]), bool)  # (N, V)
-        for i, prompt in enumerate(prompts):
-            self.seen[i, prompt] = True
+    penalty: float
+    seen: np.ndarray  # (N, V) bool, the tokens of each completion's text so far
 
     def __call__(self, logits: mx.array, active: ActiveRows) -> mx.array:
         """Return the penalised logits (R, V) of each completion from those (C, V) of the context's rows."""
         return penalize(logits[mx.array(active.state)], mx.array(self.seen[active.rows]), self.penalty)
 
 
-class _Record:
-    """The tokens, log-probs and entropies sampled so far for N completions, and which of these have ended."""
-
-    def __init__(self, rows: int, width: int, stop: np.ndarray):
-        self.stop = stop
-        self.tokens = np.zeros((rows, width), np.int32)
-        self.logprobs = np.zeros((rows, width), np.float32)
-        self.entropy = np.zeros((rows, width), np.float32)
-        self.lengths = np.zeros(rows, np.int32)  # tokens recorded
-        self.launched = np.zeros(rows, np.int32)  # tokens drawn, including those not recorded yet
-        self.stopped = np.zeros(rows, bool)  # by a stop token
-
-    def running(self, rows: np.ndarray) -> np.ndarray:
-        """Return a mask of the ``rows`` without a stop token and below the maximal length."""
-        return ~self.stopped[rows] & (self.lengths[rows] < self.tokens.shape[1])
-
-    def add(self, rows: np.ndarray, drawn: Draw) -> np.ndarray:
-        """Record one step for those ``rows`` that are running; return the tokens of all."""
-        tokens, logprobs, entropy = (np.array(a) for a in drawn)
-        live = self.running(rows)
-        who, column = rows[live], self.lengths[rows[live]]
-        self.tokens[who, column] = tokens[live]
-        self.logprobs[who, column] = logprobs[live]
-        self.entropy[who, column] = entropy[live]
-        self.lengths[who] += 1
-        self.stopped[who] = np.isin(tokens[live], self.stop)
-        return tokens
-
-
+@dataclass(slots=True, eq=False)
 class _Decoder:
-    """One call of ``decode``."""
+    """One call of ``decode``: its settings, and the N completions so far, of at most T tokens."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        prompts: Sequence[np.ndarray],
-        sampling: Sampling,
-        stop: np.ndarray,
-        max_rows: int,
-        ahead: bool,
-        steps: Steps | None,
-    ):
-        self.model, self.prompts, self.sampling, self.max_rows = model, prompts, sampling, max_rows
-        self.sampler, self.steps = Sampler(sampling), steps
-        self.record = _Record(len(prompts), sampling.max_tokens, stop)
-        penalty = sampling.repetition_penalty
-        self.penalty = RepetitionPenalty(model, prompts, penalty) if penalty != 1 else None
-        self.random = np.zeros((len(prompts), sampling.max_tokens), np.float32)  # filled when a completion starts
-        self.started = 0
-        self.ahead = ahead and self.penalty is None  # a penalty must see a token before the next is drawn
+    model: nn.Module
+    prompts: Sequence[np.ndarray]
+    sampling: Sampling
+    sampler: Sampler
+    stop: np.ndarray
+    max_rows: int
+    ahead: bool
+    steps: Steps | None
+    penalty: RepetitionPenalty | None
+    random: np.ndarray  # (N, T) float32, filled when a completion starts
+    tokens: np.ndarray  # (N, T) int32
+    logprobs: np.ndarray  # (N, T) float32
+    entropy: np.ndarray  # (N, T) float32
+    lengths: np.ndarray  # (N,) int32, tokens recorded
+    launched: np.ndarray  # (N,) int32, tokens drawn, including those not recorded yet
+    stopped: np.ndarray  # (N,) bool, by a stop token
+    started: int = 0  # completions
 
     def run(self) -> list[Completion]:
         if self.steps is not None:
@@ -152,18 +145,18 @@ class _Decoder:
                 active = self.write(active) if self.ahead and one_row_each else self.write_shared(active)
         return [
             Completion(
-                tokens=self.record.tokens[i, :n].copy(),
-                logprobs=self.record.logprobs[i, :n].copy(),
-                entropy=self.record.entropy[i, :n].copy(),
-                truncated=not self.record.stopped[i],
+                tokens=self.tokens[i, :n].copy(),
+                logprobs=self.logprobs[i, :n].copy(),
+                entropy=self.entropy[i, :n].copy(),
+                truncated=not self.stopped[i],
                 temperature=self.sampling.scored_temperature,
             )
-            for i, n in enumerate(self.record.lengths)
+            for i, n in enumerate(self.lengths)
         ]
 
     def start_queued(self, active: Any) -> Any:
         """Return ``active`` with queued completions in its free places; unchanged while too few are free."""
-        running = np.zeros(0, bool) if active is None else self.record.running(active.rows)
+        running = np.zeros(0, bool) if active is None else self.running(active.rows)
         free = self.max_rows - int(running.sum())
         rows = np.arange(self.started, min(self.started + free, len(self.prompts)))
         if not len(rows) or (running.any() and free < _ENTER * self.max_rows):
@@ -185,8 +178,8 @@ class _Decoder:
 
     def step(self, active: Any) -> tuple[Any, Draw, Any]:
         """Return the rows after one more token, that token's draw, and the arrays to evaluate."""
-        column = np.minimum(self.record.launched[active.rows], self.sampling.max_tokens - 1)
-        self.record.launched[active.rows] += 1
+        column = np.minimum(self.launched[active.rows], self.sampling.max_tokens - 1)
+        self.launched[active.rows] += 1
         uniform = mx.array(self.random[active.rows, column])
         if isinstance(active, StaticRows):
             assert self.steps is not None
@@ -203,10 +196,10 @@ class _Decoder:
         """Write one token for every completion; return the running ones, with equal texts in one row of the context."""
         _, drawn, pending = self.step(active)
         mx.eval(pending)
-        tokens = self.record.add(active.rows, drawn)
+        tokens = self.record(active.rows, drawn)
         if self.penalty is not None:
             self.penalty.seen[active.rows, tokens] = True
-        running = self.record.running(active.rows)
+        running = self.running(active.rows)
         if not running.any():
             return None
         rows, size = active.rows[running], active.reads.shape[0]
@@ -223,7 +216,7 @@ class _Decoder:
         ``ahead`` records each step while the next is computed; tokens drawn after a completion's end are dropped.
         """
         unrecorded = None
-        running, queued = self.record.running(active.rows), self.started < len(self.prompts)
+        running, queued = self.running(active.rows), self.started < len(self.prompts)
         while running.mean() >= _LEAVE and not (queued and self.max_rows - running.sum() >= _ENTER * self.max_rows):
             # ``active`` is replaced before evaluation, since MLX writes in place into arrays with no other reference
             active, drawn, pending = self.step(active)
@@ -231,17 +224,33 @@ class _Decoder:
             if self.ahead:
                 unrecorded, drawn = drawn, unrecorded
             if drawn is not None:
-                self.record.add(active.rows, drawn)
-            running = self.record.running(active.rows)
+                self.record(active.rows, drawn)
+            running = self.running(active.rows)
         if unrecorded is not None:
-            self.record.add(active.rows, unrecorded)
-            running = self.record.running(active.rows)
+            self.record(active.rows, unrecorded)
+            running = self.running(active.rows)
         if not running.any():
             return None
         kept = np.flatnonzero(running)
         if isinstance(active, StaticRows):  # ended rows fill up to one of few sizes, so that compiled steps are reused
             kept = np.sort(np.concatenate([kept, np.flatnonzero(~running)[: size_up(len(kept)) - len(kept)]]))
         return active.only(kept)
+
+    def running(self, rows: np.ndarray) -> np.ndarray:
+        """Return a mask of the ``rows`` without a stop token and below the maximal length."""
+        return ~self.stopped[rows] & (self.lengths[rows] < self.sampling.max_tokens)
+
+    def record(self, rows: np.ndarray, drawn: Draw) -> np.ndarray:
+        """Record one step for those ``rows`` that are running; return the tokens of all."""
+        tokens, logprobs, entropy = (np.array(a) for a in drawn)
+        live = self.running(rows)
+        who, column = rows[live], self.lengths[rows[live]]
+        self.tokens[who, column] = tokens[live]
+        self.logprobs[who, column] = logprobs[live]
+        self.entropy[who, column] = entropy[live]
+        self.lengths[who] += 1
+        self.stopped[who] = np.isin(tokens[live], self.stop)
+        return tokens
 
 
 def _distinct(sources: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -84,24 +84,22 @@ def draw(
     shifted = logits - logits.max(axis=-1, keepdims=True)
     mass = exp_without_gradient(shifted)
     log_total = mx.log(mass.sum(axis=-1))
-    spread = (mass * mx.maximum(shifted, -1e30)).sum(axis=-1) / mass.sum(axis=-1)  # 0 * -inf is not a number
-    tokens = mx.argmax(shifted, axis=-1)[state] if temperature == 0 else _inverse_cdf(mass, state, uniform)
-    return Draw(tokens.astype(mx.int32), shifted[state, tokens] - log_total[state], (log_total - spread)[state])
-
-
-def _inverse_cdf(mass: mx.array, state: mx.array, uniform: mx.array) -> mx.array:
-    """Return the first token at which the running sum of (V,) ``mass[state[r]]`` exceeds uniform[r] times its sum."""
-    rows, vocabulary = mass.shape
-    mass = mx.pad(mass, [(0, 0), (0, -vocabulary % _BLOCK)]).reshape(rows, -1, _BLOCK)
-    running = mx.cumsum(mass.sum(axis=-1), axis=-1)[state]
-    point = (uniform * running[:, -1])[:, None]
-    block = mx.minimum((running <= point).sum(axis=-1, keepdims=True), running.shape[1] - 1)
-    before = mx.where(block > 0, mx.take_along_axis(running, mx.maximum(block - 1, 0), axis=-1), 0)
-    inside = mass[state, block[:, 0]]
-    passed = mx.cumsum(inside, axis=-1) > point - before
-    # Rounding may leave no token passed; then the block's likeliest one stands in.
-    within = mx.where(passed.any(axis=-1), mx.argmax(passed, axis=-1), mx.argmax(inside, axis=-1))
-    return block[:, 0] * _BLOCK + within
+    mean = (mass * mx.maximum(shifted, -1e30)).sum(axis=-1) / mass.sum(axis=-1)  # 0 * -inf is not a number
+    if temperature == 0:
+        tokens = mx.argmax(shifted, axis=-1)[state]
+    else:  # the first token at which the running sum of mass[state[r]] exceeds uniform[r] times its sum
+        rows, vocabulary = mass.shape
+        blocks = mx.pad(mass, [(0, 0), (0, -vocabulary % _BLOCK)]).reshape(rows, -1, _BLOCK)
+        running = mx.cumsum(blocks.sum(axis=-1), axis=-1)[state]
+        point = (uniform * running[:, -1])[:, None]
+        block = mx.minimum((running <= point).sum(axis=-1, keepdims=True), running.shape[1] - 1)
+        before = mx.where(block > 0, mx.take_along_axis(running, mx.maximum(block - 1, 0), axis=-1), 0)
+        inside = blocks[state, block[:, 0]]
+        passed = mx.cumsum(inside, axis=-1) > point - before
+        # rounding may leave no token passed; then the block's likeliest one is drawn
+        within = mx.where(passed.any(axis=-1), mx.argmax(passed, axis=-1), mx.argmax(inside, axis=-1))
+        tokens = block[:, 0] * _BLOCK + within
+    return Draw(tokens.astype(mx.int32), shifted[state, tokens] - log_total[state], (log_total - mean)[state])
 
 
 def penalize(logits: mx.array, seen: mx.array, penalty: float) -> mx.array:

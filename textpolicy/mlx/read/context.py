@@ -67,11 +67,6 @@ class Context:
         self.layers = [_layer(cache, self) for cache in make_prompt_cache(model)]
 
     @property
-    def offset(self) -> mx.array | int:
-        """The position of the next token: an int while all rows agree, else (B,) int32."""
-        return self.size if self.ragged is None else self.ragged.lengths
-
-    @property
     def recurrent(self) -> bool:
         """Whether a layer keeps a running state, which a token of padding would change for good."""
         return any(isinstance(layer, State) for layer in members(self.layers))
@@ -232,7 +227,9 @@ class Attention:
 
     @property
     def offset(self) -> mx.array | int:
-        return self.context.offset
+        """The position of the next token: an int while all rows agree, else (B,) int32."""
+        context = self.context
+        return context.size if context.ragged is None else context.ragged.lengths
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
         return self.context.mask(n, return_array, window_size, self.window)

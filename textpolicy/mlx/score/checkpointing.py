@@ -35,6 +35,7 @@ def _recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     arguments = (args, kwargs)
     leaves: Any = tree_flatten(arguments)
     layers: list[Layer] = [leaf for _, leaf in leaves if isinstance(leaf, Layer)]
+    activations = [leaf for _, leaf in leaves if _has_gradient(leaf)]
     whole = nn.Module()  # the block, and the vectors of a TinyLoRA that it reads but does not own
     whole.block = block
     whole.vectors = list({id(m.vectors): m.vectors for m in block.modules() if isinstance(m, ProjectedCore)}.values())
@@ -51,7 +52,8 @@ def _recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with parameters(whole, values):
             out = (block(*args, **kwargs), held(mine))
         form[:] = [tree_map(lambda leaf: _Array if _has_gradient(leaf) else leaf, out)]
-        return _arrays(out)
+        results: Any = tree_flatten(out)
+        return [leaf for _, leaf in results if _has_gradient(leaf)]
 
     # As mx.checkpoint, with an order: it runs again when its turn has come and frees all that before the next does.
     # Without the order MLX may run many blocks again before it uses any.
@@ -63,7 +65,7 @@ def _recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         ours, others = by_arrays[: len(trained)], by_arrays[len(trained) :]
         return [*ours, *(mx.depends(others, ours) if ours else others)]
 
-    results: Any = checkpoint(*trained.values(), *_arrays(arguments), *before.values())
+    results: Any = checkpoint(*trained.values(), *activations, *before.values())
     outputs = iter(results)
     out, read = tree_map(lambda leaf: next(outputs) if leaf is _Array else leaf, form[0])
     _fill(layers, read)
@@ -72,11 +74,6 @@ def _recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 class _Array:
     """The mark of an array in a structure."""
-
-
-def _arrays(tree: Any) -> list[mx.array]:
-    leaves: Any = tree_flatten(tree)
-    return [leaf for _, leaf in leaves if _has_gradient(leaf)]
 
 
 def _has_gradient(leaf: Any) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -222,16 +222,19 @@ def _padded(array: np.ndarray, rows: int, width: int, value: int = 0) -> np.ndar
     return np.pad(array, more, constant_values=value)
 
 
+@dataclass(eq=False)
 class Gradients:
     """The gradients of an objective by the trainable parameters of ``model``.
 
     A compiled function is reused for objectives that compare equal, such as frozen dataclasses.
     """
 
-    def __init__(self, model: nn.Module, *, checkpoint_every: int = 0, compiled: bool = False):
-        self.model, self.checkpoint_every, self.compiled = model, checkpoint_every, compiled
-        # The shapes so far, oldest first; None: occurred once. A resumed run knows them by their ``repr``.
-        self.known: OrderedDict[Hashable, Callable[..., Any] | None] = OrderedDict()
+    model: nn.Module
+    _: KW_ONLY
+    checkpoint_every: int = 0
+    compiled: bool = False
+    # the shapes so far, oldest first; None: occurred once. A resumed run knows them by their ``repr``.
+    known: OrderedDict[Hashable, Callable[..., Any] | None] = field(default_factory=OrderedDict)
 
     def __call__(self, layout: Layout, objective: Objective) -> tuple[dict[str, mx.array], Any]:
         """Return the sums to report, and the gradients."""

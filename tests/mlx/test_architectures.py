@@ -166,9 +166,9 @@ def adapted(name, **changes):
 
 
 def decoding_error(model, max_rows=100, steps=None, view=None):
-    """The largest difference of a decoded log-prob from that of its sequence read at once, alone, without a cache.
+    """Return the largest difference of a decoded log-prob from that of its sequence read at once, without a cache.
 
-    ``view`` is decoded with, if given.
+    ``view`` decodes, if given.
     """
     prompts, sampling = [np.array(p, np.int32) for p in PROMPTS for _ in range(2)], Sampling(max_tokens=9, seed=1)
     decoded = model if view is None else view
@@ -257,13 +257,13 @@ def test_activations_that_are_computed_again_leave_every_gradient_as_it_was(name
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "falcon_h1"])
 def test_checkpointing_keeps_fewer_activations(name):
-    """What waits for the backward pass; with every block checkpointed its input and keys are nearly all."""
+    """With every block checkpointed, little but its input and keys waits for the backward pass."""
     waiting = {every: activations_waiting(adapted(name, num_hidden_layers=8), every) for every in (0, 1)}
     assert waiting[1] < 0.7 * waiting[0]
 
 
 def activations_waiting(model, every):
-    """Bytes that are there once the log-probs of a batch are computed and their gradients are not."""
+    """Return the bytes held after the log-probs of a batch are computed and before their gradients are."""
     layout = Layout.build(batch())
 
     def loss(model):

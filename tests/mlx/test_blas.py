@@ -1,4 +1,4 @@
-"""The fast matrix multiply below MLX, and what is said when it, or mlx itself, is missing."""
+"""The fast matrix multiply below MLX, and the messages when it, or mlx itself, is missing."""
 
 import ctypes
 import importlib

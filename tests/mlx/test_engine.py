@@ -30,13 +30,13 @@ def teacher_forced(model, tokens, temperature=1.0):
     return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
 
-def naive_loss_and_gradients(model, batch, how):
+def naive_loss_and_gradients(model, batch, surrogate):
     """The whole padded batch in one forward pass, logits everywhere, nothing shared."""
 
     def loss(model):
         logits = model(mx.array(batch.inputs)).astype(mx.float32) / mx.array(batch.temperatures)[..., None]
         picked = mx.take_along_axis(logits, mx.array(batch.targets)[..., None], axis=-1)[..., 0]
-        return policy_objective(picked - mx.logsumexp(logits, axis=-1), batch.map(mx.array), mx, how)
+        return policy_objective(picked - mx.logsumexp(logits, axis=-1), batch.map(mx.array), mx, surrogate)
 
     return nn.value_and_grad(model, loss)(model)
 
@@ -99,10 +99,10 @@ def test_a_strong_penalty_never_repeats_a_token(tiny_engine):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_loss_and_gradient_equal_the_naive_path(tiny_engine, name):
-    how = recipe(name).surrogate
+    surrogate = recipe(name).surrogate
     batch = recipe(name).credit(random_episodes(np.random.default_rng(1)))
-    loss, gradients = naive_loss_and_gradients(tiny_engine.model, batch, how)
-    stats, ours = tiny_engine.gradients(batch, PolicyObjective(how))
+    loss, gradients = naive_loss_and_gradients(tiny_engine.model, batch, surrogate)
+    stats, ours = tiny_engine.gradients(batch, PolicyObjective(surrogate))
     assert stats["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
     assert_same_gradients(ours, gradients)
 
@@ -122,11 +122,11 @@ def test_gradient_does_not_depend_on_micro_batching(tiny_engine, name, budget):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_loss_agrees_in_numpy_and_mlx(name):
-    rng, how = np.random.default_rng(8), recipe(name).surrogate
+    rng, surrogate = np.random.default_rng(8), recipe(name).surrogate
     batch = recipe(name).credit(random_episodes(rng))
     logprobs = (batch.logprobs + rng.normal(0, 0.3, batch.logprobs.shape)).astype(np.float32)
-    ours = policy_objective(mx.array(logprobs), batch.map(mx.array), mx, how).item()
-    assert ours == pytest.approx(float(policy_objective(logprobs, batch, np, how)), rel=1e-4, abs=1e-6)
+    ours = policy_objective(mx.array(logprobs), batch.map(mx.array), mx, surrogate).item()
+    assert ours == pytest.approx(float(policy_objective(logprobs, batch, np, surrogate)), rel=1e-4, abs=1e-6)
 
 
 def test_repeated_completions_are_scored_once_and_count_each_time(tiny_engine):
@@ -244,7 +244,7 @@ def test_an_engine_resumes_from_its_state_as_if_it_had_not_stopped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("other", "says"),
+    ("other", "message"),
     [
         ({"rank": 2}, r"lora_\w is \(.*\) mlx\.core\.float32 and the model's \("),
         ({"layers": 1}, r"this model has no weights\.model\.layers\.1\."),
@@ -252,11 +252,11 @@ def test_an_engine_resumes_from_its_state_as_if_it_had_not_stopped(tmp_path):
         ({"optimizer": optim.SGD(1e-3)}, r"this model has no optimizer\."),
     ],
 )
-def test_the_state_of_another_model_or_optimiser_is_refused_and_changes_nothing(other, says, tmp_path):
+def test_the_state_of_another_model_or_optimiser_is_refused_and_changes_nothing(other, message, tmp_path):
     trained_engine().write_state(tmp_path)
     engine = trained_engine(**other)
     before, key = engine.weights(), np.array(mx.random.state[0])
-    with pytest.raises(UserError, match=says) as raised:
+    with pytest.raises(UserError, match=message) as raised:
         engine.read_state(tmp_path)
     assert "is of another model or optimiser" in str(raised.value)
     for name, value in engine.weights().items():

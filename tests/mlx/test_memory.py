@@ -44,7 +44,7 @@ ABOVE = {
 
 @pytest.fixture(autouse=True)
 def limits():
-    """What the tests set is put back."""
+    """Restore the limits that the tests set."""
     before, kept = mx.set_memory_limit(2**40), mx.set_cache_limit(2**25)
     yield
     mx.set_memory_limit(before)
@@ -52,7 +52,7 @@ def limits():
 
 
 def model_of(kind):
-    """Wide enough that activations matter, in a few blocks."""
+    """A model of a few blocks, wide enough that activations matter."""
     mx.random.seed(0)
     arguments = llama.ModelArgs(
         model_type="llama",
@@ -89,7 +89,7 @@ def batch(work, vocabulary=VOCABULARY):
 
 
 def others(engine):
-    """Bytes of arrays that are not the engine's; MLX's record of its peak begins anew."""
+    """Return the bytes of arrays that are not the engine's, and reset MLX's record of its peak."""
     gc.collect()
     mx.reset_peak_memory()
     own = [value for _, value in tree_flatten([engine.model.parameters(), engine.optimizer.state])]
@@ -97,14 +97,14 @@ def others(engine):
 
 
 def updates(engine, work, micro_batch_tokens, vocabulary=VOCABULARY, times=2):
-    """Bytes at the peak of so many updates."""
+    """Return the peak bytes of ``times`` updates."""
     engine.micro_batch_tokens, rows = micro_batch_tokens, batch(work, vocabulary)
     before = others(engine)
     return max(engine.update(rows, Surrogate(), 1e-5)["peak_memory_bytes"] for _ in range(times)) - before
 
 
 def decodes(engine, work, rows, vocabulary=VOCABULARY):
-    """Bytes at the peak of one rollout."""
+    """Return the peak bytes of one rollout."""
     engine.decode_rows, before = rows, others(engine)
     prompts = np.random.default_rng(1).integers(1, vocabulary, (work.prompts, work.prompt_tokens)).tolist()
     engine.sample(prompts, work.group, Sampling(work.completion_tokens, seed=2))
@@ -119,7 +119,7 @@ CASES = [(kind, WORK) for kind in ABOVE] + [(kind, LONG) for kind in ("lora", "c
 
 @pytest.mark.parametrize(("kind", "work"), CASES)
 def test_the_peak_of_updates_and_rollouts_is_predicted_from_above(kind, work, tmp_path, monkeypatch):
-    """Decoding at most twofold: a fork of all rows at their full length is counted, and none of these ends before."""
+    """Decoding is predicted at most twofold: a fork of all rows at full length is counted, and no row ends before."""
     monkeypatch.setenv("TEXTPOLICY_CACHE", str(tmp_path))  # for TinyLoRA's SVDs
     engine = engine_of(kind)
     costs = Costs.measure(engine.model, checkpoint_every=engine.checkpoint_every)
@@ -141,7 +141,7 @@ def test_the_peaks_of_the_built_in_model_are_predicted_within_a_third():
 
 
 def test_checkpointing_lowers_the_measured_peak_and_the_predicted_one():
-    """Activations that were kept all the same would show: of 12 blocks they are nearly all there is."""
+    """The activations of 12 blocks are nearly all the memory, so kept ones would show."""
     measured, predicted = [], []
     for every in (0, 2, 1):
         arguments = {"hidden_size": 96, "num_hidden_layers": 12, "intermediate_size": 256, "num_attention_heads": 4}
@@ -154,7 +154,7 @@ def test_checkpointing_lowers_the_measured_peak_and_the_predicted_one():
         assert every_one < 0.5 * none
 
 
-def test_metrics_show_the_peak_since_the_update_before():
+def test_metrics_show_the_peak_since_the_previous_update():
     engine, few = engine_of("lora"), Workload(1, 2, 5, 5)
     before = others(engine)
     large = updates(engine, LONG, 8192)
@@ -191,13 +191,13 @@ def costs():
 ROUND = Workload(prompts=2, group=4, prompt_tokens=10, completion_tokens=10)
 
 
-def test_an_update_of_round_numbers_costs_what_the_fingers_say(costs):
+def test_an_update_of_round_numbers_costs_what_a_hand_calculation_gives(costs):
     """2 prompts and 8 completions of 10 tokens at 10 bytes, and 8 rows of keys: the prompt's 10, and its 10 with 10."""
     longest = 1000 + 10 * (2 * 10 + 8 * 10) + 8 * (10 + 20) * 4
     assert costs.update(ROUND, 160) == pytest.approx(1.05 * longest)
 
 
-def test_shorter_completions_of_which_more_fit_are_thought_of(costs):
+def test_shorter_completions_of_which_more_fit_are_considered(costs):
     """20 tokens hold one completion of 10 after its prompt, or one of 1: two rows of 11 are too many."""
     one_long = 1000 + 10 * (10 + 10) + (10 + 20) * 4
     assert costs.update(ROUND, 20) == pytest.approx(1.05 * one_long)
@@ -205,13 +205,13 @@ def test_shorter_completions_of_which_more_fit_are_thought_of(costs):
     assert costs.update(ROUND, 24) == pytest.approx(1.05 * max(one_long, two_of_two))
 
 
-def test_decoding_of_round_numbers_costs_what_the_fingers_say(costs):
+def test_decoding_of_round_numbers_costs_what_a_hand_calculation_gives(costs):
     """All at once: 8 rows of 10 + 11 slots, twice while they fork. Two at a time: others enter meanwhile."""
     assert costs.decode(ROUND, 8) == pytest.approx(1.05 * (1000 + 2 * 8 * 21 * 4))
     assert costs.decode(ROUND, 2) == pytest.approx(1.05 * (1000 + 2 * 2 * 21 * 4))
 
 
-def test_what_fits_stays_as_asked_for(costs):
+def test_sizes_that_fit_stay_as_requested(costs):
     plan = fit(costs, ROUND, 1e9, micro_batch_tokens=8192, decode_rows=128)
     assert (plan.micro_batch_tokens, plan.decode_rows, plan.shrunk) == (8192, 128, ())
 
@@ -232,11 +232,11 @@ def test_evaluation_on_many_prompts_bounds_the_rows_decoded_side_by_side(costs):
     assert plan.shrunk == ("decode_rows",)
 
 
-def test_where_not_even_one_completion_fits_it_says_so_with_numbers_and_settings(costs):
-    with pytest.raises(UserError) as told:
+def test_where_not_even_one_completion_fits_the_error_has_numbers_and_settings(costs):
+    with pytest.raises(UserError) as raised:
         fit(costs, ROUND, 1200, micro_batch_tokens=8192, decode_rows=128)
-    assert "an update needs about 0.00 GB for one completion of 10 tokens after a prompt of 10" in str(told.value)
-    assert "machine.memory_limit_gb" in str(told.value)
+    assert "an update needs about 0.00 GB for one completion of 10 tokens after a prompt of 10" in str(raised.value)
+    assert "machine.memory_limit_gb" in str(raised.value)
 
 
 def test_a_compiled_pass_costs_what_it_is_padded_to(costs):
@@ -248,10 +248,10 @@ def test_a_compiled_pass_costs_what_it_is_padded_to(costs):
 
 def test_an_engine_gets_smaller_sizes_and_the_same_gradients():
     engine = engine_of("lora")
-    rows, before, asked = batch(WORK), others(engine), engine.micro_batch_tokens
+    rows, before, requested = batch(WORK), others(engine), engine.micro_batch_tokens
     room = 1.1 * Costs.measure(engine.model).update(WORK, 2 * WORK.row)
     plan = preflight(engine, WORK, limit=before + room)
-    assert engine.micro_batch_tokens == plan.micro_batch_tokens < asked
+    assert engine.micro_batch_tokens == plan.micro_batch_tokens < requested
     assert engine.decode_rows == plan.decode_rows
     at_once = MLXEngine(model_of("lora"), stop=[]).update(rows, Surrogate(), 1e-5)
     others(engine)
@@ -275,7 +275,7 @@ def test_a_container_sees_its_own_share_of_the_machine(tmp_path, monkeypatch):
     assert usable_memory() == pytest.approx(0.8e6)
 
 
-def test_copies_are_left_out_before_anything_is_made_smaller_for_them():
+def test_copies_give_way_before_any_size_shrinks_for_them():
     costs = Costs.measure(model_of("lora"))
     assert costs.folded > 0
     without = costs.decode(WORK, WORK.rows, copies=False)
@@ -297,7 +297,7 @@ def test_the_limit_that_is_set_is_the_one_returned():
 
 
 def test_arrays_and_the_freed_buffers_that_are_kept_stay_within_what_may_be_used(monkeypatch):
-    """MLX keeps what it is told to beside its limit on arrays."""
+    """MLX keeps freed buffers beyond its limit on arrays."""
     monkeypatch.setattr(memory, "usable_memory", lambda: 64e6)
     assert limit_memory() == 60e6
     for n in range(40, 50):
@@ -308,7 +308,7 @@ def test_arrays_and_the_freed_buffers_that_are_kept_stay_within_what_may_be_used
 
 
 def test_costs_are_measured_with_no_work_ahead_where_a_gpu_would_be_handed_some(monkeypatch):
-    """A limit that is always reached; it is put back, also after a failure."""
+    """The limit is one that is always reached; it is restored, also after a failure."""
     limits, mine = [], model_of("lora")
     monkeypatch.setattr(memory.cuda, "is_default", lambda: True)
 

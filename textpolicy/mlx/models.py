@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """A model that a PyPI package contains as a GGUF file."""
+    """The entry of a model that a PyPI package contains as a GGUF file."""
 
     package: str
     file: str

@@ -6,7 +6,8 @@ import pytest
 from scipy.special import log_softmax
 from scipy.stats import chisquare
 
-from textpolicy.mlx.decode.sampling import Keep, draw, penalize, uniforms
+from textpolicy.mlx.decode.decoder import RepetitionPenalty
+from textpolicy.mlx.decode.sampling import Keep, draw, uniforms
 
 
 def logits(rows, vocabulary, seed=0):
@@ -70,8 +71,8 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it_and_rescales():
 
 
 def test_the_penalty_makes_seen_tokens_less_likely_on_either_side_of_zero():
-    seen = mx.array([[True, True, False]])
-    assert penalize(mx.array([[2.0, -2.0, 1.0]]), seen, 2.0).tolist() == [[1.0, -4.0, 1.0]]
+    penalty = RepetitionPenalty(2.0, seen=np.array([[True, True, False]]))
+    assert penalty(mx.array([[2.0, -2.0, 1.0]]), np.array([0])).tolist() == [[1.0, -4.0, 1.0]]
 
 
 def test_a_sequences_random_numbers_depend_on_seed_and_place_alone():

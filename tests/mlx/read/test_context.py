@@ -23,7 +23,7 @@ def alone(model, tokens):
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(TOKENS, min_size=1, max_size=5))
-def test_a_tree_holds_every_prompt_and_shares_the_longest_start(prompts):
+def test_a_tree_contains_every_prompt_and_shares_the_longest_start(prompts):
     tree = PromptTree.build([np.array(p, np.int32) for p in prompts])
     for i, prompt in enumerate(prompts):
         parent = tree.parents[i]
@@ -210,7 +210,7 @@ def test_a_rotary_embedding_with_one_position_for_all_rows_is_refused():
         Context(llama.Model(arguments))
 
 
-def test_a_context_that_nobody_holds_gives_its_memory_back_at_once(tiny_engine):
+def test_an_unreferenced_context_frees_its_memory_at_once(tiny_engine):
     model = tiny_engine.model
     model(mx.zeros((1, 1), mx.int32))
     gc.collect()

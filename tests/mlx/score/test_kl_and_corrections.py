@@ -133,7 +133,7 @@ def test_the_adapters_are_back_on_when_scoring_fails(monkeypatch):
     assert np.array_equal(engine.score(batch), scored)
 
 
-def test_within_it_there_is_nothing_to_train_and_afterwards_there_is():
+def test_with_adapters_off_nothing_is_trainable_and_afterwards_they_are():
     model = made_engine().model
     names = set(trainable(model))
     with adapters_off(model):
@@ -141,7 +141,7 @@ def test_within_it_there_is_nothing_to_train_and_afterwards_there_is():
     assert set(trainable(model)) == names != set()
 
 
-def test_a_model_without_adapters_has_no_reference_and_says_what_to_do():
+def test_a_model_without_adapters_has_no_reference_and_the_error_tells_what_to_do():
     engine, batch = MLXEngine(base_model("float"), stop=[0]), plain_batch(random_episodes(np.random.default_rng(1)))
     with pytest.raises(UserError, match="no adapter to switch off for the KL reference; attach"):
         engine.score(batch, reference=True)
@@ -150,14 +150,14 @@ def test_a_model_without_adapters_has_no_reference_and_says_what_to_do():
 # ---- the KL in the loss
 
 
-def naive_gradient(model, batch, reference, how):
+def naive_gradient(model, batch, reference, surrogate):
     """Every row at full width in one pass, with the reference of a model of its own."""
     given = replace(batch, reference=reference)
 
     def loss(model):
         logits = model(mx.array(batch.inputs)).astype(mx.float32) / mx.array(batch.temperatures)[..., None]
         picked = mx.take_along_axis(logits, mx.array(batch.targets)[..., None], axis=-1)[..., 0]
-        return policy_objective(picked - mx.logsumexp(logits, axis=-1), given.map(mx.array), mx, how)
+        return policy_objective(picked - mx.logsumexp(logits, axis=-1), given.map(mx.array), mx, surrogate)
 
     value, gradient = nn.value_and_grad(model, loss)(model)
     return value.item(), gradient
@@ -176,11 +176,11 @@ class Recording(MLXEngine):
 def test_an_update_with_a_kl_has_the_naive_gradient_rows_without_advantage_included(kind, estimator):
     engine = Recording(made_engine(kind).model, stop=[0], micro_batch_tokens=50)
     episodes = [replace(e, reward=1.0) if e.group < 2 else e for e in with_holes(np.random.default_rng(2))]
-    batch, how = recipe("grpo").credit(episodes), Surrogate(kl=KL(0.5, estimator))
+    batch, surrogate = recipe("grpo").credit(episodes), Surrogate(kl=KL(0.5, estimator))
     assert not batch.advantages[:8].any()
     reference = MLXEngine(base_model(kind), stop=[0]).score(batch)
-    loss, expected = naive_gradient(engine.model, batch, reference, how)
-    metrics = engine.update(batch, how, 1e-3)
+    loss, expected = naive_gradient(engine.model, batch, reference, surrogate)
+    metrics = engine.update(batch, surrogate, 1e-3)
     assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
     for name, value in tree_flatten(expected):
         scale = np.abs(np.array(value)).max() + 1e-6
@@ -206,13 +206,13 @@ def test_a_reference_that_the_batch_brings_is_not_scored_again(monkeypatch):
     engine, batch = made_engine(), recipe("grpo").credit(random_episodes(np.random.default_rng(4)))
     brought = replace(batch, reference=engine.score(batch, reference=True))
     start = engine.weights()
-    asked = engine.update(batch, Surrogate(kl=KL(0.3)), 1e-2)
+    scored = engine.update(batch, Surrogate(kl=KL(0.3)), 1e-2)
     after_asking = weights_of(engine.model)
     engine = MLXEngine(engine.model, stop=[0])
     engine.restore(start)
     monkeypatch.setattr(engine, "score", lambda *arguments, **named: pytest.fail("scored again"))
     given = engine.update(brought, Surrogate(kl=KL(0.3)), 1e-2)
-    assert given["loss"] == pytest.approx(asked["loss"], rel=1e-5)
+    assert given["loss"] == pytest.approx(scored["loss"], rel=1e-5)
     for name, value in weights_of(engine.model).items():
         np.testing.assert_allclose(value, after_asking[name], atol=1e-5, err_msg=name)
 
@@ -274,7 +274,7 @@ def test_the_reference_of_an_episode_stands_at_its_sampled_tokens_and_is_0_elsew
 
 
 class Spy:
-    """An engine that remembers the batches it was told to update on, and the scores it gave."""
+    """An engine that remembers the batches of its updates, and the scores it returned."""
 
     def __init__(self, engine):
         self.engine, self.updated, self.log = engine, [], []
@@ -357,7 +357,7 @@ def test_reinforce_learns_from_returns_to_go_of_reward_and_kl():
 # ---- corrections
 
 
-def test_with_several_updates_the_ratio_is_over_what_the_learner_said_before_the_first():
+def test_with_several_updates_the_ratio_is_over_the_learners_logprobs_before_the_first():
     algorithm = recipe("grpo")
     corrected = replace(algorithm, surrogate=replace(algorithm.surrogate, correction=Correction("token", "truncate")))
     spy, rows = trained(corrected, steps=2, updates=2)
@@ -366,7 +366,9 @@ def test_with_several_updates_the_ratio_is_over_what_the_learner_said_before_the
         (first, before_first), (second, before_second) = spy.updated[2 * step : 2 * step + 2]
         assert np.array_equal(first.old, before_first)
         assert not np.array_equal(second.old, before_second)  # the first update has moved the learner
-        np.testing.assert_allclose(second.old, second.logprobs, atol=1e-3)  # which sampled with what it said then
+        np.testing.assert_allclose(
+            second.old, second.logprobs, atol=1e-3
+        )  # which sampled with its log-probs at that time
     for row, _ in rows:
         assert row["updated"] == 2
         assert row["correction_mean"] == pytest.approx(1, abs=1e-3)
@@ -429,25 +431,25 @@ def test_a_step_that_the_correction_drops_whole_is_counted_and_moves_nothing_not
     + [(array, np.nan) for array in ("advantages", "logprobs", "old", "reference")],
 )
 @pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "sapo", "rloo"])
-def test_a_batch_with_a_number_that_is_none_moves_nothing_and_says_so(name, array, value):
-    engine, how = made_engine(), recipe(name).surrogate
+def test_a_batch_with_a_number_that_is_not_finite_moves_nothing_and_is_reported(name, array, value):
+    engine, surrogate = made_engine(), recipe(name).surrogate
     batch = recipe(name).credit(random_episodes(np.random.default_rng(10)))
     now = engine.score(batch)
     batch = replace(batch, logprobs=now, old=now, reference=now)
     if array == "old":
-        how = replace(how, correction=Correction("token", "truncate"))
+        surrogate = replace(surrogate, correction=Correction("token", "truncate"))
     if array == "reference":
-        how = replace(how, kl=KL(0.1))
+        surrogate = replace(surrogate, kl=KL(0.1))
     place = tuple(np.argwhere((batch.weights != 0) & (batch.advantages != 0))[0])
     spoilt = getattr(batch, array).copy()
     spoilt[place] = value
     before = weights_of(engine.model)
-    row = engine.update(replace(batch, **{array: spoilt}), how, 1e-2)
+    row = engine.update(replace(batch, **{array: spoilt}), surrogate, 1e-2)
     assert (row["skipped"], row["updated"]) == (1, 0)
     assert_same_weights(before, engine.model)
 
 
-def test_the_sentence_of_a_broken_policy_comes_before_any_update():
+def test_the_error_of_a_broken_policy_comes_before_any_update():
     def broken(logprobs):
         completion = Completion(np.array([3, 4], np.int32), np.array(logprobs, np.float32))
         return Episode.from_completion([5], completion, reward=1.0, group=0)

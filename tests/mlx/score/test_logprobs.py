@@ -171,7 +171,7 @@ def test_an_adapter_on_the_head_gets_its_gradient(batch):
     assert_same_values_and_gradients(randomised(model), batch)
 
 
-def test_a_model_without_a_head_of_its_own_is_scored_by_all_its_logits_and_says_so(batch, caplog):
+def test_a_model_without_a_head_of_its_own_is_scored_by_all_its_logits_with_a_warning(batch, caplog):
     mx.random.seed(0)
     model = adapted(Flat())
     with caplog.at_level(logging.WARNING):

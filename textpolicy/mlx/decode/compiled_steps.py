@@ -1,4 +1,4 @@
-"""Compiled decoding steps of one shape: R rows, each after a prompt that it may share, with room to grow.
+"""The compiled decoding steps of one shape: R rows, each after a prompt that it may share, with room to grow.
 
 What changes from token to token (where to write, which slots are visible) is data, so one compiled function
 serves hundreds of tokens. On CUDA the rows of a prompt read the same keys, through a kernel of ours; elsewhere
@@ -36,7 +36,7 @@ Arrays = list[mx.array]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StaticRows:
-    """R completions for compiled steps; some may have ended and stay for the shape.
+    """The R completions of compiled steps; some may have ended and stay for the shape.
 
     Row r continues prompt ``parents[r]`` of U and uses slots of its own after it.
     """
@@ -173,13 +173,13 @@ class StaticRows:
 
 
 class Steps:
-    """Compiled decoding steps of one model."""
+    """The compiled decoding steps of one model."""
 
     def __init__(self, model: nn.Module, *, compiled: bool, share: bool, patches: dict[str, Any] | None = None):
         self.model, self.compiled, self.share = model, compiled, share
         self.view = View.of(model)
         self.blocks = blocks_of(model, self.view) if share else ()
-        self.context = Context(model)  # empty: which layers there are, and how their masks look
+        self.context = Context(model)  # empty; it tells the kinds of layers and the form of their masks
         self.known: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
         self.patches = {**(patches or {}), "scaled_dot_product_attention": _attention}
 
@@ -260,7 +260,7 @@ class StepState:
 
 @dataclass(eq=False)
 class _Slots:
-    """One attention layer during one step, with the interface of mlx-lm's caches."""
+    """The cache of an attention layer during one step, with the interface of mlx-lm's caches."""
 
     now: StepState
     offset: mx.array  # (R,) int32, the position of the arriving token

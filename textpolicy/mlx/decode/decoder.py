@@ -21,7 +21,7 @@ from ...types import Completion
 from ..read.context import Context, PromptTree
 from ..read.sizes import size_up
 from .compiled_steps import StaticRows, Steps
-from .sampling import Draw, Sampler, penalize, uniforms
+from .sampling import Draw, Sampler, uniforms
 
 _SPARE = 64  # the most positions to allocate ahead
 _LEAVE = 0.75  # the context is packed again when a smaller share of its rows is still in use
@@ -78,7 +78,7 @@ def decode(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ActiveRows:
-    """R completions being sampled; those with equal text share a row of the context."""
+    """The R completions being sampled; those with equal text share a row of the context."""
 
     context: Context  # C rows
     rows: np.ndarray  # (R,) int, the index of each completion
@@ -106,14 +106,18 @@ class RepetitionPenalty:
     penalty: float
     seen: np.ndarray  # (N, V) bool, the tokens of each completion's text so far
 
-    def __call__(self, logits: mx.array, active: ActiveRows) -> mx.array:
-        """Return the penalised logits (R, V) of each completion from those (C, V) of the context's rows."""
-        return penalize(logits[mx.array(active.state)], mx.array(self.seen[active.rows]), self.penalty)
+    def __call__(self, logits: mx.array, rows: np.ndarray) -> mx.array:
+        """Divide positive and multiply negative logits (R, V) of the tokens seen in completions ``rows`` (R,).
+
+        See arXiv:1909.05858, sec. 4.1.
+        """
+        scaled = mx.where(logits > 0, logits / self.penalty, logits * self.penalty)
+        return mx.where(mx.array(self.seen[rows]), scaled, logits)
 
 
 @dataclass(slots=True, eq=False)
 class _Decoder:
-    """One call of ``decode``: its settings, and the N completions so far, of at most T tokens."""
+    """The state of one call of ``decode``: its settings, and the N completions so far, of at most T tokens."""
 
     model: nn.Module
     prompts: Sequence[np.ndarray]
@@ -188,7 +192,7 @@ class _Decoder:
         logits = active.context.read(self.model, active.reads[:, None])[:, -1]
         state = active.state
         if self.penalty is not None:
-            logits, state = self.penalty(logits, active), np.arange(len(active.rows))
+            logits, state = self.penalty(logits[mx.array(state)], active.rows), np.arange(len(active.rows))
         drawn = self.sampler(logits, mx.array(state), uniform)
         return replace(active, reads=drawn.tokens), drawn, drawn
 

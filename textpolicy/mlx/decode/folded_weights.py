@@ -1,4 +1,4 @@
-"""Copies of a model's weights with the LoRAs folded into them, for the decoding of one rollout on a CPU."""
+"""The copies of a model's weights with the LoRAs folded into them, for the decoding of one rollout on a CPU."""
 
 from __future__ import annotations
 

@@ -55,21 +55,6 @@ class Keep:
     top_p: float = 1.0  # the smallest set whose probability reaches it
     min_p: float = 0.0  # those at least this likely compared with the likeliest
 
-    def __call__(self, logits: mx.array) -> mx.array:
-        """Return (C, V) logits with -inf on the tokens that may not be drawn."""
-        if 0 < self.top_k < logits.shape[-1]:
-            kth = mx.topk(logits, self.top_k, axis=-1).min(axis=-1, keepdims=True)
-            logits = mx.where(logits >= kth, logits, -mx.inf)
-        if self.top_p < 1:
-            order = mx.argsort(-logits, axis=-1)
-            sorted_mass = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1)
-            before = mx.cumsum(sorted_mass, axis=-1) - sorted_mass
-            kept = mx.put_along_axis(mx.zeros(logits.shape, mx.bool_), order, before < self.top_p, axis=-1)
-            logits = mx.where(kept, logits, -mx.inf)
-        if self.min_p > 0:
-            logits = mx.where(logits >= logits.max(axis=-1, keepdims=True) + math.log(self.min_p), logits, -mx.inf)
-        return logits
-
 
 def draw(
     logits: mx.array, state: mx.array, uniform: mx.array, temperature: float = 1.0, keep: Keep | None = None
@@ -79,8 +64,18 @@ def draw(
     Tokens are drawn by inverse CDF, from (R,) ``uniform`` numbers in [0, 1).
     """
     logits = logits.astype(mx.float32) / (temperature or 1.0)
-    if keep is not None:
-        logits = keep(logits)
+    if keep is not None:  # -inf on the tokens that may not be drawn
+        if 0 < keep.top_k < logits.shape[-1]:
+            kth = mx.topk(logits, keep.top_k, axis=-1).min(axis=-1, keepdims=True)
+            logits = mx.where(logits >= kth, logits, -mx.inf)
+        if keep.top_p < 1:
+            order = mx.argsort(-logits, axis=-1)
+            sorted_mass = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1)
+            before = mx.cumsum(sorted_mass, axis=-1) - sorted_mass
+            kept = mx.put_along_axis(mx.zeros(logits.shape, mx.bool_), order, before < keep.top_p, axis=-1)
+            logits = mx.where(kept, logits, -mx.inf)
+        if keep.min_p > 0:
+            logits = mx.where(logits >= logits.max(axis=-1, keepdims=True) + math.log(keep.min_p), logits, -mx.inf)
     shifted = logits - logits.max(axis=-1, keepdims=True)
     mass = exp_without_gradient(shifted)
     log_total = mx.log(mass.sum(axis=-1))
@@ -100,11 +95,6 @@ def draw(
         within = mx.where(passed.any(axis=-1), mx.argmax(passed, axis=-1), mx.argmax(inside, axis=-1))
         tokens = block[:, 0] * _BLOCK + within
     return Draw(tokens.astype(mx.int32), shifted[state, tokens] - log_total[state], (log_total - mean)[state])
-
-
-def penalize(logits: mx.array, seen: mx.array, penalty: float) -> mx.array:
-    """Divide positive and multiply negative logits of ``seen`` (B, V) tokens (arXiv:1909.05858, sec. 4.1)."""
-    return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def uniforms(seed: int, row: int, count: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a model has read, for many rows at once: compute a prefix once, fork it, continue every row.
+"""The text that a model has read, for many rows at once: compute a prefix once, fork it, continue every row.
 
 Rollouts and updates both run a model in levels: first what all rows begin with (one row), then each
 distinct prompt (one row each), then each completion (one row each). Between levels the keys, values
@@ -68,7 +68,7 @@ class Context:
 
     @property
     def recurrent(self) -> bool:
-        """Whether a layer keeps a running state, which a token of padding would change for good."""
+        """Return whether a layer keeps a running state, which a token of padding would change for good."""
         return any(isinstance(layer, State) for layer in members(self.layers))
 
     def read(self, model: Callable[..., mx.array], tokens: mx.array, lengths: mx.array | None = None) -> mx.array:
@@ -206,7 +206,7 @@ class Ragged:
 
 
 class Attention:
-    """One attention layer's keys and values; a ``window`` limits it to that many positions, its own included.
+    """The keys and values of an attention layer; a ``window`` limits it to that many positions, its own included.
 
     All are kept, since rows of different length pass the window at different times. While no mask is needed
     otherwise, only the window's last slots are handed out, so that the window needs no mask either.
@@ -259,7 +259,7 @@ class Attention:
 
 
 class State(ArraysCache):
-    """One layer's running state: arrays whose first axis is the row, replaced by each read."""
+    """The running state of a layer: arrays whose first axis is the row, replaced by each read."""
 
     @classmethod
     def holding(cls, arrays: list[Any]) -> State:
@@ -349,7 +349,7 @@ def _joined(layers: Sequence[Any], context: Context, contexts: Sequence[Context]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptTree:
-    """Prompts as a tree: a shared header, distinct rests, and the last token, which each continuation reads first."""
+    """The tree of N prompts: a shared header, distinct rests, and last tokens, which the continuations read first."""
 
     header: np.ndarray  # (H,) int32, what every prompt begins with
     rests: np.ndarray  # (U, P) int32, each distinct prompt after the header, shortest first, padded on the right

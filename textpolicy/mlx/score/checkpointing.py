@@ -1,4 +1,4 @@
-"""Gradient checkpointing (arXiv:1604.06174): blocks whose activations the backward pass computes again."""
+"""The checkpointing of gradients (arXiv:1604.06174): blocks whose activations the backward pass computes again."""
 
 from __future__ import annotations
 

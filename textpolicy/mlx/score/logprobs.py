@@ -1,4 +1,4 @@
-"""Log-probs of sampled tokens from a model's hidden states, without an array of [tokens, vocabulary].
+"""The log-probs of sampled tokens from a model's hidden states, without an array of [tokens, vocabulary].
 
 One chunk of tokens at a time goes through the model's own head. Where the head is frozen, the chunk also
 yields d log p / d hidden, (N, D), so the backward pass is a product with that and nothing is computed twice.
@@ -204,7 +204,7 @@ def _outputs(model: nn.Module, path: Path, tokens: mx.array, cache: Any = None) 
 
 
 def _find_body(model: nn.Module, path: Path = ()) -> Path:
-    """Return the path to a module whose output alone determines the logits, per position; () if there is none."""
+    """Return the path to a module whose output alone determines the logits, per position; or () without one."""
     tokens = mx.array([[0, 1, 2]])
     logits = model(tokens)
     for name in [name for name, part in child(model, path).items() if isinstance(part, nn.Module)]:

@@ -1,4 +1,4 @@
-"""Log-probs and gradients of a batch's sampled tokens in micro-batches, with nothing computed twice.
+"""The log-probs and gradients of a batch's sampled tokens in micro-batches, with nothing computed twice.
 
 The prompts of a batch form a tree (see ``PromptTree``). Completions with equal text after the same prompt
 are scored once, completions of similar length run together, and only the positions before a sampled
@@ -35,7 +35,7 @@ Objective = Callable[[mx.array, Any], tuple[mx.array, dict[str, mx.array]]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pass:
-    """R continuations that run side by side."""
+    """The R continuations of one forward pass."""
 
     inputs: np.ndarray  # (R, T) int32, from the last prompt token on
     parents: np.ndarray  # (R,) int32, the prompt of the tree that each continues
@@ -44,7 +44,7 @@ class Pass:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """A micro-batch of B rows, arranged for ``score``: their distinct continuations, with N sampled tokens in all."""
+    """The arrangement of B rows for ``score``: their distinct continuations, with N sampled tokens in all."""
 
     tree: PromptTree
     passes: tuple[Pass, ...]  # longest continuations first

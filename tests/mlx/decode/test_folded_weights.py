@@ -94,7 +94,7 @@ def test_small_products_are_for_one_or_two_cores_whose_blas_has_them(monkeypatch
 
 @pytest.mark.parametrize("rows", [FEW, MANY])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_decoding_has_the_logprobs_of_the_model_that_trains(name, rows, at_once):
+def test_decoding_has_the_logprobs_of_the_trained_model(name, rows, at_once):
     model = adapted(name)
     view = folded(model, rows)
     assert view is not model
@@ -103,7 +103,7 @@ def test_decoding_has_the_logprobs_of_the_model_that_trains(name, rows, at_once)
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_every_kind_of_adapter_says_what_it_says_without_copies(kind, at_once, tmp_path, monkeypatch):
+def test_every_kind_of_adapter_has_the_same_logits_with_copies(kind, at_once, tmp_path, monkeypatch):
     monkeypatch.setenv("TEXTPOLICY_CACHE", str(tmp_path))  # for TinyLoRA's SVDs
     model = adapter_of_kind(kind)
     tokens = mx.array([[3, 4, 5, 6]])

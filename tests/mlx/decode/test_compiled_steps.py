@@ -1,4 +1,4 @@
-"""Compiled decoding steps of one shape say what the plain loop says, whatever happens to their rows."""
+"""Compiled decoding steps of one shape give the completions of the plain loop, whatever happens to their rows."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,8 +8,8 @@ from mlx.utils import tree_flatten
 from test_adapters import ADAPTERS
 from test_adapters import adapted as adapter_of_kind
 from test_architectures import adapted, decoding_error
-from test_decode import PROMPTS, STOP
-from test_decode import assert_same as assert_close
+from test_decoder import PROMPTS, STOP
+from test_decoder import assert_same as assert_close
 
 from textpolicy.engine import Sampling
 from textpolicy.mlx.decode import compiled_steps
@@ -24,16 +24,16 @@ def assert_same(ours, expected):
     assert_close(ours, expected, atol=1e-4)  # other products round otherwise; the plain loop is as far from float64
 
 
-def both(model, sampling, max_rows, **how):
-    """What compiled steps say, and what the plain loop says."""
-    steps = Steps(model, **{"compiled": True, "share": False, **how})
+def both(model, sampling, max_rows, **settings):
+    """Return the completions of compiled steps, and those of the plain loop."""
+    steps = Steps(model, **{"compiled": True, "share": False, **settings})
     ours = decode(model, LONG, sampling, STOP, max_rows, steps=steps)
     return ours, decode(model, LONG, sampling, STOP, 100)
 
 
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("max_rows", [1, 3, 7, 100])
-def test_neither_rows_that_enter_nor_rows_that_leave_change_what_is_said(tiny_engine, max_rows, share):
+def test_rows_that_enter_or_leave_change_no_completion(tiny_engine, max_rows, share):
     ours, expected = both(tiny_engine.model, Sampling(max_tokens=24, seed=3), max_rows, share=share)
     lengths = [len(c.tokens) for c in expected]
     assert min(lengths) < max(lengths)
@@ -50,19 +50,19 @@ def test_rows_outgrow_their_slots(tiny_engine, share, monkeypatch):
     assert_same(ours, decode(tiny_engine.model, LONG, sampling, np.array([0]), 100))
 
 
-def test_look_ahead_says_the_same(tiny_engine):
+def test_computing_ahead_changes_no_completion(tiny_engine):
     steps = Steps(tiny_engine.model, compiled=True, share=True)
     sampling = Sampling(max_tokens=24, seed=9)
     ours = decode(tiny_engine.model, LONG, sampling, STOP, 5, ahead=True, steps=steps)
     assert_same(ours, decode(tiny_engine.model, LONG, sampling, STOP, 100))
 
 
-@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"top_k": 4}, {"top_p": 0.8}, {"repetition_penalty": 3.0}])
-def test_every_way_of_drawing_says_the_same(tiny_engine, how):
-    assert_same(*both(tiny_engine.model, Sampling(max_tokens=12, seed=2, **how), 5))
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": 4}, {"top_p": 0.8}, {"repetition_penalty": 3.0}])
+def test_every_sampling_setting_gives_the_completions_of_the_plain_loop(tiny_engine, settings):
+    assert_same(*both(tiny_engine.model, Sampling(max_tokens=12, seed=2, **settings), 5))
 
 
-def test_prompts_of_one_token_are_answered_as_ever(tiny_engine):
+def test_prompts_of_one_token_use_the_plain_loop(tiny_engine):
     steps = Steps(tiny_engine.model, compiled=True, share=False)
     sampling = Sampling(max_tokens=12, seed=3)
     ours = decode(tiny_engine.model, PROMPTS, sampling, STOP, 5, steps=steps)
@@ -85,7 +85,7 @@ def test_a_step_of_training_is_seen_by_functions_compiled_before_it(tiny_engine)
     )
 
 
-def test_weights_trained_in_full_are_read_anew_too(tiny_engine):
+def test_fully_trained_weights_are_read_again_too(tiny_engine):
     model, sampling = tiny_engine.model, Sampling(max_tokens=12, seed=3)
     model.unfreeze()
     steps = Steps(model, compiled=True, share=True)
@@ -97,11 +97,11 @@ def test_weights_trained_in_full_are_read_anew_too(tiny_engine):
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_every_kind_of_adapter_says_the_same(kind):
+def test_every_kind_of_adapter_gives_the_completions_of_the_plain_loop(kind):
     assert_same(*both(adapter_of_kind(kind), Sampling(max_tokens=12, seed=3), 5, share=True))
 
 
-def test_a_quantised_base_runs_together_as_well():
+def test_layers_of_a_quantised_base_are_fused_too():
     model = adapted("llama", hidden_size=64, intermediate_size=128)
     nn.quantize(model, group_size=32, bits=8, class_predicate=lambda path, _: path.endswith(".linear"))
     steps = Steps(model, compiled=True, share=False)
@@ -109,7 +109,7 @@ def test_a_quantised_base_runs_together_as_well():
     assert decoding_error(model, 4, steps) < 1e-4
 
 
-def test_joined_layers_keep_their_weights_and_store_nothing_twice():
+def test_fused_layers_keep_their_weights_and_store_nothing_twice():
     model = adapted("qwen3")
     before = {name: np.array(value) for name, value in tree_flatten(model.parameters())}
     held = mx.get_active_memory()

@@ -130,7 +130,7 @@ def test_a_line_separator_inside_a_completion_ends_no_record(tmp_path):
 def test_a_line_that_is_no_record_is_named(tmp_path, line):
     path = tmp_path / "generations.jsonl"
     path.write_text('{"completion": "a", "reward": 1.0}\n' + line)
-    with pytest.raises(UserError, match=r"line 2 of .*generations\.jsonl is no record"):
+    with pytest.raises(UserError, match=r"line 2 of .*generations\.jsonl is not a record"):
         load_generations(path)
 
 

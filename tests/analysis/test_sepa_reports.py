@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from textpolicy import analysis
-from textpolicy.analysis.sepa.significance import cluster_design_effect
+from textpolicy.analysis.intervals import cluster_design_effect
 from textpolicy.errors import UserError
 
 

@@ -452,7 +452,7 @@ def test_the_area_weighs_points_by_the_steps_between_them():
 REFUSED = {
     "shape": (lambda: stats.student_test([0.3], B), "baseline has shape"),
     "matrix": (lambda: stats.bootstrap_mean([A, B]), "values has shape"),
-    "nan": (lambda: stats.welch_test(A, [0.1, float("nan")]), "candidate holds nan"),
+    "nan": (lambda: stats.welch_test(A, [0.1, float("nan")]), "candidate contains nan"),
     "unpaired": (lambda: stats.sign_flip_test(A, B[:4]), "give the same seeds to both"),
     "level": (lambda: stats.paired_test(A, B, level=95), "level is 95"),
     "alternative": (lambda: stats.wilcoxon_test(A, B, "bigger"), "no alternative 'bigger'"),

@@ -1,6 +1,6 @@
-"""Arms against a baseline: one number per run goes in, chosen beforehand; test, interval, power and advice come out.
+"""Compare arms with a baseline, from one number per run, chosen beforehand: test, interval, power and advice.
 
-Runs of the same seed are paired. The run is the unit: completions of one run are not a sample of anything but that run.
+Runs of the same seed are paired. The run is the unit: the completions of one run are samples of that run alone.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import comb, inf, sqrt
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,13 +34,14 @@ IMPROVEMENT = "statistically_significant_improvement"
 DECLINE = "statistically_significant_decline"
 INSUFFICIENT = "insufficient_statistical_evidence"
 RECOMMENDATIONS = (IMPROVEMENT, DECLINE, INSUFFICIENT)
-_RESAMPLES = 99_999  # signs drawn where there are too many to go through
-_SHUFFLES = 9_999  # labels drawn, one by one
+_SIGNS = 99_999  # drawn where there are too many to enumerate
+_LABELS = 9_999  # drawn, one by one
+_BOOTSTRAP = 9_999
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A candidate against the baseline, everything in the units of the runs."""
+    """The comparison of a candidate with the baseline, in the units of the runs."""
 
     baseline: str
     candidate: str
@@ -52,14 +53,14 @@ class Comparison:
     difference: float
     p: float  # of the test that decides; 1 where the runs are too few for any
     p_adjusted: float  # for the number of candidates (Holm)
-    test: str  # what p is of, in words
-    interval: Interval  # of the difference, of the same test where that has one; without bounds below six pairs
+    test: str  # the name of that test
+    interval: Interval  # of the difference, by the same test where that has one; unbounded below six pairs
     bootstrap: Bootstrap | None  # BCa over runs; None where they do not vary
-    anytime: Anytime | None  # of pairs
-    sd: float | None  # of the paired differences, or of a run; None of fewer than two
-    detectable: float  # the difference that as many runs find with the wanted power; inf if none is
-    runs_needed: int | None  # per arm, for the difference that matters; None where it cannot be said
-    difference_that_matters: float  # the smallest effect that was asked for, else the one observed
+    anytime: Anytime | None  # for pairs
+    sd: float | None  # of the paired differences, or of a run; None for fewer than two
+    detectable: float  # the difference that as many runs find with the wanted power; inf for none
+    runs_needed: int | None  # per arm, for the difference that matters; None where it is unknown
+    difference_that_matters: float  # the smallest effect of the question, else the one observed
     recommendation: str
 
     @property
@@ -70,12 +71,14 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked of the runs, written down before there are any."""
+    """The question for the runs, written down before there are any."""
 
     alpha: float = 0.05
     power: float = 0.8
-    stopping: Stopping = "fixed"  # the number of seeds is fixed, or one may look after every pair
+    stopping: Stopping = "fixed"  # the number of seeds is fixed, or the test may be evaluated after every pair
     smallest_effect: float | None = None  # the least difference that matters, in the units of the runs
+    resamples: int | None = None  # draws of the permutation test and the bootstrap, instead of the defaults
+    seed: int = 0  # of those draws
 
     def __post_init__(self) -> None:
         refuse_unless_share("alpha", self.alpha)
@@ -88,20 +91,23 @@ class Question:
 def compare_arms(
     arms: Mapping[str, Runs], baseline: str, question: Question | None = None, *, paired: bool = True
 ) -> list[Comparison]:
-    """Every other arm against ``baseline``, with p adjusted for their number by Holm's procedure.
+    """Compare every other arm with ``baseline``, with p adjusted for their number by Holm's procedure.
 
     Raises UserError for an unknown baseline or an arm without a run.
     """
     if baseline not in arms:
         raise unknown_name("arm", baseline, arms)
-    asked = question or Question()
+    question = question or Question()
     found = [
-        compare(arms[baseline], runs, asked, paired=paired, names=(baseline, name))
+        compare(arms[baseline], runs, question, paired=paired, names=(baseline, name))
         for name, runs in arms.items()
         if name != baseline
     ]
-    adjusted = correct_p_values([c.p for c in found], asked.alpha).p if found else ()
-    return [_decided(replace(c, p_adjusted=p), asked) for c, p in zip(found, adjusted, strict=True)]
+    adjusted = correct_p_values([c.p for c in found], question.alpha).p if found else ()
+    return [
+        replace(c, p_adjusted=p, recommendation=_recommendation(p, c.difference, question))
+        for c, p in zip(found, adjusted, strict=True)
+    ]
 
 
 def compare(
@@ -112,8 +118,8 @@ def compare(
     paired: bool = True,
     names: tuple[str, str] = ("baseline", "candidate"),
 ) -> Comparison:
-    """One candidate against the baseline: sign flips of the pairs, or labels of unpaired runs. Raises UserError."""
-    asked = question or Question()
+    """Compare one candidate with the baseline by sign flips of pairs, or labels of unpaired runs. Raises UserError."""
+    question = question or Question()
     for name, runs in zip(names, (baseline, candidate), strict=True):
         if not runs:
             raise UserError(f"the arm {name} has no finished run; run it first")
@@ -122,109 +128,99 @@ def compare(
         raise UserError(f"{names[0]} and {names[1]} share no seed; run both on the same, or compare them unpaired")
     a = np.array([baseline[s] for s in seeds or baseline], np.float64)
     b = np.array([candidate[s] for s in seeds or candidate], np.float64)
-    found = _paired(a, b, asked) if paired else _unpaired(a, b, asked)
+    found = _paired(a, b, question) if paired else _unpaired(a, b, question)
     difference = float(b.mean() - a.mean())
-    return _decided(
-        Comparison(
-            *names,
-            paired=paired,
-            seeds=seeds,
-            baseline_runs=tuple(map(float, a)),
-            candidate_runs=tuple(map(float, b)),
-            unmatched=tuple(sorted(set(baseline) ^ set(candidate))) if paired else (),
-            difference=difference,
-            p=found.p,
-            p_adjusted=found.p,
-            test=found.test,
-            interval=found.interval,
-            bootstrap=found.bootstrap,
-            anytime=found.anytime,
-            sd=found.sd,
-            detectable=found.detectable,
-            runs_needed=found.runs_needed,
-            difference_that_matters=asked.smallest_effect or abs(difference),
-            recommendation=INSUFFICIENT,
-        ),
-        asked,
+    return Comparison(
+        *names,
+        paired=paired,
+        seeds=seeds,
+        baseline_runs=tuple(map(float, a)),
+        candidate_runs=tuple(map(float, b)),
+        unmatched=tuple(sorted(set(baseline) ^ set(candidate))) if paired else (),
+        difference=difference,
+        p_adjusted=found["p"],
+        difference_that_matters=question.smallest_effect or abs(difference),
+        recommendation=_recommendation(found["p"], difference, question),
+        **found,
     )
 
 
-def _decided(c: Comparison, asked: Question) -> Comparison:
-    significant = c.p_adjusted <= asked.alpha
-    word = (IMPROVEMENT if c.difference > 0 else DECLINE) if significant else INSUFFICIENT
-    return replace(c, recommendation=word)
+def _recommendation(p_adjusted: float, difference: float, question: Question) -> str:
+    """Return one of RECOMMENDATIONS."""
+    if p_adjusted <= question.alpha:
+        return IMPROVEMENT if difference > 0 else DECLINE
+    return INSUFFICIENT
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What depends on whether the runs are paired; the fields of Comparison."""
-
-    p: float
-    test: str
-    interval: Interval
-    bootstrap: Bootstrap | None
-    anytime: Anytime | None
-    sd: float | None
-    detectable: float
-    runs_needed: int | None
-
-
-def _paired(a: np.ndarray, b: np.ndarray, asked: Question) -> _Found:
-    d, n = b - a, len(a)
+def _paired(a: np.ndarray, b: np.ndarray, question: Question) -> dict[str, Any]:
+    """Return the fields of Comparison that depend on pairing, for pairs."""
+    d, n, level = b - a, len(a), 1 - question.alpha
     sd = _sd(d) if n > 1 else None
-    test = sign_flip_test(a, b, resamples=None if n <= MOST_PAIRS else _RESAMPLES) if n > 1 else None
-    anytime = anytime_test(a, b, alpha=asked.alpha)
-    looked = asked.stopping == "anytime"
-    detectable = detectable_by_anytime if looked else detectable_by_sign_flips
-    needed = pairs_needed_by_anytime if looked else pairs_needed_by_sign_flips
-    return _Found(
-        p=anytime.p if looked else _p(test),
-        test="e-process over pairs, valid at every look" if looked else _words(test, "signs"),
-        interval=(anytime_interval if looked else sign_flip_interval)(d, level=1 - asked.alpha),
-        bootstrap=bootstrap_difference(a, b, paired=True, level=1 - asked.alpha) if sd else None,
-        anytime=anytime,
-        sd=sd,
-        detectable=sd * detectable(n, alpha=asked.alpha, power=asked.power) if sd else inf,
-        runs_needed=_needed(needed, float(d.mean()), sd, asked),
-    )
+    drawn = None if n <= MOST_PAIRS else question.resamples or _SIGNS
+    test = sign_flip_test(a, b, resamples=drawn, rng=question.seed) if n > 1 else None
+    anytime = anytime_test(a, b, alpha=question.alpha)
+    if question.stopping == "anytime":
+        p, name, interval = anytime.p, "e-process over pairs, valid at every look", anytime_interval(d, level=level)
+        detectable, needed = detectable_by_anytime, pairs_needed_by_anytime
+    else:
+        p, name = _p(test, "signs")
+        interval = sign_flip_interval(d, level=level)
+        detectable, needed = detectable_by_sign_flips, pairs_needed_by_sign_flips
+    return {
+        "p": p,
+        "test": name,
+        "interval": interval,
+        "bootstrap": _bootstrap(a, b, question, paired=True) if sd else None,
+        "anytime": anytime,
+        "sd": sd,
+        "detectable": sd * detectable(n, alpha=question.alpha, power=question.power) if sd else inf,
+        "runs_needed": _needed(needed, float(d.mean()), sd, question),
+    }
 
 
-def _unpaired(a: np.ndarray, b: np.ndarray, asked: Question) -> _Found:
-    if asked.stopping == "anytime":
+def _unpaired(a: np.ndarray, b: np.ndarray, question: Question) -> dict[str, Any]:
+    """Return the fields of Comparison that depend on pairing, for runs of different seeds."""
+    if question.stopping == "anytime":
         raise UserError("stopping is 'anytime', which needs pairs; run both arms on the same seeds")
     n = min(len(a), len(b))
     sd = float(np.hypot(_sd(a), _sd(b)) / sqrt(2)) if n > 1 else None
     few = comb(len(a) + len(b), len(a)) <= MOST_ARRANGEMENTS
-    test = label_permutation_test(a, b, resamples=None if few else _SHUFFLES) if n > 1 else None
+    drawn, rng = None if few else question.resamples or _LABELS, np.random.default_rng(question.seed)
+    p, name = _p(label_permutation_test(a, b, resamples=drawn, rng=rng) if n > 1 else None, "labels")
     difference = float(b.mean() - a.mean())
-    welch = welch_test(a, b, 1 - asked.alpha) if sd else None
-    return _Found(
-        p=_p(test),
-        test=_words(test, "labels"),
-        interval=Interval(difference, welch.low, welch.high) if welch else Interval(difference, -inf, inf),
-        bootstrap=bootstrap_difference(a, b, paired=False, level=1 - asked.alpha) if sd else None,
-        anytime=None,
-        sd=sd,
-        detectable=sd * detectable_by_labels(n, alpha=asked.alpha, power=asked.power) if sd else inf,
-        runs_needed=_needed(runs_needed_by_labels, difference, sd, asked),
-    )
+    welch = welch_test(a, b, 1 - question.alpha) if sd else None
+    return {
+        "p": p,
+        "test": name,
+        "interval": Interval(difference, welch.low, welch.high) if welch else Interval(difference, -inf, inf),
+        "bootstrap": _bootstrap(a, b, question, paired=False) if sd else None,
+        "anytime": None,
+        "sd": sd,
+        "detectable": sd * detectable_by_labels(n, alpha=question.alpha, power=question.power) if sd else inf,
+        "runs_needed": _needed(runs_needed_by_labels, difference, sd, question),
+    }
 
 
-def _p(test: Permutation | None) -> float:
-    return 1.0 if test is None else test.p_two_sided
-
-
-def _words(test: Permutation | None, what: str) -> str:
+def _p(test: Permutation | None, what: str) -> tuple[float, str]:
+    """Return p and the name of the test."""
     if test is None:
-        return "no test, for there is one run"
-    return f"exact permutation of {what}" if test.exact else f"permutation of {what}, {test.arrangements} drawn"
+        return 1.0, "no test, because there is one run"
+    how = f"permutation of {what}"
+    return test.p_two_sided, f"exact {how}" if test.exact else f"{how}, {test.arrangements} drawn"
+
+
+def _bootstrap(a: np.ndarray, b: np.ndarray, question: Question, *, paired: bool) -> Bootstrap:
+    """Return the BCa bootstrap over runs."""
+    resamples = question.resamples or _BOOTSTRAP
+    return bootstrap_difference(a, b, paired=paired, level=1 - question.alpha, resamples=resamples, rng=question.seed)
 
 
 def _sd(x: np.ndarray) -> float:
-    """0 where the values differ by rounding alone."""
+    """Return the SD of the values; 0 where they differ by rounding alone."""
     return float(x.std(ddof=1)) if varies(x) else 0.0
 
 
-def _needed(needed: Callable[..., int | None], observed: float, sd: float | None, asked: Question) -> int | None:
-    matters = asked.smallest_effect or abs(observed)
-    return needed(matters / sd, alpha=asked.alpha, power=asked.power) if sd and matters else None
+def _needed(needed: Callable[..., int | None], observed: float, sd: float | None, question: Question) -> int | None:
+    """Return the runs per arm for the difference that matters; None where it or the SD is 0 or unknown."""
+    matters = question.smallest_effect or abs(observed)
+    return needed(matters / sd, alpha=question.alpha, power=question.power) if sd and matters else None

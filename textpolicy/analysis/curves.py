@@ -1,4 +1,4 @@
-"""One number per run, made of its learning curve before any test is done."""
+"""Reduce the learning curve of a run to one number, before any test."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._inputs import Numbers, sample
 
 @dataclass(frozen=True, slots=True)
 class CurveSummary:
-    """Four summaries, in the units of the curve. Choose one before the runs; ``best`` rewards noise."""
+    """The four summaries, in the units of the curve. Choose one before the runs; ``best`` rewards noise."""
 
     auc: float  # area under the curve over its length: a mean height
     final: float
@@ -22,9 +22,9 @@ class CurveSummary:
 
 
 def summarize_curve(curve: Numbers, *, last: int = 1, steps: Numbers | None = None) -> CurveSummary:
-    """Summaries of a (T,) curve; ``mean_last`` takes its ``last`` points, ``auc`` the trapezoids over ``steps``.
+    """Summarize a (T,) curve; ``mean_last`` averages its ``last`` points, ``auc`` sums trapezoids over ``steps``.
 
-    ``steps`` (T,) are rising; left out, the points are evenly spaced. Raises UserError.
+    ``steps`` (T,) must increase; by default the points are evenly spaced. Raises UserError.
     """
     y = sample("curve", curve, 1)
     if not 1 <= last <= len(y):

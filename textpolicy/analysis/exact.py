@@ -1,4 +1,4 @@
-"""What the permutation tests of many campaigns give at once, the interval that belongs to them, and their power.
+"""Permutation tests of many campaigns at once, the interval that belongs to them, and their power.
 
 A t-test's power formula does not hold for a permutation test of a handful of runs, which can take few values of p.
 """
@@ -26,8 +26,8 @@ from .power import (
 )
 from .sequential import power_of_anytime
 
-MOST_PAIRS = 17  # whose 2^17 subsets are gone through
-_SIMULATED_PAIRS = 10  # up to which power is simulated; from there on the t-test's is as good
+MOST_PAIRS = 17  # whose 2^17 subsets are enumerated
+_SIMULATED_PAIRS = 10  # power is simulated up to here; beyond, the t-test's is as good
 _SIMULATED_RUNS = 6  # per arm
 _DRAWS = 4000  # campaigns: a power of 80% is then known to 0.6 points
 _SLACK = 1e-9  # arrangements within this of the observed one, relative to the largest, tie with it
@@ -37,36 +37,38 @@ _SLACK = 1e-9  # arrangements within this of the observed one, relative to the l
 
 
 def sign_flip_p_values(differences: np.ndarray) -> np.ndarray:
-    """Two-sided p (R,) of ``sign_flip_test`` for (R, n) paired differences, n at most 17. Raises UserError."""
+    """Return two-sided p (R,) of ``sign_flip_test`` for (R, n) paired differences, n at most 17. Raises UserError."""
     d = _rows("differences", differences)
-    _refuse_many_pairs(d.shape[1])
-    return np.concatenate([_shares(rows @ _signs(d.shape[1])) for rows in _blocks(d, 2 ** (d.shape[1] - 1))])
+    n = d.shape[1]
+    if n > MOST_PAIRS:
+        raise UserError(f"{n} pairs have 2^{n} arrangements; give at most {MOST_PAIRS} pairs")
+    return np.concatenate([_shares(rows @ _signs(n)) for rows in _blocks(d, 2 ** (n - 1))])
 
 
 def label_permutation_p_values(baseline: np.ndarray, candidate: np.ndarray) -> np.ndarray:
-    """Two-sided p (R,) of ``label_permutation_test`` for (R, n) and (R, m) runs. Raises UserError."""
+    """Return two-sided p (R,) of ``label_permutation_test`` for (R, n) and (R, m) runs. Raises UserError."""
     a, b = _rows("baseline", baseline), _rows("candidate", candidate)
-    deals = _deals(a.shape[1], b.shape[1])
+    weights = _label_weights(a.shape[1], b.shape[1])
     pool = np.concatenate([b, a], axis=1)
-    return np.concatenate([_shares(rows @ deals) for rows in _blocks(pool, deals.shape[1])])
+    return np.concatenate([_shares(rows @ weights) for rows in _blocks(pool, weights.shape[1])])
 
 
 def _shares(differences: np.ndarray) -> np.ndarray:
-    """Of (R, arrangements), the observed one first: the share that is as far from 0, (R,)."""
+    """Return the share of (R, arrangements) differences that are as far from 0 as the first, observed one; (R,)."""
     size = np.abs(differences)
     return (size >= size[:, :1] - _SLACK * size.max(axis=1, keepdims=True)).mean(axis=1)
 
 
 @lru_cache
 def _signs(n: int) -> np.ndarray:
-    """(n, 2^(n-1)) signs over n, the first column all plus; the other half is their mirror image."""
+    """Return (n, 2^(n-1)) signs over n, the first column all plus; the other half is their mirror image."""
     rest = 1 - 2 * ((np.arange(2 ** (n - 1))[None] >> np.arange(n - 1)[:, None]) & 1)
     return np.concatenate([np.ones((1, 2 ** (n - 1))), rest]) / n
 
 
 @lru_cache
-def _deals(n: int, m: int) -> np.ndarray:
-    """(m + n, C(m + n, m)) weights of a difference of means, the deal as it was first."""
+def _label_weights(n: int, m: int) -> np.ndarray:
+    """Return (m + n, C(m + n, m)) weights of a difference of means, the observed assignment first."""
     weights = np.full((m + n, comb(m + n, m)), -1 / n)
     for column, chosen in enumerate(combinations(range(m + n), m)):
         weights[list(chosen), column] = 1 / m
@@ -74,7 +76,7 @@ def _deals(n: int, m: int) -> np.ndarray:
 
 
 def _blocks(rows: np.ndarray, arrangements: int) -> list[np.ndarray]:
-    """``rows`` in parts whose arrangements take at most 32 MB."""
+    """Split ``rows`` into parts whose arrangements take at most 32 MB."""
     return np.array_split(rows, ceil(len(rows) * arrangements / 4_000_000))
 
 
@@ -82,38 +84,33 @@ def _blocks(rows: np.ndarray, arrangements: int) -> list[np.ndarray]:
 
 
 def sign_flip_interval(differences: Numbers, *, level: float = 0.95) -> Interval:
-    """The interval of shifts that ``sign_flip_test`` does not reject, for (n,) paired differences.
+    """Return the interval of shifts that ``sign_flip_test`` does not reject, for (n,) paired differences.
 
     Its ends are the k-th smallest and k-th largest mean over a subset of the differences, k = floor(2^n (1-level)/2):
-    exact where they are symmetric about the true one (Hartigan 1969, doi:10.2307/2283057). Without bounds below six
+    exact where they are symmetric about the true one (Hartigan 1969, doi:10.2307/2283057). Unbounded below six
     pairs at 95%. Above 17 pairs 2^17 random subsets stand for all. Raises UserError.
     """
     refuse_unless_share("level", level)
     d = sample("differences", differences, 1)
-    means = np.sort(_subset_means(d))
-    k = floor((len(means) + 1) * (1 - level) / 2 + 1e-9)
-    low, high = (float(means[k - 1]), float(means[-k])) if k else (-inf, inf)
-    return Interval(float(d.mean()), low, high)
-
-
-def _subset_means(d: np.ndarray) -> np.ndarray:
-    """Means over every non-empty subset, (2^n - 1,), or over as many random ones."""
     n = min(len(d), MOST_PAIRS)
     if len(d) > MOST_PAIRS:
         chosen = np.random.default_rng(0).integers(0, 2, (2**n - 1, len(d)))
         chosen = chosen[chosen.any(axis=1)]
     else:
-        chosen = (np.arange(1, 2**n)[:, None] >> np.arange(n)) & 1
-    return (chosen @ d) / chosen.sum(axis=1)
+        chosen = (np.arange(1, 2**n)[:, None] >> np.arange(n)) & 1  # every non-empty subset
+    means = np.sort((chosen @ d) / chosen.sum(axis=1))
+    k = floor((len(means) + 1) * (1 - level) / 2 + 1e-9)
+    low, high = (float(means[k - 1]), float(means[-k])) if k else (-inf, inf)
+    return Interval(float(d.mean()), low, high)
 
 
 # ---- power
 
 
 def power_of_sign_flips(dz: float, pairs: int, *, alpha: float = 0.05) -> float:
-    """The chance that ``sign_flip_test`` on ``pairs`` seeds finds ``dz`` SD of normal differences.
+    """Return the chance that ``sign_flip_test`` on ``pairs`` seeds finds ``dz`` SD of normal differences.
 
-    Simulated up to 10 pairs; the paired t-test's from there on. Raises UserError.
+    Simulated up to 10 pairs; beyond, that of the paired t-test. Raises UserError.
     """
     if pairs > _SIMULATED_PAIRS:
         return power_of_pairs(dz, pairs, alpha=alpha)
@@ -124,9 +121,9 @@ def power_of_sign_flips(dz: float, pairs: int, *, alpha: float = 0.05) -> float:
 
 
 def power_of_labels(d: float, per_arm: int, *, alpha: float = 0.05) -> float:
-    """The chance that ``label_permutation_test`` on ``per_arm`` normal runs in each arm finds ``d`` SD.
+    """Return the chance that ``label_permutation_test`` on ``per_arm`` normal runs in each arm finds ``d`` SD.
 
-    Simulated up to 6 runs per arm; Student's from there on. Raises UserError.
+    Simulated up to 6 runs per arm; beyond, that of Student's t-test. Raises UserError.
     """
     if per_arm > _SIMULATED_RUNS:
         return power_of_runs(d, per_arm, alpha=alpha)
@@ -138,9 +135,9 @@ def power_of_labels(d: float, per_arm: int, *, alpha: float = 0.05) -> float:
 
 
 def detectable_by_sign_flips(pairs: int, *, alpha: float = 0.05, power: float = 0.8) -> float:
-    """The effect that ``sign_flip_test`` finds with ``power``, in SD of the differences; inf below six pairs.
+    """Return the effect that ``sign_flip_test`` finds with ``power``, in SD of the differences. Raises UserError.
 
-    Raises UserError.
+    It is inf below six pairs.
     """
     if pairs > _SIMULATED_PAIRS:
         return detectable_with_pairs(pairs, alpha=alpha, power=power)
@@ -148,9 +145,9 @@ def detectable_by_sign_flips(pairs: int, *, alpha: float = 0.05, power: float = 
 
 
 def detectable_by_labels(per_arm: int, *, alpha: float = 0.05, power: float = 0.8) -> float:
-    """The effect that ``label_permutation_test`` finds with ``power``, in SD; inf where no p is small enough.
+    """Return the effect that ``label_permutation_test`` finds with ``power``, in SD. Raises UserError.
 
-    Raises UserError.
+    It is inf where no p is small enough.
     """
     if per_arm > _SIMULATED_RUNS:
         return detectable_with_runs(per_arm, alpha=alpha, power=power)
@@ -158,7 +155,7 @@ def detectable_by_labels(per_arm: int, *, alpha: float = 0.05, power: float = 0.
 
 
 def pairs_needed_by_sign_flips(dz: float, *, alpha: float = 0.05, power: float = 0.8) -> int:
-    """Paired seeds for ``sign_flip_test`` to find ``dz`` SD of the differences with ``power``. Raises UserError."""
+    """Return the pairs for ``sign_flip_test`` to find ``dz`` SD of the differences with ``power``. Raises UserError."""
     for pairs in range(2, _SIMULATED_PAIRS + 1):
         if power_of_sign_flips(abs(dz), pairs, alpha=alpha) >= power:
             return pairs
@@ -166,7 +163,7 @@ def pairs_needed_by_sign_flips(dz: float, *, alpha: float = 0.05, power: float =
 
 
 def runs_needed_by_labels(d: float, *, alpha: float = 0.05, power: float = 0.8) -> int:
-    """Runs per arm for ``label_permutation_test`` to find ``d`` SD with ``power``. Raises UserError."""
+    """Return the runs per arm for ``label_permutation_test`` to find ``d`` SD with ``power``. Raises UserError."""
     for per_arm in range(2, _SIMULATED_RUNS + 1):
         if power_of_labels(abs(d), per_arm, alpha=alpha) >= power:
             return per_arm
@@ -174,15 +171,15 @@ def runs_needed_by_labels(d: float, *, alpha: float = 0.05, power: float = 0.8) 
 
 
 def detectable_by_anytime(pairs: int, *, alpha: float = 0.05, power: float = 0.8) -> float:
-    """The effect at which ``anytime_test`` has stopped by ``pairs`` with ``power``, in SD; inf below six pairs.
+    """Return the effect at which ``anytime_test`` has stopped by ``pairs`` with ``power``, in SD. Raises UserError.
 
-    Raises UserError.
+    It is inf below six pairs.
     """
     return _least_effect(lambda dz: power_of_anytime(dz, pairs, alpha=alpha), power)
 
 
 def _least_effect(power_of: Callable[[float], float], wanted: float) -> float:
-    """The smallest effect from 0 to 32 SD with the ``wanted`` power, to 0.01 SD."""
+    """Return the smallest effect from 0 to 32 SD with the ``wanted`` power, to 0.01 SD; inf if there is none."""
     low, high = 0.0, 32.0
     if power_of(high) < wanted:
         return inf
@@ -193,16 +190,13 @@ def _least_effect(power_of: Callable[[float], float], wanted: float) -> float:
 
 
 def _normal(n: int) -> np.ndarray:
+    """Draw (campaigns, n) standard normal numbers, the same for the same n."""
     return np.random.default_rng(n).standard_normal((_DRAWS, n))
 
 
 def _rows(what: str, values: np.ndarray) -> np.ndarray:
+    """Return (campaigns, runs) float64. Raises UserError for another shape."""
     x = np.asarray(values, np.float64)
     if x.ndim != 2 or min(x.shape) < 1 or not np.isfinite(x).all():
         raise UserError(f"{what} has shape {x.shape}; give finite numbers as (campaigns, runs)")
     return x
-
-
-def _refuse_many_pairs(n: int) -> None:
-    if n > MOST_PAIRS:
-        raise UserError(f"{n} pairs have 2^{n} arrangements; give at most {MOST_PAIRS} pairs")

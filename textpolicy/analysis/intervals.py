@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from ._inputs import (
     statsmodels,
     varies,
 )
+from .permutation import mean_difference
 
 BootstrapMethod = Literal["percentile", "basic", "BCa"]
 RATE_METHODS = ("wilson", "beta", "jeffreys", "agresti_coull", "normal")
@@ -68,7 +70,7 @@ def bootstrap_mean(
     resamples: int = 9999,
     rng: int | np.random.Generator = 0,
 ) -> Bootstrap:
-    """The mean of (n,) runs, resampled over runs (scipy.stats.bootstrap). Raises UserError.
+    """Bootstrap the mean of (n,) runs over runs (scipy.stats.bootstrap). Raises UserError.
 
     BCa needs runs that vary. With fewer than about ten runs every bootstrap interval is too short.
     """
@@ -85,18 +87,18 @@ def bootstrap_difference(
     resamples: int = 9999,
     rng: int | np.random.Generator = 0,
 ) -> Bootstrap:
-    """mean(candidate) - mean(baseline) over runs, resampled in pairs of one seed or each arm by itself.
+    """Bootstrap mean(candidate) - mean(baseline), resampling pairs of one seed or each arm by itself.
 
     Raises UserError.
     """
     if paired:
         return _bootstrap((differences(baseline, candidate),), np.mean, level, method, resamples, rng)
     arms = (sample("baseline", baseline), sample("candidate", candidate))
-    return _bootstrap(arms, _mean_difference, level, method, resamples, rng)
+    return _bootstrap(arms, mean_difference, level, method, resamples, rng)
 
 
 def bootstrap_exhaustive(values: Numbers, *, level: float = 0.95) -> Bootstrap:
-    """The percentile bootstrap of the mean of (n,) runs from all n^n resamples, n <= 7. Raises UserError."""
+    """Enumerate the percentile bootstrap of the mean of (n,) runs: all n^n resamples, n <= 7. Raises UserError."""
     refuse_unless_share("level", level)
     x = sample("values", values)
     if len(x) > MOST_EXHAUSTIVE:
@@ -108,11 +110,15 @@ def bootstrap_exhaustive(values: Numbers, *, level: float = 0.95) -> Bootstrap:
 
 
 def bootstrap_standard_error(values: Numbers) -> float:
-    """SD(x) / sqrt(n) with n in the SD: what the bootstrap s.e. of a mean of (n,) runs tends to. Raises UserError."""
+    """Return SD(x) / sqrt(n), with n in the SD: the limit of the bootstrap s.e. of a mean of (n,) runs.
+
+    Raises UserError.
+    """
     return float(stats.sem(sample("values", values), ddof=0))
 
 
 def _bootstrap(arms: tuple[np.ndarray, ...], statistic: Any, level: float, method: str, n: int, rng: Any) -> Bootstrap:
+    """Check the settings and resample the ``arms`` with scipy. Raises UserError."""
     refuse_unless_known("bootstrap method", method, ("percentile", "basic", "BCa"))
     refuse_unless_share("level", level)
     if n < 100:
@@ -124,15 +130,11 @@ def _bootstrap(arms: tuple[np.ndarray, ...], statistic: Any, level: float, metho
     return Bootstrap(float(statistic(*arms, axis=-1)), low, high, float(found.standard_error), n)
 
 
-def _mean_difference(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
-    return np.mean(b, axis=axis) - np.mean(a, axis=axis)
-
-
 # ---- rates of independent answers
 
 
 def rate_interval(correct: int, total: int, *, alpha: float = 0.05, method: str = "wilson") -> Interval:
-    """The 1 - alpha interval of one rate (statsmodels proportion_confint); ``method`` is one of RATE_METHODS.
+    """Return the 1 - alpha interval of one rate (statsmodels proportion_confint); ``method`` is one of RATE_METHODS.
 
     "beta" is Clopper-Pearson; "normal" (Wald) has no width at 0 and at all correct. Raises UserError.
     """
@@ -146,7 +148,7 @@ def rate_interval(correct: int, total: int, *, alpha: float = 0.05, method: str 
 def rate_difference_interval(
     correct_a: int, total_a: int, correct_b: int, total_b: int, *, alpha: float = 0.05, method: str = "newcombe"
 ) -> Interval:
-    """The 1 - alpha interval of rate b - rate a, independent (statsmodels confint_proportions_2indep).
+    """Return the 1 - alpha interval of rate b - rate a, independent (statsmodels confint_proportions_2indep).
 
     ``method`` is one of RATE_DIFFERENCE_METHODS; "wald" has no width where both rates are 0 or 1.
     Raises UserError.
@@ -165,7 +167,7 @@ def rate_difference_interval(
 
 
 def clustered_difference(a: np.ndarray, b: np.ndarray) -> ClusteredDifference:
-    """Paired differences of (S, P) scores: S runs of the same seeds on the same P problems, S and P at least 2.
+    """Average b - a of (S, P) scores: S runs of the same seeds on the same P problems, S and P at least 2.
 
     se_by_problem = SD_p(mean_s(b - a)) / sqrt(P), clustered and paired (arXiv:2411.00640), with P - 1 in the SD.
     se_iid = sqrt((var a + var b) / (S P)). Raises UserError.
@@ -184,9 +186,9 @@ def clustered_difference(a: np.ndarray, b: np.ndarray) -> ClusteredDifference:
 
 
 def observed_design_effect(scores: np.ndarray) -> float:
-    """How many times the variance of a mean of (S, P) scores is that of S P independent answers.
+    """Return how many times the variance of a mean of (S, P) scores is that of S P independent answers.
 
-    The square of the s.e. clustered by problem over the s.e. of independent answers; needs scores that vary.
+    That is the square of the s.e. clustered by problem over the s.e. of independent answers; the scores must vary.
     Raises UserError.
     """
     x = _scores("scores", scores)
@@ -195,7 +197,20 @@ def observed_design_effect(scores: np.ndarray) -> float:
     return float(stats.sem(x.mean(axis=0)) ** 2 / (x.var() / x.size))
 
 
+def cluster_design_effect(clusters: Sequence[Sequence[bool]]) -> float:
+    """Return the variance of cluster means over that of as many independent answers, at least 1.
+
+    s^2 of the (K,) means / (p (1 - p) / m), with m the mean size of a cluster (Kish 1965); 1 where nothing varies.
+    """
+    means = np.array([np.mean(c) for c in clusters])
+    p, m = float(np.mean([x for c in clusters for x in c])), float(np.mean([len(c) for c in clusters]))
+    if len(means) < 2 or not 0 < p < 1:
+        return 1.0
+    return max(1.0, float(means.var(ddof=1) / (p * (1 - p) / m)))
+
+
 def _scores(what: str, values: np.ndarray) -> np.ndarray:
+    """Return (runs, problems) float64. Raises UserError for another shape."""
     x = np.asarray(values, np.float64)
     if x.ndim != 2 or min(x.shape) < 2 or not np.isfinite(x).all():
         raise UserError(f"{what} has shape {x.shape}; give finite scores as (runs, problems), at least two of each")

@@ -1,10 +1,10 @@
-"""Mining strategic grams (HICRA, arXiv:2509.03646): phrases that many successful solutions share in meaning."""
+"""Mine strategic grams (HICRA, arXiv:2509.03646): phrases that many successful solutions share in meaning."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +29,7 @@ class Mining:
 
     min_n: int = 3  # words of a gram
     max_n: int = 5
-    min_documents: int = 2  # a gram found in fewer solutions is no candidate
+    min_documents: int = 2  # a gram found in fewer solutions is not a candidate
     max_candidates: int = 5000  # the most frequent ones; memory grows with the square
     max_distance: float = 0.5  # cosine, average linkage: clusters further apart stay apart
     top_fraction: float = 0.2  # of the clusters, by document frequency
@@ -49,36 +49,48 @@ class Mining:
 
 @dataclass(frozen=True, slots=True)
 class GramCluster:
-    """Grams of one meaning."""
+    """The grams of one meaning."""
 
-    grams: tuple[str, ...]  # those in most solutions first
+    grams: tuple[str, ...]  # the most frequent first
     frequency: float  # share of the solutions that contain any of them
 
 
 def mine_strategic_grams(
     completions: Sequence[str], embedder: str | Embed = EMBEDDER, settings: Mining | None = None
 ) -> list[str]:
-    """The grams of ``mine_clusters``, those of the most frequent cluster first, ready for ``save_strategic_grams``."""
+    """Return the grams of ``mine_clusters``, most frequent cluster first, ready for ``save_strategic_grams``."""
     return [gram for cluster in mine_clusters(completions, embedder, settings) for gram in cluster.grams]
 
 
 def mine_clusters(
     completions: Sequence[str], embedder: str | Embed = EMBEDDER, settings: Mining | None = None
 ) -> list[GramCluster]:
-    """The clusters of grams that most of these successful solutions use, most frequent first (arXiv:2509.03646).
+    """Return the clusters of grams that most of these successful solutions use, most frequent first (arXiv:2509.03646).
 
     n-grams of words -> sentence embeddings -> clusters -> CDF(C), the share of solutions that contain any
-    member -> the top fraction. Symbols and digits are no words, and no gram crosses the end of a sentence.
+    member -> the top fraction. Symbols and digits are not words, and no gram crosses the end of a sentence.
     The paper leaves the clustering open: here average linkage on cosine distance, cut at max_distance.
 
     ``embedder`` is a model for sentence-transformers (a hub name, a folder, or the name of an installed
-    package that carries one), or any function from K phrases to (K, d) vectors.
+    package that contains one), or any function from K phrases to (K, d) vectors.
     Raises UserError when no phrase is shared, MissingDependencyError without sentence-transformers.
     """
+    from scipy.cluster.hierarchy import fcluster, linkage
+
     settings = settings or Mining()
     grams, found = _candidates(completions, settings)
     embed = embedder if callable(embedder) else sentence_embedder(embedder)
-    labels = _clusters(_checked(embed(grams), len(grams)), settings.max_distance)
+    vectors = np.asarray(embed(grams), np.float64)
+    usable = vectors.ndim == 2 and len(vectors) == len(grams) and np.isfinite(vectors).all()
+    if not usable or not vectors.any(axis=1).all():
+        raise UserError(
+            f"the embedder made an array of shape {vectors.shape} from {len(grams)} phrases; "
+            "return one vector for each, finite and not zero"
+        )
+    # The cluster of each gram, (K,) int, numbered by its first member.
+    labels = fcluster(linkage(vectors, "average", "cosine"), settings.max_distance, "distance")
+    _, first, index = np.unique(labels, return_index=True, return_inverse=True)
+    labels = np.argsort(np.argsort(first))[index]
     frequency = frequency_by_cluster(found, labels)
     return [
         GramCluster(
@@ -89,20 +101,36 @@ def mine_clusters(
 
 
 def load_generations(path: str | Path, min_reward: float = 0.5) -> list[str]:
-    """The completions in a run's generations.jsonl whose reward is at least ``min_reward``.
+    """Return the completions in a run's generations.jsonl whose reward is at least ``min_reward``.
 
-    A record without a reward counts as not scored and is left out. Raises UserError.
+    A record without a reward was not scored and is left out. Raises UserError.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # a completion may hold other line ends
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # a completion may contain other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the generations {path} cannot be read ({error}); give a generations.jsonl") from error
-    records = [_record(line, f"line {i} of {path}") for i, line in enumerate(lines, 1) if line.strip()]
-    return [text for text, reward in records if reward is not None and reward >= min_reward]
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record: dict[str, Any] = json.loads(line)
+            text, reward = record["completion"], record["reward"]
+            reward = None if reward is None else float(reward)
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            text, reward = None, None
+        if not isinstance(text, str):
+            raise UserError(
+                f'line {number} of {path} is not a record with a text "completion" and a number "reward"; '
+                "give a generations.jsonl"
+            )
+        if reward is not None and reward >= min_reward:
+            found.append(text)
+    return found
 
 
 def sentence_embedder(model: str) -> Embed:
-    """A sentence-transformers model by hub name, folder, or the name of an installed package that carries it.
+    """Load a sentence-transformers model by hub name, folder, or the name of an installed package that contains it.
 
     Vectors have length 1. Raises MissingDependencyError, or UserError when the model cannot be loaded.
     """
@@ -112,8 +140,13 @@ def sentence_embedder(model: str) -> Embed:
         raise MissingDependencyError(
             "mining strategic grams needs sentence-transformers; pip install 'textpolicy[mining]'"
         ) from error
+    # The model's folder inside an installed package of this name, which is found but not imported.
+    module = model.replace("-", "_")
+    spec = find_spec(module) if module.isidentifier() else None
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    installed = next((f.parent for folder in folders for f in Path(folder).rglob("modules.json")), None)
     try:
-        loaded = SentenceTransformer(str(_installed_model(model) or model))
+        loaded = SentenceTransformer(str(installed or model))
     except (OSError, ValueError) as error:
         raise UserError(
             f"the sentence-embedding model {model!r} cannot be loaded ({str(error).splitlines()[0].rstrip('.')}); "
@@ -122,31 +155,18 @@ def sentence_embedder(model: str) -> Embed:
     return lambda phrases: loaded.encode(phrases, normalize_embeddings=True, show_progress_bar=False)
 
 
-def _installed_model(name: str) -> Path | None:
-    """The model's folder inside the installed package of this name, which is found but not imported."""
-    module = name.replace("-", "_")
-    spec = find_spec(module) if module.isidentifier() else None
-    folders = spec.submodule_search_locations if spec else None
-    return next((f.parent for folder in folders or () for f in Path(folder).rglob("modules.json")), None)
-
-
-def _record(line: str, where: str) -> tuple[str, float | None]:
-    try:
-        record: dict[str, Any] = json.loads(line)
-        text, reward = record["completion"], record["reward"]
-        if isinstance(text, str):
-            return text, None if reward is None else float(reward)
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        pass  # said below
-    raise UserError(f'{where} is no record with a text "completion" and a number "reward"; give a generations.jsonl')
-
-
 def _candidates(completions: Sequence[str], settings: Mining) -> tuple[list[str], np.ndarray]:
-    """The K grams to cluster, those in most solutions first, and (K, D) bool: which solution has which."""
+    """Return the K grams to cluster, most frequent first, and (K, D) bool: whether solution d contains gram k.
+
+    Raises UserError where fewer than two grams are shared.
+    """
     where: dict[str, set[int]] = {}
     for d, text in enumerate(completions):
-        for gram in _grams(text, settings):
-            where.setdefault(gram, set()).add(d)
+        for sentence in _SENTENCE_END.split(text.replace("\u2019", "'")):
+            words = " ".join(word.strip(_AROUND_WORDS) for word in sentence.split())
+            for gram in extract_ngrams(words, settings.min_n, settings.max_n):
+                if all(map(_WORD.fullmatch, gram.split())):
+                    where.setdefault(gram, set()).add(d)
     shared = [gram for gram, docs in where.items() if len(docs) >= settings.min_documents]
     if len(shared) < 2:
         raise UserError(
@@ -158,30 +178,3 @@ def _candidates(completions: Sequence[str], settings: Mining) -> tuple[list[str]
     for k, gram in enumerate(grams):
         found[k, list(where[gram])] = True
     return grams, found
-
-
-def _grams(text: str, settings: Mining) -> Iterator[str]:
-    for sentence in _SENTENCE_END.split(text.replace("\u2019", "'")):
-        words = (word.strip(_AROUND_WORDS) for word in sentence.split())
-        for gram in extract_ngrams(" ".join(words), settings.min_n, settings.max_n):
-            if all(map(_WORD.fullmatch, gram.split())):
-                yield gram
-
-
-def _checked(vectors: np.ndarray, k: int) -> np.ndarray:
-    vectors = np.asarray(vectors, np.float64)
-    if vectors.ndim != 2 or len(vectors) != k or not np.isfinite(vectors).all() or not vectors.any(axis=1).all():
-        raise UserError(
-            f"the embedder made an array of shape {vectors.shape} from {k} phrases; "
-            "return one vector for each, finite and not zero"
-        )
-    return vectors
-
-
-def _clusters(vectors: np.ndarray, max_distance: float) -> np.ndarray:
-    """(K, d) -> (K,) int, the cluster of each gram, numbered by its first member."""
-    from scipy.cluster.hierarchy import fcluster, linkage
-
-    labels = fcluster(linkage(vectors, "average", "cosine"), max_distance, "distance")
-    _, first, index = np.unique(labels, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[index]

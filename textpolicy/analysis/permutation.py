@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import comb, inf
 from typing import Any, Protocol
@@ -13,18 +12,18 @@ from scipy import stats
 from ..errors import UserError
 from ._inputs import Numbers, differences, sample
 
-MOST_ARRANGEMENTS = 200_000  # that a test goes through one by one: 17 pairs, or 10 runs against 10
+MOST_ARRANGEMENTS = 200_000  # that a test enumerates: 17 pairs, or 10 runs against 10
 
 
 class Shuffles(Protocol):
-    """What draws the labels: ``numpy.random.Generator`` or ``random.Random``."""
+    """The source of random labels: ``numpy.random.Generator`` or ``random.Random``."""
 
     def shuffle(self, x: Any, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Permutation:
-    """mean(candidate) - mean(baseline) against its values when the runs are rearranged."""
+    """The difference mean(candidate) - mean(baseline), compared with its values when the runs are rearranged."""
 
     difference: float  # in the units of the runs
     p_less: float
@@ -35,24 +34,23 @@ class Permutation:
 
     @property
     def p_doubled(self) -> float:
-        """Twice the smaller tail, the other two-sided p; the same where the arms are of one size."""
+        """Twice the smaller tail, the other two-sided p; equal to ``p_two_sided`` where the arms are of one size."""
         return min(1.0, 2 * min(self.p_less, self.p_greater))
 
 
 def sign_flip_test(
     baseline: Numbers, candidate: Numbers, *, resamples: int | None = None, rng: int | np.random.Generator = 0
 ) -> Permutation:
-    """Flips the signs of candidate_i - baseline_i over (n,) runs of the same seeds, in one order.
+    """Flip the signs of candidate_i - baseline_i over (n,) runs of the same seeds, in one order.
 
-    Goes through all 2^n signs (scipy.stats.permutation_test), or draws ``resamples`` of them with ``rng``;
+    Enumerates all 2^n signs (scipy.stats.permutation_test), or draws ``resamples`` of them with ``rng``;
     then p = (k+1)/(N+1). Needs two pairs; see ``smallest_sign_flip_p``. Raises UserError.
     """
     d = differences(baseline, candidate)
+    _refuse_sizes(2 ** len(d), resamples)
     if resamples is None:
-        _refuse_too_many(2 ** len(d))
         null = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=inf).null_distribution
     else:
-        _refuse_too_few(resamples)
         signs = np.random.default_rng(rng).choice((-1.0, 1.0), size=(resamples, len(d)))
         null = (signs * d).mean(axis=1)
     return _permutation(float(d.mean()), null, resamples is None, 1e-9)
@@ -66,62 +64,52 @@ def label_permutation_test(
     rng: Shuffles | None = None,
     ties: float = 1e-9,
 ) -> Permutation:
-    """Deals the runs anew to the arms, (n,) and (m,) runs of different seeds.
+    """Reassign the runs to the arms, (n,) and (m,) runs of different seeds.
 
-    Goes through all C(n+m, n) deals (scipy.stats.permutation_test), or shuffles ``resamples`` times with
-    ``rng`` (default_rng(0)); then p = (k+1)/(N+1). Deals within ``ties`` of the observed difference,
+    Enumerates all C(n+m, n) assignments (scipy.stats.permutation_test), or shuffles ``resamples`` times with
+    ``rng`` (default_rng(0)); then p = (k+1)/(N+1). Assignments within ``ties`` of the observed difference,
     relative to the largest one, count as equal to it. Raises UserError.
     """
     a, b = sample("baseline", baseline), sample("candidate", candidate)
+    _refuse_sizes(comb(len(a) + len(b), len(a)), resamples)
     if resamples is None:
-        _refuse_too_many(comb(len(a) + len(b), len(a)))
         null = stats.permutation_test(
-            (a, b), _mean_difference, permutation_type="independent", n_resamples=inf
+            (a, b), mean_difference, permutation_type="independent", n_resamples=inf
         ).null_distribution
     else:
-        _refuse_too_few(resamples)
-        null = _shuffled(a, b, resamples, (rng or np.random.default_rng(0)).shuffle)
-    return _permutation(float(_mean_difference(a, b)), null, resamples is None, ties)
+        pool, null, rng = [*a, *b], np.empty(resamples), rng or np.random.default_rng(0)
+        for i in range(resamples):
+            rng.shuffle(pool)
+            null[i] = mean_difference(np.array(pool[: len(a)]), np.array(pool[len(a) :]))
+    return _permutation(float(mean_difference(a, b)), null, resamples is None, ties)
 
 
 def smallest_sign_flip_p(pairs: int) -> float:
-    """2 / 2^n: the smallest two-sided p that n pairs can reach; below 0.05 from 6 pairs on. Raises UserError."""
+    """Return 2 / 2^n, the smallest two-sided p that n pairs can reach; below 0.05 from 6 pairs on. Raises UserError."""
     if pairs < 1:
         raise UserError(f"pairs is {pairs}; give at least 1")
     return 2.0 ** (1 - pairs)
 
 
-def _mean_difference(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
+def mean_difference(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Return mean(b) - mean(a) along ``axis``."""
     return np.mean(b, axis=axis) - np.mean(a, axis=axis)
 
 
-def _shuffled(a: np.ndarray, b: np.ndarray, resamples: int, shuffle: Callable[[Any], None]) -> np.ndarray:
-    """The difference after each of ``resamples`` shuffles in place, (resamples,)."""
-    pool, null = [*a, *b], np.empty(resamples)
-    for i in range(resamples):
-        shuffle(pool)
-        null[i] = _mean_difference(np.array(pool[: len(a)]), np.array(pool[len(a) :]))
-    return null
-
-
 def _permutation(observed: float, null: np.ndarray, exact: bool, ties: float) -> Permutation:
+    """Return the shares of the ``null`` values that are as extreme as the ``observed`` one."""
     slack = ties * max(abs(observed), float(np.abs(null).max()))
-    one = 0 if exact else 1  # a sample lacks the observed arrangement; all of them hold it
-
-    def share(extreme: np.ndarray) -> float:
-        return (int(extreme.sum()) + one) / (len(null) + one)
-
-    p_less, p_greater = share(null <= observed + slack), share(null >= observed - slack)
-    return Permutation(observed, p_less, p_greater, share(np.abs(null) >= abs(observed) - slack), len(null), exact)
+    extreme = (null <= observed + slack, null >= observed - slack, np.abs(null) >= abs(observed) - slack)
+    one = 0 if exact else 1  # a sample lacks the observed arrangement; an enumeration includes it
+    p_less, p_greater, p_two_sided = ((int(found.sum()) + one) / (len(null) + one) for found in extreme)
+    return Permutation(observed, p_less, p_greater, p_two_sided, len(null), exact)
 
 
-def _refuse_too_many(arrangements: int) -> None:
-    if arrangements > MOST_ARRANGEMENTS:
+def _refuse_sizes(arrangements: int, resamples: int | None) -> None:
+    """Raise UserError for too many arrangements to enumerate, or too few resamples."""
+    if resamples is None and arrangements > MOST_ARRANGEMENTS:
         raise UserError(
             f"there are {arrangements} arrangements, more than {MOST_ARRANGEMENTS}; set resamples to draw from them"
         )
-
-
-def _refuse_too_few(resamples: int) -> None:
-    if resamples < 1:
+    if resamples is not None and resamples < 1:
         raise UserError(f"resamples is {resamples}; set it to at least 1, 10000 for a p near 0.05")

@@ -1,18 +1,19 @@
-"""Results as values that JSON has."""
+"""Turn results into values that JSON can represent."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from math import isfinite
 from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses as dicts, tuples as lists; a number that is infinite or NaN, which JSON lacks, as None."""
+    """Return dataclasses as dicts and tuples as lists; NaN and infinities, which JSON lacks, become None."""
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, Mapping):
+        return {name: plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [plain(part) for part in value]
     return None if isinstance(value, float) and not isfinite(value) else value

@@ -1,4 +1,4 @@
-"""A test that may be looked at after every pair of runs: an e-process on the signs of paired differences."""
+"""A test that may be evaluated after every pair of runs: an e-process on the signs of paired differences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from ._inputs import Numbers, differences, refuse_unless_share, sample
 from .intervals import Interval
 
-BETS = (0.5, 1.0, 2.0, 4.0)  # strengths that are mixed: few pairs need a bold one, many a cautious one
+BETS = (0.5, 1.0, 2.0, 4.0)  # strengths in the mixture: few pairs need a bold one, many a cautious one
 
 _DRAWS, _MOST_SIMULATED = 2000, 400  # campaigns, and pairs in each
 
@@ -20,12 +20,12 @@ class Anytime:
 
     difference: float  # mean(candidate - baseline), in the units of the runs
     e: tuple[float, ...]  # after each pair; 20 is the evidence of p = 0.05
-    p: float  # 1 / the largest e so far, at most 1; holds whenever one stops
-    stopped: int | None  # the first number of pairs with e >= 1 / alpha, after which nothing can take it back
+    p: float  # 1 / the largest e so far, at most 1; valid whenever the runs stop
+    stopped: int | None  # the first number of pairs with e >= 1 / alpha; later pairs cannot revoke it
 
 
 def anytime_test(baseline: Numbers, candidate: Numbers, *, alpha: float = 0.05) -> Anytime:
-    """Two-sided test of (n,) runs of the same seeds, in the order in which they were made; valid at every n.
+    """Test (n,) runs of the same seeds, in the order in which they were made; two-sided, valid at every n.
 
     x_i = d_i / rms(d_1..d_i)
     e_n = mean over l in +-BETS of prod_i exp(l x_i) / cosh(l x_i)
@@ -47,30 +47,28 @@ def anytime_test(baseline: Numbers, candidate: Numbers, *, alpha: float = 0.05) 
 
 
 def anytime_interval(paired: Numbers, *, level: float = 0.95) -> Interval:
-    """The shifts of (n,) differences of pairs that ``anytime_test`` has not rejected at any look, so valid at every n.
+    """Return the shifts of (n,) paired differences that ``anytime_test`` has not rejected at any n so far.
 
-    Found outward from the median on a grid of steps that grow by 3%. Without bounds below six pairs at 95%.
+    Searched outward from the median on a grid of steps that grow by 3%. Unbounded below six pairs at 95%.
     Raises UserError.
     """
     refuse_unless_share("level", level)
     d = sample("differences", paired, 1)
     steps = max(float(np.ptp(d)), abs(float(d.mean())) * 1e-6, 1e-12) * np.geomspace(1e-3, 1e3, 467)
     center = float(np.median(d))
-    ends = [_outermost(d, center + sign * steps, level) for sign in (-1, 1)]
-    low, high = (center if end is None else end for end in ends)
-    return Interval(float(d.mean()), low, high)
-
-
-def _outermost(d: np.ndarray, shifts: np.ndarray, level: float) -> float | None:
-    """The farthest of the ``shifts`` that is not rejected; infinite if the last is not, None if all are."""
-    kept = np.flatnonzero(e_process(d - shifts[:, None]).max(axis=1) < 1 / (1 - level))
-    if not len(kept):
-        return None
-    return float(shifts[kept[-1]]) if kept[-1] < len(shifts) - 1 else float(np.sign(shifts[-1] - shifts[0]) * np.inf)
+    ends: list[float] = []
+    for sign in (-1, 1):
+        shifts = center + sign * steps
+        kept = np.flatnonzero(e_process(d - shifts[:, None]).max(axis=1) < 1 / (1 - level))  # not rejected
+        if not len(kept):
+            ends.append(center)
+        else:
+            ends.append(float(shifts[kept[-1]]) if kept[-1] < len(shifts) - 1 else sign * np.inf)
+    return Interval(float(d.mean()), *ends)
 
 
 def power_of_anytime(dz: float, pairs: int, *, alpha: float = 0.05) -> float:
-    """The chance that ``anytime_test`` has stopped by ``pairs`` seeds, of normal differences of ``dz`` SD; simulated.
+    """Simulate the chance that ``anytime_test`` has stopped by ``pairs`` seeds of normal differences of ``dz`` SD.
 
     Raises UserError.
     """
@@ -79,20 +77,23 @@ def power_of_anytime(dz: float, pairs: int, *, alpha: float = 0.05) -> float:
 
 
 def pairs_needed_by_anytime(dz: float, *, alpha: float = 0.05, power: float = 0.8) -> int | None:
-    """Paired seeds by which ``anytime_test`` has stopped with ``power``; None for more than 400. Raises UserError."""
+    """Return the pairs by which ``anytime_test`` has stopped with ``power``; None for more than 400. Raises UserError.
+
+    Simulated.
+    """
     refuse_unless_share("alpha", alpha)
     stopped = (_largest_e(dz, _MOST_SIMULATED) >= 1 / alpha).mean(axis=0)
     return int(np.argmax(stopped >= power)) + 1 if stopped[-1] >= power else None
 
 
 def _largest_e(dz: float, pairs: int) -> np.ndarray:
-    """(campaigns, pairs) the largest e so far."""
+    """Simulate the largest e so far, (campaigns, pairs)."""
     d = np.random.default_rng(0).standard_normal((_DRAWS, pairs)) + dz
     return np.maximum.accumulate(e_process(d), axis=1)
 
 
 def e_process(d: np.ndarray) -> np.ndarray:
-    """e after each of the differences along the last axis, (..., n) float64."""
+    """Return e after each of the differences along the last axis, (..., n) float64."""
     d = np.asarray(d, np.float64)
     rms = np.sqrt(np.cumsum(d * d, axis=-1) / np.arange(1, d.shape[-1] + 1))
     x = np.divide(d, rms, out=np.zeros_like(d), where=rms > 0)

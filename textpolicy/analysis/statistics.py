@@ -1,7 +1,7 @@
 """Tests for the difference of two arms: rates, means over runs, ranks, and several tests at once.
 
-The run (its seed) is the unit of analysis: one number per run goes in, chosen before the runs were made.
-Every test over runs speaks of candidate - baseline.
+The run (its seed) is the unit of analysis: every test takes one number per run, chosen before the runs were made.
+Every test over runs is about candidate - baseline.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from scipy import stats
 
 from ..errors import UserError
 from ._inputs import (
+    ALTERNATIVES,
     Alternative,
     Numbers,
     differences,
     refuse_counts,
-    refuse_unless_alternative,
     refuse_unless_known,
     refuse_unless_share,
     sample,
@@ -38,7 +38,7 @@ CORRECTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A test's statistic and its p-value."""
+    """The statistic of a test and its p-value."""
 
     statistic: float
     p: float
@@ -46,7 +46,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class TTest:
-    """A two-sided t-test on the difference of two means, and that difference's interval."""
+    """The two-sided t-test on the difference of two means, and the interval of that difference."""
 
     t: float
     p: float
@@ -57,7 +57,7 @@ class TTest:
 
 @dataclass(frozen=True, slots=True)
 class Corrected:
-    """Several p-values after a correction for their number."""
+    """The p-values of one family after a correction for their number."""
 
     reject: tuple[bool, ...]
     p: tuple[float, ...]  # adjusted
@@ -67,35 +67,40 @@ class Corrected:
 
 
 def fisher_test(table: Table, alternative: Alternative = "two-sided") -> Outcome:
-    """Fisher's exact test (scipy.stats.fisher_exact) with the sample odds ratio; conservative.
+    """Run Fisher's exact test (scipy.stats.fisher_exact) with the sample odds ratio; conservative.
 
-    ``alternative`` speaks of the first row against the second. Raises UserError.
+    ``alternative`` compares the first row with the second. Raises UserError.
     """
-    return _table_test(stats.fisher_exact, table, alternative)
+    refuse_unless_known("alternative", alternative, ALTERNATIVES)
+    found = stats.fisher_exact(_counts(table), alternative)
+    return Outcome(float(found.statistic), float(found.pvalue))
 
 
 def barnard_test(table: Table, alternative: Alternative = "two-sided", *, mirrored: bool = True) -> Outcome:
-    """Barnard's exact test (scipy.stats.barnard_exact) with its Wald statistic; more power than Fisher's.
+    """Run Barnard's exact test (scipy.stats.barnard_exact) with its Wald statistic; more power than Fisher's.
 
     scipy may miss by rounding that the mirrored table, wrong for correct, is as extreme, and so return too
     small a two-sided p (scipy issue 18798): the larger p of both tables is taken, scipy's own with
     ``mirrored=False``. ``alternative`` as in ``fisher_test``; seconds from a thousand answers per arm on.
     Raises UserError.
     """
-    found = _table_test(_barnard, table, alternative)
-    if alternative != "two-sided" or not mirrored:
-        return found
-    return Outcome(found.statistic, max(found.p, _table_test(_barnard, np.flip(table, axis=1), alternative).p))
+    refuse_unless_known("alternative", alternative, ALTERNATIVES)
+    by_column = _counts(table).T  # scipy takes columns for arms
+    found = stats.barnard_exact(by_column, alternative)
+    p = float(found.pvalue)
+    if alternative == "two-sided" and mirrored:
+        p = max(p, float(stats.barnard_exact(np.flip(by_column, axis=0), alternative).pvalue))
+    return Outcome(float(found.statistic), p)
 
 
 def mcnemar_test(
     only_baseline: int, only_candidate: int, method: Literal["exact", "mid-p", "chi2"] = "exact"
 ) -> Outcome:
-    """McNemar's test on the problems that exactly one of two models solved, one answer each; two-sided.
+    """Run McNemar's test on the problems that exactly one of two models solved, one answer each; two-sided.
 
-    "exact" is the binomial test on the smaller count (statsmodels mcnemar), "mid-p" counts the ties with
+    "exact" is the binomial test on the smaller count (statsmodels mcnemar), "mid-p" counts ties with
     the observed split by half (Fagerland et al. 2013, doi:10.1186/1471-2288-13-91), "chi2" is the
-    asymptotic test with continuity correction. No such problem gives p = 1. Raises UserError.
+    asymptotic test with continuity correction. Without such a problem p = 1. Raises UserError.
     """
     b, c = only_baseline, only_candidate
     refuse_unless_known("McNemar method", method, ("exact", "mid-p", "chi2"))
@@ -109,9 +114,9 @@ def mcnemar_test(
 
 
 def pooled_z_test(correct_a: int, total_a: int, correct_b: int, total_b: int) -> Outcome:
-    """z of rate b - rate a with the pooled variance (statsmodels proportions_ztest), two-sided; for large counts.
+    """Test rate b - rate a with the pooled variance (statsmodels proportions_ztest), two-sided; for large counts.
 
-    Arms that are both all wrong or all correct differ by nothing: z = 0, p = 1. Raises UserError.
+    Arms that are both all wrong or all correct do not differ: z = 0, p = 1. Raises UserError.
     """
     refuse_counts(correct_a, total_a)
     refuse_counts(correct_b, total_b)
@@ -121,40 +126,35 @@ def pooled_z_test(correct_a: int, total_a: int, correct_b: int, total_b: int) ->
     return Outcome(float(z), float(p))
 
 
-def _barnard(table: np.ndarray, alternative: str) -> Any:
-    return stats.barnard_exact(table.T, alternative)  # which takes columns for arms
-
-
-def _table_test(test: Any, table: Table | np.ndarray, alternative: str) -> Outcome:
-    refuse_unless_alternative(alternative)
-    t = np.asarray(table)
-    if t.shape != (2, 2) or (t < 0).any():
+def _counts(table: Table) -> np.ndarray:
+    """Return the (2, 2) counts. Raises UserError for anything else."""
+    counts = np.asarray(table)
+    if counts.shape != (2, 2) or (counts < 0).any():
         raise UserError(f"the table is {table}; give counts as [[correct, wrong], [correct, wrong]], a row per arm")
-    found = test(t, alternative=alternative)
-    return Outcome(float(found.statistic), float(found.pvalue))
+    return counts
 
 
 # ---- means over runs
 
 
 def student_test(baseline: Numbers, candidate: Numbers, level: float = 0.95) -> TTest:
-    """Student's t-test on runs of different seeds, one variance for both arms (scipy.stats.ttest_ind).
+    """Run Student's t-test on runs of different seeds, one variance for both arms (scipy.stats.ttest_ind).
 
-    Takes (n,) and (m,) runs. Raises UserError, also when no arm varies.
+    The arms are (n,) and (m,) runs. Raises UserError, also when no arm varies.
     """
     return _unpaired_test(baseline, candidate, level, equal_var=True)
 
 
 def welch_test(baseline: Numbers, candidate: Numbers, level: float = 0.95) -> TTest:
-    """Welch's t-test on runs of different seeds, a variance for each arm (scipy.stats.ttest_ind).
+    """Run Welch's t-test on runs of different seeds, a variance for each arm (scipy.stats.ttest_ind).
 
-    Takes (n,) and (m,) runs. Raises UserError, also when no arm varies.
+    The arms are (n,) and (m,) runs. Raises UserError, also when no arm varies.
     """
     return _unpaired_test(baseline, candidate, level, equal_var=False)
 
 
 def paired_test(baseline: Numbers, candidate: Numbers, level: float = 0.95) -> TTest:
-    """The paired t-test on (n,) runs of the same seeds in one order (scipy.stats.ttest_rel). Raises UserError."""
+    """Run the paired t-test on (n,) runs of the same seeds in one order (scipy.stats.ttest_rel). Raises UserError."""
     refuse_unless_share("level", level)
     if not varies(differences(baseline, candidate)):
         raise UserError("every pair differs by the same amount, which leaves t undefined; use sign_flip_test")
@@ -162,7 +162,7 @@ def paired_test(baseline: Numbers, candidate: Numbers, level: float = 0.95) -> T
 
 
 def cohens_d(baseline: Numbers, candidate: Numbers) -> float:
-    """d = (mean b - mean a) / s with s^2 = ((n-1) s_a^2 + (m-1) s_b^2) / (n+m-2), in pooled SD (Cohen 1988).
+    """Return d = (mean b - mean a) / s with s^2 = ((n-1) s_a^2 + (m-1) s_b^2) / (n+m-2), in pooled SD (Cohen 1988).
 
     Raises UserError, also when no arm varies.
     """
@@ -173,7 +173,7 @@ def cohens_d(baseline: Numbers, candidate: Numbers) -> float:
 
 
 def cohens_dz(baseline: Numbers, candidate: Numbers) -> float:
-    """d_z = mean(b - a) / SD(b - a) of paired runs, in SD of the differences (Cohen 1988). Raises UserError."""
+    """Return d_z = mean(b - a) / SD(b - a) of paired runs, in SD of the differences (Cohen 1988). Raises UserError."""
     d = differences(baseline, candidate)
     if not varies(d):
         raise UserError("every pair differs by the same amount, which leaves d_z undefined; report the difference")
@@ -181,6 +181,7 @@ def cohens_dz(baseline: Numbers, candidate: Numbers) -> float:
 
 
 def _unpaired_test(baseline: Numbers, candidate: Numbers, level: float, equal_var: bool) -> TTest:
+    """Run the t-test of two independent arms. Raises UserError."""
     refuse_unless_share("level", level)
     a, b = _unpaired(baseline, candidate)
     with warnings.catch_warnings():
@@ -189,6 +190,7 @@ def _unpaired_test(baseline: Numbers, candidate: Numbers, level: float, equal_va
 
 
 def _unpaired(baseline: Numbers, candidate: Numbers) -> tuple[np.ndarray, np.ndarray]:
+    """Return both arms. Raises UserError where neither varies."""
     a, b = sample("baseline", baseline), sample("candidate", candidate)
     if not varies(a) and not varies(b):
         raise UserError(
@@ -198,6 +200,7 @@ def _unpaired(baseline: Numbers, candidate: Numbers) -> tuple[np.ndarray, np.nda
 
 
 def _t_test(found: Any, level: float) -> TTest:
+    """Return scipy's result with its interval."""
     ci = found.confidence_interval(level)
     return TTest(float(found.statistic), float(found.pvalue), float(found.df), float(ci.low), float(ci.high))
 
@@ -211,11 +214,11 @@ def mann_whitney_test(
     alternative: Alternative = "two-sided",
     method: Literal["auto", "exact", "asymptotic"] = "auto",
 ) -> Outcome:
-    """Mann-Whitney's U of the candidate, on (n,) and (m,) runs of different seeds (scipy.stats.mannwhitneyu).
+    """Test Mann-Whitney's U of the candidate, on (n,) and (m,) runs of different seeds (scipy.stats.mannwhitneyu).
 
     "auto" is exact for few runs without ties. Raises UserError.
     """
-    refuse_unless_alternative(alternative)
+    refuse_unless_known("alternative", alternative, ALTERNATIVES)
     refuse_unless_known("Mann-Whitney method", method, RANK_METHODS)
     a, b = sample("baseline", baseline, 1), sample("candidate", candidate, 1)
     found = stats.mannwhitneyu(b, a, alternative=alternative, method=method)
@@ -228,16 +231,16 @@ def wilcoxon_test(
     alternative: Alternative = "two-sided",
     method: Literal["auto", "exact", "asymptotic"] = "auto",
 ) -> Outcome:
-    """Wilcoxon's signed ranks on (n,) runs of the same seeds (scipy.stats.wilcoxon), pairs without difference left out.
+    """Test Wilcoxon's signed ranks on (n,) runs of the same seeds (scipy.stats.wilcoxon).
 
-    No difference at all gives p = 1. Raises UserError.
+    Pairs without difference are left out; p = 1 if there are no others. Raises UserError.
     """
-    refuse_unless_alternative(alternative)
+    refuse_unless_known("alternative", alternative, ALTERNATIVES)
     refuse_unless_known("Wilcoxon method", method, RANK_METHODS)
     d = differences(baseline, candidate, 1)
     if not d.any():
         return Outcome(0.0, 1.0)
-    d = (d / np.abs(d).max()).round(12)  # equal differences stay tied whatever their subtraction left behind
+    d = (d / np.abs(d).max()).round(12)  # equal differences stay tied despite rounding
     found = stats.wilcoxon(d, alternative=alternative, method=method)
     return Outcome(float(found.statistic), float(found.pvalue))
 
@@ -246,7 +249,7 @@ def wilcoxon_test(
 
 
 def correct_p_values(p: Numbers, alpha: float = 0.05, method: str = "holm") -> Corrected:
-    """(n,) p-values of one family, adjusted (statsmodels multipletests); ``method`` is one of CORRECTIONS.
+    """Adjust (n,) p-values of one family (statsmodels multipletests); ``method`` is one of CORRECTIONS.
 
     Holm for confirmatory claims, "fdr_bh" (Benjamini-Hochberg) for exploration. Raises UserError.
     """

@@ -10,8 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from ..analysis.comparison import DECLINE, IMPROVEMENT, INSUFFICIENT, Comparison, Question, compare_arms
-from ..analysis.intervals import ClusteredDifference, Interval, clustered_difference, rate_difference_interval
-from ..analysis.sepa.significance import cluster_design_effect
+from ..analysis.intervals import (
+    ClusteredDifference,
+    Interval,
+    cluster_design_effect,
+    clustered_difference,
+    rate_difference_interval,
+)
 from ..analysis.statistics import fisher_test, mcnemar_test
 from ..errors import UserError
 from ..loop.evaluation import Rate

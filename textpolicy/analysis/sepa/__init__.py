@@ -1,1 +1,1 @@
-"""The records and verdicts of SEPA experiments."""
+"""The records of SEPA experiments, and the tests of their results."""

@@ -1,9 +1,8 @@
-"""What a run wrote while it learned: every completion and a row per step, with its planning phrases, as JSON lines."""
+"""Log every completion and every step of a run, with its planning phrases, as JSON lines."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import time
@@ -21,60 +20,40 @@ from ...buffer import Episode as BufferedEpisode
 from ...environment.text.pieces import Pieces, text_decode
 from ...errors import UserError
 from ...types import Episode
+from ..plain import plain
 
 Example = Mapping[str, Any]
-Extract = Callable[[Example, float], Mapping[str, Any]]  # what is kept of an example, and the completion's reward
-CORRECT = 0.99  # a reward from here on counts as correct where nothing says what is
+Extract = Callable[[Example, float], Mapping[str, Any]]  # example, reward -> metadata of the completion
+CORRECT = 0.99  # a reward from here on counts as correct where the reward function did not say
 _WORD = re.compile(r"\S+")
-_KEPT = ("target", "numbers")  # of an example, if it has them
+_KEPT = ("target", "numbers")  # entries of an example that become metadata
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Generation:
-    """One completion with what the logger reads of it."""
+    """One completion with the values that the logger reads."""
 
     prompt: str
     text: str
     pieces: tuple[str, ...]  # the text of each of its T tokens
     tokens: np.ndarray  # (T,) int
-    logprobs: np.ndarray  # (T,) float, nats, of the distribution that sampled them
+    logprobs: np.ndarray  # (T,) float, nats, under the distribution that sampled them
     reward: float  # NaN where it could not be scored
     is_correct: bool | None
     truncated: bool
 
     @property
     def correct(self) -> bool:
-        """What the reward said, else whether it is (nearly) 1."""
+        """The reward function's verdict, or else whether the reward is (nearly) 1."""
         return self.reward >= CORRECT if self.is_correct is None else self.is_correct
 
 
-@dataclass(frozen=True, slots=True)
-class Words:
-    """The words of a completion inside and outside of strategic grams, and the surprisals of their tokens, in nats."""
-
-    inside: int
-    outside: int
-    surprisal_inside: float | None  # means over tokens; None without such a token
-    surprisal_outside: float | None
-
-    @property
-    def ratio(self) -> float:
-        return self.inside / max(1, self.inside + self.outside)
-
-    @property
-    def delta(self) -> float | None:
-        """Inside less outside; None unless both are there."""
-        if self.surprisal_inside is None or self.surprisal_outside is None:
-            return None
-        return self.surprisal_inside - self.surprisal_outside
-
-
 class EmergenceLogger:
-    """Appends to ``generations.jsonl`` and ``steps.jsonl`` in a folder, which are made with the first step.
+    """The writer of ``generations.jsonl`` and ``steps.jsonl`` in a folder, which it makes with the first step.
 
     A line is compact JSON, and both files are on the disk when ``log_step`` returns. Numbers that do not exist
     are null. ``entropy_per_token`` and every other "entropy" in these files is a surprisal, minus the log-prob of
-    the token that was sampled: the names are those of version 0.1.11.
+    the sampled token: the names are those of version 0.1.11.
     """
 
     def __init__(
@@ -85,16 +64,18 @@ class EmergenceLogger:
         metadata_extractor: Extract | None = None,
         max_completion_tokens: int | None = None,
     ) -> None:
-        """``planning_config`` are the phrases whose tokens count as planning, ``strategic_grams`` those whose words
-        and surprisals are compared with the rest; None is the default list, or the other's. ``metadata_extractor``
-        makes a completion's metadata of its example and reward. ``max_completion_tokens`` is the run's limit.
+        """Set the phrases, the metadata and the run's limit on completions.
+
+        The tokens of the phrases in ``planning_config`` count as planning; the words and surprisals of those in
+        ``strategic_grams`` are compared with the rest. Either is the other's list if None, and the default list if
+        both are. ``metadata_extractor`` makes a completion's metadata of its example and reward.
         """
         phrases = next((p for p in (planning_config, strategic_grams) if p is not None), DEFAULT_STRATEGIC_GRAMS)
         self.planning = PlanningGrams(phrases)
         self.grams = PlanningGrams(phrases if strategic_grams is None else strategic_grams)
         self.folder, self.limit = Path(output_dir), max_completion_tokens
-        self.extract = metadata_extractor or _kept
-        self._pieces: tuple[Any, Pieces] | None = None  # of the tokenizer seen last
+        self.extract = metadata_extractor
+        self._pieces: tuple[Any, Pieces] | None = None  # of the last tokenizer
 
     def log_step(
         self,
@@ -104,11 +85,10 @@ class EmergenceLogger:
         examples: Sequence[Example] | None = None,
         extra_step_metrics: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Write a line for each completion and one for the step; the latter is returned.
+        """Write a line for each completion and one for the step; return the latter.
 
         Episodes are those of a training loop, of a ``Buffer``, or their dicts; ``examples`` has one for each.
-        ``tokenizer`` needs decode(ids) -> text, and is used for episodes that do not bring their text.
-        Raises UserError.
+        ``tokenizer`` needs decode(ids) -> text, and is used for episodes without their text. Raises UserError.
         """
         started = time.perf_counter()
         if examples is not None and len(examples) != len(episodes):
@@ -124,11 +104,10 @@ class EmergenceLogger:
         return row
 
     def finish(self) -> None:
-        """The end of a run; nothing is held open between steps, so nothing is left to do."""
-
-    # ---- private
+        """End the log; there is nothing to do, since no file stays open between steps."""
 
     def _read(self, episode: Episode | BufferedEpisode | Mapping[str, Any], tokenizer: Any) -> Generation:
+        """Return the values of an episode of any kind."""
         match episode:
             case Episode():
                 tokens = episode.tokens[episode.mask]
@@ -147,16 +126,26 @@ class EmergenceLogger:
         )  # fmt: skip
 
     def _spelled(self, tokenizer: Any) -> Pieces:
-        """One per tokenizer: it remembers what it decoded."""
+        """Return the decoder of ``tokenizer``, which caches the pieces that it decoded."""
         if self._pieces is None or self._pieces[0] is not tokenizer:
             self._pieces = tokenizer, Pieces(text_decode(tokenizer))
         return self._pieces[1]
 
     def _record(self, step: int, g: Generation, example: Example | None) -> dict[str, Any]:
+        """Return the line of one completion."""
         planning = planning_mask(g.pieces, self.planning)
-        spans = self.planning.spans(g.text)
-        words = _words(g, self.grams)
-        known = {"correctness": g.correct} if example is not None or g.is_correct is not None else {}
+        planning_spans, gram_spans = self.planning.spans(g.text), self.grams.spans(g.text)
+        words = [(m.start(), m.end()) for m in _WORD.finditer(g.text)]
+        strategic = sum(any(a < end and start < b for a, b in gram_spans) for start, end in words)
+        in_gram = planning_mask(g.pieces, self.grams)
+        inside, outside = _mean(-g.logprobs[in_gram]), _mean(-g.logprobs[~in_gram])  # nats
+        metadata: dict[str, Any] = {}
+        if example is not None and self.extract is not None:
+            metadata = {**self.extract(example, g.reward)}
+        elif example is not None:
+            metadata = {name: example[name] for name in _KEPT if name in example}
+        if example is not None or g.is_correct is not None:
+            metadata["correctness"] = g.correct
         return {
             "step": step,
             "prompt": g.prompt,
@@ -166,19 +155,20 @@ class EmergenceLogger:
             "tokens": g.tokens.tolist(),
             "logprobs": np.round(g.logprobs, 6).tolist(),
             "entropy_per_token": np.round(-g.logprobs, 6).tolist(),
-            "planning_phrases_found": sorted({g.text[a:b].lower() for a, b in spans}),
+            "planning_phrases_found": sorted({g.text[a:b].lower() for a, b in planning_spans}),
             "planning_token_ratio": float(planning.mean()) if len(planning) else 0.0,
-            "contains_strategic_gram": words.inside > 0,
-            "strategic_gram_word_count": words.inside,
-            "non_strategic_gram_word_count": words.outside,
-            "strategic_gram_word_ratio": words.ratio,
-            "gram_entropy_mean": words.surprisal_inside,
-            "non_gram_entropy_mean": words.surprisal_outside,
-            "gram_entropy_delta": words.delta,
-            "metadata": {**({} if example is None else self.extract(example, g.reward)), **known},
+            "contains_strategic_gram": strategic > 0,
+            "strategic_gram_word_count": strategic,
+            "non_strategic_gram_word_count": len(words) - strategic,
+            "strategic_gram_word_ratio": strategic / max(1, len(words)),
+            "gram_entropy_mean": inside,
+            "non_gram_entropy_mean": outside,
+            "gram_entropy_delta": None if inside is None or outside is None else inside - outside,
+            "metadata": metadata,
         }
 
     def _summary(self, step: int, read: Sequence[Generation], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the line of one step."""
         rewards = np.array([g.reward for g in read])
         scored = rewards[~np.isnan(rewards)]
         surprisal = -np.concatenate([g.logprobs for g in read]) if read else np.zeros(0)
@@ -205,34 +195,14 @@ class EmergenceLogger:
         }
 
     def _write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append lines to a file and force it to disk, because sampling them cost money."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(_plain(row), separators=(",", ":")) + "\n" for row in rows)
+            file.writelines(json.dumps(plain(row), separators=(",", ":")) + "\n" for row in rows)
             file.flush()
-            os.fsync(file.fileno())  # what was sampled was paid for
-
-
-def _words(g: Generation, grams: PlanningGrams) -> Words:
-    inside = planning_mask(g.pieces, grams)
-    spans = grams.spans(g.text)
-    words = [(m.start(), m.end()) for m in _WORD.finditer(g.text)]
-    found = sum(any(a < end and start < b for a, b in spans) for start, end in words) if spans else 0
-    on, off = -g.logprobs[inside], -g.logprobs[~inside]
-    return Words(found, len(words) - found, _mean(on), _mean(off))
-
-
-def _kept(example: Example, reward: float) -> dict[str, Any]:
-    return {name: example[name] for name in _KEPT if name in example}
+            os.fsync(file.fileno())
 
 
 def _mean(values: Any) -> float | None:
+    """Return the mean; None for no values, which JSON has."""
     return float(np.mean(values)) if len(values) else None
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: _plain(part) for name, part in value.items()}
-    return [_plain(part) for part in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Reading the files of an emergence log (``<run>/emergence/{steps,generations}.jsonl``) back: one summary per run."""
+"""Read an emergence log (``<run>/emergence/{steps,generations}.jsonl``) back, as one summary per run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CORRECT_FROM = 0.99  # the reward that counts as correct where the log does not 
 
 @dataclass(frozen=True, slots=True)
 class EmergenceRunStats:
-    """One run in numbers; NaN where the log has none."""
+    """The numbers of one run; NaN where the log has none."""
 
     run_dir: str
     steps: int
@@ -27,14 +27,14 @@ class EmergenceRunStats:
     gen_reward: float
     correct: int
     gen_correct_rate: float
-    gram_pairs: int  # completions that have both strategic and other tokens
+    gram_pairs: int  # completions with both strategic and other tokens
     gen_gram_entropy_delta: float  # nats: of strategic tokens minus others, mean over those completions
     answers: tuple[tuple[str, bool], ...]  # (prompt, correct), one per completion
 
 
 @dataclass(frozen=True, slots=True)
 class EmergenceGroupStats:
-    """The runs of one arm: means over runs, totals of what they are made of."""
+    """The runs of one arm: means over runs, and totals of their steps and completions."""
 
     runs: int
     steps: int
@@ -47,7 +47,7 @@ class EmergenceGroupStats:
 
 
 def load_emergence_run_stats(run_dir: str | Path) -> EmergenceRunStats:
-    """The run in ``run_dir``. Raises UserError for a run without a logged step."""
+    """Summarize the run in ``run_dir``. Raises UserError for a run without a logged step."""
     stats = read_run(run_dir)
     if not stats.steps:
         raise UserError(f"{run_dir} has no step in emergence/steps.jsonl; give the folder of a run that logged some")
@@ -55,16 +55,21 @@ def load_emergence_run_stats(run_dir: str | Path) -> EmergenceRunStats:
 
 
 def read_run(run_dir: str | Path) -> EmergenceRunStats:
-    """As ``load_emergence_run_stats``, but a missing file is an empty one. Raises UserError for what is not JSON.
+    """Summarize the run in ``run_dir``; a missing file counts as empty. Raises UserError for a line that is not JSON.
 
-    The steps of a run of `textpolicy train`, which has no such log, are those of its metrics.jsonl.
+    A run of `textpolicy train` has no such log; its steps are those of its metrics.jsonl.
     """
     folder = Path(run_dir) / "emergence"
     steps, generations = read_rows(folder / "steps.jsonl"), read_rows(folder / "generations.jsonl")
     if not folder.exists():
         trained = [row for row in read_rows(Path(run_dir) / "metrics.jsonl") if row.get("kind") == "train"]
         steps = [{"mean_reward": row.get("reward_mean")} for row in trained]
-    answers = tuple((str(row.get("prompt", "")), _correct(row)) for row in generations)
+    answers = []
+    for row in generations:
+        right, reward = (row.get("metadata") or {}).get("correctness"), row["reward"]
+        if right is None:
+            right = reward is not None and reward >= CORRECT_FROM
+        answers.append((str(row.get("prompt", "")), bool(right)))
     deltas = [row["gram_entropy_delta"] for row in generations if row.get("gram_entropy_delta") is not None]
     correct = sum(right for _, right in answers)
     return EmergenceRunStats(
@@ -77,12 +82,12 @@ def read_run(run_dir: str | Path) -> EmergenceRunStats:
         gen_correct_rate=correct / len(answers) if answers else nan,
         gram_pairs=len(deltas),
         gen_gram_entropy_delta=_mean(deltas),
-        answers=answers,
+        answers=tuple(answers),
     )
 
 
 def aggregate_group_stats(runs: Sequence[EmergenceRunStats]) -> EmergenceGroupStats:
-    """The runs of one arm, each with the same weight. Raises UserError for none."""
+    """Average the runs of one arm, each with the same weight. Raises UserError for none."""
     if not runs:
         raise UserError("there is no run to aggregate; give at least one")
     return EmergenceGroupStats(
@@ -98,7 +103,10 @@ def aggregate_group_stats(runs: Sequence[EmergenceRunStats]) -> EmergenceGroupSt
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; none if it is missing. A last line that was cut off by a kill is left out."""
+    """Read the lines of a JSONL file; none if it is missing. A last line that a kill cut off is left out.
+
+    Raises UserError for any other line that is not JSON.
+    """
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -108,17 +116,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise UserError(f"line {number} of {path} is not JSON ({error}); mend or remove it") from error
+                raise UserError(f"line {number} of {path} is not JSON ({error}); fix or remove it") from error
     return rows
 
 
-def _correct(row: dict[str, Any]) -> bool:
-    said, reward = (row.get("metadata") or {}).get("correctness"), row["reward"]
-    return bool(reward is not None and reward >= CORRECT_FROM if said is None else said)
-
-
 def _mean(values: Sequence[float | None]) -> float:
-    """Of those that are numbers; NaN of none."""
+    """Return the mean of the values that are numbers; NaN for none."""
     x = np.array(values, np.float64)  # None becomes NaN
     known = x[~np.isnan(x)]
     return float(known.mean()) if len(known) else nan

@@ -1,9 +1,9 @@
-"""A quick look at whether a candidate is worth a campaign: thresholds on differences, no error model."""
+"""A quick check whether a candidate is worth a campaign: thresholds on differences, without an error model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from ..plain import plain
 from .emergence_runs import EmergenceGroupStats, aggregate_group_stats, load_emergence_run_stats
 
 CONFIRMED, FAILED, INCONCLUSIVE = "CONFIRMED", "FAILED", "INCONCLUSIVE"
+_LOGGED = ("runs", "steps", "generations", "gram pairs")  # as in SEPALitmusEvidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class SEPALitmusThresholds:
 
 @dataclass(frozen=True, slots=True)
 class SEPALitmusEvidence:
-    """The least that each arm must have logged for any answer but INCONCLUSIVE."""
+    """The least that each arm must have logged for a status other than INCONCLUSIVE."""
 
     run_pairs: int = 1
     steps: int = 8
@@ -36,7 +37,7 @@ class SEPALitmusEvidence:
 
 @dataclass(frozen=True, slots=True)
 class SEPALitmusProfile:
-    """Thresholds and evidence under a name."""
+    """The thresholds and the evidence of a named profile."""
 
     name: str
     thresholds: SEPALitmusThresholds
@@ -45,7 +46,7 @@ class SEPALitmusProfile:
 
 @dataclass(frozen=True, slots=True)
 class SEPALitmusResult:
-    """CONFIRMED, FAILED or INCONCLUSIVE, and what it rests on."""
+    """The status CONFIRMED, FAILED or INCONCLUSIVE, with its reasons and numbers."""
 
     status: str
     reasons: tuple[str, ...]
@@ -58,7 +59,7 @@ class SEPALitmusResult:
     evidence: SEPALitmusEvidence
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; NaN is None."""
+        """Return plain JSON values; NaN becomes None."""
         return plain(self)
 
 
@@ -67,7 +68,7 @@ _PROFILES = {"official_v1": _OFFICIAL, "official": _OFFICIAL, "default": _OFFICI
 
 
 def get_sepa_litmus_profile(name: str) -> SEPALitmusProfile:
-    """The profile called ``name``. Raises UserError for an unknown one."""
+    """Return the profile called ``name``. Raises UserError for an unknown one."""
     if name not in _PROFILES:
         raise unknown_name("litmus profile", name, _PROFILES)
     return _PROFILES[name]
@@ -80,11 +81,12 @@ def evaluate_sepa_litmus(
     thresholds: SEPALitmusThresholds | None = None,
     evidence: SEPALitmusEvidence | None = None,
 ) -> SEPALitmusResult:
-    """Compare the means of two lists of run folders with thresholds. Says nothing on chance: that is a campaign's.
+    """Compare the means of two lists of run folders with thresholds.
 
-    Raises UserError for an empty list or a run without a logged step.
+    Whether a gain is more than chance takes a campaign over seeds. Raises UserError for an empty list or a run
+    without a logged step.
     """
-    asked, least = thresholds or SEPALitmusThresholds(), evidence or SEPALitmusEvidence()
+    thresholds, evidence = thresholds or SEPALitmusThresholds(), evidence or SEPALitmusEvidence()
     a, b = (
         aggregate_group_stats([load_emergence_run_stats(d) for d in dirs])
         for dirs in (baseline_run_dirs, candidate_run_dirs)
@@ -94,7 +96,17 @@ def evaluate_sepa_litmus(
         "correct_rate": b.gen_correct_rate - a.gen_correct_rate,
         "gram_entropy_delta": b.gen_gram_entropy_delta - a.gen_gram_entropy_delta,
     }
-    lacking, missed = _lacking(a, b, least), _missed(gains, asked)
+    logged = zip(_LOGGED, _logged(a), _logged(b), astuple(evidence), strict=True)
+    lacking = [
+        f"{min(x, y)} {name} in the smaller arm, and {least} are needed"
+        for name, x, y, least in logged
+        if min(x, y) < least
+    ]
+    missed = [
+        f"the gain in {name} is {gains[name]:+.4f}, below {least:+.4f}"
+        for name, least in asdict(thresholds).items()
+        if gains[name] < least
+    ]
     return SEPALitmusResult(
         status=INCONCLUSIVE if lacking else FAILED if missed else CONFIRMED,
         reasons=tuple(lacking or missed or ["every gain reaches its threshold"]),
@@ -103,21 +115,22 @@ def evaluate_sepa_litmus(
         reward_gain=gains["reward"],
         correct_rate_gain=gains["correct_rate"],
         gram_entropy_delta_gain=gains["gram_entropy_delta"],
-        thresholds=asked,
-        evidence=least,
+        thresholds=thresholds,
+        evidence=evidence,
     )
 
 
 def build_litmus_markdown(result: SEPALitmusResult) -> str:
-    """The result as a page."""
-    rows = [
+    """Return the result as a Markdown page."""
+    gains = [
         ("reward", result.reward_gain, result.thresholds.reward),
         ("correct rate", result.correct_rate_gain, result.thresholds.correct_rate),
         ("gram entropy delta, nats", result.gram_entropy_delta_gain, result.thresholds.gram_entropy_delta),
     ]
     lines = ["# SEPA litmus", "", f"Status: **{result.status}**", "", *(f"- {reason}" for reason in result.reasons), ""]
     lines += ["| gain of the candidate | observed | threshold |", "|---|---|---|"]
-    lines += [f"| {name} | {_signed(gain)} | {least:+.4f} |" for name, gain, least in rows]
+    for name, gain, least in gains:
+        lines.append(f"| {name} | {'unknown' if isnan(gain) else f'{gain:+.4f}'} | {least:+.4f} |")
     lines += ["", "| logged | baseline | candidate |", "|---|---|---|"]
     for name, a, b in zip(_LOGGED, _logged(result.baseline), _logged(result.candidate), strict=True):
         lines.append(f"| {name} | {a} | {b} |")
@@ -125,30 +138,6 @@ def build_litmus_markdown(result: SEPALitmusResult) -> str:
     return "\n".join(lines) + "\n"
 
 
-_LOGGED = ("runs", "steps", "generations", "gram pairs")
-
-
 def _logged(stats: EmergenceGroupStats) -> list[int]:
+    """Return the amounts that SEPALitmusEvidence limits, in the order of _LOGGED."""
     return [stats.runs, stats.steps, stats.generations, stats.gram_pairs]
-
-
-def _lacking(a: EmergenceGroupStats, b: EmergenceGroupStats, least: SEPALitmusEvidence) -> list[str]:
-    wanted = [least.run_pairs, least.steps, least.generations, least.gram_pairs]
-    found = [min(pair) for pair in zip(_logged(a), _logged(b), strict=True)]
-    return [
-        f"{have} {name} in the smaller arm, and {need} are needed"
-        for name, have, need in zip(_LOGGED, found, wanted, strict=True)
-        if have < need
-    ]
-
-
-def _missed(gains: dict[str, float], asked: SEPALitmusThresholds) -> list[str]:
-    return [
-        f"the gain in {name} is {_signed(gains[name])}, below {least:+.4f}"
-        for name, least in asdict(asked).items()
-        if not gains[name] >= least and not isnan(gains[name])
-    ]
-
-
-def _signed(gain: float) -> str:
-    return "unknown" if isnan(gain) else f"{gain:+.4f}"

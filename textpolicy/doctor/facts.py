@@ -1,4 +1,4 @@
-"""``Facts``: what a run recorded, as the doctor's rules read it, from a run folder or from a loop of your own."""
+"""The ``Facts`` that a run recorded, as the doctor's rules read them, from a run folder or a loop of your own."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """One run. Rules judge its last third, when what it learned at the start has had time to show."""
+    """The record of one run. Rules judge its last third, when what it learned at the start has had time to show."""
 
     rows: Sequence[Row]  # of the training steps, in order
     evaluations: Sequence[Evaluation] = ()

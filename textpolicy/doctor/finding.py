@@ -1,4 +1,4 @@
-"""``Finding``: what a rule of the doctor found, in words, with its evidence."""
+"""The ``Finding`` of a rule of the doctor, in words, with its evidence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A completion that shows the finding. A model wrote its text, so it is printed escaped."""
+    """The completion that shows a finding. A model wrote its text, so it is printed escaped."""
 
     step: int
     prompt: str

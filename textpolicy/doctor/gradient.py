@@ -1,4 +1,4 @@
-"""Rules for runs with little or nothing to learn from: no-signal groups, and rewards that are missing.
+"""The rules for runs with little or nothing to learn from: no-signal groups, and rewards that are missing.
 
 A no-signal group is one whose completions all got the same reward, so none of them has an advantage.
 """

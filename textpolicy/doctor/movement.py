@@ -1,4 +1,4 @@
-"""Rules about how the policy moves: too far or not at all in a step, off the sampled policy, or the wrong way."""
+"""The rules about how the policy moves: too far or not at all in a step, off the sampled policy, the wrong way."""
 
 from __future__ import annotations
 

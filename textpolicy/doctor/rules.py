@@ -14,7 +14,7 @@ from .finding import Finding
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Something that a rule reads and not every run has."""
+    """The facts that a rule reads and not every run has."""
 
     absent: str  # the reason given where it is missing
     met: Callable[[Facts], bool]
@@ -22,7 +22,7 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A function from facts to a finding of the rule's name, and the facts it needs."""
+    """The function from facts to a finding of the rule's name, and the facts it needs."""
 
     name: str
     check: Callable[[Facts], Finding | None]

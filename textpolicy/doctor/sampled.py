@@ -1,4 +1,4 @@
-"""Rules about what was sampled: its length, its variety, and how it was rewarded."""
+"""The rules about what was sampled: its length, its variety, and how it was rewarded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one row of numbers per training step and per evaluation, which can be cut back to a checkpoint."""
+"""Write metrics.jsonl, one row of numbers per training step and per evaluation; it can be cut back to a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mean reward of each prompt in two samples of completions: two runs, or the two halves of one."""
+"""Compare the mean reward of each prompt in two samples of completions: two runs, or the two halves of one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PromptRow:
-    """One prompt in two samples of completions."""
+    """The rewards of one prompt in two samples of completions."""
 
     prompt_index: int
     count: tuple[int, int]  # scored completions

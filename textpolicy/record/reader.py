@@ -25,7 +25,7 @@ _LONGEST = 200  # characters of a file shown in an error
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """A run as it was at the first read; load it again to see what a running one has written since.
+    """The contents of a run folder at the first read; load it again to see what a running one has written since.
 
     Tables are pyarrow's; ``run.metrics.to_pandas()`` makes data frames of them, with pandas installed.
     """
@@ -65,22 +65,22 @@ class RecordedRun:
 
     @cached_property
     def metrics(self) -> pa.Table:
-        """One row per training step; null where a step has no such metric."""
+        """The table with one row per training step; null where a step has no such metric."""
         return self._table(("train",))
 
     @cached_property
     def evaluations(self) -> pa.Table:
-        """One row per evaluation: step, split, accuracy and problems; avg@n and pass@n where it sampled."""
+        """The table with one row per evaluation: step, split, accuracy, problems; avg@n and pass@n where it sampled."""
         return self._table(_EVALUATIONS)
 
     @cached_property
     def rollouts(self) -> pa.Table:
-        """Every training completion; ``read`` is cheaper for some columns or rows."""
+        """The table of all training completions; ``read`` is cheaper for some columns or rows."""
         return self.read("rollouts")
 
     @cached_property
     def evals(self) -> pa.Table:
-        """Every completion of every evaluation."""
+        """The table of all completions of all evaluations."""
         return self.read("evals")
 
     def read(self, kind: str, columns: Sequence[str] | None = None, where: pc.Expression | None = None) -> pa.Table:

@@ -1,4 +1,4 @@
-"""``Recorder``: the sink that keeps every completion of a run in Parquet files."""
+"""The ``Recorder``, the sink that keeps every completion of a run in Parquet files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sinks receive the facts of a run while it runs: the recorder, the trackers and the terminal, all in one list."""
+"""The sinks, which receive the facts of a run while it runs: the recorder, the trackers and the terminal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class Sinks(Sink):
-    """Several sinks as one; each is called in order."""
+    """The union of several sinks, called in order."""
 
     sinks: Sequence[Sink]
 

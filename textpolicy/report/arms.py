@@ -25,7 +25,7 @@ class Arm:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Series:
-    """A metric over steps: the mean of an arm's runs and, of several, its 95% interval over seeds (Student's t)."""
+    """The curve of a metric: the mean of an arm's runs and, of several, its 95% interval over seeds (Student's t)."""
 
     name: str
     steps: np.ndarray  # (S,) the steps that every run has

@@ -1,4 +1,4 @@
-"""Trackers: sinks that send a run's metrics to TensorBoard, Weights & Biases, trackio or MLflow."""
+"""The trackers, sinks that send a run's metrics to TensorBoard, Weights & Biases, trackio or MLflow."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ Log = Callable[[dict[str, float]], object]
 
 @dataclass
 class Follower:
-    """How much of a metrics file has been read, and which steps were logged."""
+    """The reader of a growing metrics file, which remembers what it has read and which steps were logged."""
 
     path: Path
     read: int = 0  # bytes, to the end of the last complete line

@@ -1,4 +1,4 @@
-"""MLflow: a run of an experiment, in files beside the run or on a tracking server."""
+"""Track a run in MLflow, as a run of an experiment, in files beside the run or on a tracking server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorBoard: event files in the run's folder, for ``tensorboard --logdir runs``."""
+"""Track a run in TensorBoard's event files in its folder, for ``tensorboard --logdir runs``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``Tracker``: the sink that gives every tracker the same names for the same metrics."""
+"""The ``Tracker``, the sink that gives every tracker the same names for the same metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""trackio: a run of a project in its local database, for ``trackio show``."""
+"""Track a run in trackio's local database, for ``trackio show``."""
 
 from __future__ import annotations
 

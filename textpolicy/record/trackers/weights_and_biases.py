@@ -1,4 +1,4 @@
-"""Weights & Biases: a run of a project, sent while it runs or kept in the run's folder for ``wandb sync``."""
+"""Track a run in Weights & Biases, sent while it runs or kept in the run's folder for ``wandb sync``."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""``textpolicy view``: the completions of a run, or of two, on a local page rendered by a local server."""
+"""The local page of ``textpolicy view``, which shows the completions of a run, or of two."""

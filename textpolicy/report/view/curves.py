@@ -1,4 +1,4 @@
-"""Learning curves small enough for the top of a page, as points of SVG lines, without a plotting library."""
+"""Draw learning curves for the top of a page as points of SVG lines, without a plotting library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _METRICS = {"reward_mean": "reward", "accuracy": "correct in training", "entropy
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One metric over the steps of a run."""
+    """The curve of one metric over the steps of a run."""
 
     name: str
     points: str  # of an SVG polyline in a box of WIDTH x HEIGHT

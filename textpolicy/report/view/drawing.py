@@ -22,7 +22,7 @@ LEVELS = 8  # of strength, in each direction
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token as the page draws it."""
+    """The drawing of one token."""
 
     text: str
     style: str  # a CSS class: up1 to up8, down1 to down8, much1 to much8, reply, or empty

@@ -1,4 +1,4 @@
-"""An index of a run's completions by step, reward and the like: a page lists and filters without reading tokens."""
+"""Index a run's completions by step, reward and the like, so that a page lists and filters without reading tokens."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ PER_PAGE = 50
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One line of the list."""
+    """The line of one completion in the list."""
 
     address: Address
     figures: dict[str, Any]
@@ -30,7 +30,7 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """One page of the list."""
+    """The lines of one page of the list."""
 
     lines: Sequence[Listed]
     total: int
@@ -39,7 +39,7 @@ class Page:
 
 
 class ViewedRun:
-    """A run folder on a page."""
+    """The completions of one run folder, as a page shows them."""
 
     def __init__(self, number: int, folder: Path) -> None:
         """Open the run as number ``number`` of the page. Raises UserError for a folder that is not a run."""

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
+from .._system.files import write_whole
 from ..engine import Sampling
 from ..errors import ServiceError, TextPolicyError, UserError, unknown_name
 from ..losses import Surrogate, importance_ratio, policy_objective
@@ -235,9 +236,7 @@ class TinkerEngine:
         sampler = str(self.service.call("saving the adapter", self._trainer.save_weights_for_sampler, name).path)
         kept = {"model": self.model, "rank": self.rank, "state": self.save_state(name), "sampler": sampler}
         path.mkdir(parents=True, exist_ok=True)
-        new = path / "tinker.json.tmp"
-        new.write_text(json.dumps(kept, indent=2) + "\n")
-        new.replace(path / "tinker.json")
+        write_whole(path / "tinker.json", json.dumps(kept, indent=2) + "\n")
 
     # ---- states on the server
 

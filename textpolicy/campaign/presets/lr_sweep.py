@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -34,22 +33,6 @@ class SweepArguments(MathCampaignSettings):
     """The seeds of the runs at each rate; use others in the campaign, since these chose the rate."""
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """The results of one learning rate, means over its seeds; None where no run is finished."""
-
-    algorithm: MathAlgorithm
-    lr: float
-    seeds: int  # finished runs
-    steps: int
-    datums: int  # sequences learned from
-    correct_rate: float | None  # of the last step's completions
-    running_correct_rate: float | None  # of all completions
-    held_out: float | None  # accuracy at the last step
-    loss: float | None
-    status: str  # completed or failed
-
-
 def run(args: SweepArguments) -> int:
     """Train, print the table and the best rates, write ``sweep_results.json``. Return 1 if no run finished, else 0."""
     root = args.sweep_root or new_root("tinker_lr_sweep")
@@ -63,25 +46,22 @@ def run(args: SweepArguments) -> int:
             ]
     carry_out([job for some in jobs.values() for job in some], root, continue_on_error=True)
     probes = [probed(algorithm, lr, some) for (algorithm, lr), some in jobs.items()]
-    best: dict[MathAlgorithm, Probe] = {}  # by held-out accuracy; the lower rate where two are as good
+    best: dict[str, dict[str, Any]] = {}  # by held-out accuracy; the lower rate where two are as good
     for p in probes:
-        if p.status == "completed" and p.held_out is not None:
-            best[p.algorithm] = max(best.get(p.algorithm, p), p, key=lambda p: (p.held_out, -p.lr))
-    results = {
-        "settings": args.model_dump(mode="json"),
-        "results": [asdict(p) for p in probes],
-        "best_lr": {algorithm: p.lr for algorithm, p in best.items()},
-        "chosen_by": "held-out accuracy at the last step",
-    }
+        if p["status"] == "completed" and p["held_out"] is not None:
+            best[p["algorithm"]] = max(best.get(p["algorithm"], p), p, key=lambda p: (p["held_out"], -p["lr"]))
+    rates = {algorithm: p["lr"] for algorithm, p in best.items()}
+    chosen_by = "held-out accuracy at the last step"
+    results = {"settings": args.model_dump(mode="json"), "results": probes, "best_lr": rates, "chosen_by": chosen_by}
     write_whole(root / "sweep_results.json", json.dumps(results, indent=2) + "\n")
     print("\n".join(table(probes)))
     if not best:
         print(f"no run finished; see {root / 'logs'}")
         return 1
-    print("\n".join(f"best for {algorithm}: {p.lr:g}" for algorithm, p in best.items()))
+    print("\n".join(f"best for {algorithm}: {lr:g}" for algorithm, lr in rates.items()))
     arms = {"grpo": "baseline", "full": "candidate"}
-    rates = [f"--{arms[algorithm]}-lr={p.lr:g}" for algorithm, p in best.items()]
-    words = ["scripts/tinker_campaign.py", f"--model={args.model}", *rates, "--seeds=101,102,103,104,105,106"]
+    flags = [f"--{arms[algorithm]}-lr={lr:g}" for algorithm, lr in rates.items()]
+    words = ["scripts/tinker_campaign.py", f"--model={args.model}", *flags, "--seeds=101,102,103,104,105,106"]
     print(f"a campaign with them: {shlex.join(['python', *words])}")
     return 0
 
@@ -92,33 +72,34 @@ def label_of(lr: float) -> str:
     return short if float(short) == lr else f"{lr:g}"
 
 
-def probed(algorithm: MathAlgorithm, lr: float, jobs: Sequence[Job]) -> Probe:
-    """Read the finished runs of one rate."""
+def probed(algorithm: MathAlgorithm, lr: float, jobs: Sequence[Job]) -> dict[str, Any]:
+    """Return the results of one learning rate, means over its finished runs; None where no run is finished."""
     done = [job.folder for job in jobs if job.done]
     rows = [read_rows(folder / "metrics.jsonl") for folder in done]
-    return Probe(
-        algorithm=algorithm,
-        lr=lr,
-        seeds=len(done),
-        steps=sum(map(len, rows)),
-        datums=int(sum(row["num_datums"] for run in rows for row in run)),
-        correct_rate=_mean([run[-1]["correct_rate"] for run in rows]),
-        running_correct_rate=_mean([run[-1]["running_correct_rate"] for run in rows]),
-        held_out=_mean([read_rows(folder / "evals.jsonl")[-1]["accuracy"] for folder in done]),
-        loss=_mean([row["loss"] for run in rows for row in run]),
-        status="completed" if len(done) == len(jobs) else "failed",
-    )
+    return {
+        "algorithm": algorithm,
+        "lr": lr,
+        "seeds": len(done),  # finished runs
+        "steps": sum(map(len, rows)),
+        "datums": int(sum(row["num_datums"] for run in rows for row in run)),  # sequences learned from
+        "correct_rate": _mean([run[-1]["correct_rate"] for run in rows]),  # of the last step's completions
+        "running_correct_rate": _mean([run[-1]["running_correct_rate"] for run in rows]),  # of all completions
+        "held_out": _mean([read_rows(folder / "evals.jsonl")[-1]["accuracy"] for folder in done]),  # at the last step
+        "loss": _mean([row["loss"] for run in rows for row in run]),
+        "status": "completed" if len(done) == len(jobs) else "failed",
+    }
 
 
-def table(probes: Sequence[Probe]) -> list[str]:
+def table(probes: Sequence[dict[str, Any]]) -> list[str]:
     """Return one line per rate, after the heads."""
     heads = ("Algorithm", "LR", "Steps", "Datums", "Correct%", "Running%", "HeldOut%", "MeanLoss", "Status")
     widths, rows = (10, 9, 6, 7, 9, 9, 9, 10, 9), [list(heads)]
     for p in probes:
-        shares = (p.correct_rate, p.running_correct_rate, p.held_out)
+        shares = (p["correct_rate"], p["running_correct_rate"], p["held_out"])
         percent = ["-" if share is None else f"{100 * share:.1f}" for share in shares]
-        loss = "-" if p.loss is None else f"{p.loss:.4f}"
-        rows.append([p.algorithm, f"{p.lr:g}", str(p.steps), str(p.datums), *percent, loss, p.status])
+        loss = "-" if p["loss"] is None else f"{p['loss']:.4f}"
+        counts = [str(p["steps"]), str(p["datums"])]
+        rows.append([p["algorithm"], f"{p['lr']:g}", *counts, *percent, loss, p["status"]])
     return [
         "  ".join(c.rjust(w) if n else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True)))
         for row in rows

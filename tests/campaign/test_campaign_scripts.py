@@ -90,7 +90,7 @@ def test_six_seeds_of_a_better_arm_are_an_improvement_and_never_run_again(tmp_pa
     assert [p.stat().st_mtime_ns for p in sorted((tmp_path / "c").glob("*/seed*/calls.jsonl"))] == before
 
 
-def test_a_baseline_that_fails_stops_the_campaign_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_baseline_that_fails_stops_the_campaign_and_the_same_command_resumes_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PRETEND_TO_FAIL", "grpo0")
     assert campaign(tmp_path / "c", "--execute") == 1
     manifest = read(tmp_path / "c" / "manifest.json")
@@ -102,7 +102,7 @@ def test_a_baseline_that_fails_stops_the_campaign_and_the_same_command_goes_on(t
     assert campaign(tmp_path / "c", "--execute") == 0
 
 
-def test_a_run_that_was_cut_short_goes_on_in_its_folder(tmp_path):
+def test_a_run_that_was_cut_short_resumes_in_its_folder(tmp_path):
     assert campaign(tmp_path / "c", "--execute") == 0
     (tmp_path / "c" / "candidate" / "checkpoints.jsonl").write_text('{"name": "checkpoint_step_1", "step": 1}\n')
     assert campaign(tmp_path / "c", "--execute") == 0
@@ -206,7 +206,7 @@ def test_a_sepa_campaign_that_is_not_finished_says_that_the_same_command_resumes
 # ---- words
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_says_how_to_resume(tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 

@@ -13,7 +13,7 @@ STOP = 0
 
 
 class Letters:
-    """A tokenizer of one letter per token, with a chat template that joins what was said."""
+    """A tokenizer of one letter per token, with a chat template that joins the messages."""
 
     eos_token_id = STOP
 
@@ -30,7 +30,7 @@ class Letters:
 
 @dataclass
 class Server:
-    """What outlives a client: the states it was asked to keep."""
+    """The states on the server, which outlive a client."""
 
     states: dict[str, float] = field(default_factory=dict)
     closed: list[str] = field(default_factory=list)

@@ -21,7 +21,7 @@ WORDS = len("let me check. \\boxed{10}") + 1  # tokens of the longest answer
 
 @pytest.fixture
 def engines(monkeypatch):
-    """The engines that runs have connected to, on one server; and a task for them."""
+    """The engines that runs have connected to, on one server, and a task for them."""
     made, server = [], Server()
 
     def connect(*_, **__):
@@ -88,7 +88,7 @@ def test_tokens_are_counted_as_they_were_sent_and_stay_below_the_quote(engines, 
     assert summary["cost"] == pytest.approx(2e-6 * engine.sent["sampled"])
 
 
-def test_the_quote_is_what_a_run_sends_in_which_nothing_is_shorter_than_it_may_be(engines, tmp_path, monkeypatch):
+def test_the_quote_is_what_a_run_sends_when_everything_has_its_full_length(engines, tmp_path, monkeypatch):
     """Every prompt has the same length, no answer ends early, and the completions of a group differ in reward."""
     turns = iter(range(10_000))
     problem = [Problem(f"1 + {b}?", str(1 + b)) for b in range(1, 9)]
@@ -126,7 +126,7 @@ def test_a_limit_ends_a_run_in_order_and_is_never_passed(engines, tmp_path, caps
     assert f"could pass max_tokens_total ({limit:,}); with a higher one it goes on: textpolicy train --resume" in said
 
 
-def test_a_run_that_a_limit_ended_goes_on_with_a_higher_one_and_what_was_paid_counts(engines, tmp_path, capsys):
+def test_a_run_that_a_limit_ended_resumes_with_a_higher_one_and_earlier_spending_counts(engines, tmp_path, capsys):
     work, folder = work_of(tmp_path), tmp_path / "run"
     limit = (work.opening + work.step(0) + work.closing).total + 40
     run(settings(folder, max_tokens_total=limit))
@@ -140,7 +140,7 @@ def test_a_run_that_a_limit_ended_goes_on_with_a_higher_one_and_what_was_paid_co
     assert ledger(folder)[-1] == {kind: before[kind] + n for kind, n in engines[-1].sent.items()}
 
 
-def test_steps_that_a_crash_cut_off_stay_paid(engines, tmp_path):
+def test_steps_lost_in_a_crash_still_count_as_spent(engines, tmp_path):
     folder = tmp_path / "run"
     connect = TinkerEngine.connect
 
@@ -161,7 +161,9 @@ def test_steps_that_a_crash_cut_off_stay_paid(engines, tmp_path):
     assert ledger(folder)[-1]["sampled"] == both["sampled"]
 
 
-def test_a_run_that_died_before_its_first_checkpoint_begins_again_and_stays_paid(engines, tmp_path, monkeypatch):
+def test_a_run_that_died_before_its_first_checkpoint_starts_again_and_its_spending_counts(
+    engines, tmp_path, monkeypatch
+):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(FakeRemote, "write_state", lambda self, folder: 1 / 0)
@@ -199,7 +201,7 @@ def test_a_step_of_a_task_with_tools_reads_every_turn_and_a_kl_in_the_reward_sco
         "here",
     )
     task = replace(TASKS["addition"](), tools=(len,))
-    work = RunWork(config, configure(config), task, prompt_tokens=100, said=40)
+    work = RunWork(config, configure(config), task, prompt_tokens=100, completion_tokens=40)
     step = work.step(0)
     assert step.trained == 6 * 140
     assert step.sampled == 2 * 6 * 40
@@ -211,8 +213,8 @@ def test_a_step_of_a_task_with_tools_reads_every_turn_and_a_kl_in_the_reward_sco
 
 def test_a_dry_run_prices_a_run_without_a_server_or_a_key(no_tinker_account, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    asked = ["train", "--engine=tinker", "--model=any", "--steps=3", "--dry-run", "--tinker.price-sample=1000"]
-    assert main([*asked, "--expected-tokens=2"]) == 0
+    args = ["train", "--engine=tinker", "--model=any", "--steps=3", "--dry-run", "--tinker.price-sample=1000"]
+    assert main([*args, "--expected-tokens=2"]) == 0
     said = capsys.readouterr().out
     assert "3 steps of 16 prompts x 8 completions, 100 validation and 200 test problems" in said
     sampled = 3 * 128 * 8 + 2 * 300 * 8 + 8

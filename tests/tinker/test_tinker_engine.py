@@ -23,7 +23,7 @@ EOS = 257
 
 @dataclass
 class Listening:
-    """Service, training client and sampling client in one: writes down what it is asked and waited for."""
+    """Service, training client and sampling client in one: logs requests and waits."""
 
     log: list = field(default_factory=list)
     sent: list = field(default_factory=list)
@@ -80,14 +80,14 @@ def credited(**changes):
     return recipe("grpo").credit(fixed_episodes(**changes))
 
 
-def test_all_prompts_are_asked_for_before_any_is_waited_for():
+def test_all_prompts_are_sent_before_any_answer_is_awaited():
     server, engine = listening()
     engine.sample([[1], [2], [3]], 2, Sampling())
     assert server.log == ["sampler", "wait sampler", *["sample"] * 3, *["wait sample"] * 3]
     assert [ids for ids, _, _ in server.sent] == [[1], [2], [3]]
 
 
-def test_pass_and_step_are_queued_before_either_is_waited_for():
+def test_pass_and_step_are_queued_before_either_is_awaited():
     server, engine = listening()
     engine.update(credited(), Surrogate(), 1e-3)
     assert server.log == ["forward_backward", "optim_step", "wait forward_backward", "wait optim_step"]
@@ -110,7 +110,7 @@ def test_every_prompt_has_a_seed_of_its_own_and_the_stop_tokens_of_the_model():
     assert (first.max_tokens, first.temperature, first.top_p, first.top_k, first.stop) == (9, 0.5, 0.9, 7, [EOS])
 
 
-def test_a_completion_is_what_the_server_said():
+def test_a_completion_is_what_the_server_returned():
     server, engine = listening()
     [[one]] = engine.sample([[1]], 1, Sampling())
     assert (one.tokens.tolist(), one.tokens.dtype, one.truncated, one.entropy) == ([65, EOS], np.int32, False, None)
@@ -186,7 +186,7 @@ def test_advantages_carry_the_weights_and_a_mean_is_undone():
         np.testing.assert_allclose(averaged.advantages / n / len(batch), summed.advantages, rtol=1e-6)
 
 
-def test_the_optimiser_is_as_asked():
+def test_the_optimiser_has_the_given_settings():
     server, engine = listening(adam=Adam(0.8, 0.9, 1e-6, 0.1, 2.0))
     engine.update(credited(), Surrogate(), 3e-4)
     said = server.sent[1]
@@ -220,7 +220,7 @@ def test_advantages_that_are_not_finite_are_never_sent(value):
     assert server.log == []
 
 
-def test_a_batch_in_which_nothing_was_sampled_is_scored_without_asking_the_server():
+def test_a_batch_without_sampled_tokens_is_scored_without_a_request():
     server, engine = listening()
     batch = credited()
     scored = engine.score(replace(batch, weights=np.zeros_like(batch.weights)))
@@ -314,7 +314,7 @@ def test_a_save_that_fails_otherwise_is_not_tried_again():
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}", "[]"])
-def test_a_checkpoint_that_does_not_say_where_the_server_keeps_it_is_refused(content, tmp_path):
+def test_a_checkpoint_without_a_path_on_the_server_is_refused(content, tmp_path):
     _, engine = listening()
     if content is not None:
         (tmp_path / "server.json").write_text(content)

@@ -147,7 +147,7 @@ def test_a_server_lives_if_it_answers_as_one(answer, lives):
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}", "[]", "null"])
-def test_an_adapter_folder_that_does_not_say_where_the_server_keeps_it_is_refused(content, tmp_path):
+def test_an_adapter_folder_without_a_path_on_the_server_is_refused(content, tmp_path):
     if content is not None:
         (tmp_path / "tinker.json").write_text(content)
     with pytest.raises(UserError, match=r"tinker\.json has no path of the adapter on the server"):

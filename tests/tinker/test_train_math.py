@@ -1,4 +1,4 @@
-r"""The command train_math, against a stand-in for the server: its flags, files, money, and how it goes on."""
+r"""The command train_math, against a stand-in for the server: its flags, files, money, and how it resumes."""
 
 import errno
 import json
@@ -67,12 +67,12 @@ def settings(problems, folder, **other):
     return TrainMathArguments(data=problems, log_dir=folder, **{**small, **other})
 
 
-def run(asked, server=None, make=FakeRemote, **remote):
+def run(args, server=None, make=FakeRemote, **remote):
     """Train against a stand-in for the server; returns the server."""
     server = server or Server()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TinkerEngine, "connect", lambda *_, **__: make(server, **remote))
-        train(asked)
+        train(args)
     return server
 
 
@@ -81,8 +81,8 @@ def lines(path):
 
 
 def test_the_flags_have_their_documented_defaults():
-    asked = TrainMathArguments()
-    assert {name: getattr(asked, name) for name in DOCUMENTED} == DOCUMENTED
+    args = TrainMathArguments()
+    assert {name: getattr(args, name) for name in DOCUMENTED} == DOCUMENTED
 
 
 def test_help_needs_neither_the_sdk_nor_a_key():
@@ -101,11 +101,11 @@ def test_a_mistyped_flag_is_one_sentence(capsys):
 
 
 def test_full_is_the_recipe_full_under_importance_sampling():
-    asked = TrainMathArguments(max_tokens=9)
-    how, full = recipe_of(asked), algorithm("full")
+    args = TrainMathArguments(max_tokens=9)
+    how, full = recipe_of(args), algorithm("full")
     same = replace(full, surrogate=Surrogate(ImportanceSampling()), length=9.0, summary="", paper="")
     assert how == same
-    assert asked.modes == ("maxrl", "gtpo_sepa_hicra")
+    assert args.modes == ("maxrl", "gtpo_sepa_hicra")
 
 
 def test_the_old_mix_is_reached_by_its_transform_mode():
@@ -139,7 +139,7 @@ def test_problems_come_from_a_file_or_a_task_and_not_from_both(problems, capsys)
     assert "sums.jsonl and task is addition; leave one of them out" in capsys.readouterr().err
 
 
-def test_a_task_with_tools_is_refused_before_anything_is_asked(tmp_path, monkeypatch, capsys):
+def test_a_task_with_tools_is_refused_before_anything_is_sent(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("textpolicy.run.train_math.load_task", lambda name: replace(load_task(name), tools=(len,)))
     assert main(["--task=addition", f"--log-dir={tmp_path / 'run'}"]) == 2
     assert "has tools, which this command does not support; use 'textpolicy train'" in capsys.readouterr().err
@@ -167,8 +167,8 @@ def test_a_run_writes_every_step_with_the_documented_keys(problems, tmp_path):
 def test_steps_and_groups_without_signal_are_logged_too(problems, tmp_path):
     """The skill is such that every completion is right: no group disagrees, nothing is sent, all is written."""
     server = Server(states={"good": 100.0})
-    asked = settings(problems, tmp_path / "run", max_steps=2)
-    run(asked, server, resume="good")
+    args = settings(problems, tmp_path / "run", max_steps=2)
+    run(args, server, resume="good")
     rows = lines(tmp_path / "run" / "metrics.jsonl")
     assert [row["num_datums"] for row in rows] == [0, 0]
     assert [row["correct_rate"] for row in rows] == [1.0, 1.0]
@@ -176,15 +176,15 @@ def test_steps_and_groups_without_signal_are_logged_too(problems, tmp_path):
     assert lines(tmp_path / "run" / "checkpoints.jsonl")
 
 
-def test_held_out_problems_are_looked_at_before_between_and_after(problems, tmp_path):
+def test_held_out_problems_are_evaluated_before_between_and_after(problems, tmp_path):
     run(settings(problems, tmp_path / "run"))
     looks = lines(tmp_path / "run" / "evals.jsonl")
     assert [look["step"] for look in looks] == [0, 3, 6]
     assert all(look["low"] <= look["accuracy"] <= look["high"] and look["problems"] == 3 for look in looks)
 
 
-def test_no_problem_is_trained_on_and_judged_by(problems, tmp_path):
-    asked = settings(problems, tmp_path / "run", max_steps=12, eval_problems=0)
+def test_no_problem_is_both_trained_on_and_evaluated(problems, tmp_path):
+    args = settings(problems, tmp_path / "run", max_steps=12, eval_problems=0)
     seen = set()
 
     class Watching(FakeRemote):
@@ -193,7 +193,7 @@ def test_no_problem_is_trained_on_and_judged_by(problems, tmp_path):
                 seen.add((sampling.temperature > 0, tuple(p)))
             return super().sample(prompts, n, sampling)
 
-    run(asked, make=Watching)
+    run(args, make=Watching)
     trained, judged = ({p for kind, p in seen if kind is which} for which in (True, False))
     assert trained
     assert judged
@@ -309,7 +309,7 @@ def same_rows(a, b):
     ]  # fmt: skip
 
 
-def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_happened(problems, tmp_path):
+def test_a_run_that_was_cut_off_resumes_as_if_nothing_had_happened(problems, tmp_path):
     whole = run(settings(problems, tmp_path / "whole"))
     server = Server()
     with pytest.raises(RuntimeError, match="gone"):
@@ -338,7 +338,7 @@ def test_what_was_sampled_is_on_the_disk_before_the_update_that_fails(problems, 
     assert entry["spent"]["sampled"] > 0
 
 
-def test_what_a_resume_cuts_off_is_kept_aside_and_stays_paid(problems, tmp_path):
+def test_what_a_resume_cuts_off_is_kept_aside_and_still_counts_as_spent(problems, tmp_path):
     server = Server()
     with pytest.raises(RuntimeError, match="gone"):
         run(settings(problems, tmp_path / "run"), server, fail_at=5)
@@ -359,7 +359,7 @@ def test_checkpoints_name_the_path_on_the_server(problems, tmp_path):
     assert {line["state_path"] for line in kept} <= set(server.states)
 
 
-def test_a_folder_with_a_run_is_refused_unless_it_is_to_go_on(problems, tmp_path):
+def test_a_folder_with_a_finished_run_is_refused_without_resume(problems, tmp_path):
     run(settings(problems, tmp_path / "run"))
     with pytest.raises(UserError, match="holds a run; add --resume"):
         run(settings(problems, tmp_path / "run"))
@@ -367,7 +367,7 @@ def test_a_folder_with_a_run_is_refused_unless_it_is_to_go_on(problems, tmp_path
         run(settings(problems, tmp_path / "other", resume=True))
 
 
-def test_a_run_goes_on_with_the_settings_it_was_begun_with(problems, tmp_path):
+def test_a_run_resumes_only_with_the_settings_it_began_with(problems, tmp_path):
     server = run(settings(problems, tmp_path / "run"))
     with pytest.raises(UserError, match=r"lr was 1\.0 and is 0\.5"):
         run(settings(problems, tmp_path / "run", lr=0.5, resume=True), server)
@@ -422,8 +422,8 @@ def test_a_session_is_closed_by_how_it_ended(problems, tmp_path):
         assert server.closed == [status]
 
 
-def test_ctrl_c_says_how_to_go_on(problems, tmp_path, monkeypatch, capsys):
-    def interrupted(asked):
+def test_ctrl_c_says_how_to_resume(problems, tmp_path, monkeypatch, capsys):
+    def interrupted(args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("textpolicy.run.train_math.train", interrupted)
@@ -446,11 +446,11 @@ def test_a_learner_that_does_not_see_what_was_sampled_stops_the_run_before_it_be
 
 
 def test_a_dry_run_prices_the_worst_case_and_an_expected_one(problems, tmp_path):
-    asked = settings(
+    args = settings(
         problems, tmp_path, max_steps=10, eval_every=0, price_prefill=1.0, price_sample=10.0, price_train=100.0,
         expected_tokens=6,
     )  # fmt: skip
-    text = "\n".join(dry_run(asked))
+    text = "\n".join(dry_run(args))
     longest = len("6 + 5?\nPut the final answer in \\boxed{}.") // 3 + 30
     prefill, sampled, trained = 10 * 4 * longest, 10 * 16 * 64, 10 * 16 * (longest + 64)
     prefill, sampled = prefill + 2 * longest + 16, sampled + 16  # before the first step a few tokens go there and back
@@ -467,8 +467,8 @@ def test_a_dry_run_needs_no_server_and_says_when_prices_are_missing(problems, ca
 
 
 def test_a_limit_on_tokens_ends_a_run_in_order_and_is_never_passed(problems, tmp_path):
-    asked = settings(problems, tmp_path / "run", max_steps=50, max_tokens_total=40_000)
-    run(asked)
+    args = settings(problems, tmp_path / "run", max_steps=50, max_tokens_total=40_000)
+    run(args)
     rows = lines(tmp_path / "run" / "metrics.jsonl")
     assert 1 < len(rows) < 50
     assert lines(tmp_path / "run" / "ledger.jsonl")[-1]["spent"].keys() == {"prefill", "sampled", "trained"}
@@ -477,7 +477,7 @@ def test_a_limit_on_tokens_ends_a_run_in_order_and_is_never_passed(problems, tmp
     assert lines(tmp_path / "run" / "checkpoints.jsonl")[-1]["name"] == "final"
 
 
-def test_a_look_that_a_limit_leaves_no_room_for_is_left_out_and_said(problems, tmp_path, capsys):
+def test_an_evaluation_that_could_pass_a_limit_is_skipped_and_reported(problems, tmp_path, capsys):
     few = {"max_steps": 1, "batch_size": 1, "group_size": 2, "eval_every": 1, "eval_problems": 6, "max_tokens": 512}
     run(settings(problems, tmp_path / "run", max_tokens_total=3600, **few))  # a look may take 6 x (41 + 512)
     assert [row["step"] for row in lines(tmp_path / "run" / "evals.jsonl")] == [0]
@@ -613,8 +613,8 @@ def test_what_stops_a_command_before_it_begins_is_one_sentence_without_the_key(
     key, what, problems, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("TINKER_API_KEY", key)
-    asked = [f"--data={problems}", f"--log-dir={tmp_path / 'run'}", "--base-url=http://127.0.0.1:9"]
-    assert main(asked) == 2
+    args = [f"--data={problems}", f"--log-dir={tmp_path / 'run'}", "--base-url=http://127.0.0.1:9"]
+    assert main(args) == 2
     said = capsys.readouterr().err
     assert what in said
     assert key not in said

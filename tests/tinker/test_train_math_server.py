@@ -1,4 +1,4 @@
-"""train_math against the real server: it trains, and what was cut off goes on to the very same numbers."""
+"""train_math against the real server: it trains, and what was cut off resumes to the very same numbers."""
 
 import json
 
@@ -53,8 +53,8 @@ def failing(connect):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_cut_off_goes_on_to_the_very_same_numbers(tinker_server, no_tinker_account, letters, tmp_path):
-    asked = {
+def test_a_run_that_was_cut_off_resumes_to_the_very_same_numbers(tinker_server, no_tinker_account, letters, tmp_path):
+    args = {
         name: TrainMathArguments(
             model=tinker_server.name, base_url=tinker_server.url, reduction="mean", lora_rank=4, task="letters",
             log_dir=tmp_path / name, max_steps=4, batch_size=2, group_size=4, max_tokens=16, lr=1e-3, temperature=1.0,
@@ -62,12 +62,12 @@ def test_a_run_that_was_cut_off_goes_on_to_the_very_same_numbers(tinker_server, 
         )
         for name in FOLDERS
     }  # fmt: skip
-    train(asked["whole"])
+    train(args["whole"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TinkerEngine, "connect", failing(TinkerEngine.connect))
         with pytest.raises(ConnectionError):
-            train(asked["cut"])
-    train(asked["cut"].model_copy(update={"resume": True}))
+            train(args["cut"])
+    train(args["cut"].model_copy(update={"resume": True}))
     whole, cut = (lines(tmp_path / name / "metrics.jsonl") for name in FOLDERS)
     compared = ("step", "loss", "mean_reward", "correct_rate", "running_correct_rate", "grad_norm", "sepa_lambda")
     assert [[row[key] for key in compared] for row in cut] == [[row[key] for key in compared] for row in whole]
@@ -85,7 +85,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_very_same_numbers(tinker_server, 
 def test_a_model_that_the_server_does_not_have_is_refused_before_anything_is_written(
     tinker_server, no_tinker_account, tmp_path, capsys
 ):
-    asked = [f"--base-url={tinker_server.url}", "--model=nobodys/model", f"--log-dir={tmp_path / 'run'}"]
-    assert main([*asked, "--task=math_generated"]) == 2
+    args = [f"--base-url={tinker_server.url}", "--model=nobodys/model", f"--log-dir={tmp_path / 'run'}"]
+    assert main([*args, "--task=math_generated"]) == 2
     assert "there is no model on this Tinker server 'nobodys/model'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

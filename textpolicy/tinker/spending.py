@@ -62,17 +62,17 @@ class RunWork:
     recipe: Algorithm
     task: Task
     prompt_tokens: int  # of the longest prompt, or of a guess
-    said: int  # the most tokens of an episode after its prompt
+    completion_tokens: int  # the most of an episode, after its prompt
 
     def sampled(self, prompts: int, n: int) -> Tokens:
         """Return the most that ``n`` completions of each prompt take: a prompt is read once, later turns by each."""
-        later = prompts * n * (self.turns - 1) * (self.prompt_tokens + self.said)
-        return Tokens(prompts * self.prompt_tokens + later, prompts * n * self.said)
+        later = prompts * n * (self.turns - 1) * (self.prompt_tokens + self.completion_tokens)
+        return Tokens(prompts * self.prompt_tokens + later, prompts * n * self.completion_tokens)
 
     def step(self, number: int) -> Tokens:
         """Return the most that step ``number``, from 0, takes: every completion is of full length and learned from."""
         rollout, check, draws = self.config.rollout, self.config.on_policy, 1 + self.recipe.resample
-        rows, whole = rollout.prompts_per_step * rollout.group_size, self.prompt_tokens + self.said
+        rows, whole = rollout.prompts_per_step * rollout.group_size, self.prompt_tokens + self.completion_tokens
         scored = rows * whole if self.recipe.reward_kl else 0
         if check.every and number % check.every == 0:
             scored += 2 * min(check.completions, rows * draws) * whole
@@ -99,7 +99,7 @@ class RunWork:
     @property
     def trial(self) -> Tokens:
         """The most that ``Budget.try_out`` takes."""
-        few = min(TRIAL_TOKENS, self.said)
+        few = min(TRIAL_TOKENS, self.completion_tokens)
         return Tokens(2 * self.prompt_tokens * self.turns + few, few)
 
     @property
@@ -166,8 +166,8 @@ class Budget:
         """Record in ``folder`` from now on, and count what the run there has spent before."""
         self.ledger = folder / LEDGER
         cut(self.ledger)
-        paid = [Tokens(**line["spent"]) for line in read_lines(self.ledger)]
-        self.engine.spent += max(paid, key=lambda tokens: tokens.total, default=Tokens())
+        entries = [Tokens(**line["spent"]) for line in read_lines(self.ledger)]
+        self.engine.spent += max(entries, key=lambda tokens: tokens.total, default=Tokens())
 
     def allow(self, done: int | None = None) -> None:
         """Raise UserError if the limits leave no room for step ``done`` and what follows; None: for the beginning."""
@@ -254,18 +254,18 @@ def quote_run(
     """
     problems, rollout = [*task.train, *task.validation, *task.test], config.rollout
     texts = ["\n".join(m["content"] for m in task.prompt(p.question)) for p in problems]
-    longest, said = max(map(len, texts)) // 3 + TEMPLATE_TOKENS, rollout.max_tokens
+    longest, most = max(map(len, texts)) // 3 + TEMPLATE_TOKENS, rollout.max_tokens
     if task.tools:
-        said = rollout.max_episode_tokens or rollout.max_turns * rollout.max_tokens
-    work = RunWork(config, recipe, task, longest, said)
+        most = rollout.max_episode_tokens or rollout.max_turns * rollout.max_tokens
+    work = RunWork(config, recipe, task, longest, most)
     lines = [
         f"{task.name}: {config.steps} steps of {rollout.prompts_per_step} prompts x {rollout.group_size} completions, "
         f"{len(work.problems('validation'))} validation and {len(work.problems('test'))} test problems",
-        f"prompts of {longest} tokens; an episode has at most {said} more",
+        f"prompts of {longest} tokens; an episode has at most {most} more",
     ]
     sizes = [("at most", work)]
     if length is not None:
-        sizes.append((f"with {length} tokens each", replace(work, said=length)))
+        sizes.append((f"with {length} tokens each", replace(work, completion_tokens=length)))
     for what, size in sizes:
         tokens = size.run
         parts = ", ".join(f"{n:,} {name}" for name, n in asdict(tokens).items())

@@ -74,7 +74,7 @@ def test_the_service_gives_log_probs_at_temperature_1_whatever_it_samples_at(tin
     assert np.abs(engine.score(batch) - batch.logprobs).max() < 1e-4
 
 
-def test_training_at_another_temperature_is_refused_unless_asked_for(tinker):
+def test_training_at_another_temperature_is_refused_unless_untempered_is_set(tinker):
     engine = tinker()
     episodes = rolled_out(engine, small_letters, replace(SAMPLING, temperature=0.5))
     batch = algorithm("grpo").credit(episodes)
@@ -139,12 +139,12 @@ def test_the_reference_is_the_model_without_its_lora(tinker):
 # ---- what a server does not do
 
 
-def test_a_model_that_the_server_has_not_is_named(tinker_server, no_tinker_account):
+def test_a_model_that_the_server_lacks_is_named(tinker_server, no_tinker_account):
     with pytest.raises(UserError, match="there is no model on this Tinker server 'Qwen/Qwen3-4B'"):
         TinkerEngine.connect("Qwen/Qwen3-4B", base_url=tinker_server.url)
 
 
-def test_a_loss_that_the_server_has_not_is_one_sentence(tinker):
+def test_a_loss_that_the_server_lacks_is_one_sentence(tinker):
     engine = tinker()
     batch = algorithm("gspo").credit(fixed_episodes(1))
     with pytest.raises(ServiceError, match="the forward and backward pass failed") as refused:
@@ -178,7 +178,7 @@ KEPT = ("step-000001", "step-000002")
 
 
 @pytest.mark.slow
-def test_a_run_has_the_same_folder_and_can_be_asked_afterwards(tinker_server, no_tinker_account, tmp_path, capsys):
+def test_a_run_has_the_same_folder_and_its_model_answers_afterwards(tinker_server, no_tinker_account, tmp_path, capsys):
     run = tmp_path / "run"
     flags = [f"--tinker.base-url={tinker_server.url}", f"--model={tinker_server.name}", f"--output={run}"]
     assert main(["train", *RUN, *flags]) == 0

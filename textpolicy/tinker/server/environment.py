@@ -88,8 +88,8 @@ def _make(base: str, folder: Path) -> None:
 def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
         raise UserError(
-            f"the server's environment could not be made ({said[0]}); check the network and the disk space, "
+            f"the server's environment could not be made ({last[0]}); check the network and the disk space, "
             "and try again"
         )

@@ -20,7 +20,7 @@ def report():
     return validate_installation(verbose=False)
 
 
-def test_a_sound_installation_is_ok(report):
+def test_a_complete_installation_is_ok(report):
     assert set(report) == {"status", "checks", "errors"}
     assert report["status"] == "ok"
     assert report["errors"] == []
@@ -79,8 +79,8 @@ def test_a_broken_environment_contract_fails(monkeypatch, capsys):
 
 
 def test_an_environment_that_scores_wrongly_fails_too(monkeypatch):
-    monkeypatch.setattr(TextGenerationEnv, "text", lambda self, tokens: "")
-    monkeypatch.setattr(TextGenerationEnv, "_read", lambda self, action: ([], "", False))
+    step = TextGenerationEnv.step
+    monkeypatch.setattr(TextGenerationEnv, "step", lambda self, action: {**step(self, action), "reward": 0.0})
     assert "instead of" in validate.CHECKS["environment_contract"]()["error"]
 
 
@@ -135,7 +135,7 @@ def test_a_missing_mlx_fails_with_the_install_line():
     assert "pip install 'textpolicy[mlx]'" in report["errors"][0]
 
 
-def test_a_model_that_cannot_be_looked_at_is_advice_and_no_failure(monkeypatch):
+def test_a_model_that_cannot_be_described_is_advice_and_no_failure(monkeypatch):
     def lacking():
         raise ModuleNotFoundError("No module named 'gguf'", name="gguf")
 

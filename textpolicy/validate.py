@@ -68,10 +68,6 @@ def describe(report: dict[str, Any]) -> str:
 # ---- the checks
 
 
-def _python() -> Check:
-    return {"version": platform.python_version(), "executable": sys.executable}
-
-
 def _mlx() -> Check:
     try:
         with warnings.catch_warnings():
@@ -135,7 +131,7 @@ class _LetterTokenizer:
 
 
 CHECKS: dict[str, Callable[[], Check]] = {
-    "python": _python,
+    "python": partial(dict, version=platform.python_version(), executable=sys.executable),
     "mlx": _mlx,
     "mlx_lm": partial(_package, "mlx_lm", "to load models: pip install 'textpolicy[mlx]'"),
     "gymnasium": partial(_package, "gymnasium"),  # only its adapter needs it, so there is no advice

@@ -9,7 +9,7 @@ from conftest import random_episodes
 from made_credit import make_credit, random_lengths
 
 from textpolicy.algorithms import ALGORITHMS
-from textpolicy.algorithms.sepa import Pooling, SEPAController, normalize_sepa_schedule, pool_execution
+from textpolicy.algorithms.sepa import Pooling, SEPAController, pool_execution
 from textpolicy.errors import UserError
 
 NARROW, WIDE = np.array([0.9, 1.1]), np.array([0.0, 2.0])  # variances of 0.01 and 1
@@ -201,7 +201,7 @@ def test_a_setting_that_cannot_work_is_refused_by_name(name, value):
 
 
 def test_a_schedule_is_read_without_case_and_a_wrong_one_names_the_nearest():
-    assert normalize_sepa_schedule("  AUTO ") == "auto"
+    assert Pooling(sepa_schedule="  AUTO ").sepa_schedule == "auto"
     with pytest.raises(UserError, match="did you mean 'linear'"):
         SEPAController(sepa_schedule="linaer")
 

@@ -170,8 +170,7 @@ def compute_advantages_gtpo(
     Without ``episode_lengths`` every completion has one token. Raises UserError.
     """
     lengths = np.ones(len(rewards), int) if episode_lengths is None else episode_lengths
-    row, _ = row_and_position(lengths, token_entropies.size)
-    _refuse_other_count(rewards, lengths)
+    row, _ = row_and_position(lengths, token_entropies.size, len(rewards))
     spread = like(token_entropies, values_of(compute_advantages(rewards))[row])
     return apply_entropy_weighting(spread, token_entropies, entropy_weight, lengths)
 
@@ -195,8 +194,7 @@ def compute_gtpo_shaped_rewards(
     or have the ``prompt_ids`` (B,). Constant in the gradient. Raises UserError.
     """
     r = values_of(rewards)
-    row, position = row_and_position(episode_lengths, token_entropies.size)
-    _refuse_other_count(rewards, episode_lengths)
+    row, position = row_and_position(episode_lengths, token_entropies.size, len(r))
     shaped = shaped_rewards(
         values_of(token_entropies), row, position, r, Rewards.of(r, prompt_ids).group,
         alpha_1=alpha_1, alpha_2=alpha_2, reward_threshold=reward_threshold, eps=eps,
@@ -263,9 +261,3 @@ class FlatBatch:
 def clip_range(both: float | None, low: float, high: float) -> Clip:
     """Return the range [1 - low, 1 + high], or one with the bound ``both`` on either side."""
     return Clip(low, high) if both is None else Clip(both, both)
-
-
-def _refuse_other_count(rewards: Array, lengths: Lengths) -> None:
-    """Raise UserError unless every completion has a reward."""
-    if len(rewards) != len(lengths):
-        raise UserError(f"there are {len(rewards)} rewards for {len(lengths)} completions; give one for each")

@@ -198,14 +198,17 @@ def as_episodes(data: Mapping[str, Any]) -> list[Episode]:
     return episodes
 
 
-def row_and_position(lengths: Lengths, count: int) -> tuple[Ints, Ints]:
+def row_and_position(lengths: Lengths, count: int, rewards: int | None = None) -> tuple[Ints, Ints]:
     """Return the completion of each of ``count`` tokens in one line, (N,) int, and its place in it, (N,) int.
 
-    ``lengths`` (B,) are the tokens of each completion. Raises UserError unless they add up to ``count``.
+    ``lengths`` (B,) are the tokens of each completion. Raises UserError unless they add up to ``count``,
+    and, with a number of ``rewards``, unless there is one for each completion.
     """
     n = np.asarray(lengths)
     if n.ndim != 1 or (n.size and n.dtype.kind not in "iu") or (n < 0).any() or n.sum() != count:
         raise UserError(f"the lengths of the completions are {n.tolist()} for {count} tokens; give their token counts")
+    if rewards is not None and rewards != len(n):
+        raise UserError(f"there are {rewards} rewards for {len(n)} completions; give one for each")
     n = n.astype(int)
     row = np.repeat(np.arange(len(n)), n)
     return row, np.arange(count) - (np.cumsum(n) - n)[row]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -33,14 +33,6 @@ def pool_execution(uncertainty: Floats, planning: Bools, row: Ints, strength: fl
     return np.where(planning, uncertainty, lam * mean[row] + (1 - lam) * uncertainty)
 
 
-def normalize_sepa_schedule(schedule: str) -> str:
-    """Return the schedule's name in lower case without blanks. Raises UserError unless it is linear or auto."""
-    name = schedule.strip().lower()
-    if name not in SCHEDULES:
-        raise unknown_name("SEPA schedule", name, SCHEDULES)
-    return name
-
-
 @dataclass(frozen=True, slots=True)
 class Pooling:
     """The pooling S_t <- lam mean(S_exec) + (1 - lam) S_t off planning tokens, lam from a ``SEPAController``."""
@@ -54,7 +46,10 @@ class Pooling:
     sepa_warmup: int = 50  # steps before the variance is taken as the first one
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sepa_schedule", normalize_sepa_schedule(self.sepa_schedule))
+        schedule = self.sepa_schedule.strip().lower()
+        if schedule not in SCHEDULES:
+            raise unknown_name("SEPA schedule", schedule, SCHEDULES)
+        object.__setattr__(self, "sepa_schedule", schedule)
         refuse_outside("sepa_steps", self.sepa_steps, 0)
         refuse_outside("sepa_delay_steps", self.sepa_delay_steps, 0)
         refuse_outside("sepa_correct_rate_gate", self.sepa_correct_rate_gate, 0, 1)
@@ -67,27 +62,7 @@ class Pooling:
         return SEPAController(**asdict(self))
 
 
-@dataclass(frozen=True, slots=True)
-class _Progress:
-    """The observations that a controller has made."""
-
-    var_ema: float | None = None  # nats^2; None before the first observation
-    var_0: float | None = None  # nats^2; None until the warm-up is over
-    warmup_seen: int = 0  # observations, counted up to the end of the warm-up
-    gate_open: bool = False
-    steps_open: int = 0  # calls of ``advance`` since the gate opened
-    strength: float = 0.0  # lam of the last call
-
-    def __post_init__(self) -> None:
-        if self.var_ema is not None:
-            refuse_outside("var_ema", self.var_ema, 0)
-        if self.var_0 is not None:
-            refuse_not_positive("var_0", self.var_0)
-        refuse_outside("warmup_seen", self.warmup_seen, 0)
-        refuse_outside("steps_open", self.steps_open, 0)
-        refuse_outside("strength", self.strength, 0, 1)
-        if self.gate_open not in (True, False):
-            raise UserError(f"gate_open is {self.gate_open!r}; set it to true or false")
+PROGRESS = ("var_ema", "var_0", "warmup_seen", "gate_open", "steps_open", "strength")  # attributes that change
 
 
 class SEPAController:
@@ -117,22 +92,17 @@ class SEPAController:
         )  # fmt: skip
         refuse_not_positive("eps", eps)
         self._eps = eps
-        self._progress = _Progress(gate_open=self._settings.sepa_correct_rate_gate == 0)
+        self.var_ema: float | None = None  # nats^2; None before the first observation
+        self.var_0: float | None = None  # nats^2; None until the warm-up is over
+        self.warmup_seen = 0  # observations, counted up to the end of the warm-up
+        self.gate_open = self._settings.sepa_correct_rate_gate == 0  # True once a correct rate has reached the gate
+        self.steps_open = 0  # calls of ``advance`` since the gate opened
+        self.strength = 0.0  # lam of the last call of ``advance``; 0 before the first
 
     @property
     def enabled(self) -> bool:
         """Return whether lam can ever leave 0."""
         return self._settings.sepa_steps > 0 or self._settings.sepa_schedule == "auto"
-
-    @property
-    def gate_open(self) -> bool:
-        """Return whether a correct rate has reached the gate."""
-        return self._progress.gate_open
-
-    @property
-    def strength(self) -> float:
-        """Return lam of the last step given to ``advance``; 0 before the first."""
-        return self._progress.strength
 
     def advance(self, correct_rate: float | None, execution: Floats) -> float:
         """Observe one training step and return its lam.
@@ -143,47 +113,57 @@ class SEPAController:
         """
         self.observe_correct_rate(correct_rate)
         self.update_auto_state(execution)
-        now, strength = self._progress, self.resolve_lambda(self._progress.steps_open)
-        self._progress = replace(now, steps_open=now.steps_open + now.gate_open, strength=strength)
-        return strength
+        self.strength = self.resolve_lambda(self.steps_open)
+        self.steps_open += self.gate_open
+        return self.strength
 
     def resolve_lambda(self, step: float) -> float:
         """Return lam at ``step``, from 0 to 1; 0 while the gate is closed."""
-        settings, seen = self._settings, self._progress
-        if not seen.gate_open:
+        settings = self._settings
+        if not self.gate_open:
             return 0.0
         ramp = from_variance = 0.0
         if settings.sepa_steps > 0:
             ramp = float(min(max((step - settings.sepa_delay_steps) / settings.sepa_steps, 0.0), 1.0))
-        if seen.var_ema is not None and seen.var_0 is not None:
-            from_variance = 1 - min(seen.var_ema / seen.var_0 / settings.sepa_var_threshold, 1.0)
+        if self.var_ema is not None and self.var_0 is not None:
+            from_variance = 1 - min(self.var_ema / self.var_0 / settings.sepa_var_threshold, 1.0)
         return max(ramp, from_variance)
 
     def observe_correct_rate(self, rate: float | None) -> None:
         """Open the gate if ``rate`` reaches it; None and a rate that is not finite are ignored."""
         if rate is not None and np.isfinite(rate) and rate >= self._settings.sepa_correct_rate_gate:
-            self._progress = replace(self._progress, gate_open=True)
+            self.gate_open = True
 
     def update_auto_state(self, execution: Sequence[float] | Floats) -> None:
         """Observe execution uncertainties, nats, for "auto"; an empty or non-finite observation is ignored."""
         values = np.asarray(execution, np.float64)
         if self._settings.sepa_schedule != "auto" or not values.size or not np.isfinite(values).all():
             return
-        v, decay, now = float(values.var()), self._settings.sepa_ema_decay, self._progress
-        ema = v if now.var_ema is None else decay * now.var_ema + (1 - decay) * v
-        seen = min(now.warmup_seen + 1, self._settings.sepa_warmup)
-        ends = now.var_0 is None and seen == self._settings.sepa_warmup
-        self._progress = replace(now, var_ema=ema, warmup_seen=seen, var_0=max(ema, self._eps) if ends else now.var_0)
+        v, decay = float(values.var()), self._settings.sepa_ema_decay
+        self.var_ema = v if self.var_ema is None else decay * self.var_ema + (1 - decay) * v
+        self.warmup_seen = min(self.warmup_seen + 1, self._settings.sepa_warmup)
+        if self.var_0 is None and self.warmup_seen == self._settings.sepa_warmup:
+            self.var_0 = max(self.var_ema, self._eps)
 
     def state_dict(self) -> dict[str, Any]:
         """Return settings and progress as plain JSON values."""
-        return {**asdict(self._settings), "eps": self._eps, **asdict(self._progress)}
+        return {**asdict(self._settings), "eps": self._eps, **{name: getattr(self, name) for name in PROGRESS}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a ``state_dict``, including its settings. Raises UserError, changing nothing."""
         if set(state) != set(self.state_dict()):
             odd = ", ".join(sorted(set(state) ^ set(self.state_dict())))
             raise UserError(f"the state of SEPA has missing or unknown entries, {odd}; give what state_dict returned")
-        progress = _Progress(**{f.name: state[f.name] for f in fields(_Progress)})
-        saved = SEPAController(eps=state["eps"], **{f.name: state[f.name] for f in fields(Pooling)})
-        self._settings, self._eps, self._progress = saved._settings, saved._eps, progress
+        if state["var_ema"] is not None:
+            refuse_outside("var_ema", state["var_ema"])
+        if state["var_0"] is not None:
+            refuse_not_positive("var_0", state["var_0"])
+        refuse_outside("warmup_seen", state["warmup_seen"])
+        refuse_outside("steps_open", state["steps_open"])
+        refuse_outside("strength", state["strength"], 0, 1)
+        if state["gate_open"] not in (True, False):
+            raise UserError(f"gate_open is {state['gate_open']!r}; set it to true or false")
+        saved = SEPAController(**{name: value for name, value in state.items() if name not in PROGRESS})
+        self._settings, self._eps = saved._settings, saved._eps
+        for name in PROGRESS:
+            setattr(self, name, state[name])

@@ -182,7 +182,7 @@ def test_an_empty_completion_has_nothing_to_train_on():
         ({"act": 3}, "act of an episode is 3"),
     ],
 )
-def test_an_episode_that_cannot_be_trained_on_says_why(changes, sentence):
+def test_an_episode_that_cannot_be_trained_on_is_an_error_with_the_reason(changes, sentence):
     with pytest.raises(UserError, match=sentence):
         text_episode(**changes).as_training()
 
@@ -210,7 +210,7 @@ def test_several_turns_become_one_row_in_which_only_the_policys_tokens_are_maske
 
 
 @pytest.mark.parametrize("obs", [[7, 8, 4, 9], [7, 8], [7, 8, 5, 4, 9], [1, 7, 8, 4, 5]])
-def test_an_observation_that_rewrites_what_was_said_cannot_be_trained_on(obs):
+def test_an_observation_that_rewrites_earlier_tokens_cannot_be_trained_on(obs):
     with pytest.raises(UserError, match=r"observation of step 1 .* does not begin with the 4 tokens before it"):
         several_turns(([7, 8], [4, 5], 0.0), (obs, [6], 1.0)).as_training()
 

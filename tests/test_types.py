@@ -68,7 +68,7 @@ def test_logprobs_that_are_not_finite_are_refused(value):
         pack([replace(episode(), logprobs=np.full(5, value, np.float32))])
 
 
-def test_no_episodes_is_an_error_that_says_so():
+def test_no_episodes_is_an_error():
     with pytest.raises(UserError, match="at least one episode"):
         pack([])
 

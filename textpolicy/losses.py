@@ -1,4 +1,4 @@
-"""Policy-gradient losses, written once for any array namespace (numpy, mlx.core)."""
+"""The policy-gradient losses, written once for any array namespace (numpy, mlx.core)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Clip(Objective):
-    """The clipped objective J = min(r A, clip(r, 1 - low, 1 + high) A) of PPO (arXiv:1707.06347).
+    """Maximise J = min(r A, clip(r, 1 - low, 1 + high) A), as PPO does (arXiv:1707.06347).
 
     A wider upper bound is DAPO's clip-higher (arXiv:2503.14476). The minimum is taken after clipping,
     which keeps the gradient of every token that clipping would make look better. ``delta`` caps r in the
@@ -70,7 +70,7 @@ class Clip(Objective):
 
 @dataclass(frozen=True)
 class ClippedWeight(Objective):
-    """The objective J = sg(clip(r, low, high)) A l of CISPO (arXiv:2506.13585, eq. 4-5): every token has a gradient.
+    """Maximise J = sg(clip(r, low, high)) A l: CISPO (arXiv:2506.13585, eq. 4-5), where every token has a gradient.
 
     The bounds are absolute; None means no bound. ScaleRL (arXiv:2510.13786) uses an upper bound of 5 alone.
     """
@@ -96,7 +96,7 @@ class ClippedWeight(Objective):
 
 @dataclass(frozen=True)
 class SoftGate(Objective):
-    """The objective J = (4 / tau) sigmoid(tau (r - 1)) A of SAPO (arXiv:2511.20347), tau by the sign of A."""
+    """Maximise J = (4 / tau) sigmoid(tau (r - 1)) A, tau by the sign of A: SAPO (arXiv:2511.20347)."""
 
     tau_pos: float = 1.0
     tau_neg: float = 1.05
@@ -112,7 +112,7 @@ class SoftGate(Objective):
 
 @dataclass(frozen=True)
 class ImportanceSampling(Objective):
-    """The objective J = r A without bounds: REINFORCE with an importance ratio."""
+    """Maximise J = r A without bounds: REINFORCE with an importance ratio."""
 
     def __call__(self, ratio: Array, logprobs: Array, advantages: Array, xp: Any) -> Array:
         return ratio * advantages

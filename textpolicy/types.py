@@ -136,7 +136,7 @@ class Batch:
         aggregation: Aggregation = "token-mean",
         length: float | None = None,
     ) -> Self:
-        """Shift, pad and weigh episodes. The next-token shift happens here and nowhere else.
+        """Pack episodes: shift, pad and weigh them. The next-token shift happens here and nowhere else.
 
         ``advantages`` has one (L,) array per episode; ``aggregation`` and ``length`` are those of
         ``loss_weights``. Raises UserError for episodes that no learner can score.

@@ -63,7 +63,7 @@ def test_a_long_completion_that_failed_is_not_selected():
     assert selected.tolist() == c.planning.tolist()
 
 
-def test_the_reported_selection_is_off_unless_asked_for():
+def test_the_reported_selection_is_off_by_default():
     plain = AmplifyPlanning()(long_success()).advantage
     asked = AmplifyPlanning(hicra_top_entropy=0.4)(long_success()).advantage
     assert plain == pytest.approx([0.5, 0.6, 0.5, 0.5, 0.5, 0.5, -1.0, -1.0, -0.8])

@@ -36,13 +36,13 @@ def advantages(recipe, episodes, controller=None):
 
 
 class Steady:
-    """A SEPA controller that pools with the same strength, and remembers what it was told."""
+    """A SEPA controller that pools with the same strength, and records the arguments of each call."""
 
     def __init__(self, strength):
-        self.strength, self.told = strength, []
+        self.strength, self.calls = strength, []
 
     def advance(self, correct_rate, execution):
-        self.told.append((correct_rate, sorted(execution.tolist())))
+        self.calls.append((correct_rate, sorted(execution.tolist())))
         return self.strength
 
 
@@ -90,7 +90,7 @@ def test_the_controller_hears_of_every_execution_token_once_per_step():
     episodes = [answer(*row) for row in zip(WORDS, SURPRISALS, REWARDS, strict=True)]
     controller = Steady(0.5)
     recipe("sepa").mini_batches(episodes * 2, 2, controller)
-    [(rate, execution)] = controller.told
+    [(rate, execution)] = controller.calls
     assert rate == pytest.approx(1 / 3)
     assert execution == sorted([1.5, 2.0, 6.0, 1.0, 1.0, 4.0] * 2)
 
@@ -103,19 +103,19 @@ def test_the_correct_rate_is_that_of_scored_completions(rewards, correct, rate):
     controller = Steady(0.5)
     episodes = [answer([" seven"], [1.0], r, is_correct=c) for r, c in zip(rewards, correct, strict=True)]
     recipe("sepa").credit(episodes, controller)
-    assert controller.told[0][0] == rate
+    assert controller.calls[0][0] == rate
 
 
 # ---- the signal
 
 
-def test_correctness_takes_the_place_of_the_reward_where_asked_for():
+def test_the_signal_correctness_replaces_the_reward():
     episodes = [answer([" seven"], [1.0], r, is_correct=c) for r, c in [(9.0, False), (-3.0, True)]]
     assert advantages(recipe("dr_grpo"), episodes) == [[6.0], [-6.0]]
     assert advantages(replace(recipe("dr_grpo"), signal="correctness"), episodes) == [[-0.5], [0.5]]
 
 
-def test_a_reward_that_does_not_say_what_is_correct_is_told_how():
+def test_without_is_correct_the_signal_correctness_is_refused_with_what_to_return():
     with pytest.raises(UserError, match=r"signal is correctness .*return \{\"reward\": ..., \"is_correct\": ...\}"):
         replace(recipe("grpo"), signal="correctness").credit(random_episodes(np.random.default_rng(0)))
 
@@ -135,7 +135,7 @@ def test_a_setting_with_two_choices_names_both(name, value):
 # ---- entropy is not surprisal
 
 
-def test_weights_read_surprisal_or_entropy_as_asked_and_the_two_differ():
+def test_weights_read_surprisal_or_entropy_by_setting_and_the_two_differ():
     by = {
         kind: advantages(
             replace(recipe("gtpo"), uncertainty=kind),
@@ -158,7 +158,7 @@ ASKING_FOR_ENTROPY = [
 
 
 @pytest.mark.parametrize(("asking", "sentence"), ASKING_FOR_ENTROPY, ids=[s for _, s in ASKING_FOR_ENTROPY])
-def test_without_exact_entropy_nothing_stands_in_for_it(asking, sentence):
+def test_missing_exact_entropy_is_refused_and_never_replaced(asking, sentence):
     seen = [replace(e, reward=i % 2) for i, e in enumerate(random_episodes(np.random.default_rng(0)))]
     asking.credit(seen)
     for blind in ([replace(e, entropy=None) for e in seen], [replace(seen[0], entropy=None), *seen[1:]]):
@@ -185,7 +185,7 @@ def test_an_overlong_penalty_alone_does_not_make_a_group_disagree():
     assert not np.any(replace(ALGORITHMS["dapo"], length=10.0).credit(episodes).advantages)
 
 
-def test_a_truncated_completion_counts_in_its_group_and_teaches_nothing_where_asked_for():
+def test_mask_truncated_counts_a_truncated_completion_in_its_group_without_a_gradient():
     episodes = [answer([" seven"], [1.0], 1.0), answer([" seven", "."], [1.0, 1.0], 0.0, truncated=True)]
     kept, masked = (replace(recipe("dr_grpo"), mask_truncated=m).credit(episodes) for m in (False, True))
     assert (kept.weights != 0).sum() == 3
@@ -261,13 +261,13 @@ def test_no_stage_gives_credit_to_a_group_that_agrees_or_to_what_could_not_be_sc
 def test_stages_see_which_completion_and_place_a_token_has_and_whether_it_plans():
     seen = []
 
-    def look(credit):
+    def record(credit):
         seen.append(credit)
         return credit
 
     episodes = [answer(*row) for row in zip(WORDS, SURPRISALS, REWARDS, strict=True)]
     with_hole = replace(episodes[1], mask=np.array([False, False, False, True]), pieces=(".",))
-    replace(recipe("hicra"), stages=(look,)).credit([episodes[0], with_hole, replace(episodes[2], group=7)])
+    replace(recipe("hicra"), stages=(record,)).credit([episodes[0], with_hole, replace(episodes[2], group=7)])
     [credit] = seen
     assert credit.row.tolist() == [0, 0, 0, 0, 1, 2, 2, 2]
     assert credit.position.tolist() == [0, 1, 2, 3, 0, 0, 1, 2]
@@ -302,7 +302,7 @@ REFUSED = {
     "tokens too few": (broken(tokens=FIRST.tokens[:-1]), "an episode's arrays are tokens"),
     "entropies too few": (broken(entropy=FIRST.entropy[:-1]), "an episode's arrays are tokens"),
     "references too few": (broken(reference=FIRST.logprobs[:-1]), "an episode's arrays are tokens"),
-    "a first token nobody could predict": (broken(mask=np.ones_like(FIRST.mask)), "the first of them a prompt's"),
+    "a first token without a prompt before it": (broken(mask=np.ones_like(FIRST.mask)), "the first of them a prompt's"),
     "log-probs of nan": (broken(logprobs=np.where(FIRST.mask, np.nan, 0)), "has log-probs that are not finite"),
     "log-probs of -inf": (broken(logprobs=np.where(FIRST.mask, -np.inf, 0)), "has log-probs that are not finite"),
     "an infinite reward": (broken(reward=math.inf), "a reward is infinite"),
@@ -313,7 +313,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", ["grpo", "gtpo", "gtpo_paper", "full", "reinforce++"])
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_no_learner_can_use_is_refused_in_one_sentence_by_every_recipe(what, name):
+def test_every_recipe_refuses_episodes_that_no_learner_can_use_in_one_sentence(what, name):
     episodes, sentence = REFUSED[what]
     pieced = [replace(e, pieces=("",) * int(e.mask.sum())) for e in episodes]
     with pytest.raises(UserError) as error:
@@ -339,7 +339,7 @@ def test_planning_tokens_cannot_be_found_without_the_text_of_every_token():
     recipe("grpo").credit(episodes)
 
 
-def test_an_overlong_penalty_without_a_length_says_what_to_set():
+def test_an_overlong_penalty_without_a_length_is_an_error_that_names_the_setting():
     with pytest.raises(UserError, match="the overlong penalty needs the longest completion; set the algorithm's"):
         ALGORITHMS["dapo"].credit(random_episodes(np.random.default_rng(0)))
 

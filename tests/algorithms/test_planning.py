@@ -123,7 +123,7 @@ def test_tokens_that_only_touch_a_match_are_not_marked():
     assert marked([" ", "let", " me", " check", " ", "it"]) == " [let][ me][ check] it"
 
 
-def test_without_tokens_or_grams_there_is_nothing_to_mark():
+def test_without_tokens_or_grams_nothing_is_marked():
     assert planning_mask([], DEFAULT).shape == (0,)
     assert planning_mask(["", ""], DEFAULT).tolist() == [False, False]
     assert planning_mask(["let me check"], PlanningGrams([])).tolist() == [False]

@@ -196,7 +196,7 @@ def test_a_group_of_one_can_be_dropped_too():
     assert (stats["prompts_dropped_single"], stats["prompts_kept_single"]) == (1, 0)
 
 
-def test_one_success_in_128_is_informative_unless_a_variance_is_asked_for():
+def test_one_success_in_128_is_informative_unless_a_variance_is_required():
     episodes = rewarded([[1, *[0] * 127]])
     assert len(filter_informative_prompts(episodes)[0]) == 128
     assert filter_informative_prompts(episodes, min_variance=0.01)[0] == []

@@ -43,7 +43,7 @@ def test_one_gram_or_none_has_no_entropy(counts):
 
 
 @pytest.mark.parametrize("counts", [[1, -1], [1, float("nan")], [float("inf")], [[1, 2]]])
-def test_counts_that_are_none_are_refused(counts):
+def test_counts_that_are_negative_or_not_finite_are_refused(counts):
     with pytest.raises(UserError, match="give one number of 0 or more per gram"):
         semantic_entropy(counts)
 

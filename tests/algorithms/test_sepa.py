@@ -93,7 +93,7 @@ def auto(**settings):
     return SEPAController(sepa_schedule="auto", sepa_ema_decay=0.0, sepa_var_threshold=0.5, sepa_warmup=2, **settings)
 
 
-def test_auto_pools_as_the_variance_falls_and_lets_go_as_it_rises():
+def test_auto_pools_more_as_the_variance_falls_and_less_as_it_rises():
     controller = auto()
     assert [controller.advance(None, x) for x in (WIDE, WIDE, NARROW, WIDE)] == pytest.approx([0, 0, 0.98, 0])
 
@@ -115,7 +115,7 @@ def test_a_step_is_one_observation_however_many_tokens_it_has():
 
 
 @pytest.mark.parametrize("observation", [[], [np.nan, 1.0], [np.inf]])
-def test_an_observation_that_says_nothing_is_ignored(observation):
+def test_an_empty_or_non_finite_observation_is_ignored(observation):
     controller = auto()
     controller.update_auto_state(WIDE.tolist())
     before = controller.state_dict()
@@ -136,7 +136,7 @@ def test_strength_is_that_of_the_last_step():
 
 
 @pytest.mark.parametrize("cut", range(8))
-def test_a_controller_saved_at_any_step_goes_on_as_if_nothing_had_happened(cut):
+def test_a_controller_saved_at_any_step_resumes_bit_for_bit(cut):
     ramp = {"sepa_steps": 20, "sepa_correct_rate_gate": 0.4}
     settings = {**ramp, "sepa_schedule": "auto", "sepa_ema_decay": 0.7, "sepa_warmup": 3}
     rng = np.random.default_rng(0)

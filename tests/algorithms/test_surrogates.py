@@ -508,7 +508,7 @@ def test_without_a_token_every_weight_is_0(aggregation, empty_rows):
         ),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_sentence(build, sentence):
+def test_settings_that_cannot_work_are_refused_in_one_sentence(build, sentence):
     with pytest.raises(UserError) as error:
         build()
     assert sentence in str(error.value)

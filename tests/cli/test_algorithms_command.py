@@ -59,13 +59,14 @@ def test_a_recipe_in_full_names_every_part_with_its_formula_and_settings(capsys)
 def test_a_recipe_in_full_states_the_values_it_has(capsys):
     out = printed(capsys, "sepa")
     for line in (
-        "baseline   group relative: A_i = (r_i - mean r) / (std r + eps), mean over the completions of one prompt.",
+        "baseline   group relative: Compute A_i = (r_i - mean r) / (std r + eps), with the mean over "
+        "the completions of one prompt.",
         "           scale_rewards none, std_eps 1e-06, ddof 1",
         "stage 1    pooling: ",
         "           sepa_steps 500, sepa_schedule linear, sepa_delay_steps 50, sepa_correct_rate_gate 0.1,",
-        "stage 2    weight by uncertainty: A_t <- w_t A_t",
+        "stage 2    weight by uncertainty: Set A_t <- w_t A_t",
         "           entropy_beta 0.1",
-        "objective  clip: J = min(r A, clip(r, 1 - low, 1 + high) A)",
+        "objective  clip: Maximise J = min(r A, clip(r, 1 - low, 1 + high) A)",
         "           clip_low 0.2, clip_high 0.28, delta none, dual_clip none",
     ):
         assert any(found.startswith(line) for found in out.splitlines()), line

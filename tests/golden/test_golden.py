@@ -20,4 +20,4 @@ def test_vector_is_reproduced(case: Case):
 
 
 def test_the_folder_holds_vectors():
-    assert CASES, f"{FOLDER} holds no vectors; set TEXTPOLICY_GOLDEN to a folder of the same format, or unset it"
+    assert CASES, f"{FOLDER} has no vectors; set TEXTPOLICY_GOLDEN to a folder of the same format, or unset it"

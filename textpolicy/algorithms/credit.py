@@ -22,7 +22,7 @@ class Rewards:
     scored: Bools = field(init=False)  # (B,) bool
     count: Floats = field(init=False)  # (B,) scored completions in the group
     mean: Floats = field(init=False)  # (B,) mean reward of the group; 0 for a group without a scored completion
-    uniform: Bools = field(init=False)  # (B,) bool: the group's scored rewards are all equal, so they rank nothing
+    uniform: Bools = field(init=False)  # (B,) bool: the group's scored rewards are all equal
     centered: Floats = field(init=False)  # (B,) reward minus mean; exactly 0 if unscored or in a uniform group
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class Credit:
 
     @property
     def silent(self) -> Bools:
-        """The completions that say nothing about which did better, (B,) bool: unscored, or in a uniform group."""
+        """The completions without a learning signal, (B,) bool: unscored, or in a uniform group."""
         return Rewards(self.reward, self.group).uniform | np.isnan(self.reward)
 
 

@@ -1,4 +1,4 @@
-"""GRPO (arXiv:2402.03300) and Dr. GRPO (arXiv:2503.20783): the group-relative baseline, and the documented functions.
+"""The group-relative baseline of GRPO (arXiv:2402.03300) and Dr. GRPO (arXiv:2503.20783), and documented functions.
 
 The functions, including GTPO's, accept arrays of NumPy, MLX or any library with the same function names.
 """
@@ -31,7 +31,7 @@ SCALES = ("group", "batch", "none")
 
 @dataclass(frozen=True)
 class GroupRelative:
-    """The baseline A_i = (r_i - mean r) / (std r + eps), with the mean over the completions of one prompt.
+    """Compute A_i = (r_i - mean r) / (std r + eps), with the mean over the completions of one prompt.
 
     The std is the sample (Bessel) one of the group (GRPO, sec. 4.1.2), that of the whole batch (Lite PPO,
     arXiv:2508.08221), or left out (Dr. GRPO, sec. 3, where the scale reflects a problem's difficulty).

@@ -1,4 +1,4 @@
-"""GSPO (arXiv:2507.18071): one length-normalised ratio per completion, as the documented functions of flat tokens.
+"""The documented functions of GSPO (arXiv:2507.18071): one length-normalised ratio per completion of flat tokens.
 
 The functions accept arrays of NumPy, MLX or any library with the same function names. Tokens are (N,),
 completion after completion; ``sequence_lengths`` (B,) are the token counts of the completions.

@@ -1,4 +1,4 @@
-"""GTPO and GRPO-S (arXiv:2508.04349): share a prompt's reward out over tokens, or completions, by exact entropy."""
+"""Share a prompt's reward out over tokens, or completions, by exact entropy: GTPO and GRPO-S (arXiv:2508.04349)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Normalisation = Literal["joint", "separate"]
 
 @dataclass(frozen=True, slots=True)
 class ShapeByEntropy:
-    """The stage A_t <- ``normalize(shaped_rewards)``, in place of the baseline's advantage.
+    """Set A_t <- ``normalize(shaped_rewards)``, in place of the baseline's advantage.
 
     A group whose rewards are all equal, or that failed throughout, gets 0: its shaped rewards differ by
     entropy alone. So does an unscored completion, which no sum includes either. ``normalisation``
@@ -148,6 +148,6 @@ def normalize(
 
 
 def _cells(row: Ints, position: Ints, success: Bools, group: Ints) -> Ints:
-    """Number the tokens, (N,) int, such that those of one group, one outcome and one position share a number."""
+    """Return a number per token, (N,) int, equal for tokens of the same group, outcome and position."""
     positions = int(position.max(initial=-1)) + 1
     return (2 * group + success)[row] * positions + position

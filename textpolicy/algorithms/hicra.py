@@ -1,4 +1,4 @@
-"""HICRA (arXiv:2509.03646): give planning tokens more of the credit for success and less of the blame for failure."""
+"""Give planning tokens more credit for success and less blame for failure: HICRA (arXiv:2509.03646)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .top_entropy import entropy_threshold, exact_entropy
 
 @dataclass(frozen=True, slots=True)
 class AmplifyPlanning:
-    """The stage A_t <- A_t + alpha |A_t| on planning tokens, alpha being ``hicra_alpha``; see ``amplify``.
+    """Set A_t <- A_t + alpha |A_t| on planning tokens, alpha being ``hicra_alpha``; see ``amplify``.
 
     ``hicra_top_entropy`` above 0 also amplifies that share of tokens, as ``reported_selection`` does
     with 0.3. That is unverified, so the default is off.
@@ -40,7 +40,7 @@ class AmplifyPlanning:
 
 @dataclass(frozen=True, slots=True)
 class BoostPlanning:
-    """The stage H_t <- H_t + gamma mean H on planning tokens, gamma being ``hicra_gamma``; see ``boost_entropy``.
+    """Set H_t <- H_t + gamma mean H on planning tokens, gamma being ``hicra_gamma``; see ``boost_entropy``.
 
     Before ``ShapeByEntropy`` it gives planning tokens more of GTPO's entropy bonus and less of its blame.
     """

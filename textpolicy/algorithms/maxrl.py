@@ -1,4 +1,4 @@
-"""MaxRL (arXiv:2602.02710): divide the advantage by the success rate, which approaches maximum likelihood."""
+"""Divide the advantage by the success rate, which approaches maximum likelihood: MaxRL (arXiv:2602.02710)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .credit import Rewards
 
 @dataclass(frozen=True)
 class MeanNormalized:
-    """The baseline A_i = (r_i - mean r) / (mean r + eps), 0 where mean r <= eps (eq. 10, Alg. 1).
+    """Compute A_i = (r_i - mean r) / (mean r + eps), 0 where mean r <= eps (eq. 10, Alg. 1).
 
     Over 0/1 rewards it is unbiased for the likelihood truncated at order G - 1 (docs/algorithms.md).
     """

@@ -110,8 +110,8 @@ class Algorithm:
     def tokens(self, episodes: Sequence[Episode], controller: Controller | None = None) -> Credit:
         """Compute the credit of every sampled token, from the baseline through pooling and stages. Raises UserError.
 
-        In a uniform group, and for an unscored completion, the credit is 0 whatever baseline and stages
-        made of it: it says nothing about which completion did better.
+        An unscored completion and those of a uniform group carry no learning signal, so their credit is set
+        to 0 after baseline and stages.
         """
         refuse_untrainable(episodes)
         credit = self._before_stages(episodes)

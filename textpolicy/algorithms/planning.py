@@ -1,4 +1,4 @@
-"""Planning masks (HICRA, arXiv:2509.03646): mark the sampled tokens that are part of a strategic gram."""
+"""Mark the sampled tokens that are part of a strategic gram: the planning masks of HICRA (arXiv:2509.03646)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""REINFORCE++ (arXiv:2501.03262): no baseline; advantages are whitened over the tokens of the batch."""
+"""Whiten advantages over the tokens of the batch, without a baseline: REINFORCE++ (arXiv:2501.03262)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .credit import Credit, Rewards
 
 @dataclass(frozen=True)
 class NoBaseline:
-    """The advantage A_i = r_i; 0 where scoring failed."""
+    """Compute A_i = r_i; 0 where scoring failed."""
 
     def __call__(self, rewards: Rewards) -> Floats:
         return np.where(rewards.scored, rewards.value, 0.0)
@@ -20,7 +20,7 @@ class NoBaseline:
 
 @dataclass(frozen=True)
 class ReturnToGo:
-    """The stage A_t <- sum_{k >= t} gamma^(k - t) (r_k - penalty_k), with the reward on the last token."""
+    """Set A_t <- sum_{k >= t} gamma^(k - t) (r_k - penalty_k), with the reward on the last token."""
 
     gamma: float = 1.0
 
@@ -34,7 +34,7 @@ class ReturnToGo:
 
 @dataclass(frozen=True)
 class Whiten:
-    """The stage A_t <- (A_t - mean A) / sqrt(var A + 1e-8), over every sampled token of scored completions."""
+    """Set A_t <- (A_t - mean A) / sqrt(var A + 1e-8), over every sampled token of scored completions."""
 
     def __call__(self, credit: Credit) -> Credit:
         scored = ~np.isnan(credit.reward)[credit.row]

@@ -1,4 +1,4 @@
-"""RLOO (arXiv:2402.14740): compare every completion with the others of its prompt."""
+"""Compare every completion with the others of its prompt: RLOO (arXiv:2402.14740)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .credit import Rewards
 
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """The baseline A_i = r_i - mean_{j != i} r_j = n / (n - 1) (r_i - mean r); a group of one gets 0.
+    """Compute A_i = r_i - mean_{j != i} r_j = n / (n - 1) (r_i - mean r); a group of one gets 0.
 
     ``normalize_advantages`` then scales the whole batch to mean 0 and sample std 1.
     """

@@ -1,4 +1,4 @@
-"""SEPA: pool the uncertainty of execution tokens step by step, so that planning tokens stand out."""
+"""Pool the uncertainty of execution tokens step by step, so that planning tokens stand out: SEPA."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pool_execution(uncertainty: Floats, planning: Bools, row: Ints, strength: fl
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
-    """The pooling S_t <- lam mean(S_exec) + (1 - lam) S_t off planning tokens, lam from a ``SEPAController``."""
+    """Set S_t <- lam mean(S_exec) + (1 - lam) S_t off planning tokens, with lam from a ``SEPAController``."""
 
     sepa_steps: int = 500  # steps of the ramp from 0 to 1; 0 means no ramp
     sepa_schedule: str = "linear"  # or "auto": at least the ramp, more as the execution variance falls

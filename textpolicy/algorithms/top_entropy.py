@@ -1,4 +1,4 @@
-"""Credit for the most uncertain tokens only (arXiv:2506.01939): the forking tokens carry the gradient."""
+"""Keep the credit of the most uncertain tokens only, the forking tokens (arXiv:2506.01939)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .credit import Credit
 
 @dataclass(frozen=True, slots=True)
 class KeepTopEntropy:
-    """The stage that keeps A_t where H_t is among the share ``top_entropy`` of highest entropies in the batch, else 0.
+    """Keep A_t where H_t is among the share ``top_entropy`` of highest entropies in the batch, else 0.
 
     The loss is divided by the same number as without this stage: tokens without credit still count.
     """

@@ -13,7 +13,7 @@ from .credit import Credit, row_mean
 
 @dataclass(frozen=True, slots=True)
 class WeightByUncertainty:
-    """The stage A_t <- w_t A_t, with the weights of ``uncertainty_weights``."""
+    """Set A_t <- w_t A_t, with the weights of ``uncertainty_weights``."""
 
     entropy_beta: float = 0.1
 

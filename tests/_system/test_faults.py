@@ -261,7 +261,7 @@ def with_questions(monkeypatch, questions):
         ("", "prompt 0 is blank; give it some text"),
         (" \n\t", "prompt 0 is blank; give it some text"),
         ("word " * 400, "the longest prompt with what may follow it has 2006 tokens and the context of"),
-        ("half a \ud83d smiley", "prompt 0 holds half a character"),
+        ("half a \ud83d smiley", "prompt 0 contains half a character"),
     ],
 )
 def test_a_prompt_that_cannot_be_trained_on_is_refused_before_anything_is_written(

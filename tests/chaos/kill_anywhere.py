@@ -283,7 +283,7 @@ class Chaos:
             return Counter(), [f"{number.name} in {phase} ended with {code}"]
         said = (place / "output.txt").read_text()
         if code in polite and "resume with: textpolicy train --resume" not in said and "stopped by Ctrl-C" not in said:
-            return Counter(), ["it did not say how to go on"]
+            return Counter(), ["it did not say how to resume"]
         return Counter({phase: 1}), self.finish(place)
 
     def disk(self, place: Path, phase: str) -> tuple[Counter[str], list[str]]:

@@ -65,8 +65,8 @@ def test_an_unknown_command_is_refused(capsys):
         (["train", "--model", "./nothing.gguf"], "nothing.gguf"),
         (["train", "--rollout.group-size", "1"], "group_size is 1"),
         (["train", "--rollout.max-tokens", "0"], "max_tokens is 0"),
-        (["generate", "hello"], "either --run RUN or --model NAME"),
-        (["generate", "--run", "nowhere", "hello"], "nowhere is no run folder"),
+        (["generate", "hello"], "pass --run RUN, --model NAME"),
+        (["generate", "--run", "nowhere", "hello"], "nowhere is not a run folder"),
         (["generate", "--model", "smollm2-135m", "--max-tokens", "0", "hello"], "max_tokens is 0"),
         (["generate", "--model", "smollm2-135m", "--temperature", "-1", "hello"], "temperature is -1"),
         (["generate", "--model", "smollm2-135m", "  "], "the prompt is empty"),
@@ -79,7 +79,7 @@ def test_an_unknown_command_is_refused(capsys):
         (["generate", "--model", "smollm2-135m", "--top-p", "0", "hello"], "top_p is 0"),
         (["generate", "--model", "smollm2-135m", "--repetition-penalty", "0", "hello"], "repetition_penalty is 0"),
         (["generate", "--run", "a", "--model", "b", "hello"], "give either --run RUN or --model NAME, not both"),
-        (["generate", "--run", "a", "--adapter", "b", "hello"], "--adapter b stands beside --run"),
+        (["generate", "--run", "a", "--adapter", "b", "hello"], "--adapter b is given with --run"),
     ],
 )
 def test_what_cannot_work_is_one_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch, argv, sentence):

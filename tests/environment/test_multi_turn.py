@@ -168,7 +168,7 @@ def test_a_template_that_drops_the_assistants_words_is_refused():
     tokenizer = chat_tokenizer("chatml")
     tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     engine = ScriptedEngine(*turns_of(tokenizer, "he"))
-    with pytest.raises(UserError, match="changes or leaves out what the assistant said"):
+    with pytest.raises(UserError, match="changes or leaves out the assistant's messages"):
         play(make(tokenizer), engine)
 
 

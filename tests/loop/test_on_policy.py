@@ -129,7 +129,7 @@ def shift_the_mask(monkeypatch):
     ("defect", "temperature", "said"),
     [
         (ignore_temperature, 0.7, r"differ from the sampler's by .* check that scoring applies the temperature 0.7"),
-        (drop_the_stop_token, 1.0, "which does not stop one"),
+        (drop_the_stop_token, 1.0, "which is not a stop token"),
         (shift_the_mask, 1.0, "differ from the sampler's by"),
     ],
 )

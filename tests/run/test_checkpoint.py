@@ -182,10 +182,9 @@ def test_a_pace_by_cost_spends_at_most_a_twentieth_and_nearly_that_where_steps_a
     for step in range(1, 2001):
         now += step_time
         if pace.due(step):
-            pace.begin()
-            now += cost
-            spent += cost
-            pace.end()
+            with pace.timed():
+                now += cost
+                spent += cost
     assert spent - 2 * cost <= 0.05 * now  # of the first the cost is not known yet, and the last is not paid for yet
     if cost / (cost + step_time) > 0.05:
         assert spent / now > 0.03

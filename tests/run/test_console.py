@@ -65,14 +65,14 @@ def test_what_is_not_known_is_not_shown(missing):
         assert {"accuracy": "correct", "entropy": "entropy"}[missing] not in shown
 
 
-def test_markup_in_a_completion_is_shown_not_obeyed():
+def test_markup_in_a_completion_is_shown_verbatim():
     out = io.StringIO()
-    RunView(1, Console(file=out, width=80)).say("[bold]17[/bold] [link=x]")
+    RunView(1, Console(file=out, width=80)).print("[bold]17[/bold] [link=x]")
     assert out.getvalue() == "[bold]17[/bold] [link=x]\n"
 
 
-def told(view, text="17", reward=0.5):
-    """One step and one look, of an episode that says ``text``."""
+def show_step(view, text="17", reward=0.5):
+    """Show one step and one evaluation of an episode whose text is ``text``."""
     said = Completion(np.array([3], np.int32), np.zeros(1, np.float32))
     episodes = [Episode.from_completion([1], said, reward=reward, group=g, prompt="9+8?", text=text) for g in (0, 0, 1)]
     view.evaluated(0, "validation", {"kind": "eval", "accuracy": 0.25}, episodes)
@@ -87,7 +87,7 @@ def live_lines(view, width=80):
 
 def test_the_live_view_has_curves_speed_memory_and_the_last_completions():
     view = RunView(3, Console(file=io.StringIO(), force_terminal=True))
-    told(view)
+    show_step(view)
     bar, reward, held_out, speed, *said = live_lines(view)
     assert "1/3" in bar
     assert reward.startswith("reward ")
@@ -99,7 +99,7 @@ def test_the_live_view_has_curves_speed_memory_and_the_last_completions():
 
 def test_a_long_completion_does_not_break_the_live_view_and_its_markup_is_text():
     view = RunView(3, Console(file=io.StringIO(), force_terminal=True))
-    told(view, text="[red]so\n" * 90)
+    show_step(view, text="[red]so\n" * 90)
     lines = live_lines(view, width=60)
     assert len(lines) == 6
     assert max(map(len, lines)) <= 60
@@ -109,7 +109,7 @@ def test_a_long_completion_does_not_break_the_live_view_and_its_markup_is_text()
 def test_quiet_prints_the_closing_table_alone_and_the_log_has_every_line(tmp_path):
     out = io.StringIO()
     with RunView(40, Console(file=out, width=80), quiet=True, log=tmp_path / "log.txt") as view:
-        view.say("begun")
+        view.print("begun")
         for step in range(40):
             view.step(step, ROW)
         view.table("done", [("after", "90%")])
@@ -121,10 +121,10 @@ def test_quiet_prints_the_closing_table_alone_and_the_log_has_every_line(tmp_pat
     assert logged[-1].endswith("after: 90%")
 
 
-def test_a_run_that_goes_on_adds_to_its_log(tmp_path):
+def test_a_resumed_run_adds_to_its_log(tmp_path):
     for word in ("first", "second"):
         with RunView(1, Console(file=io.StringIO()), log=tmp_path / "log.txt") as view:
-            view.say(word)
+            view.print(word)
     assert [line.split()[-1] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["first", "second"]
 
 

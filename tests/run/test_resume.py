@@ -1,4 +1,4 @@
-"""Runs that are cut short: what they go on from, what they refuse, and that nobody can tell afterwards."""
+"""Resumed runs: which checkpoint they start from, what they refuse, and that they end as an uninterrupted run does."""
 
 import json
 import os
@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(config, whole, t
     assert main(["train", f"--resume={folder}"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"checkpoint {newest} is not sound" in said
-    assert "going on from the one of step 2" in said
+    assert "resuming from step 2" in said
     assert outcome(folder) == outcome(whole)
     assert (folder / "checkpoints" / "unsound-step-000003").is_dir()
 
@@ -225,7 +225,7 @@ def test_another_platform_is_said(config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(assembly, "versions", lambda *asked: {**true(*asked), "mlx": "0.99.0"})
     assert main(["train", f"--resume={folder}"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "-> 0.99.0): from here on bits may differ from a run in one go" in said
+    assert "-> 0.99.0): from here on bits may differ from an uninterrupted run" in said
 
 
 def test_two_runs_on_one_folder_are_one_too_many(config, tmp_path, capsys):
@@ -242,13 +242,13 @@ def test_two_runs_on_one_folder_are_one_too_many(config, tmp_path, capsys):
 
 
 def test_a_folder_that_is_no_run_is_no_run(tmp_path, capsys):
-    assert "is no run folder" in refused(capsys, "train", f"--resume={tmp_path}")
+    assert "is not a run folder" in refused(capsys, "train", f"--resume={tmp_path}")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_resume_without_a_folder_and_with_two(capsys):
     assert "--resume" in refused(capsys, "train", "--resume")
-    assert "is for a run that goes on" in refused(capsys, "train", "--allow=steps")
+    assert "needs a run to resume" in refused(capsys, "train", "--allow=steps")
 
 
 @pytest.mark.usefixtures("interruptible")

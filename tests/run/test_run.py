@@ -157,7 +157,7 @@ def test_the_adapter_of_a_run_is_used_with_its_model_and_its_way_of_asking(train
 def test_an_adapter_without_a_run_needs_its_model_named(trained, tmp_path, capsys):
     shutil.copytree(trained / "adapter", tmp_path / "alone")
     assert main(["generate", f"--adapter={tmp_path / 'alone'}", "hello"]) == 2
-    assert "belongs to no run, which would say its base; name that with --model" in capsys.readouterr().err
+    assert "is not part of a run, so its base is unknown; give it with --model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

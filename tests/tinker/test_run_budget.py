@@ -123,7 +123,7 @@ def test_a_limit_ends_a_run_in_order_and_is_never_passed(engines, tmp_path, caps
     assert sum(ledger(folder)[-1].values()) <= limit
     assert {"adapter", "summary.json"} <= {p.name for p in folder.iterdir()}
     said = capsys.readouterr().out
-    assert f"could pass max_tokens_total ({limit:,}); with a higher one it goes on: textpolicy train --resume" in said
+    assert f"could pass max_tokens_total ({limit:,}); with a higher limit it resumes: textpolicy train --resume" in said
 
 
 def test_a_run_that_a_limit_ended_resumes_with_a_higher_one_and_earlier_spending_counts(engines, tmp_path, capsys):

@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 from ..errors import UserError
 from ..rewards.contract import RewardFunction
 from .single_turn import PartnerFactory, TextGenerationEnv
-from .text.chat import ChatCodec, Prompt, Schema, as_messages
-from .text.conversation import Reply
+from .text.conversation import ChatCodec, Prompt, Reply, Schema, as_messages
 from .tools import ParseCalls, Tool, ToolPartner, describe_tools, parse_calls
 
 Describe = Callable[[Sequence[Schema]], str]  # instructions for the policy, "" for none
@@ -66,7 +65,7 @@ class MultiTurnEnv(TextGenerationEnv):
             chat=chat,
         )
         if chat is False:
-            self._codec = replace(self._codec, encode_chat=None, render_chat=None)
+            self._codec = replace(self._codec, template=None)
 
 
 def sum_of_turns(
@@ -129,7 +128,7 @@ def with_tools(
     """
     if not schemas or codec.shows_tools(schemas) or not (text := describe(schemas)):
         return prompt
-    if codec.encode_chat is None and isinstance(prompt, str):
+    if codec.template is None and isinstance(prompt, str):
         return f"{text}\n\n{prompt}"
     first, *rest = as_messages(prompt)
     if first["role"] == "system" or not codec.takes_role("system"):

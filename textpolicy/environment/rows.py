@@ -13,7 +13,7 @@ from .._system.extras import extra
 from ..errors import UserError, unknown_name
 from ..rewards.contract import RewardFunction
 from .single_turn import TextGenerationEnv
-from .text.chat import Prompt
+from .text.conversation import Prompt
 
 Row = Mapping[str, Any]
 

@@ -12,8 +12,17 @@ from ..errors import UserError
 from ..rewards.contract import Request, RewardFunction, Scored
 from ..rewards.scoring import Scorer
 from .base import Environment
-from .text.chat import ChatCodec, Prompt, Schema, as_messages, question, token_ids
-from .text.conversation import Conversation, Limits, Partner, Silent
+from .text.conversation import (
+    ChatCodec,
+    Conversation,
+    Limits,
+    Partner,
+    Prompt,
+    Schema,
+    as_messages,
+    question,
+    token_ids,
+)
 from .text.pieces import Pieces
 
 PartnerFactory = Callable[[Mapping[str, Any]], Partner]  # the example of a prompt -> the other side of one episode
@@ -183,7 +192,7 @@ class TextGenerationEnv(Environment):
 
     def begin(self, i: int) -> Conversation:
         """Return a new episode of prompt ``i``."""
-        partner = Silent() if self.partner_fn is None else self.partner_fn(self.examples[i])
+        partner = None if self.partner_fn is None else self.partner_fn(self.examples[i])
         limits = Limits(self.max_tokens, self.max_turns, self.max_episode_tokens)
         asked = as_messages(self.prompts[i])
         return Conversation(i, self._ids[i].tolist(), asked, partner, self._codec, limits, self.schemas)

@@ -15,8 +15,7 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import ArgsKwargs
 
 from ..errors import UserError
-from .text.chat import Message, Schema
-from .text.conversation import Reply
+from .text.conversation import Message, Reply, Schema
 
 LONGEST_RESULT = 2000  # characters of a result that the policy sees
 

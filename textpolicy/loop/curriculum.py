@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -13,56 +12,40 @@ from ..errors import UserError
 Outcomes = Sequence[tuple[int, bool]]  # (prompt, solved), one for each completion that was judged
 
 
-class Curriculum(Protocol):
-    """The interface of a curriculum: it draws prompts and learns from their outcomes."""
-
-    def draw(self, step: int, count: int, draw: int = 0) -> list[int]:
-        """Return ``count`` prompts (indices) for a step; ``draw`` above 0 is a further draw of the same step."""
-
-    def observe(self, outcomes: Outcomes) -> None:
-        """Learn from the outcomes of a step."""
-
-    @property
-    def row(self) -> dict[str, float]:
-        """The state as metrics of a step."""
-
-    def state_dict(self) -> dict[str, Any] | None:
-        """Return all that a resumed run needs, as plain JSON values; None where there is no state."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
-
-
-@dataclass(frozen=True)
 class EveryPrompt:
-    """The default curriculum: every prompt is drawn once, in a shuffled order, before any is drawn again."""
+    """The default curriculum: every prompt is drawn once, in a shuffled order, before any is drawn again.
 
-    total: int  # prompts
-    seed: int = 0
+    A curriculum of another kind overrides these methods.
+    """
+
+    def __init__(self, total: int, seed: int = 0) -> None:
+        """Begin with ``total`` prompts; the step and the seed determine every draw."""
+        self.total, self.seed = total, seed
 
     def draw(self, step: int, count: int, draw: int = 0) -> list[int]:
-        """Return the prompts of a step; a further draw of the same step has orders of its own."""
+        """Return ``count`` prompts (indices) for a step; a further ``draw`` of the same step has orders of its own."""
         places, further = range(step * count, (step + 1) * count), [draw] if draw else []
         epochs = {place // self.total for place in places}
         orders = {n: np.random.default_rng([self.seed, n, *further]).permutation(self.total) for n in epochs}
         return [int(orders[place // self.total][place % self.total]) for place in places]
 
     def observe(self, outcomes: Outcomes) -> None:
-        """Learn nothing: the order does not depend on outcomes."""
+        """Learn from the outcomes of a step; here nothing."""
 
     @property
     def row(self) -> dict[str, float]:
-        """The state as metrics of a step: none."""
+        """The state as metrics of a step; here none."""
         return {}
 
-    def state_dict(self) -> None:
-        """Return None: the step and the seed determine every draw."""
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return all that a resumed run needs, as plain JSON values; None where there is no state."""
+        return None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Ignore the state of another curriculum, with which the run began."""
+        """Restore what ``state_dict`` returned; here ignore that of another kind, with which the run began."""
 
 
-class PassRateCurriculum:
+class PassRateCurriculum(EveryPrompt):
     """The curriculum that draws prompts in proportion to p (1 - p) + floor, for an estimated pass rate p.
 
     p = (c + 1) / (n + 2) for c correct ones among n completions, older ones weighing less. p (1 - p) is the variance
@@ -76,7 +59,8 @@ class PassRateCurriculum:
             raise UserError(f"a curriculum has {total} prompts; give it at least one")
         if not floor > 0 or not 0 <= memory <= 1:
             raise UserError(f"floor is {floor} and memory {memory}; set floor above 0, and memory between 0 and 1")
-        self.total, self.seed, self.floor, self.memory = total, seed, floor, memory
+        super().__init__(total, seed)
+        self.floor, self.memory = floor, memory
         self.right, self.seen = np.zeros(total), np.zeros(total)  # completions, discounted
 
     @property

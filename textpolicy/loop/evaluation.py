@@ -1,4 +1,4 @@
-"""Judging a policy on problems it was not trained on, with honest intervals: the problem is the unit."""
+"""The evaluation of a policy on problems it was not trained on, with intervals over problems."""
 
 from __future__ import annotations
 
@@ -20,27 +20,30 @@ from .pass_at_k import pass_at_k
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of problems solved, with its 95% Wilson interval."""
+    """The share of problems solved, with its 95% Wilson interval."""
 
     correct: int
     total: int
 
     @property
     def value(self) -> float:
+        """The share, 0 to 1."""
         return self.correct / self.total
 
     @property
     def interval(self) -> tuple[float, float]:
+        """The ends of the interval."""
         ci = binomtest(self.correct, self.total).proportion_ci(0.95, method="wilson")
         return float(ci.low), float(ci.high)
 
     def __str__(self) -> str:
-        return _shown(self.value, self.interval)
+        low, high = self.interval
+        return f"{self.value:.1%} [{low:.1%}, {high:.1%}]"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems, of shares from 0 to 1, with its 95% interval over problems."""
+    """The mean over problems of shares from 0 to 1, with its 95% interval over problems."""
 
     value: float
     interval: tuple[float, float]
@@ -48,41 +51,37 @@ class Estimate:
 
     @classmethod
     def over(cls, shares: Sequence[float], samples: int) -> Estimate:
-        """Of (N,) ``shares``, each from so many ``samples``."""
+        """Return the estimate from (N,) ``shares``, each of so many ``samples``."""
         x = np.asarray(shares, float)
         return cls(float(x.mean()), clustered_interval(x, samples), len(x))
 
     def __str__(self) -> str:
-        return _shown(self.value, self.interval)
+        low, high = self.interval
+        return f"{self.value:.1%} [{low:.1%}, {high:.1%}]"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Completions of an environment's prompts, as many of each."""
+    """The completions of an environment's prompts, equally many of each."""
 
     episodes: Sequence[Episode]
 
     @property
     def accuracy(self) -> Rate:
-        """Share of correct completions, one of each problem; needs a reward that says which are correct."""
+        """The share of correct completions, one of each problem. Raises UserError."""
         judged = self.judged()
         if any(len(answers) > 1 for answers in judged):
             raise UserError("accuracy is of one completion per problem and there are more; use average, or pass_at(k)")
         return Rate(sum(answers[0] for answers in judged), len(judged))
 
     @property
-    def solved(self) -> str:
-        """Problem by problem 1 where its first completion is correct, else 0; those without a judged one left out."""
-        return "".join(str(int(answers[0])) for answers in self.judged())
-
-    @property
     def average(self) -> Estimate:
-        """avg@n: the share of correct completions, n of each problem, averaged over problems."""
+        """The avg@n: the share of correct completions, n of each problem, averaged over problems."""
         judged = self.judged()
         return Estimate.over([sum(answers) / len(answers) for answers in judged], len(judged[0]))
 
     def pass_at(self, k: int) -> Estimate:
-        """pass@k, unbiased: the chance that k completions of a problem hold a correct one, averaged over problems.
+        """Return pass@k, unbiased: the chance that k completions of a problem include a correct one, averaged.
 
         Raises UserError for a k above the number of completions.
         """
@@ -90,7 +89,10 @@ class Evaluation:
         return Estimate.over([pass_at_k(len(answers), sum(answers), k) for answers in judged], len(judged[0]))
 
     def judged(self) -> list[list[bool]]:
-        """Which completions of each problem are correct, problems without a judged one left out. Raises UserError."""
+        """Return which completions of each problem are correct, without problems that have none judged.
+
+        Raises UserError where no completion at all is judged.
+        """
         answers: dict[int, list[bool]] = {}
         for e in self.episodes:
             if e.is_correct is not None:
@@ -99,7 +101,7 @@ class Evaluation:
             if self.episodes and all(math.isnan(e.reward) for e in self.episodes):
                 raise UserError(
                     f"none of {len(self.episodes)} held-out completions could be scored; the log above says why "
-                    "(raise the reward's time_limit, or mend it)"
+                    "(raise the reward's time_limit, or fix it)"
                 )
             raise UserError(
                 "the reward never says whether a completion is correct; "
@@ -122,10 +124,10 @@ def evaluate(engine: Engine, env: TextGenerationEnv | DrivenEnv, sampling: Sampl
 
 
 def clustered_interval(shares: np.ndarray, samples: int) -> tuple[float, float]:
-    """Wilson's 95% interval for the mean p of (N,) shares of problems, at the effective sample size m (Kish, 1965).
+    """Return Wilson's 95% interval for the mean p of (N,) shares of problems, at the effective sample size m.
 
-    m = p (1 - p) / (s^2 / N), with s^2 the variance of the shares over problems: as many independent answers tell as
-    much as these. It lies between N, where all answers to a problem agree, and N times ``samples``.
+    m = p (1 - p) / (s^2 / N), with s^2 the variance of the shares over problems (Kish, 1965): these shares tell as
+    much as m independent answers. m lies between N, where all answers to a problem agree, and N times ``samples``.
     """
     n, p = len(shares), float(shares.mean())
     of_mean = float(shares.var(ddof=1)) / n if n > 1 else 0.0
@@ -135,8 +137,3 @@ def clustered_interval(shares: np.ndarray, samples: int) -> tuple[float, float]:
     center = (p + z * z / (2 * m)) / (1 + z * z / m)
     half = z / (1 + z * z / m) * math.sqrt(p * (1 - p) / m + z * z / (4 * m * m))
     return max(0.0, center - half), min(1.0, center + half)
-
-
-def _shown(value: float, interval: tuple[float, float]) -> str:
-    low, high = interval
-    return f"{value:.1%} [{low:.1%}, {high:.1%}]"

@@ -1,4 +1,4 @@
-"""One training step -> one flat row of numbers."""
+"""The metrics of one training step, as one flat row of numbers."""
 
 from __future__ import annotations
 
@@ -16,22 +16,33 @@ Row = dict[str, float]
 def summarize(
     rollouts: Rollouts, updates: Sequence[Mapping[str, float]], sample_seconds: float, update_seconds: float
 ) -> Row:
-    """What happened in a step. Lengths are in sampled tokens, entropy in nats, times in seconds.
+    """Return the metrics of a step. Lengths are in sampled tokens, entropy in nats, times in seconds.
 
-    Rewards and lengths are those of everything sampled, not only of what was trained on.
+    Rewards and lengths are those of everything sampled, not only of the episodes that were trained on.
     """
     episodes = rollouts.sampled
     rewards = np.array([e.reward for e in episodes])
     lengths = np.array([int(e.mask.sum()) for e in episodes])
+    scored = rewards[~np.isnan(rewards)]
+    row: Row = {"reward_mean": float(scored.mean()), "reward_std": float(scored.std())} if len(scored) else {}
+    row["unscorable"] = float(np.isnan(rewards).mean())
+    for name in sorted({name for e in episodes for name in e.scores}):  # each of several rewards, where it could score
+        scores = np.array([e.scores[name] for e in episodes if not np.isnan(e.scores.get(name, np.nan))])
+        if len(scores):
+            row |= {f"reward_mean/{name}": float(scores.mean()), f"reward_std/{name}": float(scores.std())}
+    row["frac_reward_zero_std"] = frac_reward_zero_std(episodes)
+    if known := [e.is_correct for e in episodes if e.is_correct is not None]:
+        row["accuracy"] = float(np.mean(known))
+    row["length_mean"], row["length_max"] = float(lengths.mean()), float(lengths.max())
+    row["truncated"] = float(np.mean([e.truncated for e in episodes]))
+    # an engine that cannot see the entropy reports the log-probs, whose negative is the surprisal
+    surprisal = -np.concatenate([e.logprobs[e.mask] for e in episodes])
+    if entropies := [e.entropy[e.mask] for e in episodes if e.entropy is not None]:
+        row["entropy"] = float(np.concatenate(entropies).mean())
+    elif len(surprisal):
+        row["surprisal"] = float(surprisal.mean())
     return {
-        **_rewards(rewards),
-        **_each_reward(episodes),
-        "frac_reward_zero_std": frac_reward_zero_std(episodes),
-        **_accuracy(episodes),
-        "length_mean": float(lengths.mean()),
-        "length_max": float(lengths.max()),
-        "truncated": float(np.mean([e.truncated for e in episodes])),
-        **_entropy(episodes),
+        **row,
         "prompt_draws": float(rollouts.draws),
         "batch_full": float(rollouts.full),
         **merge(updates),
@@ -44,53 +55,23 @@ def summarize(
 
 
 def merge(updates: Sequence[Mapping[str, float]]) -> Row:
-    """The updates of one step as one: maxima of maxima, means of the rest over those that moved; memory over all."""
+    """Return the metrics of a step's updates: maxima of maxima, means of the rest over updates that moved weights.
+
+    Memory is the maximum over all updates, and ``updated`` and ``skipped`` are counts.
+    """
     moved = [u for u in updates if u["updated"]] or updates[:1]
-    names = [name for name in moved[0] if name != "updated"]
-    row = {name: (max if name.endswith("_max") else _mean)([u[name] for u in moved]) for name in names}
-    memory = {name: max(u[name] for u in updates) for name in names if name.endswith("_bytes")}
+    row: Row = {}
+    for name in moved[0]:
+        values = [u[name] for u in (updates if name.endswith("_bytes") else moved)]
+        if name != "updated":
+            row[name] = max(values) if name.endswith(("_max", "_bytes")) else float(np.mean(values))
     counts = {name: sum(u[name] for u in updates) for name in ("updated", "skipped") if name in updates[0]}
-    return {**row, **memory, **counts}
+    return {**row, **counts}
 
 
 def frac_reward_zero_std(episodes: Sequence[Episode]) -> float:
-    """Share of groups whose rewards are all equal, and which therefore teach nothing."""
+    """Return the share of groups whose rewards are all equal, and which therefore give no signal."""
     group = np.array([e.group for e in episodes])
     uniform = Rewards.of([e.reward for e in episodes], group).uniform
     _, first = np.unique(group, return_index=True)
     return float(uniform[first].mean())
-
-
-def _rewards(rewards: np.ndarray) -> Row:
-    """Of what could be scored; without any there is no mean to report."""
-    scored = rewards[~np.isnan(rewards)]
-    known = {"reward_mean": float(scored.mean()), "reward_std": float(scored.std())} if len(scored) else {}
-    return {**known, "unscorable": float(np.isnan(rewards).mean())}
-
-
-def _each_reward(episodes: Sequence[Episode]) -> Row:
-    """Mean and standard deviation of each of several rewards, over the completions that it could score."""
-    row: Row = {}
-    for name in sorted({name for e in episodes for name in e.scores}):
-        scores = np.array([e.scores[name] for e in episodes if not np.isnan(e.scores.get(name, np.nan))])
-        if len(scores):
-            row |= {f"reward_mean/{name}": float(scores.mean()), f"reward_std/{name}": float(scores.std())}
-    return row
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
-
-
-def _accuracy(episodes: Sequence[Episode]) -> Row:
-    known = [e.is_correct for e in episodes if e.is_correct is not None]
-    return {"accuracy": float(np.mean(known))} if known else {}
-
-
-def _entropy(episodes: Sequence[Episode]) -> Row:
-    """The mean entropy, or where the engine sees none the mean surprisal, by its own name."""
-    seen = [e.entropy[e.mask] for e in episodes if e.entropy is not None]
-    if seen:
-        return {"entropy": float(np.concatenate(seen).mean())}
-    surprisal = -np.concatenate([e.logprobs[e.mask] for e in episodes])
-    return {"surprisal": float(surprisal.mean())} if len(surprisal) else {}

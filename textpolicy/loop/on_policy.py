@@ -1,4 +1,4 @@
-"""Whether the learner sees the distribution that was sampled: decode log-probs against teacher-forced ones."""
+"""The on-policy check: compare the log-probs of sampling with those of the learner for the same tokens."""
 
 from __future__ import annotations
 
@@ -15,34 +15,38 @@ from .metrics import Row
 
 @dataclass(frozen=True)
 class Gap:
-    """How far the learner's log-probs l are from the sampler's b, over the sampled tokens of some completions."""
+    """The gap between the learner's log-probs l and the sampler's b, over the sampled tokens of some completions."""
 
     mean: float  # nats, of |l - b|
     maximum: float  # nats
     kl: float  # E[r - 1 - log r] with r = exp(l - b), which is never negative
     tokens: int
-    learner: Mapping[int, np.ndarray] = field(
-        default_factory=dict, repr=False, compare=False
-    )  # l by place, (L,) float32
+    learner: Mapping[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)  # l by place, (L,) f32
 
     @property
     def row(self) -> Row:
-        """As metrics of a step."""
+        """The metrics of a step."""
         return {"on_policy_gap_mean": self.mean, "on_policy_gap_max": self.maximum, "on_policy_kl": self.kl}
 
 
 def measure(engine: Engine, episodes: Sequence[Episode], limit: int = 16) -> Gap:
     """Score up to ``limit`` of the ``episodes``, spread over all of them, before anything is updated.
 
-    Raises UserError for a completion that neither was cut off nor ends with a stop token.
+    Raises UserError for a completion that was not cut off and does not end with a stop token.
     """
     chosen = np.unique(np.linspace(0, len(episodes) - 1, min(limit, len(episodes))).astype(int)).tolist()
     places = [i for i in chosen if episodes[i].mask.any()]
-    spoken = [episodes[i] for i in places]
-    if not spoken:
+    if not places:
         return Gap(0.0, 0.0, 0.0, 0)
-    _refuse_without_stop(engine, spoken)
-    batch = Batch.pack(spoken, [np.zeros(len(e.tokens), np.float32) for e in spoken])
+    some = [episodes[i] for i in places]
+    for e in some:
+        last = int(e.tokens[np.flatnonzero(e.mask)[-1]])
+        if not e.truncated and last not in engine.stop:
+            raise UserError(
+                f"training is not on-policy: a completion that was not cut off ends with token {last}, which is not a "
+                "stop token, so stopping would not be learnt; the engine must keep the stop token and its log-prob"
+            )
+    batch = Batch.pack(some, [np.zeros(len(e.tokens), np.float32) for e in some])
     live, scored = batch.weights != 0, engine.score(batch)
     d = (scored.astype(np.float64) - batch.logprobs)[live]
     kl = float((np.exp(np.clip(d, -20, 20)) - 1 - d).mean())
@@ -52,7 +56,7 @@ def measure(engine: Engine, episodes: Sequence[Episode], limit: int = 16) -> Gap
 
 @dataclass(frozen=True)
 class OnPolicyCheck:
-    """Every so many steps, the first included: measure the gap, and stop a run that has left its own distribution."""
+    """The check that measures the gap every so many steps, from the first on, and stops a run that is off-policy."""
 
     every: int = 20  # steps; 0 is never
     completions: int = 16
@@ -60,43 +64,26 @@ class OnPolicyCheck:
     corrected: bool = False  # a sampler correction is on, which is what a larger gap needs
 
     def __call__(self, engine: Engine, step: int, episodes: Sequence[Episode]) -> Gap | None:
-        """The gap, None in the steps between. Raises UserError above ``max_gap`` without a correction."""
+        """Return the gap, None in other steps. Raises UserError above ``max_gap`` without a correction."""
         if not self.every or step % self.every:
             return None
         gap = measure(engine, episodes, self.completions)
         if not gap.mean <= self.max_gap and not self.corrected:
+            hints = ["load the model in float32 if it is in half precision", "decode with an unquantised cache"]
+            temperatures = {e.temperature for e in episodes}
+            if temperatures != {1.0}:
+                hints.append(f"check that scoring applies the temperature {temperatures.pop()}")
             raise UserError(
                 f"training is not on-policy: over {gap.tokens} sampled tokens the learner's log-probs differ from the "
                 f"sampler's by {gap.mean:.3g} nats on average (at most {gap.maximum:.3g}, KL {gap.kl:.3g}), more than "
-                f"{self.max_gap:g}; {_reason(episodes)}, or set algorithm.correction.level, or raise on_policy.max_gap"
+                f"{self.max_gap:g}; {', '.join(hints)}, and suspect a batch mask of this model if that does not help, "
+                "or set algorithm.correction.level, or raise on_policy.max_gap"
             )
         return gap
 
     def after(self, engine: Engine, step: int, episodes: Sequence[Episode]) -> Row:
-        """Metrics of how far the step's updates moved the policy from what it sampled; in the same steps as above."""
+        """Return metrics of how far the step's updates moved the policy, in the steps that are checked."""
         if not self.every or step % self.every:
             return {}
         change = measure(engine, episodes, self.completions)
         return {"update_logprob_change": change.mean, "update_kl": change.kl}
-
-
-UNCHECKED = OnPolicyCheck(every=0)
-
-
-def _reason(episodes: Sequence[Episode]) -> str:
-    """Where to look first."""
-    hints = ["load the model in float32 if it is in half precision", "decode with an unquantised cache"]
-    temperatures = {e.temperature for e in episodes}
-    if temperatures != {1.0}:
-        hints.append(f"check that scoring applies the temperature {temperatures.pop()}")
-    return f"{', '.join(hints)}, and suspect a batch mask of this model if that does not help"
-
-
-def _refuse_without_stop(engine: Engine, episodes: Sequence[Episode]) -> None:
-    for e in episodes:
-        last = int(e.tokens[np.flatnonzero(e.mask)[-1]])
-        if not e.truncated and last not in engine.stop:
-            raise UserError(
-                f"training is not on-policy: a completion that was not cut off ends with token {last}, which does not "
-                "stop one, so stopping would not be learnt; the engine must keep the stop token and its log-prob"
-            )

@@ -1,4 +1,4 @@
-"""pass@k and its relatives from n samples of a problem, c of them correct (arXiv:2107.03374)."""
+"""The pass@k family of metrics, from n samples of a problem of which c are correct (arXiv:2107.03374)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import UserError
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """1 - C(n-c, k) / C(n, k): the chance that k of the n samples hold a correct one (arXiv:2107.03374, Eq. 1).
+    """Return 1 - C(n-c, k) / C(n, k), the chance that k of n samples include a correct one (arXiv:2107.03374, Eq. 1).
 
     Unbiased for k <= n. The integers are exact and rounded once. Raises UserError.
     """
@@ -19,7 +19,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def pass_hat_k(n: int, c: int, k: int) -> float:
-    """pass^k = C(c, k) / C(n, k): the chance that k of the n samples are all correct (arXiv:2406.12045).
+    """Return pass^k = C(c, k) / C(n, k), the chance that k of n samples are all correct (arXiv:2406.12045).
 
     Raises UserError.
     """
@@ -28,7 +28,7 @@ def pass_hat_k(n: int, c: int, k: int) -> float:
 
 
 def plug_in_pass_at_k(n: int, c: int, k: int) -> float:
-    """1 - (1 - c/n)^k, to compare with reports that use it: biased, never above pass@k (arXiv:2107.03374, app. A).
+    """Return 1 - (1 - c/n)^k, which some reports use: biased, never above pass@k (arXiv:2107.03374, app. A).
 
     Raises UserError.
     """
@@ -37,13 +37,13 @@ def plug_in_pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def mean_pass_at_k(n: Sequence[int], c: Sequence[int], k: int) -> float:
-    """pass@k averaged over problems with n_i samples, c_i correct; every n_i >= k. Raises UserError."""
+    """Return pass@k averaged over problems with n_i samples, c_i correct; every n_i >= k. Raises UserError."""
     _refuse_unlike(n, c)
     return fmean(pass_at_k(n_i, c_i, k) for n_i, c_i in zip(n, c, strict=True))
 
 
 def mean_pass_hat_k(n: Sequence[int], c: Sequence[int], k: int) -> float:
-    """pass^k averaged over problems with n_i samples, c_i correct; every n_i >= k. Raises UserError."""
+    """Return pass^k averaged over problems with n_i samples, c_i correct; every n_i >= k. Raises UserError."""
     _refuse_unlike(n, c)
     return fmean(pass_hat_k(n_i, c_i, k) for n_i, c_i in zip(n, c, strict=True))
 

@@ -14,9 +14,9 @@ from ..environment.base import DrivenEnv
 from ..environment.single_turn import TextGenerationEnv
 from ..types import Episode
 from .collect import collect, collect_informative, with_reference
-from .curriculum import Curriculum, EveryPrompt
+from .curriculum import EveryPrompt
 from .metrics import Row, summarize
-from .on_policy import UNCHECKED, OnPolicyCheck
+from .on_policy import OnPolicyCheck
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Session:
     """The state from which a run starts or resumes, and its hooks inside a step."""
 
     start: int = 0  # steps done before
-    curriculum: Curriculum | None = None  # None: every prompt once before any is drawn again
+    curriculum: EveryPrompt | None = None  # None: every prompt once before any is drawn again
     controller: SEPAController | None = None  # of SEPA; None: a fresh one, where the algorithm pools
     stopped: Callable[[], bool] = lambda: False  # ends the run between steps, or discards a step before its update
     on_sampled: Callable[[int, Sequence[Episode]], Row] = lambda step, episodes: {}  # before the update; adds metrics
@@ -57,7 +57,7 @@ def train(
     prompts_per_step: int,
     group_size: int,
     sampling: Sampling,
-    check: OnPolicyCheck = UNCHECKED,
+    check: OnPolicyCheck | None = None,
     session: Session = Session(),
     on_step: Callable[[int, Row, Sequence[Episode]], None] = lambda step, row, episodes: None,
 ) -> None:
@@ -82,7 +82,7 @@ def train(
             return
         sampled = time.perf_counter()
         extra = session.on_sampled(step, rollouts.sampled)
-        gap = check(engine, step, rollouts.sampled)
+        gap = check(engine, step, rollouts.sampled) if check else None
         episodes = with_reference(engine, rollouts.trained) if algorithm.reward_kl else rollouts.trained
         tokens = algorithm.tokens(episodes, controller)
         batches = algorithm.pack(episodes, tokens, schedule.updates)
@@ -90,7 +90,7 @@ def train(
             batches = [replace(batch, old=engine.score(batch)) for batch in batches]
         updates = [engine.update(batch, algorithm.surrogate, schedule(step)) for batch in batches]
         updated = time.perf_counter()
-        measured = {**(gap.row if gap else {}), **check.after(engine, step, rollouts.sampled)}
+        measured = {**(gap.row if gap else {}), **(check.after(engine, step, rollouts.sampled) if check else {})}
         row = summarize(rollouts, updates, sampled - started, updated - sampled)
         pooling = {"sepa_lambda": controller.strength} if controller else {}
         if not all(math.isnan(e.reward) for e in rollouts.sampled):

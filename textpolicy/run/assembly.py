@@ -21,7 +21,7 @@ from ..engine import ResumableEngine, Sampling
 from ..environment.multi_turn import ToolEnv
 from ..environment.single_turn import TextGenerationEnv
 from ..errors import UserError
-from ..loop.curriculum import Curriculum, EveryPrompt, PassRateCurriculum
+from ..loop.curriculum import EveryPrompt, PassRateCurriculum
 from ..loop.on_policy import OnPolicyCheck
 from ..loop.train import Schedule
 from ..record import layout
@@ -49,7 +49,7 @@ class Parts:
     splits: Mapping[str, TextGenerationEnv]  # train; validation and test where the task has such problems
     recipe: Algorithm
     controller: SEPAController | None  # of SEPA
-    curriculum: Curriculum
+    curriculum: EveryPrompt  # or a subclass
     rollout: RolloutSettings
     sampling: Sampling  # in training
     greedy: Sampling  # in evaluation

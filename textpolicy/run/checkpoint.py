@@ -1,7 +1,7 @@
-"""Checkpoints of a run: folders that are there whole or not at all, with a digest of every file; the last few are kept.
+"""Checkpoints of a run: folders that are complete or absent, with a digest of every file; the last few are kept.
 
-A checkpoint is written beside its place, synced, and renamed. It knows nothing of engines: who writes one fills
-a folder with files, and gets a sound one back.
+A checkpoint is written beside its place, synced, and renamed. This module knows nothing of engines: the caller fills
+a folder with files, and gets a verified one back.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,16 @@ from .._system.files import sync
 
 MANIFEST, STATE = "manifest.json", "state.json"
 _FORMAT = 1
-_SHARE = 0.05  # of a run's time that checkpoints may cost if nobody says how often they come
+_SHARE = 0.05  # of a run's time that checkpoints may cost unless checkpoint.every sets their pace
 
 
 class UnsoundError(Exception):
-    """A checkpoint that is cut off, changed or of another format; the message says what is wrong with it."""
+    """The error of a checkpoint that is cut off, changed or of another format; the message says which."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One whose every file is as it was written."""
+    """A verified checkpoint: every file is as it was written."""
 
     path: Path
     step: int  # training steps that were done
@@ -39,14 +40,14 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The newest sound checkpoint, and what is wrong with those after it."""
+    """The newest sound checkpoint, and the faults of those after it."""
 
     checkpoint: Checkpoint | None
     faults: tuple[str, ...] = ()
 
 
 class Checkpoints:
-    """Those in one folder, of which the last ``keep`` stay, and that of the best step."""
+    """The checkpoints in one folder; the last ``keep`` are kept, and that of the best step."""
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
@@ -54,9 +55,9 @@ class Checkpoints:
     def write(
         self, step: int, state: Mapping[str, Any], fill: Callable[[Path], None], best: int | None = None
     ) -> Checkpoint:
-        """Make the checkpoint of ``step`` from ``state`` and the files that ``fill`` puts into the folder it is given.
+        """Write the checkpoint of ``step`` from ``state`` and the files that ``fill`` puts into the folder it gets.
 
-        ``best`` is the step whose checkpoint stays however old. Raises OSError, with everything before untouched.
+        The checkpoint of step ``best`` is kept however old. Raises OSError, and then nothing has changed.
         """
         new, path = self.folder / f".{_name(step)}.new", self.folder / _name(step)
         self.folder.mkdir(exist_ok=True)
@@ -64,16 +65,27 @@ class Checkpoints:
         new.mkdir()
         fill(new)
         (new / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
-        _seal(new, step)
+        files = sorted(p for p in new.rglob("*") if p.is_file())
+        for file in files:
+            sync(file)
+        digests = {file.relative_to(new).as_posix(): _digest(file) for file in files}
+        manifest = {"format": _FORMAT, "step": step, "files": digests}
+        (new / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        for written in [new / MANIFEST, *(p for p in new.rglob("*") if p.is_dir()), new]:
+            sync(written)
+        # folders are renamed before their files go, so that one which is half deleted is not a checkpoint any more
         if path.exists():
             os.replace(path, self.folder / f".{_name(step)}.old")
         os.replace(new, path)
         sync(self.folder)
-        self._prune(best)
+        for old in self.steps()[: -self.keep]:
+            if old != best:
+                os.replace(self.folder / _name(old), self.folder / f".{_name(old)}.old")
+        self._sweep()
         return Checkpoint(path, step, state)
 
     def latest(self) -> Found:
-        """The newest sound one. Raises OSError where the folder cannot be read."""
+        """Find the newest sound checkpoint. Raises OSError where the folder cannot be read."""
         faults: list[str] = []
         for step in reversed(self.steps()):
             try:
@@ -83,34 +95,27 @@ class Checkpoints:
         return Found(None, tuple(faults))
 
     def steps(self) -> list[int]:
-        """Of the checkpoints that are there, sound or not, in order."""
+        """Return the steps of the checkpoints, sound or not, in order."""
         if not self.folder.is_dir():
             return []
         return sorted(int(m[1]) for p in self.folder.iterdir() if (m := re.fullmatch(r"step-(\d{6,})", p.name)))
 
     def set_aside(self, after: int) -> None:
-        """Rename the checkpoints of steps above ``after``, which are not sound, so that they are never chosen again."""
+        """Rename the checkpoints of steps above ``after``, which are unsound, so that they are never chosen again."""
         for step in self.steps():
             if step > after:
                 aside = self.folder / f"unsound-{_name(step)}"
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(self.folder / _name(step), aside)
 
-    def _prune(self, best: int | None) -> None:
-        """A folder is renamed before its files go, so that what is cut short here is no checkpoint any more."""
-        for step in self.steps()[: -self.keep]:
-            if step != best:
-                os.replace(self.folder / _name(step), self.folder / f".{_name(step)}.old")
-        self._sweep()
-
     def _sweep(self) -> None:
-        """Remove what was on its way in or out."""
+        """Remove unfinished and discarded checkpoints."""
         for path in [*self.folder.glob(".step-*.new"), *self.folder.glob(".step-*.old")]:
             shutil.rmtree(path)
 
 
 def read(path: Path) -> Checkpoint:
-    """The checkpoint in the folder ``path``, every byte of it checked. Raises UnsoundError."""
+    """Return the checkpoint in the folder ``path`` after checking every byte of it. Raises UnsoundError."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         format, step, files = manifest["format"], int(manifest["step"]), dict(manifest["files"])
@@ -129,56 +134,41 @@ def read(path: Path) -> Checkpoint:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Make the folder ``target`` of the same files as ``source``, by hard links where there are such."""
+    """Copy the folder ``source`` to ``target``, by hard links where the file system has them."""
     for file in sorted(p for p in source.rglob("*") if p.is_file()):
-        there = target / file.relative_to(source)
-        there.parent.mkdir(parents=True, exist_ok=True)
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.link(file, there)
+            os.link(file, copy)
         except OSError:  # a file system without hard links
-            shutil.copyfile(file, there)
+            shutil.copyfile(file, copy)
 
 
 class Pace:
-    """When the next checkpoint is due: every so many steps, or, at 0, as often as they cost a twentieth of the time.
-
-    Times are in seconds, of a clock that only runs forward.
-    """
+    """The pace of checkpoints: one every so many steps, or, at 0, as many as cost a twentieth of the time."""
 
     def __init__(self, every: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Start with ``every`` (steps) and a monotonic ``clock`` (seconds)."""
         self.every, self.clock = every, clock
         self.began, self.ended = clock(), clock()  # of the last checkpoint, in seconds
 
     def due(self, step: int) -> bool:
-        """Whether one is due after so many steps."""
+        """Return whether a checkpoint is due after so many steps."""
         if self.every:
             return step % self.every == 0
         cost = self.ended - self.began
         return self.clock() - self.ended >= cost / _SHARE - cost
 
-    def begin(self) -> None:
-        """A checkpoint is being written."""
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Measure what the checkpoint costs that is written within it."""
         self.began = self.clock()
-
-    def end(self) -> None:
-        """It is there."""
+        yield
         self.ended = self.clock()
 
 
 def _name(step: int) -> str:
     return f"step-{step:06d}"
-
-
-def _seal(folder: Path, step: int) -> None:
-    """Sync every file, and write down what they are."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    for file in files:
-        sync(file)
-    digests = {file.relative_to(folder).as_posix(): _digest(file) for file in files}
-    manifest = {"format": _FORMAT, "step": step, "files": digests}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for path in [folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
-        sync(path)
 
 
 def _digest(path: Path) -> str:

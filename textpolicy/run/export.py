@@ -1,16 +1,17 @@
-"""Taking a trained run elsewhere: what ``textpolicy export`` does."""
+"""Export of a trained run to the forms of other programs: ``textpolicy export``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from ..config.settings import Section
+from ..config.settings import Section, check_config
 from ..errors import UserError
-from .inference import Source, load, read_run
+from .inference import Source, load
+from .resume import saved_settings
 
 Target = Literal["mlx", "hf", "peft", "gguf"]
 
@@ -31,13 +32,13 @@ class ExportArguments(Section):
     to: Target
     """mlx, hf: the merged model as a folder for mlx-lm, for transformers; peft: the adapter alone; gguf: one file."""
     out: Path | None = None
-    """What to write; RUN/export/ and the name of the form if not given."""
+    """Output path; RUN/export/ and the name of the form if not given."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Of the numbers, not for gguf; what the base is stored in if not given, and float32 for peft."""
+    """Type of the numbers, not for gguf; that of the stored base if not given, and float32 for peft."""
     quant: Literal["q4", "q8", "f16", "q8_0"] | None = None
     """mlx: q4 or q8 (none if not given); gguf: f16 (if not given) or q8_0."""
     base: str | None = None
-    """peft: folder or hub id that peft shall load the adapter on; the run's own model if not given."""
+    """peft: folder or hub id of the base that peft is to load; the run's own model if not given."""
     model: str | None = None
     """Built-in name, folder, .gguf file or hub id; instead of a run."""
     adapter: Path | None = None
@@ -46,76 +47,52 @@ class ExportArguments(Section):
     """BLAS threads on a Linux CPU; 0 leaves it to OpenBLAS."""
 
 
-def export(asked: ExportArguments) -> str:
-    """Write what was asked for, whole or not at all, and return a line that says how to load it."""
-    _check(asked)
-    out = _out(asked)
+def export(args: ExportArguments) -> str:
+    """Write what was asked for, complete or not at all, and return a line on how to load it."""
+    if (args.run is None) == (args.model is None):
+        raise UserError("give either a RUN or --model NAME, not both or neither")
+    if args.quant is not None and args.quant not in QUANTS[args.to]:
+        known = ", ".join(f"{to} ({', '.join(quants)})" for to, quants in QUANTS.items() if quants)
+        raise UserError(f"--quant {args.quant} does not apply to --to {args.to}; use it with {known}")
+    if args.dtype is not None and args.to == "gguf":
+        raise UserError(f"--dtype {args.dtype} does not apply to --to gguf; give --quant f16 or q8_0")
+    if args.base is not None and args.to != "peft":
+        raise UserError(f"--base {args.base} applies to --to peft alone; leave it out")
+    if args.out is not None:
+        out = args.out
+    elif args.run is None:
+        raise UserError("--model has no run folder to write to; name the output with --out")
+    elif args.to == "gguf":
+        out = args.run / "export" / f"{args.run.resolve().name}-{args.quant or 'f16'}.gguf"
+    else:
+        out = args.run / "export" / (args.to if args.quant is None else f"{args.to}-{args.quant}")
     if out.exists():
         raise UserError(f"{out} exists; choose another --out or remove it")
-    if asked.run is not None and read_run(asked.run).engine == "tinker":
-        raise UserError(f"the adapter of {asked.run} is kept by its Tinker server; export is for runs of --engine mlx")
-    loaded = load(Source(run=asked.run, model=asked.model, adapter=asked.adapter, threads=asked.threads))
-    name = loaded.config.model if loaded.config else str(asked.model)
-    _write(asked, loaded.engine.model, loaded.tokenizer, name, out)
-    how = HOW_TO_LOAD[asked.to].format(path=str(out))
-    return f"wrote {out} ({_megabytes(out):.1f} MB); load it with: {how}{_remark(asked, loaded.engine.model)}"
-
-
-def _remark(asked: ExportArguments, model: Any) -> str:
-    """What is not the same over there."""
-    from ..mlx.adapters.attach import attached
-
-    record = attached(model) if asked.to == "peft" else None
-    if record is None or record.quantised is None:
-        return ""
-    return (
-        f"\nit was trained on a base quantised to {record.quantised[0]} bits; on one in floats it says something a "
-        "little different, and --to hf writes what was trained"
-    )
-
-
-def _check(asked: ExportArguments) -> None:
-    """Raise UserError for settings that do not go together."""
-    if (asked.run is None) == (asked.model is None):
-        raise UserError("give either a RUN or --model NAME, not both or neither")
-    if asked.quant is not None and asked.quant not in QUANTS[asked.to]:
-        known = ", ".join(f"{to} ({', '.join(quants)})" for to, quants in QUANTS.items() if quants)
-        raise UserError(f"--quant {asked.quant} is nothing for --to {asked.to}; it is for {known}")
-    if asked.dtype is not None and asked.to == "gguf":
-        raise UserError(f"--dtype {asked.dtype} is nothing for --to gguf; give --quant f16 or q8_0")
-    if asked.base is not None and asked.to != "peft":
-        raise UserError(f"--base {asked.base} is for --to peft alone; leave it out")
-
-
-def _out(asked: ExportArguments) -> Path:
-    if asked.out is not None:
-        return asked.out
-    if asked.run is None:
-        raise UserError("--model has no run to write beside; say where with --out")
-    name = asked.to if asked.quant is None else f"{asked.to}-{asked.quant}"
-    return (
-        asked.run
-        / "export"
-        / (f"{asked.run.resolve().name}-{asked.quant or 'f16'}.gguf" if asked.to == "gguf" else name)
-    )
-
-
-def _write(asked: ExportArguments, model: Any, tokenizer: Any, name: str, out: Path) -> None:
+    if args.run is not None and check_config(saved_settings(args.run), str(args.run)).engine == "tinker":
+        raise UserError(f"the adapter of {args.run} is kept by its Tinker server; export is for runs of --engine mlx")
+    loaded = load(Source(run=args.run, model=args.model, adapter=args.adapter, threads=args.threads))
     from ..mlx import export as write
+    from ..mlx.adapters.attach import attached
     from ..mlx.models import find_model
 
+    model, name = loaded.engine.model, loaded.config.model if loaded.config else str(args.model)
     folder = find_model(name)
-    match asked.to:
+    match args.to:
         case "mlx" | "hf":
-            bits = write.BITS[asked.quant] if asked.quant else None
-            write.export_folder(model, folder, out, layout=asked.to, dtype=asked.dtype, bits=bits)
+            bits = write.BITS[args.quant] if args.quant else None
+            write.export_folder(model, folder, out, layout=args.to, dtype=args.dtype, bits=bits)
         case "peft":
-            base = write.check_base(name, asked.base)
-            write.export_peft(model, folder, out, base, dtype=asked.dtype or "float32")
+            base = write.check_base(name, args.base)
+            write.export_peft(model, folder, out, base, dtype=args.dtype or "float32")
         case "gguf":
-            write.export_gguf(model, tokenizer, folder, out, quant=asked.quant or "f16")
-
-
-def _megabytes(path: Path) -> float:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files) / 1e6
+            write.export_gguf(model, loaded.tokenizer, folder, out, quant=args.quant or "f16")
+    files = [out] if out.is_file() else [file for file in out.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files) / 1e6
+    line = f"wrote {out} ({size:.1f} MB); load it with: {HOW_TO_LOAD[args.to].format(path=str(out))}"
+    record = attached(model) if args.to == "peft" else None
+    if record is not None and record.quantised is not None:
+        line += (
+            f"\nit was trained on a base quantised to {record.quantised[0]} bits; on a base in floats its completions "
+            "differ a little, and --to hf writes what was trained"
+        )
+    return line

@@ -1,8 +1,7 @@
-"""Asking a model, bare or trained: what ``textpolicy generate`` and ``textpolicy eval`` do."""
+"""Inference with a model, bare or trained: ``textpolicy generate`` and ``textpolicy eval``."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,17 +13,18 @@ from ..config.settings import Config, PositiveInt, Section, check_config
 from ..engine import Sampling
 from ..environment.single_turn import TextGenerationEnv
 from ..errors import UserError
-from ..loop.evaluation import Evaluation
-from ..loop.evaluation import evaluate as judge
+from ..loop.evaluation import evaluate as evaluate_engine
+from ..record.layout import CONFIG
 from ..tasks import load_task
 from .assembly import environment, with_max_tokens, with_scorer
+from .resume import saved_settings
 
 
 class Source(Section):
-    """What to ask: a trained run, or a model with or without an adapter."""
+    """The model to use: that of a trained run, or one with or without an adapter."""
 
     run: Path | None = None
-    """Folder of a run: its model, adapter and way of asking."""
+    """Folder of a run: its model, adapter and prompts."""
     model: str | None = None
     """Built-in name, folder, .gguf file or hub id; instead of a run."""
     adapter: Path | None = None
@@ -37,7 +37,7 @@ class GenerateArguments(Source):
     """Write a completion."""
 
     prompt: CliPositionalArg[str]
-    """What to ask."""
+    """The prompt."""
     max_tokens: int = 256
     """Longest completion, in tokens."""
     temperature: float = 0.0
@@ -51,7 +51,7 @@ class GenerateArguments(Source):
     repetition_penalty: float = 1.0
     """Above 1, tokens already there become less likely."""
     seed: int = 0
-    """Fixes what is drawn."""
+    """Fixes the draws."""
     plain: bool = False
     """Ask as typed: without the worked examples of the run's task, or a chat template."""
 
@@ -70,89 +70,101 @@ class EvalArguments(Source):
     max_tokens: int | None = None
     """Longest completion, in tokens; a run's own if not given."""
     seed: int = 0
-    """Fixes what is drawn."""
+    """Fixes the draws."""
     samples: PositiveInt = 1
     """Completions of each problem; more than 1 needs a temperature."""
     pass_at: list[PositiveInt] = Field(default_factory=list)
-    """Also say pass@k, the chance that k completions hold a right one; give the flag once for each k."""
+    """Also print pass@k, the chance that k completions include a correct one; give the flag once for each k."""
     show: Annotated[int, Field(ge=0)] = 5
     """Print so many completions."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to be asked, and the settings of the run it comes from."""
+    """A loaded model, and the settings of the run it comes from."""
 
     engine: Any
     tokenizer: Any
     config: Config | None
 
 
-def generate(asked: GenerateArguments) -> str:
-    """The completion of ``asked.prompt``, as text."""
-    if not asked.prompt.strip():
-        raise UserError("the prompt is empty; say what to ask")
+def generate(args: GenerateArguments) -> str:
+    """Return the completion of ``args.prompt``, as text."""
+    if not args.prompt.strip():
+        raise UserError("the prompt is empty; give some text")
     sampling = Sampling(
-        max_tokens=asked.max_tokens,
-        temperature=asked.temperature,
-        top_p=asked.top_p,
-        repetition_penalty=asked.repetition_penalty,
-        seed=asked.seed,
-        top_k=asked.top_k,
-        min_p=asked.min_p,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        top_k=args.top_k,
+        min_p=args.min_p,
     )
-    source = load(asked)
-    prompt: Any = asked.prompt
-    if source.config is not None and not asked.plain:
-        prompt = load_task(source.config.task).prompt(asked.prompt)
-    env = TextGenerationEnv(
-        [prompt], _no_reward, asked.max_tokens, tokenizer=source.tokenizer, chat=False if asked.plain else None
-    )
+    source = load(args)
+    prompt: Any = args.prompt
+    if source.config is not None and not args.plain:
+        prompt = load_task(source.config.task).prompt(args.prompt)
+    chat = False if args.plain else None
+    env = TextGenerationEnv([prompt], lambda **_: 0.0, args.max_tokens, tokenizer=source.tokenizer, chat=chat)
     completion = source.engine.sample([env.prompt_ids(0).tolist()], 1, sampling)[0][0]
     return env.text(completion.tokens)
 
 
-def evaluate(asked: EvalArguments) -> str:
-    """Accuracy with its interval, after a few completions."""
-    source = load(asked)
-    name = asked.task or (source.config.task if source.config else None)
+def evaluate(args: EvalArguments) -> str:
+    """Return a few completions, and accuracy with its interval."""
+    if too_many := [k for k in args.pass_at if k > args.samples]:
+        raise UserError(f"pass_at is {too_many[0]} and samples {args.samples}; set samples to that at least")
+    if args.samples > 1 and args.temperature == 0:
+        raise UserError(
+            f"{args.samples} samples at temperature 0 are all the same; set a temperature above 0, or 1 sample"
+        )
+    if args.task is None and args.run is None and args.adapter is None and args.model is not None:
+        raise UserError("no task to measure; name one with --task, or give a --run")
+    source = load(args)
+    name = args.task or (source.config.task if source.config else None)
     if name is None:
         raise UserError("no task to measure; name one with --task, or give a --run")
     task = load_task(name)
     config = source.config or with_max_tokens(Config(task=name), task)
-    problems = getattr(task, asked.split)[: asked.problems or None]
+    problems = getattr(task, args.split)[: args.problems or None]
     env = environment(with_scorer(task, config), problems, source.tokenizer, config)
-    longest = config.rollout.max_tokens if asked.max_tokens is None else asked.max_tokens
-    sampling = Sampling(longest, asked.temperature, seed=asked.seed)
-    if too_many := [k for k in asked.pass_at if k > asked.samples]:
-        raise UserError(f"pass_at is {too_many[0]} and samples {asked.samples}; set samples to that at least")
-    result = judge(source.engine, env, sampling, asked.samples)
-    shown = [f"  {e.prompt!r} -> {e.text!r}  reward {e.reward:g}" for e in result.episodes[: asked.show]]
-    how = "greedy" if asked.temperature == 0 else f"sampled at temperature {asked.temperature:g}"
-    return "\n".join([*shown, *_said(result, f"{name}, {asked.split}", how, asked)])
-
-
-def _said(result: Evaluation, what: str, how: str, asked: EvalArguments) -> list[str]:
-    """The figures, a line each."""
-    if asked.samples == 1 and not asked.pass_at:
+    longest = config.rollout.max_tokens if args.max_tokens is None else args.max_tokens
+    sampling = Sampling(longest, args.temperature, seed=args.seed)
+    result = evaluate_engine(source.engine, env, sampling, args.samples)
+    lines = [f"  {e.prompt!r} -> {e.text!r}  reward {e.reward:g}" for e in result.episodes[: args.show]]
+    what = f"{name}, {args.split}"
+    how = "greedy" if args.temperature == 0 else f"sampled at temperature {args.temperature:g}"
+    if args.samples == 1 and not args.pass_at:
         rate = result.accuracy
-        return [f"{what}: {rate} of {rate.total} problems right, {how} (95% interval)"]
-    average = result.average
-    over = f"over {average.problems} problems, {how} (95% interval)"
-    lines = [f"{what}: avg@{asked.samples} {average} {over}"]
-    return [*lines, *(f"{what}: pass@{k} {result.pass_at(k)} {over}" for k in sorted(set(asked.pass_at)))]
+        lines.append(f"{what}: {rate} of {rate.total} problems right, {how} (95% interval)")
+    else:
+        average = result.average
+        over = f"over {average.problems} problems, {how} (95% interval)"
+        lines.append(f"{what}: avg@{args.samples} {average} {over}")
+        lines += [f"{what}: pass@{k} {result.pass_at(k)} {over}" for k in sorted(set(args.pass_at))]
+    return "\n".join(lines)
 
 
 def load(source: Source) -> Loaded:
-    """The engine of a run, of a model, or of the adapter of a run; UserError if that is not clear."""
+    """Load the model of a run, a model by name, or the model and adapter of a run. Raises UserError if ambiguous."""
     if source.run is not None and source.adapter is not None:
-        raise UserError(f"--adapter {source.adapter} stands beside --run, which has its own; give one of them")
+        raise UserError(f"--adapter {source.adapter} is given with --run, which has its own; give one of them")
     if source.run is not None and source.model is not None:
         raise UserError("give either --run RUN or --model NAME, not both")
-    run, adapter = _run_and_adapter(source)
-    if run is None and source.model is None:
-        raise UserError("nobody to ask; give either --run RUN or --model NAME, or the --adapter of a run")
-    config = None if run is None else read_run(run)
+    run, adapter = source.run, None
+    if source.run is not None:
+        adapter = source.run / "adapter"
+    elif source.adapter is not None:  # the folder of a run, or a folder in one
+        inside = (source.adapter / "adapter").is_dir()
+        adapter = source.adapter / "adapter" if inside else source.adapter
+        if source.model is None:
+            run = source.adapter if inside else source.adapter.absolute().parent
+            if not (run / CONFIG).is_file():
+                raise UserError(f"{source.adapter} is not part of a run, so its base is unknown; give it with --model")
+    elif source.model is None:
+        raise UserError("no model given; pass --run RUN, --model NAME, or the --adapter of a run")
+    config = None if run is None else check_config(saved_settings(run), str(run))
     if config is not None and config.engine == "tinker" and adapter is not None:
         from ..tinker.build import kept
 
@@ -166,33 +178,3 @@ def load(source: Source) -> Loaded:
         set_blas_threads(source.threads)
     model, tokenizer = load_model(config.model if config else str(source.model), adapter)
     return Loaded(MLXEngine(model, stop=tokenizer.eos_token_ids), tokenizer, config)
-
-
-def _run_and_adapter(source: Source) -> tuple[Path | None, Path | None]:
-    """The run whose settings count, and the adapter to load. An adapter's run is the folder itself or the one above."""
-    if source.run is not None:
-        return source.run, source.run / "adapter"
-    given = source.adapter
-    if given is None:
-        return None, None
-    inside = given / "adapter"
-    run, adapter = (given, inside) if inside.is_dir() else (given.absolute().parent, given)
-    if source.model is not None:
-        return None, adapter
-    if not (run / "config.json").is_file():
-        raise UserError(f"{given} belongs to no run, which would say its base; name that with --model")
-    return run, adapter
-
-
-def read_run(folder: Path) -> Config:
-    """The settings of the run in ``folder``. Raises UserError."""
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder} is no run folder ({path.name} cannot be read); give the folder of a run") from error
-    return check_config(values, str(path))
-
-
-def _no_reward(prompt: str, completion: str, example: dict[str, Any]) -> float:
-    return 0.0

@@ -1,4 +1,4 @@
-"""Going on with a run that was cut short: whether its folder is one, what of its settings differ, where to begin."""
+"""Resume a run that was cut short: check its folder and settings, and find the checkpoint to start from."""
 
 from __future__ import annotations
 
@@ -21,58 +21,49 @@ from ..record.layout import CONFIG, SUMMARY, TASK, VERSIONS
 from .checkpoint import Checkpoint, Checkpoints
 
 CHECKPOINTS = "checkpoints"
-_FIRST = {
-    LOCK,
-    TASK,
-    VERSIONS,
-    *(f".{name}.new" for name in (TASK, VERSIONS, CONFIG)),
-}  # what a folder holds before its config
-_FREE = ("output", "quiet", *(f"tinker.{name}" for name in MONEY))  # settings that say nothing about the numbers
+_BEFORE_CONFIG = {LOCK, TASK, VERSIONS, *(f".{name}.new" for name in (TASK, VERSIONS, CONFIG))}  # files of a new run
+_FREE = ("output", "quiet", *(f"tinker.{name}" for name in MONEY))  # settings without effect on the numbers
 
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """A run folder to go on in."""
+    """The folder of a run to resume."""
 
     folder: Path
-    checkpoint: Checkpoint | None  # None: it was cut short before its first, and begins again
-    remarks: tuple[str, ...] = ()  # sentences to say
+    checkpoint: Checkpoint | None  # None: the run was cut short before its first, and begins again
+    remarks: tuple[str, ...] = ()  # to print
 
 
 class TrainArguments(Config):
-    """Train a model, or go on with a run that was cut short."""
+    """Train a model, or resume a run that was cut short."""
 
     resume: Path | None = None
-    """Go on with the run in this folder, with its own settings."""
+    """Resume the run in this folder, with its own settings."""
     allow: tuple[str, ...] = ()
     """With resume: settings that may differ from the run's own, such as steps,machine.threads, or sections."""
 
     dry_run: bool = False
-    """With engine tinker: say what the run may cost, and end."""
+    """With engine tinker: print what the run may cost, and exit."""
     expected_tokens: PositiveInt | None = None
     """In a dry run: also price episodes of this length."""
 
     @model_validator(mode="after")
-    def _dry_run_has_a_price(self) -> Self:
+    def _fits(self) -> Self:
         if self.dry_run and self.engine != "tinker":
             raise ValueError(f"dry_run is for engine tinker, where tokens cost money, and engine is {self.engine}")
-        return self
-
-    @model_validator(mode="after")
-    def _one_folder(self) -> Self:
         if self.resume is not None and self.output is not None and self.output != self.resume:
             raise ValueError(f"output is {self.output} and resume {self.resume}; give one of them")
         return self
 
     @property
     def config(self) -> Config:
-        """The settings alone; what nobody gave counts as not given."""
+        """The settings of the run alone; those that were not given stay unset."""
         given = self.model_dump(exclude_unset=True, exclude={"resume", "allow", "dry_run", "expected_tokens"})
         return Config.model_validate(given if self.resume is None else {**given, "output": self.resume})
 
 
 def run_to_resume(arguments: Sequence[str]) -> Path | None:
-    """The folder after --resume, read before all else because its settings are the defaults."""
+    """Return the folder after --resume, which is read first because its settings are the defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--resume", type=Path)
     try:
@@ -82,17 +73,18 @@ def run_to_resume(arguments: Sequence[str]) -> Path | None:
 
 
 def reopen(config: Config, allow: Sequence[str], held: ExitStack) -> Resumed | None:
-    """What to go on with in ``config.output``; None for a run that is new. ``held`` keeps the folder locked.
+    """Return the run in ``config.output`` to resume, None for a new run. ``held`` keeps the folder locked.
 
-    ``allow`` names the settings that may differ from those the run began with. Raises UserError for a folder that
-    is no run, one that another process has, a run that is finished, changed settings and damaged checkpoints.
+    ``allow`` names the settings that may differ from those the run began with. Raises UserError for another kind of
+    folder, a run that another process has or that is finished, changed settings and damaged checkpoints.
     """
     folder = config.output
     if folder is None or not folder.exists():
         if allow:
-            raise UserError(f"--allow {','.join(allow)} is for a run that goes on; name its folder with --resume")
+            raise UserError(f"--allow {','.join(allow)} needs a run to resume; name its folder with --resume")
         return None
-    if not _is_run(folder):
+    started = folder.is_dir() and ((folder / CONFIG).is_file() or {p.name for p in folder.iterdir()} <= _BEFORE_CONFIG)
+    if not started:
         raise UserError(f"the output folder {folder} exists; choose another or remove it")
     held.enter_context(RunLock(folder))
     checkpoints = Checkpoints(folder / CHECKPOINTS)
@@ -101,75 +93,63 @@ def reopen(config: Config, allow: Sequence[str], held: ExitStack) -> Resumed | N
         if found.faults:
             raise UserError(f"{found.faults[0]}, nor is any other; remove {folder} to begin again")
         return Resumed(folder, None)
-    _refuse_finished(folder, found.checkpoint, config)
-    _refuse_changed(folder, found.checkpoint, config, allow)
-    checkpoints.set_aside(found.checkpoint.step)
-    steps = f"; going on from the one of step {found.checkpoint.step}"
-    return Resumed(folder, found.checkpoint, tuple(fault + steps for fault in found.faults))
-
-
-def saved_values(folder: Path) -> dict[str, Any]:
-    """The settings of the run in ``folder``, unchecked. Raises UserError."""
-    path = folder / CONFIG
-    if (folder / TRAIN_MATH).exists():
-        raise UserError(f"{folder} is a run of train_math; resume it with: {how_to_resume(folder)}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder} is no run folder ({path.name} cannot be read); give the folder of a run") from error
-    check_config(values, str(path))
-    return {**values, "output": folder}
-
-
-def changed_versions(then: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """A sentence on what the run was computed with and is not now; None if there is no difference."""
-    differing = [f"{k} {then.get(k)} -> {now.get(k)}" for k in sorted({*then, *now}) if then.get(k) != now.get(k)]
-    if not differing:
-        return None
-    return (
-        f"not the same code or platform as before ({', '.join(differing)}): from here on bits may differ from a run "
-        "in one go"
-    )
-
-
-def _is_run(folder: Path) -> bool:
-    """Whether it holds a run, or was just made for one."""
-    if not folder.is_dir():
-        return False
-    return (folder / CONFIG).is_file() or {p.name for p in folder.iterdir()} <= _FIRST
-
-
-def _refuse_finished(folder: Path, checkpoint: Checkpoint, config: Config) -> None:
-    done, then = checkpoint.step, checkpoint.state["config"]["steps"]
+    done, began = found.checkpoint.step, found.checkpoint.state["config"]
     if config.steps < done:
         raise UserError(f"steps is {config.steps} and the run in {folder} has made {done}; set it to {done} or more")
-    if (folder / SUMMARY).exists() and done >= then and config.steps == then:
+    if (folder / SUMMARY).exists() and done >= began["steps"] and config.steps == began["steps"]:
         raise UserError(
             f"the run in {folder} is finished, with {done} steps; choose another output, or train it further with: "
             f"{how_to_resume(folder)} --steps {2 * done} --allow steps"
         )
-
-
-def _refuse_changed(folder: Path, checkpoint: Checkpoint, config: Config, allow: Sequence[str]) -> None:
-    then, now = (dict(_leaves(c)) for c in (checkpoint.state["config"], json.loads(config.model_dump_json())))
-    changed = [k for k in sorted({*then, *now}) if then.get(k) != now.get(k) and k not in _FREE]
-    if unknown := [name for name in allow if not any(_covers(name, k) for k in {*then, *now})]:
-        raise UserError(f"--allow names {unknown[0]!r}, which is no setting; name those that changed, such as steps")
-    refused = [k for k in changed if not any(_covers(name, k) for name in allow)]
+    then, now = dict(_leaves(began)), dict(_leaves(json.loads(config.model_dump_json())))
+    refused = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key) and key not in _FREE]
+    for name in allow:  # a setting, or a section of them
+        if not any(f"{key}.".startswith(f"{name}.") for key in {*then, *now}):
+            raise UserError(f"--allow names {name!r}, which is not a setting; name those that changed, such as steps")
+        refused = [key for key in refused if not f"{key}.".startswith(f"{name}.")]
     if refused:
-        what = ", ".join(f"{k} {then.get(k)} -> {now.get(k)}" for k in refused)
+        changes = ", ".join(f"{key} {then.get(key)} -> {now.get(key)}" for key in refused)
         raise UserError(
-            f"the run in {folder} began with other settings ({what}); give its own, or allow the change with: "
+            f"the run in {folder} began with other settings ({changes}); use those, or allow the change with: "
             f"--allow {shlex.quote(','.join(refused))}"
         )
+    checkpoints.set_aside(done)
+    return Resumed(folder, found.checkpoint, tuple(f"{fault}; resuming from step {done}" for fault in found.faults))
 
 
-def _covers(name: str, key: str) -> bool:
-    """Whether ``name`` is the setting ``key``, or the section it is in."""
-    return key == name or key.startswith(f"{name}.")
+def saved_values(folder: Path) -> dict[str, Any]:
+    """Return the settings of the run in ``folder`` to resume it with. Raises UserError."""
+    if (folder / TRAIN_MATH).exists():
+        raise UserError(f"{folder} is a run of train_math; resume it with: {how_to_resume(folder)}")
+    return {**saved_settings(folder), "output": folder}
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings that the run in ``folder`` wrote, checked. Raises UserError."""
+    path = folder / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{folder} is not a run folder ({path.name} cannot be read); give the folder of a run"
+        ) from error
+    check_config(values, str(path))
+    return values
+
+
+def changed_versions(then: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+    """Return a sentence on the versions that changed since the run began; None if none did."""
+    differing = [f"{k} {then.get(k)} -> {now.get(k)}" for k in sorted({*then, *now}) if then.get(k) != now.get(k)]
+    if not differing:
+        return None
+    return (
+        f"not the same code or platform as before ({', '.join(differing)}): from here on bits may differ from an "
+        "uninterrupted run"
+    )
 
 
 def _leaves(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every setting as its dotted name and value."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{above}{key}.")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,12 +72,6 @@ def closing_table(
         ("look at it", f"textpolicy view {folder}"),
         ("talk to it", f'textpolicy generate --run {folder} "{question}"'),
     ]
-
-
-def skipped_in_a_row(rows: Sequence[Row]) -> int:
-    """Return how many of the last steps moved nothing because an update was not finite, where engines count them."""
-    skips = (row["updated"] == 0 and row.get("skipped", 0) > 0 for row in reversed(rows))
-    return sum(1 for _ in itertools.takewhile(bool, skips))
 
 
 def summary(history: History, train_seconds: float) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import time
@@ -34,9 +35,9 @@ from ..tasks import Task, load_task
 from ..types import Episode
 from .assembly import Parts, assemble, claim_folder, fit_memory, with_max_tokens, write_config, write_setup
 from .checkpoint import Checkpoint, Checkpoints, Pace, link_tree
-from .console import RunView
+from .console import RunView, example_line
 from .resume import CHECKPOINTS, changed_versions, reopen
-from .summary import History, closing_table, skipped_in_a_row, summary
+from .summary import History, closing_table, summary
 
 if TYPE_CHECKING:
     from ..mlx.memory import Plan
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Extension:
-    """What a program built on ``run`` adds to it; its sinks are told of steps and evaluations."""
+    """What a program built on ``run`` adds to it; its sinks get steps and evaluations."""
 
     task: Task | None = None  # in place of the one that config.task names
     recipe: Algorithm | None = None  # in place of the one that config.algorithm describes
@@ -64,8 +65,8 @@ def run(
     The folder is made once the model has loaded and answered the test problems, so a run that cannot
     begin leaves nothing behind. Those problems choose nothing: the adapter that is kept is the one
     with the best validation accuracy. If ``config.output`` is a run that was cut short, it resumes bit for
-    bit from its last checkpoint; ``allow`` names the settings that may then differ. ``sinks`` are told of every step
-    and evaluation after the recorder and trackers. Raises UserError, and StoppedError after a signal.
+    bit from its last checkpoint; ``allow`` names the settings that may then differ. ``sinks`` get every step
+    and evaluation, after the recorder and trackers. Raises UserError, and StoppedError after a signal.
     """
     require(config.tracking)
     task = extension.task or load_task(config.task)
@@ -131,79 +132,102 @@ class Run:
 
     def begin(self, before: Evaluation | None, started: float, plan: Plan | None) -> Path:
         """Train from the start: ``before`` is the test evaluation, ``started`` its time, ``plan`` what fits."""
-
-        def prepare() -> None:
+        with self._open():
             self.started = started
-            self.view.say(f"{self.parts.title}; the run is in {self.folder}")
+            self.view.print(f"{self.parts.title}; the run is in {self.folder}")
             self.parts.spending.enter(0)
             if plan is not None and plan.shrunk:
-                self.view.say(f"made smaller to fit into memory, without effect on results: {plan}")
+                self.view.print(f"made smaller to fit into memory, without effect on results: {plan}")
             self.extension.begin(self.parts, self.folder, 0)
             self.history.before = rate = self.evaluate("test", 0, before)
             if rate is not None:
-                self.view.say(f"before training: {rate} of {rate.total} test problems right, greedy (95% interval)")
+                self.view.print(f"before training: {rate} of {rate.total} test problems right, greedy (95% interval)")
             self.validate(0)
             self.checkpoint()
             self.trained = time.perf_counter()
-
-        return self._train(prepare)
+            self._train()
+        return self.folder
 
     def resume(self, checkpoint: Checkpoint, remarks: Sequence[str]) -> Path:
         """Train on from ``checkpoint``, after printing the ``remarks`` on how it was found."""
-
-        def prepare() -> None:
-            self.parts.spending.allow(checkpoint.step)
-            for remark in remarks:
-                self.view.say(remark)
-            self._restore(checkpoint)
-            self.parts.spending.try_out(self.parts.splits["train"])
-            self.view.say(f"going on with {self.folder} after {self.done} of {self.parts.schedule.steps} steps")
-            self.extension.begin(self.parts, self.folder, self.done)
+        state, parts = checkpoint.state, self.parts
+        with self._open():
+            parts.spending.allow(checkpoint.step)
+            for line in remarks:
+                self.view.print(line)
+            parts.engine.read_state(checkpoint.path)
+            self.best_files = checkpoint.path / "best"
+            self.best = parts.engine.read_weights(self.best_files)
+            self.history.load_state_dict(state["history"])
+            self.history.rows = self.metrics.rows("train")
+            self.view.rows = list(self.history.rows)
+            if state["curriculum"] is not None:
+                parts.curriculum.load_state_dict(state["curriculum"])
+            if parts.controller is not None and state["sepa"] is not None:
+                parts.controller.load_state_dict(state["sepa"])
+            restore_streams(state["streams"])
+            now, seconds = time.perf_counter(), state["seconds"]
+            self.started, self.trained = now - seconds["all"], now - seconds["training"]
+            self.saved = checkpoint.step
+            if remark := changed_versions(state["versions"], parts.versions):
+                self.view.print(remark)
+            parts.spending.try_out(parts.splits["train"])
+            self.view.print(f"resuming {self.folder} after {self.done} of {parts.schedule.steps} steps")
+            self.extension.begin(parts, self.folder, self.done)
             (self.folder / layout.SUMMARY).unlink(missing_ok=True)
-            write_config(self.folder, self.parts.config)
-
-        return self._train(prepare)
-
-    def _train(self, prepare: Callable[[], None]) -> Path:
-        parts = self.parts
-        with self._resumable(), self.view, closing(self.metrics), closing(self.sinks), self.signal:
-            prepare()
-            train(
-                parts.engine,
-                parts.splits["train"],
-                parts.recipe,
-                schedule=parts.schedule,
-                prompts_per_step=parts.rollout.prompts_per_step,
-                group_size=parts.rollout.group_size,
-                sampling=parts.sampling,
-                check=parts.check,
-                session=Session(
-                    start=self.done,
-                    curriculum=parts.curriculum,
-                    controller=parts.controller,
-                    stopped=lambda: self.signal.number is not None or self.end is not None,
-                    on_sampled=self.on_sampled,
-                ),
-                on_step=self.on_step,
-            )
-            if self.signal.number is not None:
-                if self.saved != self.done:
-                    self.checkpoint()
-                raise StoppedError(
-                    f"stopped by {signal.Signals(self.signal.number).name} after {self.done} of "
-                    f"{parts.schedule.steps} steps; resume with: {how_to_resume(self.folder)}",
-                    self.signal.number,
-                )
-            seconds = time.perf_counter() - self.trained
-            self.extension.on_end(self.done)
-            assert self.history.best is not None
-            self.history.kept_step, _ = self.history.best
-            parts.engine.restore(self.best)
-            parts.engine.save(self.folder / "adapter")
-            sync_tree(self.folder / "adapter")
-            self.history.after = self.evaluate("test", self.history.kept_step)
-            self.finish(seconds, time.perf_counter() - self.started)
+            write_config(self.folder, parts.config)
+            self._train()
         return self.folder
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        """Hold the run's files, view and signals; after an error that does not say so itself, print how to resume."""
+        try:
+            with resumable_errors(self.folder), self.view, closing(self.metrics), closing(self.sinks), self.signal:
+                yield
+        except TextPolicyError as error:
+            if self.saved is not None and how_to_resume(self.folder) not in str(error):
+                self.view.print(f"checkpoint of step {self.saved} kept; resume with: {how_to_resume(self.folder)}")
+            raise
+
+    def _train(self) -> None:
+        """Take the steps that are left, and write what a run ends with."""
+        parts = self.parts
+        train(
+            parts.engine,
+            parts.splits["train"],
+            parts.recipe,
+            schedule=parts.schedule,
+            prompts_per_step=parts.rollout.prompts_per_step,
+            group_size=parts.rollout.group_size,
+            sampling=parts.sampling,
+            check=parts.check,
+            session=Session(
+                start=self.done,
+                curriculum=parts.curriculum,
+                controller=parts.controller,
+                stopped=lambda: self.signal.number is not None or self.end is not None,
+                on_sampled=self.on_sampled,
+            ),
+            on_step=self.on_step,
+        )
+        if self.signal.number is not None:
+            if self.saved != self.done:
+                self.checkpoint()
+            raise StoppedError(
+                f"stopped by {signal.Signals(self.signal.number).name} after {self.done} of "
+                f"{parts.schedule.steps} steps; resume with: {how_to_resume(self.folder)}",
+                self.signal.number,
+            )
+        seconds = time.perf_counter() - self.trained
+        self.extension.on_end(self.done)
+        assert self.history.best is not None
+        self.history.kept_step, _ = self.history.best
+        parts.engine.restore(self.best)
+        parts.engine.save(self.folder / "adapter")
+        sync_tree(self.folder / "adapter")
+        self.history.after = self.evaluate("test", self.history.kept_step)
+        self.finish(seconds, time.perf_counter() - self.started)
 
     def on_sampled(self, step: int, episodes: Sequence[Episode]) -> Row:
         """Record what a server was paid for before the update, which may fail; credit follows after it."""
@@ -228,7 +252,9 @@ class Run:
                 better = self.validate(done, examples)
         if last or better or self.pace.due(done):
             self.checkpoint()
-        skipped = skipped_in_a_row(self.history.rows)
+        # steps in a row that moved nothing because an update was not finite, where the engine counts those
+        skips = (row["updated"] == 0 and row.get("skipped", 0) > 0 for row in reversed(self.history.rows))
+        skipped = sum(1 for _ in itertools.takewhile(bool, skips))
         if skipped >= self.parts.max_skipped:
             raise UserError(
                 f"the loss or gradient of the last {skipped} steps was not finite; lower "
@@ -242,12 +268,12 @@ class Run:
             if split not in parts.splits:
                 return None
             if reason := parts.spending.reason_to_skip(split):
-                self.view.say(f"the {split} problems are not evaluated after {steps} steps: {reason}")
+                self.view.print(f"the {split} problems are not evaluated after {steps} steps: {reason}")
                 return None
             found = evaluate(parts.engine, parts.splits[split], parts.greedy)
         rate = found.accuracy
         row = {"kind": "eval", "step": steps, "split": split, "accuracy": rate.value, "problems": rate.total}
-        row["solved"] = found.solved
+        row["solved"] = "".join(str(int(answers[0])) for answers in found.judged())  # 1 or 0 per judged problem
         self.sinks.evaluated(steps, split, row, found.episodes)
         if self.extension.eval_rows:
             self.metrics.write(row)
@@ -259,29 +285,25 @@ class Run:
 
         Without such an evaluation the latest weights are kept. Returns whether these were.
         """
-        self.view.examples(examples)
+        for e in examples[:3]:
+            self.view.print(f"      {example_line(e)}")
         rate = self.evaluate("validation", steps)
         if rate is not None:
             self.history.validation.append((steps, rate))
-            self.view.say(f"   validation after {steps} steps: {rate}")
-            self._validate_sampled(steps)
+            self.view.print(f"   validation after {steps} steps: {rate}")
+            if n := self.parts.evaluation.samples:  # measure avg@n and pass@n too, which choose nothing
+                result = evaluate(self.parts.engine, self.parts.splits["validation"], self.parts.sampling, n)
+                average, passed = result.average, result.pass_at(n)
+                self.view.print(f"   sampled: avg@{n} {average}, pass@{n} {passed}")
+                figures = {f"avg@{n}": average.value, f"pass@{n}": passed.value, "problems": average.problems}
+                row = {"kind": "eval_sampled", "step": steps, "split": "validation", "samples": n, **figures}
+                self.sinks.evaluated(steps, "validation", row, result.episodes)
+                self.metrics.write(row)
         best = self.history.best[1] if self.history.best else None
         better = rate is None or best is None or rate.value >= best.value
         if better:
             self.history.best, self.best, self.best_files = (steps, rate), self.parts.engine.weights(), None
         return better
-
-    def _validate_sampled(self, steps: int) -> None:
-        """Measure avg@n and pass@n of the validation problems, if evaluation.samples asks; they choose nothing."""
-        if not (n := self.parts.evaluation.samples):
-            return
-        result = evaluate(self.parts.engine, self.parts.splits["validation"], self.parts.sampling, n)
-        average, passed = result.average, result.pass_at(n)
-        self.view.say(f"   sampled: avg@{n} {average}, pass@{n} {passed}")
-        figures = {f"avg@{n}": average.value, f"pass@{n}": passed.value, "problems": average.problems}
-        row = {"kind": "eval_sampled", "step": steps, "split": "validation", "samples": n, **figures}
-        self.sinks.evaluated(steps, "validation", row, result.episodes)
-        self.metrics.write(row)
 
     def finish(self, train_seconds: float, seconds: float) -> None:
         """Write the report and the summary, which is last because it says that the run is complete."""
@@ -297,27 +319,16 @@ class Run:
         write_whole(self.folder / layout.SUMMARY, json.dumps(figures, indent=2) + "\n")
         self.view.table("done", rows)
         if self.end is not None:
-            self.view.say(f"ended early: {self.end}; with a higher one it goes on: {how_to_resume(self.folder)}")
+            self.view.print(f"ended early: {self.end}; with a higher limit it resumes: {how_to_resume(self.folder)}")
         for line in last_lines(examine(self.folder)):
-            self.view.say(line)
+            self.view.print(line)
 
     # ---- checkpoints
 
     def checkpoint(self) -> None:
         """Write a checkpoint of the steps done so far."""
         assert self.history.best is not None
-        self.pace.begin()
-        now, parts = time.perf_counter(), self.parts
-        state = {
-            "history": self.history.state_dict(),
-            "curriculum": parts.curriculum.state_dict(),
-            "sepa": None if parts.controller is None else parts.controller.state_dict(),
-            "streams": streams(),
-            "seconds": {"all": now - self.started, "training": now - self.trained},
-            "config": json.loads(parts.config.model_dump_json()),
-            "versions": parts.versions,
-            "metrics_bytes": self.metrics.sync(),
-        }
+        parts = self.parts
 
         def fill(folder: Path) -> None:
             parts.engine.write_state(folder)
@@ -326,36 +337,17 @@ class Run:
             else:
                 link_tree(self.best_files, folder / "best")
 
-        written = self.checkpoints.write(self.done, state, fill, best=self.history.best[0])
-        self.best_files, self.saved = written.path / "best", self.done
-        self.pace.end()
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        state, parts = checkpoint.state, self.parts
-        parts.engine.read_state(checkpoint.path)
-        self.best_files = checkpoint.path / "best"
-        self.best = parts.engine.read_weights(self.best_files)
-        self.history.load_state_dict(state["history"])
-        self.history.rows = self.metrics.rows("train")
-        self.view.rows = list(self.history.rows)
-        if state["curriculum"] is not None:
-            parts.curriculum.load_state_dict(state["curriculum"])
-        if parts.controller is not None and state["sepa"] is not None:
-            parts.controller.load_state_dict(state["sepa"])
-        restore_streams(state["streams"])
-        now, seconds = time.perf_counter(), state["seconds"]
-        self.started, self.trained = now - seconds["all"], now - seconds["training"]
-        self.saved = checkpoint.step
-        if remark := changed_versions(state["versions"], parts.versions):
-            self.view.say(remark)
-
-    @contextmanager
-    def _resumable(self) -> Iterator[None]:
-        """Print how to resume after an error that does not say so itself."""
-        try:
-            with resumable_errors(self.folder):
-                yield
-        except TextPolicyError as error:
-            if self.saved is not None and how_to_resume(self.folder) not in str(error):
-                self.view.say(f"checkpoint of step {self.saved} kept; resume with: {how_to_resume(self.folder)}")
-            raise
+        with self.pace.timed():
+            now = time.perf_counter()
+            state = {
+                "history": self.history.state_dict(),
+                "curriculum": parts.curriculum.state_dict(),
+                "sepa": None if parts.controller is None else parts.controller.state_dict(),
+                "streams": streams(),
+                "seconds": {"all": now - self.started, "training": now - self.trained},
+                "config": json.loads(parts.config.model_dump_json()),
+                "versions": parts.versions,
+                "metrics_bytes": self.metrics.sync(),
+            }
+            written = self.checkpoints.write(self.done, state, fill, best=self.history.best[0])
+            self.best_files, self.saved = written.path / "best", self.done

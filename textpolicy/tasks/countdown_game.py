@@ -8,7 +8,7 @@ from fractions import Fraction
 from functools import cache
 from itertools import combinations
 
-from ..environment.text.chat import as_messages
+from ..environment.text.conversation import as_messages
 from .base import Problem, Task
 from .countdown import (
     countdown_reward_with_info,

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from ..environment.rows import read_rows
-from ..environment.text.chat import as_messages
+from ..environment.text.conversation import as_messages
 from ..errors import UserError, unknown_name
 from ..rewards.contract import RewardFunction
 from .base import Message, Problem, Task

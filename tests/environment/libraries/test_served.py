@@ -10,7 +10,7 @@ import pytest
 from chat_tokenizers import chat_tokenizer
 
 from textpolicy.environment.libraries.served import ModelServer, Session
-from textpolicy.environment.text.chat import ChatCodec
+from textpolicy.environment.text.conversation import ChatCodec
 from textpolicy.environment.tools import parse_calls
 from textpolicy.errors import UserError
 from textpolicy.types import Completion, Episode

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from textpolicy.environment.text.pieces import Pieces, identify_planning_tokens, text_decode, token_pieces
+from textpolicy.environment.text.pieces import Pieces, identify_planning_tokens, text_decode
 from textpolicy.errors import UserError
 
 
@@ -32,7 +32,7 @@ class SentencePiece(Vocabulary):
 
 
 def pieces(vocabulary, ids):
-    return token_pieces(text_decode(vocabulary), ids)
+    return Pieces(text_decode(vocabulary))(ids)
 
 
 # any tokenizer
@@ -46,13 +46,13 @@ def test_a_space_in_front_stays_with_its_token(kind):
 
 def test_a_decoder_that_puts_spaces_between_tokens_gives_each_its_own():
     words = ["let", "me", "check"]
-    assert token_pieces(lambda ids: " ".join(words[i] for i in ids), [0, 1, 2]) == (" let", " me", " check")
+    assert Pieces(lambda ids: " ".join(words[i] for i in ids))([0, 1, 2]) == (" let", " me", " check")
 
 
 def test_special_tokens_are_empty_where_decode_can_leave_them_out():
     assert pieces(Vocabulary("a"), [0, -1, 0, -1]) == ("a", "", "a", "")
     vocabulary = Vocabulary("a")
-    assert token_pieces(vocabulary.decode, [0, -1]) == ("a", "<end>")
+    assert Pieces(vocabulary.decode)([0, -1]) == ("a", "<end>")
 
 
 def test_a_tokenizer_that_takes_ids_only_is_asked_for_no_more():

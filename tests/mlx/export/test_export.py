@@ -271,7 +271,7 @@ def test_alpha_is_the_one_that_was_trained_with(tmp_path):
 
 def test_exporting_a_quantised_base_prints_a_remark(capsys, tmp_path):
     export(run_folder(tmp_path, "qlora", Kind.F16), "--to=peft", "--base=some/model")
-    assert "it was trained on a base quantised to 4 bits; on one in floats" in capsys.readouterr().out
+    assert "it was trained on a base quantised to 4 bits; on a base in floats" in capsys.readouterr().out
 
 
 # gguf
@@ -434,12 +434,12 @@ def refused(capsys, *arguments):
         (["run", "--model=x", "--to=mlx"], "give either a RUN or --model NAME"),
         (["run"], "to"),
         (["run", "--to=onnx"], "onnx"),
-        (["run", "--to=hf", "--quant=q4"], "--quant q4 is nothing for --to hf; it is for mlx (q4, q8), gguf"),
-        (["run", "--to=mlx", "--quant=q8_0"], "--quant q8_0 is nothing for --to mlx"),
-        (["run", "--to=gguf", "--dtype=float16"], "--dtype float16 is nothing for --to gguf"),
-        (["run", "--to=hf", "--base=x/y"], "--base x/y is for --to peft alone"),
-        (["--model=smollm2-135m", "--to=hf"], "say where with --out"),
-        (["nowhere", "--to=hf"], "nowhere is no run folder"),
+        (["run", "--to=hf", "--quant=q4"], "--quant q4 does not apply to --to hf; use it with mlx (q4, q8), gguf"),
+        (["run", "--to=mlx", "--quant=q8_0"], "--quant q8_0 does not apply to --to mlx"),
+        (["run", "--to=gguf", "--dtype=float16"], "--dtype float16 does not apply to --to gguf"),
+        (["run", "--to=hf", "--base=x/y"], "--base x/y applies to --to peft alone"),
+        (["--model=smollm2-135m", "--to=hf"], "name the output with --out"),
+        (["nowhere", "--to=hf"], "nowhere is not a run folder"),
     ],
 )
 def test_invalid_arguments_are_refused_in_one_line(capsys, tmp_path, monkeypatch, arguments, message):

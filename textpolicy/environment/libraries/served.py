@@ -20,8 +20,7 @@ from typing import Any, Self
 from ...errors import UserError
 from ...types import Completion
 from ..multi_turn import with_tools
-from ..text.chat import ChatCodec, Message, Schema, whole
-from ..text.conversation import joined
+from ..text.conversation import ChatCodec, Message, Schema, joined, whole
 from ..tools import ParseCalls
 
 SESSION_HEADER = "X-Session-ID"

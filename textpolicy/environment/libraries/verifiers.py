@@ -19,7 +19,7 @@ from ...engine import Engine, Sampling
 from ...errors import TextPolicyError, UserError
 from ...types import Episode
 from ..base import DrivenEnv, Wanted
-from ..text.chat import ChatCodec
+from ..text.conversation import ChatCodec
 from ..text.pieces import Pieces
 from ..tools import ParseCalls, parse_calls
 from .served import ModelServer, Request, Session

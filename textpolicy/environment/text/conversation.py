@@ -1,22 +1,132 @@
-"""One episode in progress, token by token: what the policy said, what the environment answered, and when it ends."""
+"""One episode as a conversation, token by token: chat templates and their token ids, turns, replies, and its end.
+
+How messages are tokenised, and that earlier turns are never tokenised again, is decided here alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
-from typing import Protocol
+from typing import Any, Protocol, Self
 
-from .chat import ChatCodec, Message, Schema, whole
+import numpy as np
+
+from ...errors import UserError
+from ...rewards.contract import accepted_keywords
+from .pieces import text_decode
+
+Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
+Prompt = str | Sequence[Message]
+Schema = Mapping[str, Any]  # a tool, as {"type": "function", "function": {...}}
+
+TURN = "\u2042turn of the policy\u2042"  # stands for a turn in the template, so that the turn is never tokenised again
+
+
+@dataclass(frozen=True, slots=True)
+class ChatCodec:
+    """The functions of a tokenizer that environments use, looked up once."""
+
+    encode_text: Callable[[str], Sequence[int]]
+    encode_more: Callable[[str], Sequence[int]]  # as encode_text, without a token that begins a text
+    template: Callable[..., Any] | None  # apply_chat_template; None: the tokenizer has no chat template
+    decode: Callable[[list[int]], str]
+    stop: frozenset[int]
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Self:
+        """Return the codec of a tokenizer from transformers, mlx-lm, or with encode and decode alone."""
+        # transformers leaves chat_template None without one; mlx-lm also has templates that are code
+        declared = getattr(tokenizer, "has_chat_template", getattr(tokenizer, "chat_template", True))
+        keywords = accepted_keywords(tokenizer.encode)
+        special = keywords is None or "add_special_tokens" in keywords
+        stop = (getattr(tokenizer, "eos_token_id", None), getattr(tokenizer, "eos_token_ids", None))
+        return cls(
+            encode_text=tokenizer.encode,
+            encode_more=partial(tokenizer.encode, add_special_tokens=False) if special else tokenizer.encode,
+            template=getattr(tokenizer, "apply_chat_template", None) if declared else None,
+            decode=text_decode(tokenizer),
+            stop=frozenset(t for ids in stop if ids is not None for t in ([ids] if isinstance(ids, int) else ids)),
+        )
+
+    def encode(self, prompt: Prompt, chat: bool | None, tools: Sequence[Schema] = ()) -> Sequence[int]:
+        """Return the token ids of a prompt, in the chat template if ``chat``, or if None where there is one."""
+        if isinstance(prompt, str):
+            if chat is False or (chat is None and self.template is None):
+                return self.encode_text(prompt)
+            prompt = [{"role": "user", "content": prompt}]
+        if chat is False:
+            raise UserError("chat is False and a prompt is a list of messages; leave chat out")
+        if self.template is None:
+            raise UserError(
+                "this tokenizer has no chat template, which prompts made of messages need; "
+                "use an instruction-tuned model, or plain strings as prompts"
+            )
+        ids = self._render(prompt, tools, tokenize=True)
+        return ids["input_ids"] if isinstance(ids, Mapping) else ids  # of transformers 5, of mlx-lm
+
+    def continuation(
+        self, messages: Sequence[Message], replies: Sequence[Message], last: int | None, tools: Sequence[Schema] = ()
+    ) -> list[int]:
+        """Return the token ids after a turn of the policy: its end, the ``replies``, and the start of its next turn.
+
+        ``messages`` are those before the turn, ``last`` its last token (None: it has none). The turn is
+        neither decoded nor encoded: a mark stands for it in the template, and what the template writes after the
+        mark is kept, without the end of the turn if ``last`` is that. Without a template the replies' contents
+        are encoded as they are. Raises UserError for a template that does not write a turn verbatim.
+        """
+        if self.template is None:
+            return list(self.encode_more("".join(m["content"] for m in replies)))
+        marked = [*messages, {"role": "assistant", "content": TURN}, *replies]
+        _, found, after = self._render(marked, tools).partition(TURN)
+        if not found or TURN in after:
+            raise UserError(
+                "the chat template changes or leaves out the assistant's messages, so a conversation cannot be "
+                "continued token by token; give the tokenizer a template that writes them verbatim"
+            )
+        ids = list(self.encode_more(after))
+        return ids[1:] if ids and ids[0] == last else ids
+
+    def shows_tools(self, tools: Sequence[Schema]) -> bool:
+        """Return whether the template writes the ``tools`` it is given."""
+        if self.template is None:
+            return False
+        written = self._render([{"role": "user", "content": "?"}], tools)
+        return all(t["function"]["name"] in written for t in tools)
+
+    def takes_role(self, role: str) -> bool:
+        """Return whether the template writes a message of ``role``: "system" first, another after the assistant's."""
+        if self.template is None:
+            return True
+        from jinja2 import TemplateError  # installed wherever there is a template
+
+        message, user = {"role": role, "content": TURN}, {"role": "user", "content": "?"}
+        answered = [user, {"role": "assistant", "content": "!"}, message]
+        try:
+            return TURN in self._render([message, user] if role == "system" else answered)
+        except TemplateError:  # raised by templates for an unknown role or order
+            return False
+
+    def text(self, tokens: list[int]) -> str:
+        """Return the text of a turn, without its stop token, special tokens and outer whitespace."""
+        written = tokens[:-1] if tokens and tokens[-1] in self.stop else tokens
+        return self.decode(written).strip() if written else ""
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[Schema] = (), tokenize: bool = False) -> Any:
+        assert self.template is not None
+        given = {"tools": json.loads(json.dumps(list(tools)))} if tools else {}  # a copy: templates may change them
+        return self.template(list(messages), add_generation_prompt=True, tokenize=tokenize, **given)
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What an environment answers to a turn of the policy."""
+    """The answer of an environment to a turn of the policy."""
 
-    messages: tuple[Message, ...] = ()  # for the policy to read before its next turn; none ends the episode
+    messages: tuple[Message, ...] = ()  # for the policy to read before its next turn; without any the episode ends
     reward: float = 0.0  # of this turn
-    is_correct: bool | None = None  # whether the episode succeeded, where the environment can say so
+    is_correct: bool | None = None  # whether the episode succeeded, where the environment knows
     truncated: bool = False  # a limit of the environment's own ended it
 
 
@@ -24,38 +134,26 @@ class Partner(Protocol):
     """The other side of one episode: tools, a game, a user."""
 
     def reply(self, text: str) -> Reply:
-        """The answer to what the policy wrote in its turn, without special tokens and outer whitespace."""
-
-
-class Silent:
-    """The other side of a single-turn episode: it says nothing, and the episode ends."""
-
-    def reply(self, text: str) -> Reply:
-        return Reply()
-
-
-def joined(turns: Sequence[Sequence[int]], added: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens since the prompt: each turn and what was ``added`` after it, which the last may lack."""
-    return [token for turn, more in zip_longest(turns, added, fillvalue=()) for token in (*turn, *more)]
+        """Answer the policy's turn, whose ``text`` is without special tokens and outer whitespace."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long an episode may get; one that meets a limit is truncated."""
+    """The limits of an episode; one that meets a limit is truncated."""
 
     turn_tokens: int  # of one turn of the policy
     turns: int = 1  # of the policy
-    tokens: int | None = None  # of all turns and replies together; None is no limit
+    tokens: int | None = None  # of all turns and replies together; None: no limit
 
 
 @dataclass(eq=False, slots=True)
 class Conversation:
-    """An episode of prompt ``index``. Tokens are only ever appended, so what the policy saw is what is scored."""
+    """An episode of prompt ``index``. Tokens are only ever appended, so the tokens that are scored were the input."""
 
     index: int
     prompt: Sequence[int]
     asked: Sequence[Message]  # the prompt
-    partner: Partner
+    partner: Partner | None  # None: the episode ends after one turn
     codec: ChatCodec
     limits: Limits
     tools: Sequence[Schema] = ()
@@ -68,26 +166,19 @@ class Conversation:
 
     @property
     def tokens(self) -> list[int]:
-        """All tokens so far: what the policy continues."""
+        """All tokens so far, which the policy continues."""
         return [*self.prompt, *joined(self.turns, self.added)]
 
     @property
     def text(self) -> str:
-        """What the policy wrote in its last turn."""
+        """The text of the policy's last turn."""
         return [m["content"] for m in self.said if m["role"] == "assistant"][-1]
-
-    @property
-    def transcript(self) -> str:
-        """Everything after the prompt, for people to read; the text itself where there is one turn."""
-        if len(self.turns) == 1:
-            return self.text
-        return "\n".join(f"[{m['role']}] {m['content']}" for m in self.said)
 
     def add(self, tokens: Sequence[int], truncated: bool, text: str | None = None) -> None:
         """Add a turn of the policy and the environment's reply to it.
 
-        A ``truncated`` turn, one that was cut off, gets no reply and ends the episode. ``text`` is what the tokens
-        spell, where the caller knows.
+        A ``truncated`` turn, one that was cut off, gets no reply and ends the episode. ``text`` is the text of
+        ``tokens``, where the caller knows it.
         """
         text = self.codec.text(list(tokens)) if text is None else text
         before = [*self.asked, *self.said]
@@ -96,7 +187,7 @@ class Conversation:
         if truncated:
             self.over = self.truncated = True
             return
-        reply = self.partner.reply(text)
+        reply = Reply() if self.partner is None else self.partner.reply(text)
         self.replies.append(reply)
         if not reply.messages:
             self.over, self.truncated = True, reply.truncated
@@ -110,3 +201,42 @@ class Conversation:
                 self.added.append(added)
                 return
         self.over = self.truncated = True  # the next turn would pass a limit
+
+
+def joined(turns: Sequence[Sequence[int]], added: Sequence[Sequence[int]]) -> list[int]:
+    """Return the tokens since the prompt: each turn and the tokens ``added`` after it, which the last may lack."""
+    return [token for turn, more in zip_longest(turns, added, fillvalue=()) for token in (*turn, *more)]
+
+
+def token_ids(action: Any) -> list[int]:
+    """Return the ids of an action, a list or any array of them. Raises UserError for other data."""
+    tokens = np.asarray(action).reshape(-1)
+    if tokens.size and tokens.dtype.kind not in "iu":
+        raise UserError(f"an action is {tokens.dtype} data; give text, or the token ids of a completion")
+    return tokens.tolist()
+
+
+def question(i: int, prompt: Any) -> str:
+    """Return prompt ``i`` as rewards get it: the string, or the last message. Raises UserError for anything else."""
+    if not isinstance(prompt, str) and not (
+        isinstance(prompt, Sequence)
+        and prompt
+        and all(isinstance(m, Mapping) and {"role", "content"} <= {*m} for m in prompt)
+    ):
+        raise UserError(f"prompt {i} is {prompt!r}; give a string or a list of {{'role', 'content'}} messages")
+    text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+    if not text.strip():
+        raise UserError(f"prompt {i} is blank; give it some text")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"prompt {i} contains half a character ({text!a:.60}); read its text as UTF-8")
+    return text
+
+
+def whole(text: str) -> str:
+    """Return ``text`` with ? for each half of a character, which JSON can carry and tokenizers and files cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def as_messages(prompt: Prompt) -> list[Message]:
+    """Return the prompt as messages; a string becomes a user's."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)

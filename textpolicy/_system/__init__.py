@@ -1,1 +1,1 @@
-"""The operating system: durable files, locks, signals, processes, random state, the machine."""
+"""The operating system: durable files, locks, signals, random state, optional packages, the machine."""

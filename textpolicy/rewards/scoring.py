@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self, get_args
 
-from .._system.processes import cloudpickle
+from .._system.extras import extra
 from ..errors import RewardError, RewardResultError, UserError, unknown_name
 from .background import in_thread, in_time, wait_for
 from .contract import BoundReward, OnFailure, Request, RewardFunction, Scored, read_result
 from .registry import RewardConfig, configured, verifiers
-from .workers import Raised, TooSlowError, WorkerDiedError, WorkerRaisedError, Workers
+from .workers import CLOUDPICKLE, Raised, TooSlowError, WorkerDiedError, WorkerRaisedError, Workers
 
 Reward = RewardFunction | RewardConfig | str  # a str is the name of a registered one
 Outcome = Scored | None  # None: the reward does not apply
@@ -201,7 +201,7 @@ class Scorer:
         if on_failure not in get_args(OnFailure):
             raise unknown_name("on_failure", on_failure, get_args(OnFailure))
         if processes:
-            cloudpickle()  # fail now rather than at the first call
+            extra(*CLOUDPICKLE)  # fail now rather than at the first call
         seen: Counter[str] = Counter()
         self.rewards: list[WeightedReward] = []
         for reward in map(WeightedReward.of, listed):

@@ -9,18 +9,21 @@ import pickle
 import queue
 import signal
 import subprocess
+import sys
 import time
 import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from .._system import processes
+from .._system.extras import extra
 from ..errors import RewardError, UserError
 from .contract import name_of
 
+CLOUDPICKLE = ("cloudpickle", "textpolicy[workers]")  # the package that sends any function, and its extra
 START_LIMIT = 60.0  # seconds until a new worker process has read its functions
 ATTEMPTS = 2  # of a call whose worker dies, whoever killed it
 _POLL = 0.5  # seconds between checks that a silent worker is alive
@@ -72,7 +75,7 @@ class Workers:
         self, functions: Sequence[Callable[..., Any]], count: int, prepare: Callable[[], None] | None = None
     ) -> None:
         """Pickle the functions. Raises UserError if that fails, MissingDependencyError without cloudpickle."""
-        dumps = processes.cloudpickle().dumps if prepare is None else pickle.dumps
+        dumps = extra(*CLOUDPICKLE).dumps if prepare is None else pickle.dumps
         try:
             blob = bytes(dumps((list(functions), prepare)))
         except (TypeError, pickle.PicklingError) as error:
@@ -140,7 +143,15 @@ class Worker:
             return
         self.stop()
         threads = {"OPENBLAS_NUM_THREADS": "1"} if self.forks else {}  # a fork has none of its parent's threads
-        self.process, self.pipe = processes.worker(f"{__name__}:serve", **threads)
+        self.pipe, theirs = Pipe()
+        with theirs:  # the process imports no script of the user: the functions are sent through the pipe
+            serving = f"from {__name__} import serve; serve({theirs.fileno()})"
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", serving],  # -P: without the current folder on the import path
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **threads},
+                stdin=subprocess.DEVNULL,
+            )
         try:
             self.exchange(self.functions, START_LIMIT)
         except (WorkerDiedError, TooSlowError) as error:

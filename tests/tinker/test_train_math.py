@@ -330,6 +330,39 @@ def test_a_run_that_was_cut_off_resumes_as_if_nothing_had_happened(problems, tmp
         assert a == b
 
 
+def test_a_run_that_is_killed_while_it_writes_resumes_to_the_same_files(problems, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def facts(folder):
+        metrics, _ = same_rows(lines(folder / "metrics.jsonl"), [])
+        for row in metrics:
+            row.pop("tokens_spent")
+        evaluations = [(row["step"], row["accuracy"]) for row in lines(folder / "evals.jsonl")]
+        sampled = [(row["step"], row["tokens"]) for row in lines(folder / "emergence" / "generations.jsonl")]
+        kept = [(row["name"], row["step"], row["correct"]) for row in lines(folder / "checkpoints.jsonl")]
+        return metrics, evaluations, sampled, kept
+
+    small = {"max_steps": 3, "batch_size": 2, "eval_every": 2}
+    writes, limit, fsync = [], [10**9], os.fsync
+
+    def counted(file):
+        writes.append(file)
+        if len(writes) == limit[0]:
+            raise Killed
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", counted)
+    run(settings(problems, tmp_path / "whole", **small))
+    for limit[0] in range(3, len(writes), 15):
+        writes.clear()
+        folder, server = tmp_path / f"killed{limit[0]}", Server()
+        with pytest.raises(Killed):
+            run(settings(problems, folder, **small), server)
+        run(settings(problems, folder, **small), server)
+        assert facts(folder) == facts(tmp_path / "whole"), f"killed at write {limit[0]}"
+
+
 def test_what_was_sampled_is_on_the_disk_before_the_update_that_fails(problems, tmp_path):
     with pytest.raises(RuntimeError, match="gone"):
         run(settings(problems, tmp_path / "run"), fail_at=0)

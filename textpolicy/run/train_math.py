@@ -306,10 +306,13 @@ class MathFiles:
 
     def save(self, name: str, done: int) -> None:
         """Save weights and optimiser on the server under a documented name, and list them in checkpoints.jsonl."""
+        path = self.folder / "checkpoints.jsonl"
+        if (name, done) in ((line["name"], line["step"]) for line in read_lines(path)):
+            return  # a run that was killed after this save has resumed
         line = {"name": name, "step": done, "correct": self.correct, "judged": self.judged}
         line |= {"spent": asdict(self.engine.spent), "state_path": self.engine.save_state(name)}
         line["sepa"] = None if self.controller is None else self.controller.state_dict()
-        append_line(self.folder / "checkpoints.jsonl", line)
+        append_line(path, line)
 
     def evaluated(self, step: int, split: str, row: Mapping[str, Any], episodes: Sequence[Episode]) -> None:
         rate = Evaluation(episodes).accuracy

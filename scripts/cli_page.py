@@ -1,4 +1,4 @@
-"""Writes the tables of docs/09_cli.md from the command line itself: python scripts/cli_page.py."""
+"""Print docs/09_cli.md with its tables, made from the command line itself: python scripts/cli_page.py."""
 
 import sys
 from pathlib import Path
@@ -37,13 +37,13 @@ Row = tuple[str, str, str, str]  # name, kind, default, meaning
 
 
 def commands() -> str:
-    """Every command in one line, as ``textpolicy --help`` says it."""
+    """The table of commands, one line each, as ``textpolicy --help`` prints them."""
     rows = [(f"`{name}`", first_line(command)) for name, command in COMMANDS.items()]
     return table(("command", "what it does"), rows)
 
 
 def arguments() -> str:
-    """A section for every command that has arguments of its own."""
+    """The sections of commands that have their own arguments."""
     parts = [section(f"textpolicy {name}", kind) for name, kind in ARGUMENTS.items()]
     own = {name: field for name, field in TrainArguments.model_fields.items() if name not in Config.model_fields}
     train = table(("argument", "kind", "default", "meaning"), [row(name, field, "--") for name, field in own.items()])
@@ -58,7 +58,7 @@ def section(title: str, kind: type[BaseModel]) -> str:
 
 
 def settings() -> str:
-    """A table for every section of a run's settings."""
+    """The tables of a run's settings, one per section."""
     top = [row(n, f, "") for n, f in Config.model_fields.items() if not isinstance(f.default, BaseModel)]
     tables = [f"### The run itself\n\n{table(('setting', 'kind', 'default', 'meaning'), top)}"]
     for name, field in Config.model_fields.items():
@@ -78,15 +78,15 @@ def of_section(path: str, kind: type[BaseModel]) -> list[str]:
 
 
 def row(name: str, field: FieldInfo, dashes: str) -> Row:
-    """One setting or argument."""
+    """The row of one setting or argument."""
     called = field.alias or name
     flag = dashes + called.replace("_", "-") if dashes else called
     shown = called.upper() if Positional in field.metadata else flag
-    default = "required" if field.is_required() else "-" if field.default_factory else said(field.default)
+    default = "required" if field.is_required() else "-" if field.default_factory else default_text(field.default)
     return f"`{shown}`", kind_of(field.annotation, field.metadata), default, field.description or ""
 
 
-def said(value: Any) -> str:
+def default_text(value: Any) -> str:
     if value is None or value == ():
         return "-"
     if isinstance(value, bool):
@@ -95,7 +95,7 @@ def said(value: Any) -> str:
 
 
 def kind_of(annotation: Any, metadata: Any = ()) -> str:
-    """A type in words, with its range."""
+    """The type in words, with its range."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return kind_of(inner[0], [*inner[1:], *metadata])
@@ -110,7 +110,7 @@ def kind_of(annotation: Any, metadata: Any = ()) -> str:
 
 
 def limits(metadata: Any) -> list[str]:
-    """What a FieldInfo, or annotated types, say of a range."""
+    """The range in words, from a FieldInfo or annotated types."""
     flat = [part for m in metadata for part in (m.metadata if isinstance(m, FieldInfo) else [m])]
     words = {Ge: ("ge", "from {}"), Gt: ("gt", "above {}"), Le: ("le", "to {}"), Lt: ("lt", "below {}")}
     found = [words[type(m)][1].format(f"{getattr(m, words[type(m)][0]):g}") for m in flat if type(m) in words]
@@ -126,8 +126,8 @@ def first_line(function: Any) -> str:
     return (function.__doc__ or "").splitlines()[0].split(": textpolicy")[0].rstrip(".") + "."
 
 
-def written(text: str) -> str:
-    """``text`` with what stands between its marks made anew."""
+def filled(text: str) -> str:
+    """The page ``text`` with the tables between its marks."""
     for name, make in {"commands": commands, "arguments": arguments, "settings": settings}.items():
         before, rest = text.split(MARK.format(name))
         _, after = rest.split(MARK.format("end of " + name))
@@ -136,4 +136,5 @@ def written(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8") * 0)
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # whatever the locale
+    print(filled(PAGE.read_text(encoding="utf-8")), end="")

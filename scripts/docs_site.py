@@ -1,14 +1,16 @@
-"""Hooks of mkdocs.yml: pages for the API reference and for the repository's files that other pages link to."""
+"""The hooks of mkdocs.yml: the API reference, the command line's tables, and the files that pages link to."""
 
 from __future__ import annotations
 
 import os
 import posixpath
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +40,7 @@ GROUPS: dict[str, list[str]] = {
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the reference and what lies outside docs/."""
+    """Add the reference and the linked files outside docs/."""
     for name, text in reference().items():
         files.append(File.generated(config, f"reference/{name}", content=text))
     for path in outside(files):
@@ -53,13 +55,34 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Let links that leave docs/ lead to the pages made of those files."""
+    """Fill the tables of the command line, and point links that leave docs/ to the pages made of those files."""
     here = page.file.src_uri
-    return linked(markdown, here)
+    return linked(command_line() if here == "09_cli.md" else markdown, here)
+
+
+def command_line() -> str:
+    """Return docs/09_cli.md with its tables. Raises PluginError.
+
+    The package's dependencies are in .venv, not in the site's environment, so .venv's Python prints the page.
+    """
+    own = ROOT / ".venv" / "bin" / "python"
+    python = own if own.exists() else sys.executable
+    done = subprocess.run(
+        [str(python), str(ROOT / "scripts" / "cli_page.py")],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    if done.returncode != 0:
+        raise PluginError(
+            f"scripts/cli_page.py failed with {python}; run 'make docs', which makes .venv:\n{done.stderr}"
+        )
+    return done.stdout
 
 
 def linked(markdown: str, here: str) -> str:
-    """``markdown`` of the page ``here`` with links to the repository's files led to their pages."""
+    """Return ``markdown`` of the page ``here`` with links to the repository's files pointed to their pages."""
     source = source_of(here)
     parts = FENCED.split(markdown)
 
@@ -91,7 +114,7 @@ def page_of(path: str) -> str:
 
 
 def outside(files: Any) -> list[str]:
-    """The repository's files that pages link to, PAGES first, and those that they link to in turn."""
+    """The repository's files that pages link to, PAGES first, then the files that those link to."""
     found = [*PAGES]
     texts = {f"docs/{f.src_uri}": Path(f.abs_src_path).read_text(encoding="utf-8") for f in files
              if f.abs_src_path and f.src_uri.endswith(".md")}  # fmt: skip
@@ -125,5 +148,5 @@ def reference() -> dict[str, str]:
 
 
 def options(module: str) -> list[str]:
-    """Without a heading of its own, and with what a package takes from its modules."""
+    """The options of mkdocstrings for a module: no heading of its own."""
     return [f"      {line}" for line in ("show_root_heading: false", "show_root_toc_entry: false", "heading_level: 3")]

@@ -11,7 +11,7 @@ import pytest
 from tiny_folder import SMALL, write_tiny_model
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["docs/11_sepa_significance.md", "docs/13_tinker_campaigns.md"]
+PAGES = ["docs/13_tinker_campaigns.md"]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -33,3 +33,4 @@ write("emergence/generations.jsonl", [
     {"prompt": f"p{i}", "reward": float(i < 100 * RATE), "gram_entropy_delta": None, "metadata": {}} for i in range(100)
 ])  # fmt: skip
 write("checkpoints.jsonl", [{"name": "final", "step": STEPS}])
+write("summary.json", [{"steps": STEPS}])

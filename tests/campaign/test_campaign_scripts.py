@@ -104,10 +104,10 @@ def test_a_baseline_that_fails_stops_the_campaign_and_the_same_command_resumes_i
 
 def test_a_run_that_was_cut_short_resumes_in_its_folder(tmp_path):
     assert campaign(tmp_path / "c", "--execute") == 0
-    (tmp_path / "c" / "candidate" / "checkpoints.jsonl").write_text('{"name": "checkpoint_step_1", "step": 1}\n')
+    (tmp_path / "c" / "candidate" / "summary.json").unlink()
     assert campaign(tmp_path / "c", "--execute") == 0
     assert not (tmp_path / "c" / "candidate.unfinished1").exists()
-    assert json.loads((tmp_path / "c" / "candidate" / "checkpoints.jsonl").read_text())["step"] == 3
+    assert (tmp_path / "c" / "candidate" / "summary.json").exists()
 
 
 def test_another_plan_in_the_same_folder_is_refused(tmp_path, capsys):

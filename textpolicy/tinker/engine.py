@@ -262,7 +262,8 @@ class TinkerEngine:
 
     def restore(self, weights: str) -> None:
         """Load what ``weights`` returned, with a fresh optimiser."""
-        self._load(f"restoring {weights}", self.service.client.create_training_client_from_state, weights)
+        load = self.service.client.create_training_client_from_state
+        self._trainer, self._sampler = self.service.call(f"restoring {weights}", load, weights), None
 
     def close(self, status: str = "success") -> None:
         """End the session, which frees what it holds on the server: "success", "errored" or "interrupted"."""
@@ -287,7 +288,8 @@ class TinkerEngine:
     def read_state(self, folder: Path) -> None:
         """Load weights and optimiser as ``write_state`` saved them. Raises UserError, ServiceError."""
         path = self.read_weights(folder)
-        self._load(f"resuming {path}", self.service.client.create_training_client_from_state_with_optimizer, path)
+        load = self.service.client.create_training_client_from_state_with_optimizer
+        self._trainer, self._sampler = self.service.call(f"resuming {path}", load, path), None
 
     @property
     def platform(self) -> dict[str, str]:
@@ -309,9 +311,6 @@ class TinkerEngine:
         return [replace(d, advantages=d.advantages * scale) for d, scale in zip(rows, scales, strict=True)]
 
     # ---- private
-
-    def _load(self, doing: str, method: Any, path: str) -> None:
-        self._trainer, self._sampler = self.service.call(doing, method, path), None
 
     def _refuse_tempered(self, batch: Batch) -> None:
         other = np.unique(batch.temperatures[batch.temperatures != 1])

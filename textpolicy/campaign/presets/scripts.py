@@ -5,18 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
-from ...analysis.sepa.emergence_runs import read_rows
 from ...config.flags import parse
 from ...config.settings import PositiveInt, Section
 from ...errors import TextPolicyError
 from ...run.train_math import MathSettings
 from ..jobs import Attempt, Job, carry_out
+from ..plan import finished
 from ..settings import Share
 
 Arguments = TypeVar("Arguments", bound=Section)
@@ -66,13 +65,7 @@ def math_job(
     values = {**shared.model_dump(include=set(MathSettings.model_fields)), "algorithm": algorithm, "lr": lr}
     values |= {"seed": seed, "max_steps": steps, "log_dir": folder}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
-    return Job(arm, seed, folder, (MODULE, *flags), partial(math_finished, steps=steps), resume=())  # resumes by itself
-
-
-def math_finished(folder: Path, steps: int) -> bool:
-    """Return whether the run in ``folder`` has kept and evaluated its weights after all its steps."""
-    kept, evaluated = read_rows(folder / "checkpoints.jsonl"), read_rows(folder / "evals.jsonl")
-    return bool(kept and evaluated and kept[-1]["step"] == evaluated[-1]["step"] == steps)
+    return Job(arm, seed, folder, (MODULE, *flags), finished, resume=())  # the same command resumes
 
 
 def new_root(name: str) -> Path:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import posixpath
 import re
 import subprocess
 import sys
+from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +144,33 @@ def reference() -> dict[str, str]:
         lines.append(f"- [{group}]({name}): " + (", ".join(f"`{n}`" for n in names) or "not at the top level"))
         body = [f"# {group}", ""]
         for module in modules:
-            body += [f"## textpolicy.{module}", "", f"::: textpolicy.{module}", "    options:", *options(module), ""]
+            body += [f"## textpolicy.{module}", ""]
+            for path, members in {module: [], **reexported(module)}.items():
+                body += [f"::: textpolicy.{path}", "    options:", *options(members), ""]
         pages[name] = "\n".join(body)
     return {"index.md": "\n".join([*lines, ""]), **pages}
 
 
-def options(module: str) -> list[str]:
-    """The options of mkdocstrings for a module: no heading of its own."""
-    return [f"      {line}" for line in ("show_root_heading: false", "show_root_toc_entry: false", "heading_level: 3")]
+def reexported(module: str) -> dict[str, list[str]]:
+    """The public names that a package without a literal ``__all__`` imports, by the module that defines them.
+
+    mkdocstrings finds neither lazy names nor those that a package imports ``as`` themselves.
+    """
+    path = ROOT / "textpolicy" / module.replace(".", "/") / "__init__.py"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if '__all__ = ["' in text or "__all__ = [\n" in text:
+        return {}
+    found: dict[str, list[str]] = {}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            names = [alias.name for alias in node.names if alias.asname == alias.name]
+            home = resolve_name("." * node.level + (node.module or ""), f"textpolicy.{module}")
+            if names:
+                found.setdefault(home.removeprefix("textpolicy."), []).extend(names)
+    return found
+
+
+def options(members: list[str]) -> list[str]:
+    """The options of mkdocstrings for a module: no heading of its own, and only ``members`` if there are any."""
+    shown = ("show_root_heading: false", "show_root_toc_entry: false", "heading_level: 3")
+    return [f"      {line}" for line in (*shown, *([f"members: {members}"] if members else []))]

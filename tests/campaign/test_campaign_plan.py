@@ -116,7 +116,7 @@ def test_an_anytime_campaign_takes_further_seeds(tmp_path):
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "keep").write_text("mine")
-    with pytest.raises(UserError, match="holds no campaign"):
+    with pytest.raises(UserError, match="is not a campaign"):
         write_plan(campaign(), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["keep"]
 
@@ -134,7 +134,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
         ({"arms": {**ARMS, "other": {"evaluation": {"problems": 3}}}}, "the arm other sets evaluation"),
         ({"base": {"output": "x"}}, "[base] sets output"),
         ({"base": {"stepz": 3}}, "did you mean 'steps'"),
-        ({"arms": {**ARMS, "other": {"algorithm": {"name": "grpo", "hicra_alpha": 1.0}}}}, "no use for hicra_alpha"),
+        ({"arms": {**ARMS, "other": {"algorithm": {"name": "grpo", "hicra_alpha": 1.0}}}}, "does not use hicra_alpha"),
         ({"alpha": 2}, "alpha is 2"),
         ({"summary": "best"}, "summary is best"),
         ({"pries": {}}, "did you mean 'prices'"),

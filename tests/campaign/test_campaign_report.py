@@ -118,21 +118,21 @@ def test_the_one_number_of_a_run_is_the_one_that_was_planned(tmp_path, summary, 
     assert found.contrasts[0].comparison.difference == pytest.approx(difference)
 
 
-def test_runs_on_other_problems_are_refused(tmp_path):
+def test_runs_on_different_problems_are_refused(tmp_path):
     settings = made(tmp_path / "c")
     path = tmp_path / "c" / "runs" / "new" / "seed2" / "metrics.jsonl"
     path.write_text(path.read_text().replace('"problems": 10', '"problems": 7'))
-    with pytest.raises(UserError, match=r"judged on \[7, 10\] problems"):
+    with pytest.raises(UserError, match=r"evaluated on \[7, 10\] problems"):
         found_in(tmp_path / "c", settings)
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_a_run_that_never_looked_at_held_out_problems_is_refused(tmp_path, split):
+def test_a_run_without_a_held_out_evaluation_is_refused(tmp_path, split):
     settings = made(tmp_path / "c")
     path = tmp_path / "c" / "runs" / "new" / "seed2" / "metrics.jsonl"
     rows = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line).get("split") != split]
     path.write_text("".join(rows))
-    with pytest.raises(UserError, match="seed2 has no look at held-out problems; run it again, with some"):
+    with pytest.raises(UserError, match="seed2 has no evaluation on held-out problems; run it again, with some"):
         found_in(tmp_path / "c", settings)
 
 

@@ -42,7 +42,7 @@ def job(root, module, arm, seed=0, seconds=0.0, *words):
 
 
 def quietly(jobs, root, **options):
-    return carry_out(jobs, root, say=lambda text: None, **options)
+    return carry_out(jobs, root, log=lambda text: None, **options)
 
 
 def test_runs_are_made_in_order_and_never_again(tmp_path, module):
@@ -143,7 +143,7 @@ def test_ctrl_c_leaves_no_run_behind(tmp_path, module, monkeypatch, how, ended_b
     monkeypatch.setattr(subprocess, "Popen", noted)
     jobs = [Job(f.parent.name, 0, f, (module, str(f), *how), lambda folder: False) for f in folders]
     with pytest.raises(KeyboardInterrupt):
-        carry_out(jobs, root, parallel=2, say=interrupted)
+        carry_out(jobs, root, parallel=2, log=interrupted)
     assert [process.poll() for process in started] == [-ended_by]
     assert not folders[1].exists()
 

@@ -1,1 +1,1 @@
-"""Campaigns: arms x seeds x overrides over one base configuration, and what they show. Offline but for the runs."""
+"""Run campaigns, arms x seeds over one base configuration, and report their results."""

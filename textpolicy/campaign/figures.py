@@ -1,4 +1,4 @@
-"""The pictures of a campaign, as SVG text."""
+"""Draw the pictures of a campaign, as SVG text."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from .findings import Findings, curve_of
 
 
 def figures(found: Findings) -> dict[str, str]:
-    """SVG by name: the held-out curve of every arm, the differences seed by seed, and their intervals."""
+    """Return SVG by name: the held-out curve of every arm, the differences by seed, and their intervals."""
     return {"curves": curves(found), "differences": differences(found), "intervals": intervals(found)}
 
 
 def curves(found: Findings) -> str:
-    """The mean of each arm over its seeds, in a band from its lowest run to its highest."""
+    """Draw the mean of each arm over its seeds, in a band from its lowest run to its highest."""
     figure, axes = _sheet(7, 3.6)
     for n, arm in enumerate(found.arms):
         points = curve_of(arm)
         steps, runs = [step for step, _ in points], np.array([values for _, values in points])
         axes.fill_between(steps, runs.min(axis=1), runs.max(axis=1), color=f"C{n}", alpha=0.15, lw=0)
-        axes.plot(steps, runs.mean(axis=1), color=f"C{n}", marker="o", ms=3, label=_label(arm.name, len(arm.outcomes)))
+        label = f"{arm.name} ({len(arm.outcomes)} {'seed' if len(arm.outcomes) == 1 else 'seeds'})"
+        axes.plot(steps, runs.mean(axis=1), color=f"C{n}", marker="o", ms=3, label=label)
     axes.set(xlabel="training step", ylabel="held-out problems right", ylim=(0, 1))
     axes.legend(frameon=False, loc="best")
     axes.set_title("held-out accuracy; bands from the lowest seed to the highest", fontsize=10)
@@ -31,7 +32,7 @@ def curves(found: Findings) -> str:
 
 
 def differences(found: Findings) -> str:
-    """Candidate minus baseline for every seed, in points."""
+    """Draw candidate minus baseline for every seed, in points."""
     figure, axes = _sheet(7, 1.2 + 0.5 * max(4, len(found.contrasts)))
     width = 0.8 / len(found.contrasts)
     for n, contrast in enumerate(found.contrasts):
@@ -48,7 +49,7 @@ def differences(found: Findings) -> str:
 
 
 def intervals(found: Findings) -> str:
-    """Each difference with its interval, its bootstrap interval, and the pairs it is made of."""
+    """Draw each difference with its interval, its bootstrap interval, and its pairs."""
     figure, axes = _sheet(7, 1.0 + 0.8 * len(found.contrasts))
     for row, contrast in enumerate(found.contrasts):
         c = contrast.comparison
@@ -68,11 +69,8 @@ def intervals(found: Findings) -> str:
     return _svg(figure)
 
 
-def _label(name: str, runs: int) -> str:
-    return f"{name} ({runs} {'seed' if runs == 1 else 'seeds'})"
-
-
 def _sheet(width: float, height: float) -> tuple[Any, Any]:
+    """Return a figure of so many inches and its axes."""
     from matplotlib.figure import Figure  # 0.3 s to import
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -82,6 +80,7 @@ def _sheet(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any) -> str:
+    """Return the figure as an SVG element."""
     import matplotlib
 
     text = io.StringIO()

@@ -1,53 +1,53 @@
-"""Runs as subprocesses, one or several at a time, so that any of them can be killed and none is repeated."""
+"""Run jobs as subprocesses, one or several at a time; any of them can be killed, and no finished one is repeated."""
 
 from __future__ import annotations
 
 import fcntl
 import json
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import UserError
 
-_POLL = 0.05  # seconds between looks at the runs
+_POLL = 0.05  # seconds between checks of the processes
 _PATIENCE = 10.0  # seconds for the runs of a killed campaign to end
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run: ``python -m`` its words, which fill its folder."""
+    """The command of one run, ``python -m`` its words, and the folder that it fills."""
 
     arm: str
     seed: int
     folder: Path
     words: tuple[str, ...]  # the module and its arguments
-    finished: Callable[[Path], bool]  # whether the folder is that of a finished run
-    resume: tuple[str, ...] | None = None  # words that make it go on in its folder; None begins anew
+    finished: Callable[[Path], bool]  # returns whether a folder is that of a finished run
+    resume: tuple[str, ...] | None = None  # further words that resume it in its folder; None starts again
 
     @property
     def name(self) -> str:
+        """The arm and the seed, as one word."""
         return f"{self.arm}-seed{self.seed}"
 
     @property
     def command(self) -> list[str]:
-        """As a person would type it."""
+        """The command as a user would type it."""
         return ["python", "-m", *self.words]
 
     @property
     def done(self) -> bool:
+        """Whether the run is finished."""
         return self.finished(self.folder)
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A run that was started, and how it ended."""
+    """One start of a run, and its end."""
 
     arm: str
     seed: int
@@ -56,7 +56,9 @@ class Attempt:
 
 
 @dataclass(slots=True)
-class _Started:
+class _Running:
+    """A run whose process has been started."""
+
     job: Job
     process: subprocess.Popen[bytes]
     since: float
@@ -69,17 +71,17 @@ def carry_out(
     parallel: int = 1,
     continue_on_error: bool = False,
     enough: Callable[[], bool] = lambda: False,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> list[Attempt]:
-    """Run what is not finished yet, in order, at most ``parallel`` at a time; ``enough`` ends it between runs.
+    """Run the unfinished ``jobs`` in order, at most ``parallel`` at a time, until ``enough()`` between two runs.
 
-    A run that fails keeps those behind it from starting, unless ``continue_on_error``. Each attempt is a line of
-    ``root/progress.jsonl`` and has a log in ``root/logs``. The same call goes on where it was killed; it waits for
-    nothing but the runs of a killed campaign to notice, and is refused while another one works in ``root``.
+    After a run that failed no further one starts, unless ``continue_on_error``. Each attempt is a line of
+    ``root/progress.jsonl`` and has a log in ``root/logs``. The same call resumes where it was killed, once the runs
+    of the killed campaign have ended. Raises UserError while another campaign works in ``root``.
     """
     if parallel < 1:
         raise UserError(f"parallel is {parallel}; set it to at least 1")
-    waiting, running, attempts = [j for j in jobs if not j.done], list[_Started](), list[Attempt]()
+    waiting, running, attempts = [j for j in jobs if not j.done], list[_Running](), list[Attempt]()
     with _locked(root) as lock:
         try:
             changed = True
@@ -87,20 +89,27 @@ def carry_out(
                 if changed and (enough() or (not continue_on_error and any(a.returncode for a in attempts))):
                     waiting = []
                 while waiting and len(running) < parallel:
-                    running.append(_start(waiting.pop(0), root, lock, say))
-                ended = [s for s in running if s.process.poll() is not None]
-                running = [s for s in running if s not in ended]
-                attempts += [_ended(s, root, say) for s in ended]
+                    running.append(_start(waiting.pop(0), root, lock, log))
+                ended = [r for r in running if r.process.poll() is not None]
+                running = [r for r in running if r not in ended]
+                attempts += [_finish(r, root, log) for r in ended]
                 changed = bool(ended)
                 time.sleep(0 if changed else _POLL)
         finally:
-            for started in running:
-                _stop(started.process)
+            for process in [r.process for r in running]:
+                process.terminate()  # the run keeps what it has, unless that takes too long
+                try:
+                    process.wait(_PATIENCE)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                assert process.stdin is not None
+                process.stdin.close()
     return attempts
 
 
 def read_attempts(root: Path) -> list[Attempt]:
-    """All that were ever recorded in ``root``, oldest first; of one that was killed with its campaign there is none."""
+    """Read all attempts in ``root``, oldest first; a run that was killed with its campaign left no record."""
     path = root / "progress.jsonl"
     if not path.exists():
         return []
@@ -108,78 +117,47 @@ def read_attempts(root: Path) -> list[Attempt]:
     return [Attempt(**json.loads(line)) for line in whole]
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file, which at every moment is the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
-
-
-def _start(job: Job, root: Path, lock: int, say: Callable[[str], None]) -> _Started:
+def _start(job: Job, root: Path, lock: int, log: Callable[[str], None]) -> _Running:
+    """Start or resume a run in a process that ends with this one."""
     resumed = job.resume if job.folder.exists() and job.resume is not None else None
-    if resumed is None:
-        _clear(job.folder)
-    job.folder.parent.mkdir(parents=True, exist_ok=True)
-    log = root / "logs" / f"{job.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    say(f"{job.name}: {'started' if resumed is None else 'goes on'}, log in {log}")
-    with log.open("ab") as file:
+    if resumed is None and job.folder.exists():  # move what a killed or failed run left out of the way
+        n = 1
+        while (aside := job.folder.with_name(f"{job.folder.name}.unfinished{n}")).exists():
+            n += 1
+        job.folder.rename(aside)
+    path = root / "logs" / f"{job.name}.log"
+    for folder in (job.folder.parent, path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    log(f"{job.name}: {'started' if resumed is None else 'resumed'}, log in {path}")
+    with path.open("ab") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "textpolicy.campaign.attached", *job.words, *(resumed or ())],
             stdin=subprocess.PIPE,  # never written to: it closes when this process ends, and the run with it
             stdout=file,
             stderr=subprocess.STDOUT,
-            pass_fds=(lock,),  # so that the lock is held until the last run is gone
+            pass_fds=(lock,),  # so that the lock is held until the last run has ended
         )
-    return _Started(job, process, time.monotonic())
+    return _Running(job, process, time.monotonic())
 
 
-def _ended(started: _Started, root: Path, say: Callable[[str], None]) -> Attempt:
-    job, code = started.job, started.process.returncode
-    _let_go(started.process)
+def _finish(run: _Running, root: Path, log: Callable[[str], None]) -> Attempt:
+    """Record the end of a run."""
+    job, code = run.job, run.process.returncode
+    assert run.process.stdin is not None
+    run.process.stdin.close()
     if code == 0 and not job.done:
         code = 1
-    attempt = Attempt(job.arm, job.seed, code, time.monotonic() - started.since)
+    attempt = Attempt(job.arm, job.seed, code, time.monotonic() - run.since)
     with (root / "progress.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_row(attempt)) + "\n")
-    log = root / "logs" / f"{job.name}.log"
-    say(f"{job.name}: " + (f"finished in {attempt.seconds:.0f} s" if code == 0 else f"failed ({code}), see {log}"))
+        file.write(json.dumps(asdict(attempt)) + "\n")
+    path = root / "logs" / f"{job.name}.log"
+    log(f"{job.name}: " + (f"finished in {attempt.seconds:.0f} s" if code == 0 else f"failed ({code}), see {path}"))
     return attempt
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Let a run keep what it has, and end it if that takes too long."""
-    process.terminate()
-    try:
-        process.wait(_PATIENCE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    _let_go(process)
-
-
-def _let_go(process: subprocess.Popen[bytes]) -> None:
-    assert process.stdin is not None
-    process.stdin.close()
-
-
-def _row(attempt: Attempt) -> dict[str, Any]:
-    return {"arm": attempt.arm, "seed": attempt.seed, "returncode": attempt.returncode, "seconds": attempt.seconds}
-
-
-def _clear(folder: Path) -> None:
-    """Move what a killed or failed run left out of the way of the next attempt."""
-    if folder.exists():
-        n = 1
-        while (aside := folder.with_name(f"{folder.name}.unfinished{n}")).exists():
-            n += 1
-        folder.rename(aside)
 
 
 @contextmanager
 def _locked(root: Path) -> Iterator[int]:
-    """A lock on the campaign's folder, which ends with the last process that holds it. Raises UserError."""
+    """Lock the campaign's folder until the last process that has the lock ends. Raises UserError."""
     root.mkdir(parents=True, exist_ok=True)
     with (root / "campaign.lock").open("w") as file:
         for left in range(int(_PATIENCE / 0.1), -1, -1):
@@ -189,7 +167,7 @@ def _locked(root: Path) -> Iterator[int]:
             except BlockingIOError as error:
                 if not left:
                     raise UserError(
-                        f"another campaign is running in {root}; wait for it, or choose a folder"
+                        f"another campaign is running in {root}; wait for it, or choose another folder"
                     ) from error
                 time.sleep(0.1)
         yield file.fileno()

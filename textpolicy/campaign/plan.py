@@ -1,4 +1,4 @@
-"""From a campaign's settings to its runs, written down before any is started: manifest.json and run_commands.sh."""
+"""Plan the runs of a campaign, and write them down before the first: manifest.json and run_commands.sh."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .._system.files import write_whole
 from ..errors import UserError
 from ..record.layout import CONFIG
-from .jobs import Job, read_attempts, write_whole
+from .jobs import Job, read_attempts
 from .settings import CampaignSettings, check_campaign
 
 FORMAT = 1
 _PACKAGES = ("textpolicy", "mlx", "mlx-lm", "tinker", "numpy", "scipy", "statsmodels")
-_MAY_CHANGE = ("prices",)  # between calls; all else was fixed before the first run
+_MAY_CHANGE = ("prices",)  # between calls; everything else was fixed before the first run
 
 
 def jobs_of(settings: CampaignSettings, root: Path) -> list[Job]:
-    """Every run, all arms of a seed before the next seed, so that pairs are whole early."""
-    return [_job(settings, root, arm, seed) for seed in settings.seeds for arm in settings.arms]
-
-
-def _job(settings: CampaignSettings, root: Path, arm: str, seed: int) -> Job:
-    folder = root / "runs" / arm / f"seed{seed}"
-    flags = flags_of({**settings.overrides(arm, seed), "output": str(folder)})
-    return Job(arm, seed, folder, ("textpolicy", "train", *flags), finished, resume=())  # the same command goes on
+    """Return every run, all arms of a seed before the next seed, so that pairs are complete early."""
+    jobs = []
+    for seed in settings.seeds:
+        for arm in settings.arms:
+            folder = root / "runs" / arm / f"seed{seed}"
+            flags = flags_of({**settings.overrides(arm, seed), "output": str(folder)})
+            jobs.append(Job(arm, seed, folder, ("textpolicy", "train", *flags), finished, resume=()))
+    return jobs
 
 
 def finished(folder: Path) -> bool:
-    """Whether a run came to its end: summary.json is the last file that it writes, and it is whole."""
+    """Return whether the run in ``folder`` has ended: it has written summary.json, its last file, as a whole."""
     try:
         json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -41,7 +42,7 @@ def finished(folder: Path) -> bool:
 
 
 def flags_of(values: dict[str, Any], above: str = "") -> list[str]:
-    """Nested settings as flags of `textpolicy train`."""
+    """Return nested settings as flags of `textpolicy train`."""
     flags: list[str] = []
     for key, value in values.items():
         name = above + key.replace("_", "-")
@@ -57,29 +58,58 @@ def flags_of(values: dict[str, Any], above: str = "") -> list[str]:
 
 
 def write_plan(settings: CampaignSettings, root: Path) -> None:
-    """Write the plan into ``root``, or check that it is the one that is there.
+    """Write the plan into ``root``, or check that it is the one in there.
 
-    Raises UserError where ``root`` holds another plan, or anything else.
+    Raises UserError where ``root`` contains another plan, or anything else.
     """
     if (root / "manifest.json").exists():
-        _refuse_another(settings, root)
+        before, now = read_manifest(root)["settings"], settings.model_dump(mode="json")
+        changed = sorted(k for k in now if now[k] != before[k] and k not in _MAY_CHANGE)
+        added = now["seeds"][: len(before["seeds"])] == before["seeds"]
+        if changed and not (changed == ["seeds"] and now["stopping"] == "anytime" and added):
+            seeds = "; seeds can only be added where stopping is 'anytime'" if changed == ["seeds"] else ""
+            raise UserError(
+                f"{root} holds a campaign whose {', '.join(changed)} differ{seeds}: choose another folder, because a "
+                "plan may not change once results have been seen"
+            )
     elif root.exists() and any(root.iterdir()):
-        raise UserError(f"{root} exists and holds no campaign; choose another folder")
+        raise UserError(f"{root} exists and is not a campaign; choose another folder")
     write_manifest(settings, root, "planned")
-    jobs = jobs_of(settings, root)
     lines = [
         "#!/bin/sh",
         "# The runs of this campaign one by one; 'textpolicy campaign run' does the same, and resumes.",
+        "set -e",
+        *(shlex.join(["textpolicy", *job.words[1:]]) for job in jobs_of(settings, root)),
     ]
-    lines += ["set -e", *(shlex.join(["textpolicy", *job.words[1:]]) for job in jobs)]
     write_whole(root / "run_commands.sh", "\n".join(lines) + "\n")
     (root / "run_commands.sh").chmod(0o755)
 
 
 def write_manifest(settings: CampaignSettings, root: Path, status: str) -> None:
-    """Everything that determines the campaign, and how far it is."""
+    """Write everything that determines the campaign, and its progress."""
     path = root / "manifest.json"
     created = read_manifest(root)["created_at"] if path.exists() else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    last = {(a.arm, a.seed): a for a in read_attempts(root)}
+    runs = []
+    for job in jobs_of(settings, root):
+        attempt = last.get((job.arm, job.seed))
+        try:  # a run that has begun wrote its settings down, with those that its task decides
+            config = json.loads((job.folder / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            config = settings.config(job.arm, job.seed).model_dump(mode="json")
+        runs.append(
+            {
+                "arm": job.arm,
+                "seed": job.seed,
+                "folder": str(job.folder.relative_to(root)),
+                "command": ["textpolicy", *job.words[1:]],
+                "overrides": settings.arms[job.arm],
+                "config": config,
+                "finished": job.done,
+                "returncode": None if attempt is None else attempt.returncode,
+                "seconds": None if attempt is None else attempt.seconds,
+            }
+        )
     manifest = {
         "format": FORMAT,
         "campaign_root": str(root),
@@ -89,37 +119,14 @@ def write_manifest(settings: CampaignSettings, root: Path, status: str) -> None:
         "baseline": settings.reference,
         "seeds": list(settings.seeds),
         "versions": versions(),
-        "runs": [_run_row(settings, root, job) for job in jobs_of(settings, root)],
+        "runs": runs,
     }
+    root.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(manifest, indent=2) + "\n")
 
 
-def _run_row(settings: CampaignSettings, root: Path, job: Job) -> dict[str, Any]:
-    attempts = [a for a in read_attempts(root) if (a.arm, a.seed) == (job.arm, job.seed)]
-    return {
-        "arm": job.arm,
-        "seed": job.seed,
-        "folder": str(job.folder.relative_to(root)),
-        "command": ["textpolicy", *job.words[1:]],
-        "overrides": settings.arms[job.arm],
-        "config": _config(settings, job),
-        "finished": job.done,
-        "returncode": attempts[-1].returncode if attempts else None,
-        "seconds": attempts[-1].seconds if attempts else None,
-    }
-
-
-def _config(settings: CampaignSettings, job: Job) -> dict[str, Any]:
-    """All settings of a run; once it has begun those that it wrote down, which have what its task decides."""
-    try:
-        own: dict[str, Any] = json.loads((job.folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return settings.config(job.arm, job.seed).model_dump(mode="json")
-    return own
-
-
 def read_manifest(root: Path) -> dict[str, Any]:
-    """What ``root/manifest.json`` holds. Raises UserError where there is none."""
+    """Read ``root/manifest.json``. Raises UserError if there is none."""
     path = root / "manifest.json"
     if not path.exists():
         raise UserError(f"{root} has no manifest.json; give the folder of a campaign, or plan one first")
@@ -127,12 +134,12 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 
 def planned(root: Path) -> CampaignSettings:
-    """The settings of the campaign in ``root``. Raises UserError."""
+    """Read the settings of the campaign in ``root``. Raises UserError."""
     return check_campaign(read_manifest(root)["settings"], str(root / "manifest.json"))
 
 
 def versions() -> dict[str, str]:
-    """Of Python, the platform and the packages that matter; those that are not installed are left out."""
+    """Return the versions of Python, the platform and the packages that matter, if installed."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name in _PACKAGES:
         try:
@@ -140,20 +147,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _refuse_another(settings: CampaignSettings, root: Path) -> None:
-    before, now = read_manifest(root)["settings"], settings.model_dump(mode="json")
-    changed = sorted(k for k in now if now[k] != before[k] and k not in _MAY_CHANGE)
-    if (
-        changed == ["seeds"]
-        and now["stopping"] == "anytime"
-        and now["seeds"][: len(before["seeds"])] == before["seeds"]
-    ):
-        return
-    if changed:
-        seeds = "; seeds can only be added where stopping is 'anytime'" if changed == ["seeds"] else ""
-        raise UserError(
-            f"{root} holds a campaign whose {', '.join(changed)} differ{seeds}: choose another folder, for what is "
-            "changed after a look at results is not what was tested"
-        )

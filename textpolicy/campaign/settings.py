@@ -1,4 +1,4 @@
-"""What a campaign is: a typed tree, read from a TOML file."""
+"""The settings of a campaign: a typed tree, read from a TOML file."""
 
 from __future__ import annotations
 
@@ -17,13 +17,19 @@ SUMMARIES = {
     "auc": "area under the curve of accuracy on the held-out validation problems, as its mean height",
     "kept": "accuracy on the held-out test problems of the adapter that the run keeps",
 }
-_SHARED = ("seed", "output", "engine", "task", "evaluation")  # what an arm may not change, or pairs were none
+_SHARED = (
+    "seed",
+    "output",
+    "engine",
+    "task",
+    "evaluation",
+)  # an arm may not change these, or its runs would not be pairs
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Prices(Section):
-    """What a token or an hour costs, in any one currency; 0 leaves it out."""
+    """The price of a token or an hour, in any one currency; 0 leaves it out."""
 
     sampled_per_million: NonNegative = 0.0
     trained_per_million: NonNegative = 0.0
@@ -31,10 +37,10 @@ class Prices(Section):
 
 
 class CampaignSettings(Section):
-    """Arms x seeds over one base, and the question they answer. Everything is fixed before the first run."""
+    """The arms x seeds over one base, and the question that they answer; all fixed before the first run."""
 
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
-    """The same for every arm."""
+    """The seeds of every arm."""
     baseline: str | None = None
     """The arm that the others are compared with; the first if not given."""
     summary: Summary = "last"
@@ -44,9 +50,9 @@ class CampaignSettings(Section):
     smallest_effect: Share | None = None
     """The least difference of the summary that matters, as a share of 1."""
     stopping: Literal["fixed", "anytime"] = "fixed"
-    """All seeds, or stop at the first pair after which the evidence is enough, and add seeds at will."""
+    """All seeds, or stop at the first pair after which the evidence is enough; then seeds may be added."""
     engine: Literal["mlx", "tinker"] | None = None
-    """Of every run; as the base says if not given."""
+    """The engine of every run; the base's if not given."""
     prices: Prices = Prices()
     base: dict[str, Any] = Field(default_factory=dict)
     """Settings of `textpolicy train` that all arms share."""
@@ -54,18 +60,15 @@ class CampaignSettings(Section):
     """Settings of each arm over the base."""
 
     @model_validator(mode="after")
-    def _can_compare(self) -> Self:
+    def _fits(self) -> Self:
+        """Check that there are arms to compare, and that runs of one seed are pairs."""
         if len(self.arms) < 2:
             raise ValueError(f"there is {len(self.arms)} arm; give at least two, each a table under [arms]")
         if not self.seeds:
             raise ValueError("there is no seed; give at least one, six for a p below 0.05")
         twice = sorted({s for s in self.seeds if self.seeds.count(s) > 1})
         if twice:
-            raise ValueError(f"seed {twice[0]} is given twice; give every seed once, for a copy is no evidence")
-        return self
-
-    @model_validator(mode="after")
-    def _arms_are_paired(self) -> Self:
+            raise ValueError(f"seed {twice[0]} is given twice; give every seed once, because a copy adds no evidence")
         for name, overrides in self.arms.items():
             if not _NAME.fullmatch(name):
                 raise ValueError(f"an arm is called {name!r}; use letters, digits, '-', '_' and '.'")
@@ -76,24 +79,24 @@ class CampaignSettings(Section):
                 )
         for key in ("seed", "output"):
             if key in self.base:
-                raise ValueError(f"[base] sets {key}, which the campaign does; leave it out")
+                raise ValueError(f"[base] sets {key}, which the campaign sets; leave it out")
         return self
 
     @property
     def reference(self) -> str:
-        """The baseline's name. Raises UserError where it is no arm."""
+        """The baseline's name. Raises UserError where there is no such arm."""
         name = self.baseline or next(iter(self.arms))
         if name not in self.arms:
             raise unknown_name("arm", name, self.arms)
         return name
 
     def overrides(self, arm: str, seed: int) -> dict[str, Any]:
-        """What the run of ``arm`` and ``seed`` changes in the settings of `textpolicy train`, as a nested dict."""
+        """Return the settings of `textpolicy train` that the run of ``arm`` and ``seed`` changes, as a nested dict."""
         engine = {} if self.engine is None else {"engine": self.engine}
         return {**merged(self.base, self.arms[arm]), **engine, "seed": seed}
 
     def config(self, arm: str, seed: int) -> Config:
-        """The settings of one run. Raises UserError, also for a recipe that has no use for a setting."""
+        """Return the settings of one run. Raises UserError, also for a setting that the recipe does not use."""
         from ..config.recipe import configure
 
         config = check_config(self.overrides(arm, seed), f"arm {arm}, seed {seed}")
@@ -102,12 +105,12 @@ class CampaignSettings(Section):
 
 
 def read_campaign(path: Path, changes: dict[str, Any] | None = None) -> CampaignSettings:
-    """The campaign in a TOML file, with ``changes`` over it; every run's settings are checked. Raises UserError."""
+    """Read a campaign from a TOML file, with ``changes``, and check every run's settings. Raises UserError."""
     return check_campaign({**read_values(path), **(changes or {})}, str(path))
 
 
 def check_campaign(values: dict[str, Any], source: str) -> CampaignSettings:
-    """``values`` as a campaign, with the settings of every run checked. Raises UserError."""
+    """Return ``values`` as a campaign, with the settings of every run checked. Raises UserError."""
     try:
         settings = CampaignSettings.model_validate(values)
     except ValidationError as error:
@@ -118,11 +121,10 @@ def check_campaign(values: dict[str, Any], source: str) -> CampaignSettings:
     return settings
 
 
-def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` laid upon ``under``, table by table."""
-    both = {k: merged(under[k], v) if _tables(under.get(k), v) else v for k, v in over.items()}
-    return {**under, **both}
-
-
-def _tables(a: Any, b: Any) -> bool:
-    return isinstance(a, dict) and isinstance(b, dict)
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with ``changes`` merged into it, table by table."""
+    both = dict(base)
+    for name, value in changes.items():
+        old = base.get(name)
+        both[name] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return both

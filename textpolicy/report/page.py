@@ -61,7 +61,6 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
 
 def report_html(folders: Sequence[Path]) -> str:
     """Return the page, on which everything that a model or a user wrote is escaped. Raises UserError."""
-    from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
 
     runs = [load_run(folder) for folder in folders]
@@ -90,9 +89,8 @@ def report_html(folders: Sequence[Path]) -> str:
                 "memory": max((r["peak_memory_bytes"] for r in rows if "peak_memory_bytes" in r), default=None),
             }
         )
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("report.html").render(
+    return render(
+        "report.html",
         title=" and ".join(arm.name for arm in arms),
         runs=table,
         differing=differences([run["settings"] for run in table]),
@@ -101,6 +99,15 @@ def report_html(folders: Sequence[Path]) -> str:
         smoothed=any(running_width(run["steps"]) > 1 for run in table),
         prompts=[shown for run in runs if (shown := _prompts(run)) is not None],
     )
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill in a template of this folder; text is escaped unless it is ``Markup``."""
+    from jinja2 import Environment, FileSystemLoader
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(template).render(**values)
 
 
 def _charts(arms: Sequence[Arm]) -> list[tuple[str, str]]:

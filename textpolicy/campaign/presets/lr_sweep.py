@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from ..._system.files import write_whole
 from ...analysis.sepa.emergence_runs import read_rows
 from ...config.settings import Positive, PositiveInt
-from ..jobs import Job, carry_out, write_whole
+from ..jobs import Job, carry_out
 from .scripts import MathAlgorithm, MathCampaignSettings, Seeds, math_job, new_root
 
 

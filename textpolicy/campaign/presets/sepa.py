@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ..._system.files import write_whole
 from ...analysis.sepa.litmus import (
     SEPALitmusProfile,
     build_litmus_markdown,
@@ -20,7 +21,7 @@ from ...analysis.sepa.significance import build_sepa_significance_markdown, eval
 from ...config.settings import NonNegative, Positive, PositiveInt
 from ...errors import UserError
 from ..findings import curve_of, find
-from ..jobs import Job, write_whole
+from ..jobs import Job
 from ..plan import jobs_of, write_manifest, write_plan
 from ..report import write_report
 from ..settings import CampaignSettings, check_campaign

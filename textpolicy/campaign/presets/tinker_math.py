@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..._system.files import write_whole
 from ...analysis.plain import plain
 from ...analysis.sepa.significance import build_sepa_significance_markdown, evaluate_sepa_significance
 from ...config.settings import NonNegative, Positive, PositiveInt
 from ...errors import UserError
 from ..figures import figures
 from ..findings import find
-from ..jobs import Attempt, Job, write_whole
+from ..jobs import Attempt, Job
 from ..plan import versions
 from ..report import as_json, markdown, page
 from ..settings import CampaignSettings, Prices
@@ -119,6 +120,7 @@ def write_plan(
         "versions": versions(),
         **analysis,
     }
+    root.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(manifest, indent=2) + "\n")
     lines = ["#!/bin/sh", "set -e", *(shlex.join(job.command) for job in jobs)]
     write_whole(root / "run_commands.sh", "\n".join(lines) + "\n")
@@ -141,6 +143,7 @@ def report(args: MathCampaignArguments, settings: CampaignSettings, root: Path, 
         "significance.json": json.dumps(significance.to_dict(), indent=2) + "\n",
         "significance.md": build_sepa_significance_markdown(significance),
     }
+    (root / "analysis").mkdir(exist_ok=True)
     for name, text in pages.items():
         write_whole(root / "analysis" / name, text)
     print(found.verdict)

@@ -1,4 +1,4 @@
-"""Offline statistics over runs; nothing that trains imports them. Install: pip install 'textpolicy[analysis]'."""
+"""The offline statistics over runs, which no training code needs. Install: pip install 'textpolicy[analysis]'."""
 
 from ..record.reader import RecordedRun, load_run
 from .comparison import RECOMMENDATIONS, Comparison, Question, compare, compare_arms

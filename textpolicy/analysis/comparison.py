@@ -65,7 +65,7 @@ class Comparison:
 
     @property
     def further_runs(self) -> int | None:
-        """Runs to add to each arm for the wanted power."""
+        """The runs to add to each arm for the wanted power."""
         return None if self.runs_needed is None else max(0, self.runs_needed - len(self.candidate_runs))
 
 
@@ -155,12 +155,13 @@ def _recommendation(p_adjusted: float, difference: float, question: Question) ->
 def _paired(a: np.ndarray, b: np.ndarray, question: Question) -> dict[str, Any]:
     """Return the fields of Comparison that depend on pairing, for pairs."""
     d, n, level = b - a, len(a), 1 - question.alpha
+    draws: dict[str, Any] = {"resamples": question.resamples or _BOOTSTRAP, "rng": question.seed}
     sd = _sd(d) if n > 1 else None
     drawn = None if n <= MOST_PAIRS else question.resamples or _SIGNS
     test = sign_flip_test(a, b, resamples=drawn, rng=question.seed) if n > 1 else None
     anytime = anytime_test(a, b, alpha=question.alpha)
     if question.stopping == "anytime":
-        p, name, interval = anytime.p, "e-process over pairs, valid at every look", anytime_interval(d, level=level)
+        p, name, interval = anytime.p, "e-process over pairs, valid after every pair", anytime_interval(d, level=level)
         detectable, needed = detectable_by_anytime, pairs_needed_by_anytime
     else:
         p, name = _p(test, "signs")
@@ -170,7 +171,7 @@ def _paired(a: np.ndarray, b: np.ndarray, question: Question) -> dict[str, Any]:
         "p": p,
         "test": name,
         "interval": interval,
-        "bootstrap": _bootstrap(a, b, question, paired=True) if sd else None,
+        "bootstrap": bootstrap_difference(a, b, paired=True, level=level, **draws) if sd else None,
         "anytime": anytime,
         "sd": sd,
         "detectable": sd * detectable(n, alpha=question.alpha, power=question.power) if sd else inf,
@@ -182,18 +183,19 @@ def _unpaired(a: np.ndarray, b: np.ndarray, question: Question) -> dict[str, Any
     """Return the fields of Comparison that depend on pairing, for runs of different seeds."""
     if question.stopping == "anytime":
         raise UserError("stopping is 'anytime', which needs pairs; run both arms on the same seeds")
-    n = min(len(a), len(b))
+    n, level = min(len(a), len(b)), 1 - question.alpha
+    draws: dict[str, Any] = {"resamples": question.resamples or _BOOTSTRAP, "rng": question.seed}
     sd = float(np.hypot(_sd(a), _sd(b)) / sqrt(2)) if n > 1 else None
     few = comb(len(a) + len(b), len(a)) <= MOST_ARRANGEMENTS
     drawn, rng = None if few else question.resamples or _LABELS, np.random.default_rng(question.seed)
     p, name = _p(label_permutation_test(a, b, resamples=drawn, rng=rng) if n > 1 else None, "labels")
     difference = float(b.mean() - a.mean())
-    welch = welch_test(a, b, 1 - question.alpha) if sd else None
+    welch = welch_test(a, b, level) if sd else None
     return {
         "p": p,
         "test": name,
         "interval": Interval(difference, welch.low, welch.high) if welch else Interval(difference, -inf, inf),
-        "bootstrap": _bootstrap(a, b, question, paired=False) if sd else None,
+        "bootstrap": bootstrap_difference(a, b, paired=False, level=level, **draws) if sd else None,
         "anytime": None,
         "sd": sd,
         "detectable": sd * detectable_by_labels(n, alpha=question.alpha, power=question.power) if sd else inf,
@@ -205,14 +207,8 @@ def _p(test: Permutation | None, what: str) -> tuple[float, str]:
     """Return p and the name of the test."""
     if test is None:
         return 1.0, "no test, because there is one run"
-    how = f"permutation of {what}"
-    return test.p_two_sided, f"exact {how}" if test.exact else f"{how}, {test.arrangements} drawn"
-
-
-def _bootstrap(a: np.ndarray, b: np.ndarray, question: Question, *, paired: bool) -> Bootstrap:
-    """Return the BCa bootstrap over runs."""
-    resamples = question.resamples or _BOOTSTRAP
-    return bootstrap_difference(a, b, paired=paired, level=1 - question.alpha, resamples=resamples, rng=question.seed)
+    name = f"permutation of {what}"
+    return test.p_two_sided, f"exact {name}" if test.exact else f"{name}, {test.arrangements} drawn"
 
 
 def _sd(x: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Permutation tests of many campaigns at once, the interval that belongs to them, and their power.
+"""The permutation tests of many campaigns at once, the interval that belongs to them, and their power.
 
 A t-test's power formula does not hold for a permutation test of a handful of runs, which can take few values of p.
 """
@@ -42,21 +42,25 @@ def sign_flip_p_values(differences: np.ndarray) -> np.ndarray:
     n = d.shape[1]
     if n > MOST_PAIRS:
         raise UserError(f"{n} pairs have 2^{n} arrangements; give at most {MOST_PAIRS} pairs")
-    return np.concatenate([_shares(rows @ _signs(n)) for rows in _blocks(d, 2 ** (n - 1))])
+    return _p_values(d, _signs(n))
 
 
 def label_permutation_p_values(baseline: np.ndarray, candidate: np.ndarray) -> np.ndarray:
     """Return two-sided p (R,) of ``label_permutation_test`` for (R, n) and (R, m) runs. Raises UserError."""
     a, b = _rows("baseline", baseline), _rows("candidate", candidate)
-    weights = _label_weights(a.shape[1], b.shape[1])
-    pool = np.concatenate([b, a], axis=1)
-    return np.concatenate([_shares(rows @ weights) for rows in _blocks(pool, weights.shape[1])])
+    return _p_values(np.concatenate([b, a], axis=1), _label_weights(a.shape[1], b.shape[1]))
 
 
-def _shares(differences: np.ndarray) -> np.ndarray:
-    """Return the share of (R, arrangements) differences that are as far from 0 as the first, observed one; (R,)."""
-    size = np.abs(differences)
-    return (size >= size[:, :1] - _SLACK * size.max(axis=1, keepdims=True)).mean(axis=1)
+def _p_values(runs: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the share of arrangements whose difference is as far from 0 as the first, observed one; (R,).
+
+    ``runs`` are (R, n) and ``weights`` (n, arrangements): a difference is their product.
+    """
+    shares = []
+    for rows in np.array_split(runs, ceil(len(runs) * weights.shape[1] / 4_000_000)):  # at most 32 MB each
+        size = np.abs(rows @ weights)
+        shares.append((size >= size[:, :1] - _SLACK * size.max(axis=1, keepdims=True)).mean(axis=1))
+    return np.concatenate(shares)
 
 
 @lru_cache
@@ -73,11 +77,6 @@ def _label_weights(n: int, m: int) -> np.ndarray:
     for column, chosen in enumerate(combinations(range(m + n), m)):
         weights[list(chosen), column] = 1 / m
     return weights
-
-
-def _blocks(rows: np.ndarray, arrangements: int) -> list[np.ndarray]:
-    """Split ``rows`` into parts whose arrangements take at most 32 MB."""
-    return np.array_split(rows, ceil(len(rows) * arrangements / 4_000_000))
 
 
 # ---- the interval of the sign-flip test
@@ -117,7 +116,8 @@ def power_of_sign_flips(dz: float, pairs: int, *, alpha: float = 0.05) -> float:
     refuse_unless_share("alpha", alpha)
     if pairs < 2 or smallest_sign_flip_p(pairs) > alpha:
         return 0.0
-    return float((sign_flip_p_values(_normal(pairs) + dz) <= alpha).mean())
+    d = np.random.default_rng(pairs).standard_normal((_DRAWS, pairs)) + dz
+    return float((sign_flip_p_values(d) <= alpha).mean())
 
 
 def power_of_labels(d: float, per_arm: int, *, alpha: float = 0.05) -> float:
@@ -130,7 +130,7 @@ def power_of_labels(d: float, per_arm: int, *, alpha: float = 0.05) -> float:
     refuse_unless_share("alpha", alpha)
     if per_arm < 2 or 2 / comb(2 * per_arm, per_arm) > alpha:
         return 0.0
-    both = _normal(2 * per_arm)
+    both = np.random.default_rng(2 * per_arm).standard_normal((_DRAWS, 2 * per_arm))
     return float((label_permutation_p_values(both[:, :per_arm], both[:, per_arm:] + d) <= alpha).mean())
 
 
@@ -187,11 +187,6 @@ def _least_effect(power_of: Callable[[float], float], wanted: float) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if power_of(middle) >= wanted else (middle, high)
     return high
-
-
-def _normal(n: int) -> np.ndarray:
-    """Draw (campaigns, n) standard normal numbers, the same for the same n."""
-    return np.random.default_rng(n).standard_normal((_DRAWS, n))
 
 
 def _rows(what: str, values: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Intervals and standard errors: bootstrap over runs, rates and their difference, answers clustered by problem."""
+"""The intervals and standard errors: bootstrap over runs, rates and their difference, answers clustered by problem."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MOST_EXHAUSTIVE = 7  # runs: 7^7 resamples are 824 thousand
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A rate or a difference of rates with its interval, as shares of 1."""
+    """The estimate of a rate or a difference, with its interval."""
 
     estimate: float
     low: float
@@ -39,7 +39,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Bootstrap:
-    """A mean, or a difference of means, over runs with its bootstrap interval, in the units of the runs."""
+    """The mean, or a difference of means, over runs with its bootstrap interval, in the units of the runs."""
 
     estimate: float
     low: float
@@ -70,7 +70,7 @@ def bootstrap_mean(
     resamples: int = 9999,
     rng: int | np.random.Generator = 0,
 ) -> Bootstrap:
-    """Bootstrap the mean of (n,) runs over runs (scipy.stats.bootstrap). Raises UserError.
+    """Resample (n,) runs for an interval of their mean (scipy.stats.bootstrap). Raises UserError.
 
     BCa needs runs that vary. With fewer than about ten runs every bootstrap interval is too short.
     """
@@ -87,7 +87,7 @@ def bootstrap_difference(
     resamples: int = 9999,
     rng: int | np.random.Generator = 0,
 ) -> Bootstrap:
-    """Bootstrap mean(candidate) - mean(baseline), resampling pairs of one seed or each arm by itself.
+    """Resample mean(candidate) - mean(baseline): pairs of one seed, or each arm by itself.
 
     Raises UserError.
     """

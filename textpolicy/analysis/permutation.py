@@ -1,10 +1,10 @@
-"""Permutation tests over runs: signs of paired differences, labels of unpaired runs."""
+"""The permutation tests over runs: signs of paired differences, labels of unpaired runs."""
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from math import comb, inf
-from typing import Any, Protocol
 
 import numpy as np
 from scipy import stats
@@ -13,12 +13,6 @@ from ..errors import UserError
 from ._inputs import Numbers, differences, sample
 
 MOST_ARRANGEMENTS = 200_000  # that a test enumerates: 17 pairs, or 10 runs against 10
-
-
-class Shuffles(Protocol):
-    """The source of random labels: ``numpy.random.Generator`` or ``random.Random``."""
-
-    def shuffle(self, x: Any, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +28,7 @@ class Permutation:
 
     @property
     def p_doubled(self) -> float:
-        """Twice the smaller tail, the other two-sided p; equal to ``p_two_sided`` where the arms are of one size."""
+        """The double of the smaller tail; equal to ``p_two_sided`` where the arms are of one size."""
         return min(1.0, 2 * min(self.p_less, self.p_greater))
 
 
@@ -61,7 +55,7 @@ def label_permutation_test(
     candidate: Numbers,
     *,
     resamples: int | None = None,
-    rng: Shuffles | None = None,
+    rng: np.random.Generator | random.Random | None = None,
     ties: float = 1e-9,
 ) -> Permutation:
     """Reassign the runs to the arms, (n,) and (m,) runs of different seeds.

@@ -24,8 +24,7 @@ def power_of_pairs(dz: float, pairs: float, *, alpha: float = 0.05) -> float:
 
     statsmodels TTestPower. Raises UserError.
     """
-    _refuse_levels(alpha)
-    _refuse_few_runs("pairs", pairs)
+    _refuse(alpha, pairs=pairs)
     return _power(statsmodels("power").TTestPower().power(dz, pairs, alpha), dz)
 
 
@@ -34,22 +33,19 @@ def power_of_runs(d: float, per_arm: float, *, alpha: float = 0.05) -> float:
 
     Raises UserError.
     """
-    _refuse_levels(alpha)
-    _refuse_few_runs("per_arm", per_arm)
+    _refuse(alpha, per_arm=per_arm)
     return _power(statsmodels("power").TTestIndPower().power(d, per_arm, alpha), d)
 
 
 def pairs_needed(dz: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
     """Return the paired seeds for a t-test to find ``dz`` SD of the differences, at least 2. Raises UserError."""
-    _refuse_levels(alpha, power)
-    _refuse_no_effect(dz)
+    _refuse(alpha, power, effect=dz)
     return _size(statsmodels("power").TTestPower(), "nobs", abs(dz), alpha, power)
 
 
 def runs_needed_per_arm(d: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
     """Return the runs in each arm for a t-test to find ``d`` SD, at least 2. Raises UserError."""
-    _refuse_levels(alpha, power)
-    _refuse_no_effect(d)
+    _refuse(alpha, power, effect=d)
     return _size(statsmodels("power").TTestIndPower(), "nobs1", abs(d), alpha, power)
 
 
@@ -58,22 +54,19 @@ def runs_needed_per_arm_normal(d: float, *, alpha: float = 0.05, power: float = 
 
     Too few where runs are few; use it to compare with reports that do. Raises UserError.
     """
-    _refuse_levels(alpha, power)
-    _refuse_no_effect(d)
+    _refuse(alpha, power, effect=d)
     return float(statsmodels("power").normal_sample_size_one_tail(abs(d), power, alpha / 2, sqrt(2), sqrt(2)))
 
 
 def detectable_with_pairs(pairs: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
     """Return the effect that ``pairs`` seeds find with ``power``, in SD of the differences. Raises UserError."""
-    _refuse_levels(alpha, power)
-    _refuse_few_runs("pairs", pairs)
+    _refuse(alpha, power, pairs=pairs)
     return _solved(statsmodels("power").TTestPower(), "effect_size", {"nobs": pairs, "alpha": alpha}, power)
 
 
 def detectable_with_runs(per_arm: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
     """Return the effect that ``per_arm`` runs in each arm find with ``power``, in SD. Raises UserError."""
-    _refuse_levels(alpha, power)
-    _refuse_few_runs("per_arm", per_arm)
+    _refuse(alpha, power, per_arm=per_arm)
     return _solved(statsmodels("power").TTestIndPower(), "effect_size", {"nobs1": per_arm, "alpha": alpha}, power)
 
 
@@ -97,9 +90,8 @@ def answers_needed_per_arm(p1: float, p2: float, *, alpha: float = 0.05, power: 
     statsmodels NormalIndPower; at least 2. Multiply by ``design_effect`` where several answers share a problem.
     Raises UserError.
     """
-    _refuse_levels(alpha, power)
     h = cohens_h(p1, p2)
-    _refuse_no_effect(h)
+    _refuse(alpha, power, effect=h)
     return _size(statsmodels("power").NormalIndPower(), "nobs1", abs(h), alpha, power)
 
 
@@ -108,10 +100,9 @@ def answers_needed_per_arm_pooled_z(p1: float, p2: float, *, alpha: float = 0.05
 
     Raises UserError.
     """
-    _refuse_levels(alpha, power)
     refuse_unless_share("p1", p1)
     refuse_unless_share("p2", p2)
-    _refuse_no_effect(p2 - p1)
+    _refuse(alpha, power, effect=p2 - p1)
     size = statsmodels("proportion").samplesize_proportions_2indep_onetail
     return float(size(abs(p2 - p1), min(p1, p2), power, alpha=alpha))
 
@@ -160,21 +151,14 @@ def _power(power: float, effect: float) -> float:
     return float(power)
 
 
-def _refuse_levels(alpha: float, power: float = 0.8) -> None:
-    """Raise UserError unless 0 < alpha < power < 1."""
+def _refuse(alpha: float, power: float = 0.8, *, effect: float | None = None, **runs: float) -> None:
+    """Raise UserError unless 0 < alpha < power < 1, the effect is not 0 and the runs are enough for a t-test."""
     refuse_unless_share("alpha", alpha)
     refuse_unless_share("power", power)
     if power <= alpha:
         raise UserError(f"power is {power} with alpha {alpha}; set it above alpha")
-
-
-def _refuse_no_effect(effect: float) -> None:
-    """Raise UserError for an effect of 0 or NaN."""
-    if not abs(effect) > 0:
+    if effect is not None and not abs(effect) > 0:
         raise UserError(f"the effect is {effect}, which no number of runs can find; give the smallest one that matters")
-
-
-def _refuse_few_runs(what: str, n: float) -> None:
-    """Raise UserError for fewer runs than a t-test needs."""
-    if n < 2:
-        raise UserError(f"{what} is {n}; a t-test needs at least 2")
+    for what, n in runs.items():
+        if n < 2:
+            raise UserError(f"{what} is {n}; a t-test needs at least 2")

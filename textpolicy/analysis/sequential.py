@@ -1,4 +1,4 @@
-"""A test that may be evaluated after every pair of runs: an e-process on the signs of paired differences."""
+"""The test that may be evaluated after every pair of runs, an e-process on the signs of paired differences."""
 
 from __future__ import annotations
 

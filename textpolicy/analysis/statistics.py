@@ -1,4 +1,4 @@
-"""Tests for the difference of two arms: rates, means over runs, ranks, and several tests at once.
+"""The tests for the difference of two arms: rates, means over runs, ranks, and several tests at once.
 
 The run (its seed) is the unit of analysis: every test takes one number per run, chosen before the runs were made.
 Every test over runs is about candidate - baseline.

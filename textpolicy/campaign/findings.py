@@ -87,7 +87,7 @@ class Findings:
 
     @property
     def verdict(self) -> str:
-        """One paragraph."""
+        """The verdict on the campaign, one paragraph."""
         done, words = sum(len(a.outcomes) for a in self.arms), [c.verdict for c in self.contrasts]
         if done < self.planned and self.complete:
             words.insert(0, f"Stopped after {done} of {self.planned} runs, as the stopping rule allows.")

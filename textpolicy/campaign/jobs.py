@@ -41,13 +41,13 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether the run is finished."""
+        """Return whether the run is finished."""
         return self.finished(self.folder)
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One start of a run, and its end."""
+    """The start of a run, and its end."""
 
     arm: str
     seed: int
@@ -57,7 +57,7 @@ class Attempt:
 
 @dataclass(slots=True)
 class _Running:
-    """A run whose process has been started."""
+    """The process of a run that has not ended."""
 
     job: Job
     process: subprocess.Popen[bytes]

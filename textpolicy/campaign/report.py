@@ -25,7 +25,7 @@ Rows = list[Sequence[str]]
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One part of the report: a heading, a text, a table and a picture."""
+    """The part of the report under one heading: the heading, a text, a table and a picture."""
 
     heading: str
     text: str
@@ -90,7 +90,7 @@ def sections(found: Findings) -> list[Section]:
     test = {
         "fixed": "p permutes the signs of the paired differences and the interval is that test's, exact; Holm's "
         "procedure adjusts p for the number of arms.",
-        "anytime": "p and the interval are of the e-process over pairs, which is valid whenever one looks or stops.",
+        "anytime": "p and the interval are of the e-process over pairs, which is valid after every pair.",
     }[s.stopping]
     problems = (
         "Standard errors over problems, with the answers of these runs paired by problem: how far the difference "

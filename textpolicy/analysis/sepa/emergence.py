@@ -24,14 +24,14 @@ from ..plain import plain
 
 Example = Mapping[str, Any]
 Extract = Callable[[Example, float], Mapping[str, Any]]  # example, reward -> metadata of the completion
-CORRECT = 0.99  # a reward from here on counts as correct where the reward function did not say
+CORRECT = 0.99  # a reward from here on counts as correct where the reward function gives no verdict
 _WORD = re.compile(r"\S+")
 _KEPT = ("target", "numbers")  # entries of an example that become metadata
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Generation:
-    """One completion with the values that the logger reads."""
+    """The values of one completion that the logger reads."""
 
     prompt: str
     text: str
@@ -195,7 +195,7 @@ class EmergenceLogger:
         }
 
     def _write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append lines to a file and force it to disk, because sampling them cost money."""
+        """Append lines to a file and force it to disk, because sampling again would cost money."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(plain(row), separators=(",", ":")) + "\n" for row in rows)

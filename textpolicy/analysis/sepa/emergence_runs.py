@@ -13,7 +13,7 @@ import numpy as np
 
 from ...errors import UserError
 
-CORRECT_FROM = 0.99  # the reward that counts as correct where the log does not say which answers are
+CORRECT_FROM = 0.99  # the reward that counts as correct where the log has no correctness
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A quick check whether a candidate is worth a campaign: thresholds on differences, without an error model."""
+"""Check quickly whether a candidate is worth a campaign: thresholds on differences, without an error model."""
 
 from __future__ import annotations
 

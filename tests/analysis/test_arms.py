@@ -47,7 +47,7 @@ def test_six_pairs_span_their_interval_and_five_have_none():
 
 
 @pytest.mark.parametrize("pairs", [6, 7, 9])
-def test_the_interval_holds_the_shifts_that_the_test_does_not_reject(pairs):
+def test_the_interval_contains_the_shifts_that_the_test_does_not_reject(pairs):
     d = np.random.default_rng(pairs).normal(0.2, 1, pairs)
     found = analysis.sign_flip_interval(d)
     for end, inside in ((found.low, 1e-6), (found.high, -1e-6)):
@@ -76,7 +76,7 @@ def test_no_effect_is_found_as_often_as_alpha_allows():
     assert analysis.power_of_labels(0, 4) == pytest.approx(2 / 70, abs=0.01)
 
 
-def test_what_is_detectable_is_found_with_the_power_asked_for():
+def test_a_detectable_effect_is_found_with_the_wanted_power():
     assert analysis.power_of_sign_flips(analysis.detectable_by_sign_flips(7), 7) == pytest.approx(0.8, abs=0.02)
     assert analysis.power_of_labels(analysis.detectable_by_labels(4), 4) == pytest.approx(0.8, abs=0.02)
     assert analysis.detectable_by_sign_flips(5) == analysis.detectable_by_labels(3) == inf
@@ -89,7 +89,7 @@ def test_from_eleven_pairs_and_seven_runs_on_power_is_that_of_t():
     assert analysis.power_of_labels(1.0, 7) == pytest.approx(analysis.power_of_labels(1.0, 6), abs=0.12)
 
 
-def test_what_many_runs_can_detect_is_found_with_the_power_asked_for():
+def test_what_many_runs_can_detect_is_found_with_the_wanted_power():
     assert analysis.power_of_sign_flips(analysis.detectable_by_sign_flips(12), 12) == pytest.approx(0.8, abs=0.001)
     assert analysis.power_of_labels(analysis.detectable_by_labels(9, power=0.9), 9) == pytest.approx(0.9, abs=0.001)
     assert analysis.detectable_by_sign_flips(12) < analysis.detectable_by_sign_flips(10)
@@ -103,7 +103,7 @@ def test_the_pairs_needed_are_the_fewest():
     assert analysis.runs_needed_by_labels(9) == 4  # 2/70; three and three have no p below 0.1
 
 
-# ---- looking after every pair
+# ---- testing after every pair
 
 
 def slow_e(d):
@@ -139,7 +139,7 @@ def test_six_equal_pairs_stop_and_nothing_takes_it_back():
     assert analysis.anytime_test([0.0], [0.0]).e == (1.0,)
 
 
-def test_the_interval_at_every_look_holds_the_shifts_that_no_look_rejected():
+def test_the_anytime_interval_contains_the_shifts_that_were_never_rejected():
     d = np.random.default_rng(5).normal(0.5, 1, 14)
     found = analysis.anytime_interval(d)
     assert found.low < found.estimate < found.high
@@ -157,7 +157,7 @@ def test_six_pairs_can_bound_the_interval_and_five_cannot():
     assert analysis.anytime_interval([0.1] * 7).high == pytest.approx(0.1, abs=1e-3)
 
 
-def test_looking_costs_seeds():
+def test_testing_after_every_pair_costs_seeds():
     assert analysis.pairs_needed_by_anytime(1.0) > analysis.pairs_needed_by_sign_flips(1.0)
     assert analysis.pairs_needed_by_anytime(0.01) is None
     assert analysis.power_of_anytime(1.0, analysis.pairs_needed_by_anytime(1.0)) == pytest.approx(0.8, abs=0.05)
@@ -175,7 +175,7 @@ def test_six_pairs_that_all_gain_are_an_improvement():
     assert analysis.compare(BETTER, BASE).recommendation == DECLINE
 
 
-def test_pairs_that_disagree_are_too_little_evidence_and_the_seeds_lacking_are_said():
+def test_pairs_that_disagree_are_insufficient_evidence_and_the_missing_seeds_are_counted():
     c = analysis.compare(BASE, MIXED)
     assert c.recommendation == INSUFFICIENT
     assert c.runs_needed == analysis.pairs_needed_by_sign_flips(c.difference / c.sd)
@@ -214,7 +214,7 @@ def test_runs_of_other_seeds_are_compared_by_their_labels():
         analysis.compare(BASE, other)
 
 
-def test_one_seed_an_arm_decides_nothing():
+def test_one_seed_per_arm_decides_nothing():
     c = analysis.compare({0: 0.1}, {0: 0.9})
     assert (c.p, c.recommendation, c.sd, c.runs_needed, c.detectable) == (1.0, INSUFFICIENT, None, None, inf)
 
@@ -225,7 +225,7 @@ def test_pairs_that_all_differ_alike_have_a_p_and_no_spread():
     assert analysis.compare(BASE, BASE).p == 1
 
 
-def test_several_arms_pay_for_their_number():
+def test_p_is_adjusted_for_the_number_of_arms():
     arms = {"a": BASE, "b": BETTER, "c": MIXED}
     b, c = analysis.compare_arms(arms, "a")
     assert (b.p, b.p_adjusted) == (2 / 64, 4 / 64)
@@ -254,6 +254,6 @@ def test_an_anytime_question_is_answered_by_the_e_process():
         (lambda: analysis.label_permutation_p_values(np.zeros(3), np.zeros((1, 3))), "as \\(campaigns, runs\\)"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_in_a_sentence(call, says):
+def test_arms_that_cannot_be_compared_are_refused(call, says):
     with pytest.raises(UserError, match=says):
         call()

@@ -1,4 +1,4 @@
-"""The emergence logger writes the documented keys, line by line, and nothing that is no JSON."""
+"""The emergence logger writes the documented keys, line by line, and only valid JSON."""
 
 import json
 import time
@@ -68,8 +68,8 @@ def spoken(reward=1.0, pieces=PIECES, is_correct=None, truncated=False):
     completion = Completion(
         np.arange(1, count + 1, dtype=np.int32), -np.arange(1, count + 1, dtype=np.float32), truncated=truncated
     )
-    said = {"reward": reward, "is_correct": is_correct, "pieces": pieces, "text": "".join(pieces), "prompt": "1 + 1?"}
-    return Episode.from_completion([7, 8], completion, group=0, **said)
+    scored = {"reward": reward, "is_correct": is_correct, "pieces": pieces, "text": "".join(pieces), "prompt": "1 + 1?"}
+    return Episode.from_completion([7, 8], completion, group=0, **scored)
 
 
 def lines(folder, name):
@@ -103,9 +103,9 @@ def test_the_figures_of_a_completion_are_those_worked_by_hand(tmp_path):
     assert (row["mean_reward"], row["entropy_mean"], row["gram_entropy_pair_count"]) == (0.25, 3.0, 1)
 
 
-def test_correctness_is_what_the_reward_said_and_else_a_reward_of_nearly_one(tmp_path):
-    told = [spoken(0.2, is_correct=True), spoken(1.0, is_correct=False), spoken(0.99), spoken(0.98)]
-    row = EmergenceLogger(tmp_path).log_step(0, told, Letters(), examples=[{}] * 4)
+def test_correctness_is_the_rewards_verdict_or_else_a_reward_of_nearly_one(tmp_path):
+    episodes = [spoken(0.2, is_correct=True), spoken(1.0, is_correct=False), spoken(0.99), spoken(0.98)]
+    row = EmergenceLogger(tmp_path).log_step(0, episodes, Letters(), examples=[{}] * 4)
     assert [g["metadata"]["correctness"] for g in lines(tmp_path, "generations")] == [True, False, True, False]
     assert (row["correct_count"], row["total_count"]) == (2, 4)
 

@@ -47,7 +47,7 @@ def test_a_larger_share_of_clusters_brings_the_topics_in_most_frequent_first():
     assert len(set(grams)) == len(grams)
 
 
-def test_grams_are_words_of_one_sentence_that_several_solutions_hold():
+def test_grams_are_words_of_one_sentence_that_several_solutions_contain():
     texts = [
         "Now we try x2 again. (Let us go on) 3 more",
         "now we TRY \u201cit\u201d: let us go on",
@@ -127,7 +127,7 @@ def test_a_line_separator_inside_a_completion_ends_no_record(tmp_path):
         '"text"',
     ],
 )
-def test_a_line_that_is_no_record_is_named(tmp_path, line):
+def test_a_line_that_is_not_a_record_is_named(tmp_path, line):
     path = tmp_path / "generations.jsonl"
     path.write_text('{"completion": "a", "reward": 1.0}\n' + line)
     with pytest.raises(UserError, match=r"line 2 of .*generations\.jsonl is not a record"):
@@ -153,21 +153,21 @@ def test_without_sentence_transformers_the_install_line_is_given(monkeypatch):
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """sentence-transformers of one class, which loads what is in a list and writes down what it was asked for."""
-    asked, there = [], []
+    """sentence-transformers of one class, which loads the models in a list and records the names that it was given."""
+    requested, available = [], []
 
     class SentenceTransformer:
         def __init__(self, name):
-            asked.append(name)
-            if name not in there:
+            requested.append(name)
+            if name not in available:
                 raise OSError(f"{name} is not a local folder.\nSee the hub.")
 
-        def encode(self, phrases, **how):
-            assert how["normalize_embeddings"] is True
+        def encode(self, phrases, **options):
+            assert options["normalize_embeddings"] is True
             return by_meaning(phrases)
 
     monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=SentenceTransformer))
-    return SimpleNamespace(asked=asked, there=there)
+    return SimpleNamespace(requested=requested, available=available)
 
 
 def test_the_folder_inside_an_installed_package_is_what_is_loaded(pretended, tmp_path, monkeypatch):
@@ -176,16 +176,16 @@ def test_the_folder_inside_an_installed_package_is_what_is_loaded(pretended, tmp
     (files / "modules.json").write_text("[]")
     (tmp_path / "my_phrase_model" / "__init__.py").write_text("raise RuntimeError('not to be imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    pretended.there.append(str(files))
+    pretended.available.append(str(files))
     assert mine_clusters(solutions(), "my-phrase-model") == mine_clusters(solutions(), by_meaning)
-    assert pretended.asked == [str(files)]
+    assert pretended.requested == [str(files)]
 
 
 @pytest.mark.parametrize("name", ["no/such-model", "json"])  # of the hub; of a package that carries no model
 def test_a_model_that_does_not_load_is_named_in_one_sentence(pretended, name):
     with pytest.raises(UserError, match=f"model '{name}' cannot be loaded \\({name} is not a local folder\\); give"):
         sentence_embedder(name)
-    assert pretended.asked == [name]
+    assert pretended.requested == [name]
 
 
 @pytest.fixture

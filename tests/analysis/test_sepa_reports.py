@@ -53,7 +53,7 @@ def test_the_other_way_round_is_a_decline(tmp_path):
     assert report.recommendation == "statistically_significant_decline"
 
 
-def test_one_run_an_arm_is_no_evidence_however_many_completions(tmp_path):
+def test_one_run_per_arm_is_not_evidence_however_many_completions(tmp_path):
     a, b = write_log(tmp_path / "a", 0.2, copies=500), write_log(tmp_path / "b", 0.9, copies=500)
     report = analysis.evaluate_sepa_significance([a], [b])
     assert report.recommendation == "insufficient_statistical_evidence"
@@ -73,12 +73,12 @@ def test_paired_runs_are_tested_by_their_signs(tmp_path):
         analysis.evaluate_sepa_significance(a, b[:5], paired=True)
 
 
-def test_correctness_is_a_reward_of_nearly_1_where_nothing_says_it(tmp_path):
+def test_correctness_is_a_reward_of_nearly_1_where_the_log_has_none(tmp_path):
     run = analysis.load_emergence_run_stats(write_log(tmp_path / "a", 0.3, correctness=False))
     assert (run.correct, run.generations, run.gen_correct_rate) == (12, 40, 0.3)
 
 
-def test_a_run_without_files_is_empty_and_says_so(tmp_path):
+def test_a_run_without_files_counts_as_empty(tmp_path):
     report = analysis.evaluate_sepa_significance([tmp_path / "none"], [write_log(tmp_path / "b", 0.5)])
     assert report.recommendation == "insufficient_statistical_evidence"
     assert report.pooled_correct_rate is None
@@ -86,7 +86,7 @@ def test_a_run_without_files_is_empty_and_says_so(tmp_path):
         analysis.load_emergence_run_stats(tmp_path / "none")
 
 
-def test_a_line_cut_off_by_a_kill_is_left_out_and_a_broken_one_is_named(tmp_path):
+def test_a_line_cut_off_by_a_kill_is_left_out_and_an_invalid_one_is_named(tmp_path):
     folder = write_log(tmp_path / "a", 0.5)
     path = folder / "emergence" / "steps.jsonl"
     path.write_text(path.read_text() + '{"step": 8, "mean_re')
@@ -117,7 +117,7 @@ def test_a_report_is_json_and_a_page_with_its_headings(tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"), [({"num_resamples": 99}, "num_resamples is 99"), ({"alpha": 0}, "alpha is 0")]
 )
-def test_what_cannot_be_evaluated_is_refused(tmp_path, options, says):
+def test_settings_that_cannot_be_evaluated_are_refused(tmp_path, options, says):
     with pytest.raises(UserError, match=says):
         analysis.evaluate_sepa_significance([tmp_path], [tmp_path], **options)
     with pytest.raises(UserError, match="no run folder"):

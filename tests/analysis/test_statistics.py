@@ -148,7 +148,7 @@ def test_equal_differences_are_tied_whatever_their_rounding():
     assert stats.wilcoxon_test(A, B) == stats.wilcoxon_test(*hundredths)
 
 
-def test_no_difference_at_all_is_no_evidence():
+def test_no_difference_at_all_is_not_evidence():
     assert stats.wilcoxon_test(ALIKE, ALIKE).p == 1.0
     assert stats.mann_whitney_test(ALIKE, ALIKE).p == 1.0
     assert stats.sign_flip_test(ALIKE, ALIKE).p_two_sided == 1.0
@@ -158,7 +158,7 @@ def test_no_difference_at_all_is_no_evidence():
 
 
 def tails(observed, null):
-    """Shares of a null that are at most, at least, and as far from 0 as the observed value, ties within 1e-12."""
+    """The shares of a null that are at most, at least, and as far from 0 as the observed value, ties within 1e-12."""
     n = len(null)
     return (
         sum(x <= observed + 1e-12 for x in null) / n,
@@ -223,14 +223,14 @@ def test_sampled_signs_come_close_to_all_of_them():
     assert drawn == stats.sign_flip_test(A, B, resamples=4000, rng=np.random.default_rng(0))
 
 
-def test_more_arrangements_than_can_be_gone_through_ask_for_a_sample():
+def test_more_arrangements_than_can_be_enumerated_need_a_sample():
     with pytest.raises(UserError, match="set resamples"):
         stats.sign_flip_test(range(18), range(18))
     with pytest.raises(UserError, match="set resamples"):
         stats.label_permutation_test(range(11), range(11))
 
 
-def test_looking_after_every_pair_breaks_the_promise_of_5_percent():
+def test_testing_after_every_pair_has_more_than_5_percent_false_positives():
     p = {
         (n, ups): stats.sign_flip_test([0] * n, [1] * ups + [-1] * (n - ups)).p_two_sided
         for n in range(6, 13)
@@ -238,8 +238,8 @@ def test_looking_after_every_pair_breaks_the_promise_of_5_percent():
     }
     null = list(product((0, 1), repeat=12))
     at_the_end = sum(p[12, sum(signs)] <= 0.05 for signs in null) / len(null)
-    at_any_look = sum(any(p[n, sum(signs[:n])] <= 0.05 for n in range(6, 13)) for signs in null) / len(null)
-    assert at_the_end <= 0.05 < at_any_look
+    after_any_pair = sum(any(p[n, sum(signs[:n])] <= 0.05 for n in range(6, 13)) for signs in null) / len(null)
+    assert at_the_end <= 0.05 < after_any_pair
     assert "no optional stopping" in stats.STOPPING_RULE
 
 
@@ -300,14 +300,14 @@ def test_wilson_agrees_with_scipy(correct, total):
     assert found.estimate == correct / total
 
 
-def test_clopper_pearson_ends_where_a_tail_holds_half_of_alpha():
+def test_clopper_pearson_ends_where_a_tail_has_half_of_alpha():
     found = stats.rate_interval(3, 10, alpha=0.1, method="beta")
     assert sum(binomial(k, 10, found.low) for k in range(3, 11)) == pytest.approx(0.05)
     assert sum(binomial(k, 10, found.high) for k in range(4)) == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("method", RATE_METHODS)
-def test_an_interval_holds_its_rate(method):
+def test_an_interval_contains_its_rate(method):
     for correct in range(1, 10):
         found = stats.rate_interval(correct, 10, method=method)
         assert found.low < found.estimate < found.high
@@ -378,7 +378,7 @@ def test_four_seeds_can_show_only_effects_of_more_than_two_standard_deviations()
 
 
 @pytest.mark.parametrize("effect", [0.2, 0.5, 1.0, 2.0, -0.5])
-def test_a_sample_size_has_the_power_that_was_asked_for(effect):
+def test_a_sample_size_has_the_wanted_power(effect):
     assert stats.power_of_pairs(effect, stats.pairs_needed(effect)) == pytest.approx(0.8, abs=1e-4)
     assert stats.power_of_runs(effect, stats.runs_needed_per_arm(effect)) == pytest.approx(0.8, abs=1e-4)
 
@@ -446,7 +446,7 @@ def test_the_area_weighs_points_by_the_steps_between_them():
     assert stats.summarize_curve([0.7]).auc == 0.7
 
 
-# ---- what cannot work
+# ---- arguments that cannot work
 
 
 REFUSED = {
@@ -492,13 +492,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_work_is_refused_in_a_sentence(name):
+def test_arguments_that_cannot_work_are_refused(name):
     call, says = REFUSED[name]
     with pytest.raises(UserError, match=says):
         call()
 
 
-def test_without_statsmodels_the_install_line_is_said(monkeypatch):
+def test_without_statsmodels_the_error_has_the_install_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "statsmodels.stats.proportion", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'textpolicy\[analysis\]'"):
         stats.rate_interval(1, 2)

@@ -1,4 +1,4 @@
-"""A campaign before its first run: what it is, what it refuses, and what is written down."""
+"""A campaign before its first run: its settings, its errors, and the files of its plan."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_arms_differ_in_their_overrides_alone(tmp_path):
     assert (grpo.seed, grpo.steps, grpo.optimizer.learning_rate) == (3, 5, 1e-4)
 
 
-def test_flags_say_what_the_settings_say():
+def test_flags_parse_to_the_same_settings():
     values = {
         "model": "a folder/with spaces",
         "steps": 5,
@@ -69,9 +69,9 @@ def test_flags_say_what_the_settings_say():
 def test_the_plan_is_written_down_before_anything_runs(file, capsys):
     root = file.parent / "out"
     assert main(["campaign", "plan", str(file), "--output", str(root)]) == 0
-    said = capsys.readouterr().out
-    assert "2 arms x 2 seeds" in said
-    assert "cannot reach p <= 0.05" in said
+    printed = capsys.readouterr().out
+    assert "2 arms x 2 seeds" in printed
+    assert "cannot reach p <= 0.05" in printed
     manifest = json.loads((root / "manifest.json").read_text())
     assert manifest["status"] == "planned"
     assert manifest["seeds"] == [3, 1]
@@ -140,7 +140,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
         ({"pries": {}}, "did you mean 'prices'"),
     ],
 )
-def test_a_campaign_that_cannot_work_is_refused_in_a_sentence(changes, says):
+def test_a_campaign_that_cannot_work_is_refused(changes, says):
     with pytest.raises(UserError) as refused:
         campaign(**changes)
     assert says in str(refused.value)

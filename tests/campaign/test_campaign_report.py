@@ -44,7 +44,7 @@ def test_six_pairs_that_all_gain_are_an_improvement_in_words(tmp_path):
     )
 
 
-def test_too_few_seeds_are_said_with_how_many_are_lacking(tmp_path):
+def test_too_few_seeds_are_reported_with_the_number_that_is_missing(tmp_path):
     settings = made(tmp_path / "c", [0.1, -0.1, 0.3], seeds=3)
     verdict = found_in(tmp_path / "c", settings).verdict
     assert "3 seeds cannot find a difference of any size" in verdict
@@ -53,7 +53,7 @@ def test_too_few_seeds_are_said_with_how_many_are_lacking(tmp_path):
     assert verdict.endswith("Recommendation: insufficient_statistical_evidence.")
 
 
-def test_enough_seeds_without_evidence_say_what_they_could_have_found(tmp_path):
+def test_enough_seeds_without_evidence_report_the_difference_that_they_could_find(tmp_path):
     settings = made(tmp_path / "c", [0.1, -0.1, 0.2, -0.2, 0.1, 0.0])
     found = found_in(tmp_path / "c", settings)
     detectable = found.contrasts[0].comparison.detectable
@@ -61,7 +61,7 @@ def test_enough_seeds_without_evidence_say_what_they_could_have_found(tmp_path):
     assert found.recommendation == "insufficient_statistical_evidence"
 
 
-def test_an_anytime_campaign_may_add_the_seeds_that_are_lacking(tmp_path):
+def test_an_anytime_campaign_may_add_the_missing_seeds(tmp_path):
     settings = made(tmp_path / "c", [0.1, -0.1, 0.3], seeds=3, stopping="anytime")
     found = found_in(tmp_path / "c", settings)
     further = found.contrasts[0].comparison.further_runs
@@ -69,14 +69,14 @@ def test_an_anytime_campaign_may_add_the_seeds_that_are_lacking(tmp_path):
     assert f"you need {further} more, and may add them here" in found.verdict
 
 
-def test_arms_that_score_alike_differ_by_nothing_in_words(tmp_path):
+def test_arms_that_score_alike_do_not_differ(tmp_path):
     settings = made(tmp_path / "c", [0.0] * 6)
     verdict = found_in(tmp_path / "c", settings).verdict
     assert verdict.startswith("new scored exactly as much as old in accuracy on the held-out validation problems")
     assert verdict.endswith("Recommendation: insufficient_statistical_evidence.")
 
 
-def test_one_seed_says_what_it_cannot_conclude(tmp_path):
+def test_one_seed_per_arm_concludes_nothing_about_the_methods(tmp_path):
     settings = made(tmp_path / "c", [0.5], seeds=1)
     found = found_in(tmp_path / "c", settings)
     assert "One seed per arm cannot say whether another seed would agree" in found.verdict
@@ -173,7 +173,7 @@ def test_the_same_models_are_compared_problem_by_problem():
 
 
 class Reader(HTMLParser):
-    """Collects tags and text, and whether every tag is closed."""
+    """The reader that collects tags, text and links to other files."""
 
     def __init__(self):
         super().__init__()
@@ -239,15 +239,15 @@ def test_analyze_prints_the_verdict_and_writes_it_down(tmp_path, capsys):
     root = tmp_path / "c"
     settings = made(root)
     assert main(["campaign", "analyze", str(root)]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == found_in(root, settings).verdict
-    assert said[1] == f"written to {root / 'analysis' / 'analysis.json'}"
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == found_in(root, settings).verdict
+    assert printed[1] == f"written to {root / 'analysis' / 'analysis.json'}"
     assert json.loads((root / "analysis" / "analysis.json").read_text())["recommendation"] == (
         "statistically_significant_improvement"
     )
 
 
-def test_status_says_what_failed(tmp_path, capsys):
+def test_status_prints_which_runs_failed(tmp_path, capsys):
     made(tmp_path / "c", [], seeds=1)
     rows = [("old", 0, 1.5), ("new", 3, 2.0)]
     with (tmp_path / "c" / "progress.jsonl").open("w") as file:
@@ -259,7 +259,7 @@ def test_status_says_what_failed(tmp_path, capsys):
     assert states == {"old-seed0": "finished in 2 s", "new-seed0": "failed (3)"}
 
 
-def test_status_says_what_is_finished_and_what_is_to_come(tmp_path, capsys):
+def test_status_prints_which_runs_are_finished_and_which_are_to_come(tmp_path, capsys):
     made(tmp_path / "c", [0.1], seeds=2)
     (tmp_path / "c" / "runs" / "new" / "seed1").mkdir()
     assert main(["campaign", "status", str(tmp_path / "c")]) == 0

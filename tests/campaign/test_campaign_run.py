@@ -29,7 +29,7 @@ if sys.argv[3:] == ["fail"]:
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """A run that takes as long as it is told to, as a module that subprocesses find."""
+    """A run of a given length, as a module that subprocesses find."""
     (tmp_path / "pretended_run.py").write_text(RUN)
     paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
@@ -67,7 +67,7 @@ def test_two_at_a_time_take_half_as_long(tmp_path, module):
     assert time.monotonic() - started < sum(a.seconds for a in attempts)
 
 
-def test_a_failure_stops_what_is_behind_it_unless_told_otherwise(tmp_path, module):
+def test_a_failure_stops_later_runs_unless_continue_on_error(tmp_path, module):
     root = tmp_path / "c"
     jobs = [job(root, module, "a"), job(root, module, "b", 0, 0.0, "fail"), job(root, module, "c")]
     assert [a.returncode for a in quietly(jobs, root)] == [0, 3]
@@ -122,11 +122,11 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize(("how", "ended_by"), [((), signal.SIGTERM), (("stubborn",), signal.SIGKILL)])
-def test_ctrl_c_leaves_no_run_behind(tmp_path, module, monkeypatch, how, ended_by):
+@pytest.mark.parametrize(("options", "ended_by"), [((), signal.SIGTERM), (("stubborn",), signal.SIGKILL)])
+def test_ctrl_c_leaves_no_run_behind(tmp_path, module, monkeypatch, options, ended_by):
     root = tmp_path / "c"
     (tmp_path / "pretended_run.py").write_text(STUBBORN)
-    if how:
+    if options:
         monkeypatch.setattr("textpolicy.campaign.jobs._PATIENCE", 0.3)
     folders = [root / "runs" / arm / "seed0" for arm in ("a", "b")]
     started, popen = [], subprocess.Popen
@@ -141,14 +141,14 @@ def test_ctrl_c_leaves_no_run_behind(tmp_path, module, monkeypatch, how, ended_b
             raise KeyboardInterrupt
 
     monkeypatch.setattr(subprocess, "Popen", noted)
-    jobs = [Job(f.parent.name, 0, f, (module, str(f), *how), lambda folder: False) for f in folders]
+    jobs = [Job(f.parent.name, 0, f, (module, str(f), *options), lambda folder: False) for f in folders]
     with pytest.raises(KeyboardInterrupt):
         carry_out(jobs, root, parallel=2, log=interrupted)
     assert [process.poll() for process in started] == [-ended_by]
     assert not folders[1].exists()
 
 
-# ---- the command, with runs that only write what they would have learned
+# ---- the command, with runs that only write their results
 
 
 TRAINED = """
@@ -163,7 +163,7 @@ DUEL = "seeds = [0]\n[arms.old]\n[arms.new]\nsteps = 9\n"
 
 @pytest.fixture
 def duel(tmp_path, module, monkeypatch):
-    """``duel(old, new)``: the exit code of the command, with what either arm learns, or "fails"."""
+    """``duel(old, new)``: the exit code of the command, given the accuracy of each arm, or "fails"."""
     (tmp_path / "pretended_run.py").write_text(TRAINED)
     here = os.path.dirname(__file__)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.environ["PYTHONPATH"], here]))
@@ -183,13 +183,13 @@ def duel(tmp_path, module, monkeypatch):
 
 def test_a_campaign_that_is_finished_ends_with_its_report(tmp_path, duel, capsys):
     assert duel(0.3, 0.5) == 0
-    said = capsys.readouterr().out
-    assert "new scored 20.0 points above old" in said
-    assert f"written to {tmp_path / 'c' / 'analysis'}" in said
+    printed = capsys.readouterr().out
+    assert "new scored 20.0 points above old" in printed
+    assert f"written to {tmp_path / 'c' / 'analysis'}" in printed
     assert json.loads((tmp_path / "c" / "manifest.json").read_text())["status"] == "completed"
 
 
-def test_a_campaign_in_which_a_run_failed_says_so_and_goes_on_by_the_same_command(tmp_path, duel, capsys):
+def test_a_campaign_in_which_a_run_failed_resumes_by_the_same_command(tmp_path, duel, capsys):
     assert duel("fails", 0.5) == 1
     assert "failed: the same command resumes with the unfinished runs" in capsys.readouterr().out
     assert json.loads((tmp_path / "c" / "manifest.json").read_text())["status"] == "failed"
@@ -294,9 +294,9 @@ def test_a_real_campaign_killed_in_the_middle_is_finished_by_the_same_command(tm
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
     again = textpolicy("campaign", "run", file, "--output", root)
-    said, _ = again.communicate(timeout=280)
-    assert again.returncode == 0, said
-    assert "Recommendation: insufficient_statistical_evidence" in said
+    printed, _ = again.communicate(timeout=280)
+    assert again.returncode == 0, printed
+    assert "Recommendation: insufficient_statistical_evidence" in printed
     attempts = [(a.arm, a.seed, a.returncode) for a in read_attempts(root)]
     assert sorted(attempts) == sorted({*attempts})  # every run was finished once
     assert {(a, s) for a, s, code in attempts if code == 0} == {("grpo", 4), ("full", 4)}

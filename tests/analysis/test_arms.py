@@ -5,6 +5,7 @@ from math import inf, isclose
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_ind
 
 from textpolicy import analysis
 from textpolicy.analysis.comparison import DECLINE, IMPROVEMENT, INSUFFICIENT
@@ -94,6 +95,12 @@ def test_what_many_runs_can_detect_is_found_with_the_wanted_power():
     assert analysis.power_of_labels(analysis.detectable_by_labels(9, power=0.9), 9) == pytest.approx(0.9, abs=0.001)
     assert analysis.detectable_by_sign_flips(12) < analysis.detectable_by_sign_flips(10)
     assert analysis.detectable_by_labels(9) < analysis.detectable_by_labels(6)
+
+
+def test_a_detectable_effect_is_found_at_a_small_alpha_although_scipys_power_has_gaps():
+    rng, effect = np.random.default_rng(0), analysis.detectable_with_runs(7, alpha=1e-4)
+    x, y = rng.standard_normal((2, 50_000, 7))
+    assert (ttest_ind(y + effect, x, axis=1).pvalue <= 1e-4).mean() == pytest.approx(0.8, abs=0.01)
 
 
 def test_the_pairs_needed_are_the_fewest():
@@ -249,6 +256,7 @@ def test_an_anytime_question_is_answered_by_the_e_process():
         (lambda: analysis.Question(alpha=5), "alpha is 5"),
         (lambda: analysis.Question(stopping="early"), "no stopping rule 'early'"),
         (lambda: analysis.Question(smallest_effect=-1), "smallest_effect is -1"),
+        (lambda: analysis.Question(resamples=50), "resamples is 50"),
         (lambda: analysis.compare(BASE, {}), "candidate has no finished run"),
         (lambda: analysis.sign_flip_p_values(np.zeros((1, 18))), "18 pairs"),
         (lambda: analysis.label_permutation_p_values(np.zeros(3), np.zeros((1, 3))), "as \\(campaigns, runs\\)"),

@@ -86,6 +86,8 @@ class Question:
         refuse_unless_known("stopping rule", self.stopping, ("fixed", "anytime"))
         if self.smallest_effect is not None and not self.smallest_effect > 0:
             raise UserError(f"smallest_effect is {self.smallest_effect}; set it above 0, in the units of the runs")
+        if self.resamples is not None and self.resamples < 100:
+            raise UserError(f"resamples is {self.resamples}; set it to at least 100, 20000 for a p near 0.05")
 
 
 def compare_arms(

@@ -9,6 +9,8 @@ import warnings
 from math import isnan, sqrt
 from typing import Any
 
+import numpy as np
+
 from ..errors import UserError
 from ._inputs import refuse_unless_share, statsmodels
 
@@ -139,9 +141,15 @@ def _solved(test: Any, unknown: str, given: dict[str, float], wanted: float) -> 
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")  # failures are found by the check below
         x = float(test.solve_power(power=wanted, **given))
-    if not abs(test.power(**given, **{unknown: x}) - wanted) < 1e-3:
-        raise UserError(f"no {unknown} gives power {wanted} with {given}; choose a less extreme setting")
-    return x
+        if abs(test.power(**given, **{unknown: x}) - wanted) < 1e-3:
+            return x
+        if unknown == "effect_size":  # the power is NaN for some effects: interpolate between the others
+            effects = np.arange(0.01, 32, 0.01)
+            powers = test.power(effect_size=effects, **given)
+            known = np.isfinite(powers)
+            if powers[known].max(initial=0) >= wanted:
+                return float(np.interp(wanted, powers[known], effects[known]))
+    raise UserError(f"no {unknown} gives power {wanted} with {given}; choose a less extreme setting")
 
 
 def _power(power: float, effect: float) -> float:

@@ -24,7 +24,7 @@ Rows = list[Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class ReportSection:
     """The part of the report under one heading: the heading, a text, a table and a picture."""
 
     heading: str
@@ -79,7 +79,7 @@ def page(found: Findings, drawn: dict[str, str]) -> str:
     return render("campaign.html", verdict=found.verdict, sections=sections(found), pictures=pictures) + "\n"
 
 
-def sections(found: Findings) -> list[Section]:
+def sections(found: Findings) -> list[ReportSection]:
     """Return the parts of the report, in order."""
     s, baseline = found.settings, found.settings.reference
     arms, runs, costs = _arm_rows(found)
@@ -103,15 +103,15 @@ def sections(found: Findings) -> list[Section]:
     hours = f"All attempts together took {found.wall_seconds / 3600:.2f} hours of wall-clock time."
     failed = f" Failed: {', '.join(found.failed)}." if found.failed else ""
     return [
-        Section("Arms", chosen, ("arm", "runs", "mean", "SD over runs", "lowest", "highest"), arms, "curves"),
-        Section(
+        ReportSection("Arms", chosen, ("arm", "runs", "mean", "SD over runs", "lowest", "highest"), arms, "curves"),
+        ReportSection(
             "Differences",
             f"Candidate minus {baseline}, in points. {test}",
             ("candidate", "difference", "interval", "BCa bootstrap", "p", "p adjusted", "e", "recommendation"),
             differences,
             "differences",
         ),
-        Section(
+        ReportSection(
             "Intervals and power",
             "",
             ("candidate", "pairs", "SD of differences", f"found with {s.power:.0%} power", "difference that matters",
@@ -119,20 +119,20 @@ def sections(found: Findings) -> list[Section]:
             power,
             "intervals",
         ),
-        Section("Runs", "", ("arm", "seed", "summary", "held-out at the last step (Wilson 95%)", "steps"), runs),
-        Section(
+        ReportSection("Runs", "", ("arm", "seed", "summary", "held-out at the last step (Wilson 95%)", "steps"), runs),
+        ReportSection(
             "The same models on other problems",
             problems,
             ("candidate", "difference", "s.e. by problem", "s.e. by run", "s.e. if independent", "of one run an arm"),
             same_models,
         ),
-        Section(
+        ReportSection(
             "Pooled answers, descriptive only",
             independent,
             ("candidate", "Fisher p", "design effect", "answers per arm", "worth"),
             pooled,
         ),
-        Section("Costs", hours + failed, ("arm", "tokens sampled", "tokens trained", "hours", "money"), costs),
+        ReportSection("Costs", hours + failed, ("arm", "tokens sampled", "tokens trained", "hours", "money"), costs),
     ]  # fmt: skip
 
 

@@ -99,9 +99,9 @@ def evaluate_sepa_significance(
     enumerate are drawn ``num_resamples`` times. Improvement needs both DECIDING numbers significant and above 0.
     Raises UserError for an empty list, fewer than 100 resamples, or pairs that do not match.
     """
-    question = Question(alpha, resamples=num_resamples, seed=seed)
     if num_resamples < 100:
         raise UserError(f"num_resamples is {num_resamples}; set it to at least 100, 20000 for a p near 0.05")
+    question = Question(alpha, resamples=num_resamples, seed=seed)
     if not baseline_run_dirs or not candidate_run_dirs:
         raise UserError("an arm has no run folder; give at least one baseline and one candidate")
     if paired and len(baseline_run_dirs) != len(candidate_run_dirs):

@@ -1,4 +1,4 @@
-"""Files and texts that nobody would write: every reader answers, or refuses in one sentence; nothing else is raised.
+"""Hostile files and texts: every reader answers, or refuses in one sentence; nothing else is raised.
 
     python tests/chaos/fuzz.py --executions 1000000 --record      all targets, in their shares
     python tests/chaos/fuzz.py --only gguf --executions 20000

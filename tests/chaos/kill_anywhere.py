@@ -140,7 +140,7 @@ def small_files(size: int) -> Callable[[], None]:
 
 @dataclass
 class Attempt:
-    """One child, and what it has said so far."""
+    """One child process, and its output so far."""
 
     pid: int
     pipe: int

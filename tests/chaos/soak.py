@@ -44,7 +44,7 @@ def resident() -> int:
 
 
 def soak(argv: list[str], steps: int) -> dict[str, Any]:
-    """Train, and look at the process after every step."""
+    """Train, and measure the process after every step."""
     memory: list[int] = []
     files: list[int] = []
     shapes: list[int] = []

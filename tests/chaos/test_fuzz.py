@@ -9,7 +9,7 @@ FEW = {"mathematics": 10, "gguf": 50, "models": 20, "adapters": 200}
 
 
 @pytest.mark.parametrize("name", SHARES)
-def test_what_nobody_would_write_is_read_or_refused_in_one_sentence(name):
+def test_hostile_files_and_texts_are_read_or_refused_in_one_sentence(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of numpy and jinja on nonsense
         row = fuzz(name, FEW.get(name, 500), first_seed=1)

@@ -13,7 +13,7 @@ TRIALS = 6
 
 
 @pytest.mark.slow
-def test_a_run_that_is_struck_anywhere_ends_as_if_it_had_not_been():
+def test_a_run_that_is_killed_anywhere_ends_as_an_uninterrupted_one():
     asked = ["--set=all", f"--trials={TRIALS}", f"--seed={os.environ.get('CHAOS_SEED', '1')}"]
     done = subprocess.run(
         [sys.executable, ROOT / "tests/chaos/kill_anywhere.py", *asked], capture_output=True, text=True, check=False

@@ -58,7 +58,7 @@ def test_what_is_drawn_depends_on_seed_step_draw_and_what_was_seen_alone():
 @pytest.mark.parametrize(
     ("settings", "sentence"), [({"total": 0}, "0 prompts"), ({"floor": 0}, "floor is 0"), ({"memory": 2}, "memory 2")]
 )
-def test_a_curriculum_that_cannot_work_is_refused(settings, sentence):
+def test_impossible_settings_of_a_curriculum_are_refused(settings, sentence):
     with pytest.raises(UserError, match=sentence):
         PassRateCurriculum(**{"total": 4, **settings})
 
@@ -110,12 +110,12 @@ def one_step(reward):
     return curriculum
 
 
-def test_a_reward_that_says_nothing_of_correctness_cannot_steer_one():
+def test_a_curriculum_refuses_a_reward_that_does_not_report_correctness():
     with pytest.raises(UserError, match="the reward never says so"):
         one_step(lambda prompt, completion, example: 1.0)
 
 
-def test_a_step_in_which_nothing_could_be_scored_tells_a_curriculum_nothing():
+def test_a_step_without_scores_does_not_change_a_curriculum():
     assert one_step(lambda prompt, completion, example: None).seen.sum() == 0
 
 

@@ -96,7 +96,7 @@ def test_the_interval_covers_the_truth_and_pretending_independence_does_not(a, b
     assert naive / 1500 < 0.85
 
 
-def test_an_estimate_is_said_with_its_interval():
+def test_an_estimate_is_printed_with_its_interval():
     assert str(Estimate(0.5, (0.25, 0.75), 10)) == "50.0% [25.0%, 75.0%]"
 
 
@@ -116,7 +116,7 @@ def even(prompt, completion, example):
     return float(right), right
 
 
-def test_an_environment_is_answered_as_often_as_asked(tiny_engine):
+def test_every_prompt_is_answered_so_many_times(tiny_engine):
     env = TextGenerationEnv(["1 2", "3", "4 5"], even, max_tokens=3, tokenizer=Ids())
     result = evaluate(tiny_engine, env, Sampling(3, seed=4), samples=6)
     assert [len(a) for a in result.judged()] == [6, 6, 6]

@@ -139,7 +139,7 @@ def test_a_defect_of_the_engine_stops_the_run_before_anything_is_updated(monkeyp
         run(OnPolicyCheck(), temperature)
 
 
-def test_with_a_correction_a_large_gap_is_reported_and_the_run_goes_on(monkeypatch):
+def test_with_a_correction_a_large_gap_is_reported_and_training_continues(monkeypatch):
     ignore_temperature(monkeypatch)
     rows = run(OnPolicyCheck(corrected=True), 0.5, correction=Correction("token", "truncate", high=2.0))
     assert rows[0]["on_policy_gap_mean"] > 0.05

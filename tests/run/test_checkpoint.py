@@ -28,11 +28,11 @@ def test_what_is_written_is_read(tmp_path):
     assert (found.checkpoint.path / "best" / "weights").read_text() == "cba"
 
 
-def test_nothing_is_found_where_nothing_is(tmp_path):
+def test_no_checkpoint_is_found_in_an_empty_folder(tmp_path):
     assert Checkpoints(tmp_path / "none").latest().checkpoint is None
 
 
-def test_the_last_ones_and_the_best_stay(tmp_path):
+def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in range(6):
         checkpoints.write(step, {}, fill(str(step)), best=min(step, 1))

@@ -88,7 +88,7 @@ def test_the_toy_run_uses_what_a_checkpoint_holds(whole):
 
 
 @pytest.mark.parametrize("step", [0, 1, 4])
-def test_a_run_that_was_cut_short_ends_as_if_it_had_not(config, whole, tmp_path, step):
+def test_a_resumed_run_ends_as_an_uninterrupted_one(config, whole, tmp_path, step):
     cut_short(config, tmp_path / "run", step)
     random.random()  # the streams of the new process are anywhere
     assert main(["train", str(config), f"--output={tmp_path / 'run'}"]) == 0
@@ -102,7 +102,7 @@ def test_the_resume_flag_needs_neither_config_nor_flags(config, whole, tmp_path,
     assert outcome(tmp_path / "run") == outcome(whole)
 
 
-def test_a_run_cut_short_twice_and_after_its_last_step_ends_as_if_it_had_not(config, whole, tmp_path, monkeypatch):
+def test_a_run_cut_short_twice_and_after_its_last_step_ends_as_one_in_one_go(config, whole, tmp_path, monkeypatch):
     cut_short(config, tmp_path / "run", 2)
     with monkeypatch.context() as patch:
         patch.setattr(run_module.Run, "finish", lambda *arguments: (_ for _ in ()).throw(CutError()))
@@ -144,13 +144,13 @@ def test_a_metrics_file_with_a_line_that_is_no_row_is_damaged(line, tmp_path):
     metrics.close()
 
 
-def test_only_what_differs_is_said_of_versions():
+def test_only_changed_versions_are_reported():
     then = {"mlx": "0.30.0", "python": "3.12.1", "gone": "1"}
     assert changed_versions(then, dict(then)) is None
     assert "(gone 1 -> None, mlx 0.30.0 -> 0.31.0)" in changed_versions(then, {"mlx": "0.31.0", "python": "3.12.1"})
 
 
-def test_lost_metrics_are_said_and_not_made_up(config, tmp_path, capsys):
+def test_lost_metrics_are_refused_and_not_made_up(config, tmp_path, capsys):
     folder = tmp_path / "run"
     cut_short(config, folder, 3)
     (folder / "metrics.jsonl").write_text("")
@@ -218,7 +218,7 @@ def test_a_finished_run_says_so_and_can_be_trained_further(config, whole, tmp_pa
     assert [row["step"] for row in rows["6"]] == list(range(6))
 
 
-def test_another_platform_is_said(config, tmp_path, capsys, monkeypatch):
+def test_another_platform_is_reported(config, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     cut_short(config, folder, 3)
     true = assembly.versions
@@ -228,7 +228,7 @@ def test_another_platform_is_said(config, tmp_path, capsys, monkeypatch):
     assert "-> 0.99.0): from here on bits may differ from an uninterrupted run" in said
 
 
-def test_two_runs_on_one_folder_are_one_too_many(config, tmp_path, capsys):
+def test_a_second_process_on_a_run_folder_is_refused(config, tmp_path, capsys):
     folder = tmp_path / "run"
     cut_short(config, folder, 1)
     code = "import sys, pathlib; from textpolicy._system.lock import RunLock\n"
@@ -241,7 +241,7 @@ def test_two_runs_on_one_folder_are_one_too_many(config, tmp_path, capsys):
         pass
 
 
-def test_a_folder_that_is_no_run_is_no_run(tmp_path, capsys):
+def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     assert "is not a run folder" in refused(capsys, "train", f"--resume={tmp_path}")
     assert list(tmp_path.iterdir()) == []
 
@@ -253,7 +253,7 @@ def test_resume_without_a_folder_and_with_two(capsys):
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_run_where_it_can_go_on(config, whole, tmp_path, capfd, monkeypatch, number, code):
+def test_a_signal_ends_a_run_where_it_can_resume(config, whole, tmp_path, capfd, monkeypatch, number, code):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         true = run_module.Run.on_step
@@ -305,7 +305,7 @@ def test_a_second_signal_ends_the_process_at_once_and_damages_nothing(config, wh
     assert outcome(folder) == outcome(whole)
 
 
-def test_the_shared_random_streams_go_on_where_they_were():
+def test_the_shared_random_streams_are_restored():
     seed_streams(7)
     random.gauss(0, 1)
     np.random.standard_normal()
@@ -348,7 +348,7 @@ def test_a_program_adds_sinks_metrics_and_a_task_without_held_out_problems(confi
     assert seen[5:] == [(title, "run", 2), ("end", 3)]
 
 
-def test_a_run_with_compiled_passes_goes_on_with_the_shapes_that_it_knew(config, tmp_path):
+def test_a_run_with_compiled_passes_resumes_with_the_shapes_that_it_knew(config, tmp_path):
     compiled = "--machine.compile=on"
     assert main(["train", str(config), f"--output={tmp_path / 'whole'}", compiled]) == 0
     cut_short(config, tmp_path / "run", 3, compiled)

@@ -57,7 +57,7 @@ def test_a_run_writes_its_settings_metrics_report_and_adapter(trained):
     assert json.loads((trained / "versions.json").read_text())["mlx"]
 
 
-def test_every_completion_of_training_and_of_every_look_is_kept(trained):
+def test_every_completion_of_training_and_of_every_evaluation_is_kept(trained):
     run = load_run(trained)
     for step in (0, 1):
         sampled = run.rollouts.filter(pc.field("step") == step)
@@ -72,7 +72,7 @@ def test_every_completion_of_training_and_of_every_look_is_kept(trained):
         assert (len(correct), np.mean(correct)) == (6, look["accuracy"])
 
 
-def test_metrics_have_a_row_for_every_step_and_every_look(trained):
+def test_metrics_have_a_row_for_every_step_and_every_evaluation(trained):
     assert [r["step"] for r in rows(trained) if r["kind"] == "train"] == [0, 1]
     looks = [(r["split"], r["step"]) for r in rows(trained) if r["kind"] == "eval"]
     assert looks[:4] == [("test", 0), ("validation", 0), ("validation", 1), ("validation", 2)]
@@ -130,7 +130,7 @@ def test_a_task_says_how_long_its_completions_may_be_unless_the_run_does():
     assert with_max_tokens(Config(task="countdown", rollout={"group_size": 4}), task).rollout.group_size == 4
 
 
-def test_a_trained_run_can_be_asked(trained, capsys):
+def test_a_trained_run_completes_prompts(trained, capsys):
     assert main(["generate", f"--run={trained}", "--max-tokens=8", "Largest of 14, 62, 7, 35, 58?"]) == 0
     assert capsys.readouterr().out.strip()
     assert main(["generate", "--model=smollm2-135m", "--max-tokens=8", "What is the capital of France?"]) == 0
@@ -145,7 +145,7 @@ def test_its_adapter_can_be_given_to_the_model_by_hand(trained, capsys):
     assert capsys.readouterr().out == by_hand
 
 
-def test_the_adapter_of_a_run_is_used_with_its_model_and_its_way_of_asking(trained, capsys):
+def test_the_adapter_of_a_run_is_used_with_its_model_and_its_prompts(trained, capsys):
     asked = ["--max-tokens=8", "Largest of 14, 62, 7, 35, 58?"]
     said = []
     for source in (f"--run={trained}", f"--adapter={trained}", f"--adapter={trained / 'adapter'}"):
@@ -196,7 +196,7 @@ def test_a_model_that_does_not_fit_is_refused_in_one_sentence_before_anything_is
 
 
 @pytest.mark.slow
-def test_a_run_that_is_short_of_memory_says_so_once_and_stays_within_it(tmp_path, capsys, elsewhere):
+def test_a_run_that_is_short_of_memory_reports_it_once_and_stays_within_it(tmp_path, capsys, elsewhere):
     folder, limit = tmp_path / "run", elsewhere + 1.0
     fewer = ["--rollout.prompts-per-step=2", "--rollout.group-size=4", "--evaluation.problems=2"]
     assert main(["train", f"--output={folder}", f"--machine.memory-limit-gb={limit}", *SMALL, *fewer]) == 0
@@ -221,7 +221,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         claim_folder(Config(output=tmp_path / "file" / "run"))
 
 
-def test_a_constant_reward_moves_nothing_and_the_run_says_so(tmp_path, monkeypatch, capsys):
+def test_a_constant_reward_moves_nothing_and_the_run_reports_it(tmp_path, monkeypatch, capsys):
     constant = replace(load_task("largest"), reward=lambda prompt, completion, example: (0.25, False))
     monkeypatch.setitem(TASKS, "largest", lambda: constant)
     assert main(["train", f"--output={tmp_path / 'run'}", *SMALL]) == 0

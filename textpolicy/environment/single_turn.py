@@ -201,7 +201,9 @@ class TextGenerationEnv(Environment):
         """Return the rewards of finished episodes, in order. Raises RewardError."""
         requests = []
         for c in conversations:
-            several = {} if self.single_turn else {"messages": [*c.asked, *c.said], "replies": tuple(c.replies)}
+            several = (
+                {} if self.single_turn else {"messages": [*c.prompt_messages, *c.messages], "replies": tuple(c.replies)}
+            )
             requests.append(Request(self._texts[c.index], c.text, self.examples[c.index], c.truncated, several))
         return self._scorer.score(requests, tokenizer=self.tokenizer)
 

@@ -61,7 +61,7 @@ def collect(
             group=first_group + n // group_size,
             prompt=env.prompt_text(c.index),
             prompt_index=c.index,
-            text=c.text if len(turns[n]) == 1 else "\n".join(f"[{m['role']}] {m['content']}" for m in c.said),
+            text=c.text if len(turns[n]) == 1 else "\n".join(f"[{m['role']}] {m['content']}" for m in c.messages),
             truncated=c.truncated,
             pieces=tuple(piece for turn in turns[n] for piece in env.pieces(turn.tokens)) if pieces else (),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,15 @@ from ..errors import UserError
 Outcomes = Sequence[tuple[int, bool]]  # (prompt, solved), one for each completion that was judged
 
 
+@dataclass(eq=False)
 class EveryPrompt:
     """The default curriculum: every prompt is drawn once, in a shuffled order, before any is drawn again.
 
-    A curriculum of another kind overrides these methods.
+    The step and the seed determine every draw. A curriculum of another kind overrides these methods.
     """
 
-    def __init__(self, total: int, seed: int = 0) -> None:
-        """Begin with ``total`` prompts; the step and the seed determine every draw."""
-        self.total, self.seed = total, seed
+    total: int  # prompts
+    seed: int = 0
 
     def draw(self, step: int, count: int, draw: int = 0) -> list[int]:
         """Return ``count`` prompts (indices) for a step; a further ``draw`` of the same step has orders of its own."""

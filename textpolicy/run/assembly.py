@@ -246,12 +246,7 @@ def write_setup(folder: Path, parts: Parts) -> None:
         code = own[0].read_bytes()
         fill_whole(folder / layout.TASK, lambda file: file.write(code))
     write_whole(folder / layout.VERSIONS, json.dumps(parts.versions, indent=2) + "\n")
-    write_config(folder, parts.config)
-
-
-def write_config(folder: Path, config: Config) -> None:
-    """Write the resolved settings. Raises OSError."""
-    write_whole(folder / layout.CONFIG, config.model_dump_json(indent=2) + "\n")
+    write_whole(folder / layout.CONFIG, parts.config.model_dump_json(indent=2) + "\n")
 
 
 def versions(engine: ResumableEngine, task: str) -> dict[str, str]:

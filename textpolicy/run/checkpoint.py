@@ -46,11 +46,12 @@ class Found:
     faults: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
 class Checkpoints:
     """The checkpoints in one folder; the last ``keep`` are kept, and that of the best step."""
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder, self.keep = folder, keep
+    folder: Path
+    keep: int = 2
 
     def write(
         self, step: int, state: Mapping[str, Any], fill: Callable[[Path], None], best: int | None = None

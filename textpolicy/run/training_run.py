@@ -33,7 +33,7 @@ from ..record.sinks import Sink, Sinks
 from ..record.trackers import open_trackers, require
 from ..tasks import Task, load_task
 from ..types import Episode
-from .assembly import Parts, assemble, claim_folder, fit_memory, with_max_tokens, write_config, write_setup
+from .assembly import Parts, assemble, claim_folder, fit_memory, with_max_tokens, write_setup
 from .checkpoint import Checkpoint, Checkpoints, Pace, link_tree
 from .console import RunView, example_line
 from .resume import CHECKPOINTS, changed_versions, reopen
@@ -175,7 +175,7 @@ class Run:
             self.view.print(f"resuming {self.folder} after {self.done} of {parts.schedule.steps} steps")
             self.extension.begin(parts, self.folder, self.done)
             (self.folder / layout.SUMMARY).unlink(missing_ok=True)
-            write_config(self.folder, parts.config)
+            write_whole(self.folder / layout.CONFIG, parts.config.model_dump_json(indent=2) + "\n")
             self._train()
         return self.folder
 

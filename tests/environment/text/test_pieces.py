@@ -55,7 +55,7 @@ def test_special_tokens_are_empty_where_decode_can_leave_them_out():
     assert Pieces(vocabulary.decode)([0, -1]) == ("a", "<end>")
 
 
-def test_a_tokenizer_that_takes_ids_only_is_asked_for_no_more():
+def test_a_tokenizer_that_takes_ids_only_gets_no_other_argument():
     class Letters:
         def decode(self, ids):
             return "".join(map(chr, ids))

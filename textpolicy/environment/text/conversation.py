@@ -152,12 +152,12 @@ class Conversation:
 
     index: int
     prompt: Sequence[int]
-    asked: Sequence[Message]  # the prompt
+    prompt_messages: Sequence[Message]
     partner: Partner | None  # None: the episode ends after one turn
     codec: ChatCodec
     limits: Limits
     tools: Sequence[Schema] = ()
-    said: list[Message] = field(default_factory=list)  # after the prompt, by policy and environment
+    messages: list[Message] = field(default_factory=list)  # after the prompt, by policy and environment
     turns: list[list[int]] = field(default_factory=list)  # tokens of the policy
     added: list[list[int]] = field(default_factory=list)  # tokens of the environment, after each turn but the last
     replies: list[Reply] = field(default_factory=list)
@@ -172,7 +172,7 @@ class Conversation:
     @property
     def text(self) -> str:
         """The text of the policy's last turn."""
-        return [m["content"] for m in self.said if m["role"] == "assistant"][-1]
+        return [m["content"] for m in self.messages if m["role"] == "assistant"][-1]
 
     def add(self, tokens: Sequence[int], truncated: bool, text: str | None = None) -> None:
         """Add a turn of the policy and the environment's reply to it.
@@ -181,9 +181,9 @@ class Conversation:
         ``tokens``, where the caller knows it.
         """
         text = self.codec.text(list(tokens)) if text is None else text
-        before = [*self.asked, *self.said]
+        before = [*self.prompt_messages, *self.messages]
         self.turns.append(list(tokens))
-        self.said.append({"role": "assistant", "content": text})
+        self.messages.append({"role": "assistant", "content": text})
         if truncated:
             self.over = self.truncated = True
             return
@@ -193,11 +193,11 @@ class Conversation:
             self.over, self.truncated = True, reply.truncated
             return
         if len(self.turns) < self.limits.turns:
-            messages = [{k: whole(v) if isinstance(v, str) else v for k, v in m.items()} for m in reply.messages]
-            added = self.codec.continuation(before, messages, tokens[-1] if tokens else None, self.tools)
+            replies = [{k: whole(v) if isinstance(v, str) else v for k, v in m.items()} for m in reply.messages]
+            added = self.codec.continuation(before, replies, tokens[-1] if tokens else None, self.tools)
             needed = len(joined(self.turns, self.added)) + len(added) + self.limits.turn_tokens
             if self.limits.tokens is None or needed <= self.limits.tokens:
-                self.said += messages
+                self.messages += replies
                 self.added.append(added)
                 return
         self.over = self.truncated = True  # the next turn would pass a limit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, groupby
 from operator import itemgetter
@@ -19,6 +20,7 @@ BROKEN = "\ufffd"  # written by decoders for bytes that are not a whole characte
 LONGEST = 8  # tokens that may share characters: a character has at most 4 bytes, but a token may hold ends of two
 
 
+@dataclass(eq=False, slots=True)
 class Pieces:
     """The text of each of a completion's tokens, with the space in front of it; decoded texts are cached.
 
@@ -27,20 +29,18 @@ class Pieces:
     and the others have "". Special tokens have "" where ``decode`` leaves them out.
     """
 
-    def __init__(self, decode: Decode) -> None:
-        """Take a tokenizer's ``decode``, from a list of token ids to text."""
-        self._decode = decode
-        self._alone: dict[int, str] = {}  # by id; BROKEN for part of a character
-        self._together: dict[tuple[int, ...], str] = {}
+    decode: Decode
+    alone: dict[int, str] = field(default_factory=dict)  # by id; BROKEN for part of a character
+    together: dict[tuple[int, ...], str] = field(default_factory=dict)  # whole characters of several tokens
 
     def __call__(self, ids: Sequence[int] | np.ndarray) -> tuple[str, ...]:
         """Return the texts of the tokens of one completion, (T,) ids."""
         tokens = np.asarray(ids, np.int64).tolist()
         for token in set(tokens):  # the difference with the known ones would walk through all of those
-            if token not in self._alone:
-                once = self._decode([token])
-                self._alone[token] = BROKEN if BROKEN in once else self._decode([token, token])[len(once) :]
-        texts = [self._alone[token] for token in tokens]
+            if token not in self.alone:
+                once = self.decode([token])
+                self.alone[token] = BROKEN if BROKEN in once else self.decode([token, token])[len(once) :]
+        texts = [self.alone[token] for token in tokens]
         if BROKEN not in texts:
             return tuple(texts)
         runs = groupby(zip(tokens, texts, strict=True), key=itemgetter(1))
@@ -55,17 +55,17 @@ class Pieces:
             sizes = range(2, min(LONGEST, len(run)) + 1)
             size = next((n for n in sizes if BROKEN not in self._joint(run[:n])), 0)
             if size:
-                texts += [*_first(self._decode, stray), self._joint(run[:size]), *[""] * (size - 1)]
+                texts += [*_first(self.decode, stray), self._joint(run[:size]), *[""] * (size - 1)]
                 stray, run = [], run[size:]
             else:
                 stray, run = [*stray, run[0]], run[1:]
-        return [*texts, *_first(self._decode, stray)]
+        return [*texts, *_first(self.decode, stray)]
 
     def _joint(self, ids: list[int]) -> str:
         key = tuple(ids)
-        if key not in self._together:
-            self._together[key] = self._decode(ids)
-        return self._together[key]
+        if key not in self.together:
+            self.together[key] = self.decode(ids)
+        return self.together[key]
 
 
 def _first(decode: Decode, ids: list[int]) -> list[str]:

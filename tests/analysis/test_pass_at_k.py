@@ -11,11 +11,11 @@ from textpolicy.errors import UserError
 CASES = [(n, c, k) for n in range(1, 7) for c in range(n + 1) for k in range(1, n + 1)]
 
 
-@pytest.mark.parametrize(("n", "c", "k"), CASES)
-def test_every_subset_of_k_samples_counts_once(n, c, k):
-    subsets = list(combinations([True] * c + [False] * (n - c), k))
-    assert pass_at_k(n, c, k) == pytest.approx(fmean(map(any, subsets)), rel=1e-15)
-    assert pass_hat_k(n, c, k) == pytest.approx(fmean(map(all, subsets)), rel=1e-15)
+def test_every_subset_of_k_samples_counts_once():
+    for n, c, k in CASES:
+        subsets = list(combinations([True] * c + [False] * (n - c), k))
+        assert pass_at_k(n, c, k) == pytest.approx(fmean(map(any, subsets)), rel=1e-15), (n, c, k)
+        assert pass_hat_k(n, c, k) == pytest.approx(fmean(map(all, subsets)), rel=1e-15), (n, c, k)
 
 
 def test_a_rare_success_among_many_samples_keeps_its_digits():
@@ -23,9 +23,9 @@ def test_a_rare_success_among_many_samples_keeps_its_digits():
     assert pass_at_k(10**5, 1, 10**4) == 0.1
 
 
-@pytest.mark.parametrize(("n", "c", "k"), CASES)
-def test_the_plug_in_estimate_is_never_above_the_unbiased_one(n, c, k):
-    assert plug_in_pass_at_k(n, c, k) <= pass_at_k(n, c, k) + 1e-15
+def test_the_plug_in_estimate_is_never_above_the_unbiased_one():
+    for n, c, k in CASES:
+        assert plug_in_pass_at_k(n, c, k) <= pass_at_k(n, c, k) + 1e-15, (n, c, k)
 
 
 def test_the_plug_in_estimate_treats_samples_as_endless():
@@ -39,7 +39,7 @@ def test_the_mean_weighs_problems_alike_whatever_their_number_of_samples():
 
 
 @pytest.mark.parametrize(
-    ("n", "c", "k", "says"),
+    ("n", "c", "k", "message"),
     [
         (4, 2, 5, "k is 5 with 4 samples"),
         (4, 2, 0, "k is 0 with 4 samples"),
@@ -48,19 +48,19 @@ def test_the_mean_weighs_problems_alike_whatever_their_number_of_samples():
         (4, -1, 1, "-1 of 4 samples correct is impossible"),
     ],
 )
-@pytest.mark.parametrize("estimate", [pass_at_k, pass_hat_k, plug_in_pass_at_k])
-def test_impossible_counts_are_refused(estimate, n, c, k, says):
-    with pytest.raises(UserError, match=says):
-        estimate(n, c, k)
+def test_every_estimate_refuses_impossible_counts(n, c, k, message):
+    for estimate in (pass_at_k, pass_hat_k, plug_in_pass_at_k):
+        with pytest.raises(UserError, match=message):
+            estimate(n, c, k)
 
 
-@pytest.mark.parametrize("mean", [mean_pass_at_k, mean_pass_hat_k])
-@pytest.mark.parametrize(("n", "c"), [([], []), ([4], [1, 2])])
-def test_a_mean_needs_both_counts_of_every_problem(mean, n, c):
-    with pytest.raises(UserError, match="at least one problem"):
-        mean(n, c, 1)
+def test_a_mean_needs_both_counts_of_every_problem():
+    for mean in (mean_pass_at_k, mean_pass_hat_k):
+        for n, c in (([], []), ([4], [1, 2])):
+            with pytest.raises(UserError, match="at least one problem"):
+                mean(n, c, 1)
 
 
-def test_a_problem_with_too_few_samples_is_not_left_out_of_the_mean_silently():
+def test_a_mean_refuses_a_problem_with_too_few_samples():
     with pytest.raises(UserError, match="k is 4 with 2 samples"):
         mean_pass_at_k([8, 2], [1, 1], 4)

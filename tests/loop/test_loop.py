@@ -35,25 +35,47 @@ def starts_with_seven(prompt, completion, example):
     return float(completion.startswith("7"))
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_a_tiny_model_learns_to_say_seven(name):
+def train_to_say_seven(name, steps):
+    """Train a tiny model with a recipe and return the rows of its steps."""
     reward = starts_with_seven if name == "gtpo_paper" else share_of_seven  # the paper's outcomes are two
-    env = TextGenerationEnv(["1 2", "3", "4 5 6", "2 2"], reward, max_tokens=6, tokenizer=Numbers())
-    seen = []
+    rows = []
     train(
         make_tiny_engine(vocabulary=16),
-        env,
+        TextGenerationEnv(["1 2", "3", "4 5 6", "2 2"], reward, max_tokens=6, tokenizer=Numbers()),
         recipe(name),
-        schedule=Schedule(0.05, steps=24, final=0.1),
+        schedule=Schedule(0.05, steps, final=0.1),
         prompts_per_step=4,
         group_size=16,
         sampling=Sampling(max_tokens=6, seed=1),
-        on_step=lambda step, row, episodes: seen.append(row),
+        on_step=lambda step, row, episodes: rows.append(row),
     )
-    assert [row["step"] for row in seen] == list(range(24))
-    assert seen[0]["reward_mean"] < 0.2
-    assert np.mean([row["reward_mean"] for row in seen[-3:]]) > 0.85
-    assert max(row["logprob_gap_max"] for row in seen if row["updated"]) < 3e-3  # logits are large by then
+    assert [row["step"] for row in rows] == list(range(steps)), name
+    return rows
+
+
+LEARNERS = ["grpo", "cispo", "sapo"]  # one recipe for each objective
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_tiny_model_learns_to_say_seven(name):
+    rows = train_to_say_seven(name, steps=24)
+    assert rows[0]["reward_mean"] < 0.2
+    assert np.mean([row["reward_mean"] for row in rows[-3:]]) > 0.85
+    assert max(row["logprob_gap_max"] for row in rows if row["updated"]) < 3e-3  # logits are large by then
+
+
+def test_the_recipes_that_learn_have_every_objective():
+    objectives = {type(made.surrogate.objective) for made in ALGORITHMS.values()}
+    assert {type(ALGORITHMS[name].surrogate.objective) for name in LEARNERS} == objectives
+
+
+def test_every_recipe_makes_a_step_whose_row_is_finite():
+    for name in ALGORITHMS:
+        [row] = train_to_say_seven(name, steps=1)
+        assert row["updated"] == 1, name
+        assert row["grad_norm"] > 0, name
+        assert row["logprob_gap_max"] < 1e-3, name
+        assert all(np.isfinite(value) for value in row.values()), (name, row)
 
 
 def test_the_same_seed_gives_the_same_run(tiny_engine):

@@ -342,7 +342,7 @@ def safetensors(folder: Path) -> Target:
 
 def gguf(folder: Path) -> Target:
     """GGUF files whose bytes, most of them of the header, were changed."""
-    from test_gguf import write
+    from made_gguf import write
 
     from textpolicy.mlx.files.gguf import read_gguf
 

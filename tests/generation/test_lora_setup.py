@@ -15,8 +15,8 @@ import mlx.optimizers as optim
 import mlx_lm
 from conftest import VOCABULARY, tiny_llama
 from gguf import GGMLQuantizationType as Kind
+from made_gguf import write
 from mlx.utils import tree_flatten
-from test_gguf import write
 
 from textpolicy.algorithms import grpo
 from textpolicy.buffer import Buffer

@@ -22,9 +22,9 @@ import mlx.nn as nn
 import mlx_lm
 from conftest import files_of_at_most
 from gguf import GGMLQuantizationType as Kind
+from made_gguf import TOKENS, write
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from test_gguf import TOKENS, write
 
 from textpolicy.errors import MissingDependencyError, UserError
 from textpolicy.mlx import models

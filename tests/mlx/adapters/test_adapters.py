@@ -14,6 +14,7 @@ import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below m
 # isort: split
 import mlx.core as mx
 import mlx.nn as nn
+from adapter_kinds import ADAPTERS, adapted
 from conftest import VOCABULARY, files_of_at_most, random_episodes, recipe, tiny_llama
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen3_moe
@@ -27,20 +28,6 @@ from textpolicy.mlx.adapters.saving import reread_adapter
 from textpolicy.mlx.adapters.svd import factorise
 from textpolicy.mlx.engine import MLXEngine, PolicyObjective
 
-ADAPTERS = {
-    "lora": LoRA(rank=4),
-    "lora, rank-stabilised": LoRA(rank=4, rank_stabilised=True),
-    "lora on some": LoRA(rank=4, layers=1, modules=("q_proj", "mlp.down_proj")),
-    "dora": DoRA(rank=4),
-    "qlora": QLoRA(rank=4, bits=4, group_size=32),
-    "full": Full(),
-    "full on some": Full(layers=1, modules=("o_proj",)),
-    "lora_xs": LoRAXS(rank=4),
-    "lora_xs as its authors": LoRAXS(rank=4, sigma="loraxs_code"),
-    "tinylora": TinyLoRA(),
-    "tinylora in groups": TinyLoRA(rank=3, u=2, tie=3, sigma="peft"),
-    "tinylora by kind": TinyLoRA(u=2, tie=2, tying="structured"),
-}
 OWN = ("lora_a", "lora_b", ".m", ".core.r", "adapter_vectors.v")  # endings of trainable names, except for full
 TOKENS = mx.array([[5, 6, 7, 9, 11]])
 
@@ -48,16 +35,6 @@ TOKENS = mx.array([[5, 6, 7, 9, 11]])
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TEXTPOLICY_CACHE", str(tmp_path / "cache"))
-
-
-def adapted(name, seed=0):
-    """A tiny model whose adapter has been moved away from where it starts."""
-    model = attach(tiny_llama(VOCABULARY), ADAPTERS[name])
-    mx.random.seed(seed)
-    size = 0.02 if ADAPTERS[name].kind == "full" else 0.2
-    moved = [(name, value + size * mx.random.normal(value.shape)) for name, value in trainable(model).items()]
-    model.load_weights(moved, strict=False)
-    return model
 
 
 def arrays(model):

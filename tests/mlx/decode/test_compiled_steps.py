@@ -4,10 +4,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from adapter_kinds import ADAPTERS
+from adapter_kinds import adapted as adapter_of_kind
+from architectures import adapted, decoding_error
 from mlx.utils import tree_flatten
-from test_adapters import ADAPTERS
-from test_adapters import adapted as adapter_of_kind
-from test_architectures import adapted, decoding_error
 from test_decoder import PROMPTS, STOP
 from test_decoder import assert_same as assert_close
 

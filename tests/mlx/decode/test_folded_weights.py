@@ -6,11 +6,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from adapter_kinds import ADAPTERS
+from adapter_kinds import adapted as adapter_of_kind
+from architectures import ARCHITECTURES, adapted, decoding_error
 from conftest import tiny_llama
 from mlx_lm.tuner.lora import LoRALinear
-from test_adapters import ADAPTERS
-from test_adapters import adapted as adapter_of_kind
-from test_architectures import ARCHITECTURES, adapted, decoding_error
 
 from textpolicy.config.adapters import LoRA
 from textpolicy.engine import Sampling

@@ -16,9 +16,9 @@ import mlx.nn as nn
 import mlx_lm
 from conftest import files_of_at_most
 from gguf import GGMLQuantizationType as Kind
+from made_gguf import TOKENS, plain_llama, stored, write
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from test_gguf import TOKENS, plain_llama, stored, write
 from transformers import AutoConfig, AutoTokenizer
 
 from textpolicy.cli.main import main

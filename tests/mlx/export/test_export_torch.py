@@ -21,16 +21,17 @@ import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below m
 
 # isort: split
 import mlx.core as mx
+from made_gguf import TOKENS, write
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes
 from test_export import KINDS, MERGED_ONLY, adapted, run_folder, train
-from test_gguf import TOKENS, convert, write
 
 from textpolicy.cli.main import main
 from textpolicy.mlx.adapters.attach import detach
 from textpolicy.mlx.adapters.merging import save_adapter
 from textpolicy.mlx.export import export_folder
 from textpolicy.mlx.export.files import HF_LAYOUT
+from textpolicy.mlx.files.gguf import convert
 from textpolicy.mlx.models import find_model, load_model
 
 PACKAGES = ("torch", "transformers", "peft")

@@ -27,7 +27,7 @@ class Job:
     folder: Path
     words: tuple[str, ...]  # the module and its arguments
     finished: Callable[[Path], bool]  # returns whether a folder is that of a finished run
-    resume: tuple[str, ...] | None = None  # further words that resume it in its folder; None starts again
+    resumes: bool = False  # whether the same command resumes in its folder; otherwise it needs a new one
 
     @property
     def name(self) -> str:
@@ -119,8 +119,8 @@ def read_attempts(root: Path) -> list[Attempt]:
 
 def _start(job: Job, root: Path, lock: int, log: Callable[[str], None]) -> _Running:
     """Start or resume a run in a process that ends with this one."""
-    resumed = job.resume if job.folder.exists() and job.resume is not None else None
-    if resumed is None and job.folder.exists():  # move what a killed or failed run left out of the way
+    resumed = job.resumes and job.folder.exists()
+    if job.folder.exists() and not resumed:  # move what a killed or failed run left out of the way
         n = 1
         while (aside := job.folder.with_name(f"{job.folder.name}.unfinished{n}")).exists():
             n += 1
@@ -128,10 +128,10 @@ def _start(job: Job, root: Path, lock: int, log: Callable[[str], None]) -> _Runn
     path = root / "logs" / f"{job.name}.log"
     for folder in (job.folder.parent, path.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    log(f"{job.name}: {'started' if resumed is None else 'resumed'}, log in {path}")
+    log(f"{job.name}: {'resumed' if resumed else 'started'}, log in {path}")
     with path.open("ab") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "textpolicy.campaign.attached", *job.words, *(resumed or ())],
+            [sys.executable, "-m", "textpolicy.campaign.attached", *job.words],
             stdin=subprocess.PIPE,  # never written to: it closes when this process ends, and the run with it
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -28,7 +28,7 @@ def jobs_of(settings: CampaignSettings, root: Path) -> list[Job]:
         for arm in settings.arms:
             folder = root / "runs" / arm / f"seed{seed}"
             flags = flags_of({**settings.overrides(arm, seed), "output": str(folder)})
-            jobs.append(Job(arm, seed, folder, ("textpolicy", "train", *flags), finished, resume=()))
+            jobs.append(Job(arm, seed, folder, ("textpolicy", "train", *flags), finished, resumes=True))
     return jobs
 
 

@@ -65,7 +65,7 @@ def math_job(
     values = {**shared.model_dump(include=set(MathSettings.model_fields)), "algorithm": algorithm, "lr": lr}
     values |= {"seed": seed, "max_steps": steps, "log_dir": folder}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
-    return Job(arm, seed, folder, (MODULE, *flags), finished, resume=())  # the same command resumes
+    return Job(arm, seed, folder, (MODULE, *flags), finished, resumes=True)
 
 
 def new_root(name: str) -> Path:

@@ -37,7 +37,7 @@ class Prices(Section):
 
 
 class CampaignSettings(Section):
-    """The arms x seeds over one base, and the question that they answer; all fixed before the first run."""
+    """The settings of a campaign: arms x seeds over one base, and their question; fixed before the first run."""
 
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
     """The seeds of every arm."""

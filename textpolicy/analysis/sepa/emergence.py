@@ -204,5 +204,5 @@ class EmergenceLogger:
 
 
 def _mean(values: Any) -> float | None:
-    """Return the mean; None for no values, which JSON has."""
+    """Return the mean, or None (null in JSON) for no values."""
     return float(np.mean(values)) if len(values) else None

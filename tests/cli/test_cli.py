@@ -80,10 +80,15 @@ def test_an_unknown_command_is_refused(capsys):
         (["generate", "--model", "smollm2-135m", "--repetition-penalty", "0", "hello"], "repetition_penalty is 0"),
         (["generate", "--run", "a", "--model", "b", "hello"], "give either --run RUN or --model NAME, not both"),
         (["generate", "--run", "a", "--adapter", "b", "hello"], "--adapter b is given with --run"),
+        (["eval", "--model", "smollm2-135m", "--task", "largets"], "did you mean 'largest'?"),
     ],
 )
-def test_what_cannot_work_is_one_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch, argv, sentence):
+def test_impossible_arguments_are_one_sentence_and_exit_code_2_before_a_model_is_loaded(
+    capsys, tmp_path, monkeypatch, argv, sentence
+):
     monkeypatch.chdir(tmp_path)
+    if argv[0] != "train":  # which finds out from the loader that there is no such model
+        monkeypatch.setattr("textpolicy.mlx.models.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     assert sentence in refused(capsys, *argv)
     assert list(tmp_path.iterdir()) == []
 

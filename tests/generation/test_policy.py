@@ -96,10 +96,10 @@ def test_the_stop_token_is_kept_and_ends_the_completion(model, tokenizer):
     assert all(ids[-1] == STOP and STOP not in ids[:-1] for ids in stopped)
 
 
-@pytest.mark.parametrize("bent", [{"top_p": 0.9}, {"repetition_penalty": 1.1}])
-def test_a_bent_distribution_has_no_temperature_and_training_refuses_it(model, tokenizer, bent):
+@pytest.mark.parametrize("changes", [{"top_p": 0.9}, {"repetition_penalty": 1.1}])
+def test_a_truncated_or_penalised_distribution_has_no_temperature_to_train_at(model, tokenizer, changes):
     env = TextGenerationEnv(["59"], lambda prompt, completion, example: 1.0, tokenizer=tokenizer)
-    policy = create_policy(model, tokenizer, {"max_tokens": 4, **bent})
+    policy = create_policy(model, tokenizer, {"max_tokens": 4, **changes})
     assert policy(PROMPT)[1]["temperature"] is None
     buffer = RolloutRunner(env, policy, create_strategy("grpo"), max_steps=1).collect()
     assert buffer.episodes[0].as_training().temperature is None
@@ -222,6 +222,9 @@ def test_decoding_skips_special_tokens_and_trims(tokenizer):
     assert decode_token_ids(tokenizer, [0, 5, 0, 9, 0, STOP]) == "5 9"
 
 
-def test_the_tokenizer_needs_no_more_than_its_stop_tokens(model):
-    policy = create_policy(model, SimpleNamespace(eos_token_ids={STOP}), {"max_tokens": 2})
-    assert policy(PROMPT)[0].size <= 2
+def test_a_policy_uses_only_the_stop_tokens_of_its_tokenizer(model, tokenizer):
+    stops_only = SimpleNamespace(eos_token_ids={STOP})
+    settings = {"max_tokens": 20, "temperature": 1000.0, "seed": 2}
+    ours, whole = (create_policy(model, t, settings).sample_batch([PROMPT] * 20) for t in (stops_only, tokenizer))
+    assert [ids.tolist() for ids, _ in ours] == [ids.tolist() for ids, _ in whole]
+    assert any(ids[-1].item() == STOP for ids, _ in ours)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -121,16 +121,18 @@ def evaluate(args: EvalArguments) -> str:
         )
     if args.task is None and args.run is None and args.adapter is None and args.model is not None:
         raise UserError("no task to measure; name one with --task, or give a --run")
-    source = load(args)
+    task = None if args.task is None else load_task(args.task)
+    sampling = Sampling(1 if args.max_tokens is None else args.max_tokens, args.temperature, seed=args.seed)
+    source = load(args)  # last, because it takes seconds
     name = args.task or (source.config.task if source.config else None)
     if name is None:
         raise UserError("no task to measure; name one with --task, or give a --run")
-    task = load_task(name)
+    task = task or load_task(name)
     config = source.config or with_max_tokens(Config(task=name), task)
     problems = getattr(task, args.split)[: args.problems or None]
     env = environment(with_scorer(task, config), problems, source.tokenizer, config)
-    longest = config.rollout.max_tokens if args.max_tokens is None else args.max_tokens
-    sampling = Sampling(longest, args.temperature, seed=args.seed)
+    if args.max_tokens is None:
+        sampling = replace(sampling, max_tokens=config.rollout.max_tokens)
     result = evaluate_engine(source.engine, env, sampling, args.samples)
     lines = [f"  {e.prompt!r} -> {e.text!r}  reward {e.reward:g}" for e in result.episodes[: args.show]]
     what = f"{name}, {args.split}"

@@ -12,6 +12,23 @@ import textpolicy
 from textpolicy import errors
 
 ROOT = Path(textpolicy.__file__).parent
+# Docstrings begin with one of these, in the imperative. Add a new verb here; reword an opening that is no verb.
+VERBS = [
+    "Add", "Adjust", "Answer", "Append", "Apply", "Ask", "Attach", "Average", "Begin", "Break", "Browse", "Build",
+    "Call", "Change", "Check", "Choose", "Clip", "Close", "Collect", "Compare", "Compute", "Convert", "Copy", "Count",
+    "Describe", "Divide", "Do", "Draw", "End", "Enumerate", "Estimate", "Evaluate", "Export", "Fill", "Find",
+    "Fingerprint", "Finish", "Fit", "Flatten", "Flip", "Follow", "Force", "Forget", "Free", "Freeze", "Generate",
+    "Give", "Grade", "Group", "Handle", "Hold", "Import", "Index", "Inspect", "Join", "Keep", "Kill", "Lay", "Learn",
+    "Let", "Limit", "Link", "List", "Load", "Lock", "Log", "Make", "Mark", "Maximise", "Measure", "Merge", "Mine",
+    "Move", "Name", "Observe", "Open", "Pack", "Parse", "Pass", "Pickle", "Plan", "Play", "Pool", "Predict",
+    "Prepare", "Print", "Put", "Quantise", "Raise", "Reach", "Read", "Reassign", "Rebuild", "Receive", "Record",
+    "Redirect", "Reduce", "Register", "Release", "Remove", "Rename", "Render", "Replace", "Report", "Resample",
+    "Restore", "Resume", "Return", "Run", "Sample", "Save", "Say", "Scale", "Score", "Seed", "Select", "Send",
+    "Serve", "Set", "Shape", "Share", "Show", "Simulate", "Smooth", "Start", "Stop", "Sum", "Summarize", "Switch",
+    "Sync", "Take", "Test", "Tokenise", "Track", "Train", "Try", "Turn", "Undo", "Update", "Use", "Wait", "Weigh",
+    "Whiten", "Work", "Wrap", "Write", "Yield",
+]  # fmt: skip
+OPENINGS = {"The", *VERBS}
 RAISED = {name for name, value in vars(errors).items() if inspect.isclass(value)} | {"unknown_name"}
 
 
@@ -49,6 +66,32 @@ OURS = [pair for pair in PUBLIC if documented(*pair)]
 def test_the_packages_with_a_list_are_seen():
     assert {"textpolicy", "textpolicy.rewards", "textpolicy.environment"} <= {*LISTED}
     assert len(OURS) > 150
+
+
+def docstrings():
+    """Yield (place, docstring) of every module, class and function, private ones included, that has a docstring."""
+    for path in sorted(ROOT.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node)
+                if text is not None:
+                    yield f"{path.relative_to(ROOT.parent)}:{getattr(node, 'lineno', 1)}", text
+
+
+def test_every_docstring_begins_with_a_verb_or_the():
+    found = list(docstrings())
+    assert len(found) > 1000
+    others = [(where, text.splitlines()[0]) for where, text in found if text.split()[0].rstrip(",;:") not in OPENINGS]
+    assert others == []
+
+
+def test_the_verbs_are_sorted():
+    assert sorted({*VERBS}) == VERBS
+
+
+def test_every_module_of_the_package_has_a_docstring():
+    bare = [path for path in ROOT.rglob("*.py") if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
+    assert bare == []
 
 
 def test_every_public_name_has_a_docstring():

@@ -1,4 +1,4 @@
-"""Rollouts: prompts in, scored episodes out; and dynamic sampling, which replaces groups without signal."""
+"""Collect rollouts: prompts in, scored episodes out; and dynamic sampling, which replaces groups without signal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Curricula: which prompts a step draws, by default every one in turn, or by how often each was solved."""
+"""Choose the prompts that a step draws: by default every one in turn, or by how often each was solved."""
 
 from __future__ import annotations
 

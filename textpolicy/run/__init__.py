@@ -1,1 +1,1 @@
-"""One run, from settings to folder: assembly, training, checkpoints, resume, summary, export."""
+"""The course of one run, from settings to folder: assembly, training, checkpoints, resume, summary, export."""

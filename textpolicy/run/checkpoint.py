@@ -1,4 +1,4 @@
-"""Checkpoints of a run: folders that are complete or absent, with a digest of every file; the last few are kept.
+"""Write and read a run's checkpoints: folders that are complete or absent, with a digest of every file; few are kept.
 
 A checkpoint is written beside its place, synced, and renamed. This module knows nothing of engines: the caller fills
 a folder with files, and gets a verified one back.
@@ -31,7 +31,7 @@ class UnsoundError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A verified checkpoint: every file is as it was written."""
+    """The folder of a verified checkpoint: every file is as it was written."""
 
     path: Path
     step: int  # training steps that were done

@@ -32,7 +32,7 @@ _LAST = 3  # completions in the live view
 
 
 class RunView:
-    """Shows a run as it goes; a sink and a context manager. Prints to ``console``, and to the file ``log``."""
+    """Show a run as it goes; a sink and a context manager. Prints to ``console``, and to the file ``log``."""
 
     def __init__(self, steps: int, console: Console | None = None, *, quiet: bool = False, log: Path | None = None):
         """Open the view; ``quiet`` prints the closing table alone, while ``log`` gets every line."""

@@ -1,4 +1,4 @@
-"""Inference with a model, bare or trained: ``textpolicy generate`` and ``textpolicy eval``."""
+"""Generate and evaluate with a model, bare or trained: ``textpolicy generate`` and ``textpolicy eval``."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class EvalArguments(Source):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A loaded model, and the settings of the run it comes from."""
+    """The loaded model, and the settings of the run it comes from."""
 
     engine: Any
     tokenizer: Any

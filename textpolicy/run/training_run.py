@@ -1,4 +1,4 @@
-"""``textpolicy train``: one run, from settings to a trained adapter in its own folder."""
+"""Train: ``textpolicy train``, one run from settings to a trained adapter in its own folder."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Extension:
-    """What a program built on ``run`` adds to it; its sinks get steps and evaluations."""
+    """The additions of a program built on ``run``; its sinks get steps and evaluations."""
 
     task: Task | None = None  # in place of the one that config.task names
     recipe: Algorithm | None = None  # in place of the one that config.algorithm describes
@@ -102,7 +102,7 @@ def run(
 
 
 class Run:
-    """One training run in progress; the caller holds the lock on its folder."""
+    """The training run in progress; the caller holds the lock on its folder."""
 
     def __init__(
         self,

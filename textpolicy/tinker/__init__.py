@@ -1,1 +1,1 @@
-"""Training on the Tinker service: what it is sent, and the engine that sends it."""
+"""Train on the Tinker service: what it is sent, and the engine that sends it."""

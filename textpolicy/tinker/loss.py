@@ -14,7 +14,7 @@ _UNBOUNDED = math.exp(20)  # the local loss keeps ratios below it, so it is no b
 
 @dataclass(frozen=True, slots=True)
 class TinkerLoss:
-    """A loss of the service: its name, thresholds of the ratio, and whether it reads ``sequence_ratio_mask``."""
+    """The loss of the service: its name, thresholds of the ratio, and whether it reads ``sequence_ratio_mask``."""
 
     name: str
     config: Mapping[str, float] | None = None

@@ -32,7 +32,7 @@ MAX_GAP = 1.0  # nats, mean, between sampler and learner: 0.1 is half precision,
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Numbers of tokens by what is done with them, which is how services bill."""
+    """The numbers of tokens by what is done with them, which is how services bill."""
 
     prefill: int = 0  # of prompts, once for all completions of one, and of whole sequences that are only scored
     sampled: int = 0
@@ -123,7 +123,7 @@ class RunWork:
 
 
 class MeteredRun:
-    """An engine that counts the tokens of every call; what is kept on the server costs none."""
+    """Count the tokens of every call of an engine; what is kept on the server costs none."""
 
     def __init__(self, engine: ResumableEngine) -> None:
         self.engine, self.spent, self.stop = engine, Tokens(), engine.stop
@@ -156,7 +156,7 @@ class Budget:
     """The tokens that a run has spent and may spend; every entry goes to ledger.jsonl at once, so a resume knows it."""
 
     def __init__(self, engine: MeteredRun, work: RunWork, *, reserve: bool = True) -> None:
-        """With ``reserve`` a step begins only if the limits leave room for the evaluations after it, too."""
+        """Keep a budget; with ``reserve`` a step begins only if there is room for the evaluations after it, too."""
         self.engine, self.work, self.settings = engine, work, work.config.tinker
         self.closing = work.closing if reserve else Tokens()
         self.opening = work.opening if reserve else work.trial

@@ -1,4 +1,4 @@
-"""``scripts/tinker_lr_sweep.py``: short runs at several learning rates on a Tinker server, to choose one per recipe."""
+"""The script ``tinker_lr_sweep.py``: short Tinker runs at several learning rates, to choose one per recipe."""
 
 from __future__ import annotations
 

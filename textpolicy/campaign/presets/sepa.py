@@ -1,4 +1,4 @@
-"""``scripts/sepa_campaign.py``: SEPA against HICRA on countdown, over the same seeds, on this machine."""
+"""The script ``sepa_campaign.py``: SEPA against HICRA on countdown, over the same seeds, on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``scripts/tinker_campaign.py``: grpo against the full recipe on a Tinker server, over the same seeds."""
+"""The script ``tinker_campaign.py``: grpo against the full recipe on a Tinker server, over the same seeds."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How messages become tokens, and how a conversation grows turn by turn."""
+"""Turn messages into tokens, and let a conversation grow turn by turn."""

@@ -1,4 +1,4 @@
-"""One episode as a conversation, token by token: chat templates and their token ids, turns, replies, and its end.
+"""The conversation of one episode, token by token: chat templates and their token ids, turns, replies, and its end.
 
 How messages are tokenised, and that earlier turns are never tokenised again, is decided here alone.
 """
@@ -148,7 +148,7 @@ class Limits:
 
 @dataclass(eq=False, slots=True)
 class Conversation:
-    """An episode of prompt ``index``. Tokens are only ever appended, so the tokens that are scored were the input."""
+    """The episode of prompt ``index``. Tokens are only ever appended, so the tokens that are scored were the input."""
 
     index: int
     prompt: Sequence[int]
@@ -166,7 +166,7 @@ class Conversation:
 
     @property
     def tokens(self) -> list[int]:
-        """All tokens so far, which the policy continues."""
+        """The tokens of the prompt, turns and replies so far, which the policy continues."""
         return [*self.prompt, *joined(self.turns, self.added)]
 
     @property

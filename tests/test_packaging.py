@@ -167,7 +167,7 @@ def test_without_mlx_rewards_algorithms_analysis_and_tinkers_credit_work(install
     assert done.returncode == 0, done.stderr
 
 
-def test_without_mlx_commands_that_need_no_model_work_and_training_says_what_is_missing(installed, tmp_path):
+def test_without_mlx_commands_that_need_no_model_work_and_training_names_the_missing_extra(installed, tmp_path):
     done = run(installed, tmp_path, "-W", "error", "-c", WITHOUT_MLX + COMMANDS_WITHOUT_MLX)
     assert done.returncode == 0, done.stderr
     assert "\nsapo " in done.stdout

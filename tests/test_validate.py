@@ -78,7 +78,7 @@ def test_a_broken_environment_contract_fails(monkeypatch, capsys):
     assert "env.step returned a tuple" in out
 
 
-def test_an_environment_that_scores_wrongly_fails_too(monkeypatch):
+def test_an_environment_that_scores_wrongly_fails(monkeypatch):
     step = TextGenerationEnv.step
     monkeypatch.setattr(TextGenerationEnv, "step", lambda self, action: {**step(self, action), "reward": 0.0})
     assert "instead of" in validate.CHECKS["environment_contract"]()["error"]
@@ -106,7 +106,7 @@ def test_slow_products_below_openblas_are_not_blamed_on_a_missing_one(monkeypatc
     assert "install" not in advice
 
 
-def test_what_is_optional_and_missing_is_advice_with_an_install_line(monkeypatch):
+def test_a_missing_optional_package_is_advice_with_an_install_line(monkeypatch):
     from textpolicy.mlx import probe
 
     for module in (validate, probe):

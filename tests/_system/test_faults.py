@@ -118,7 +118,9 @@ def test_an_error_of_the_network_is_not_taken_for_one_of_the_disk(tmp_path):
 @pytest.mark.parametrize(
     "error", [RuntimeError("[malloc] Unable to allocate 99 bytes."), MemoryError(), RuntimeError("CUDA out of memory")]
 )
-def test_a_run_out_of_memory_says_what_to_lower_and_resumes(config, whole, tmp_path, capsys, monkeypatch, error):
+def test_a_run_out_of_memory_names_the_settings_to_lower_and_resumes(
+    config, whole, tmp_path, capsys, monkeypatch, error
+):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(MLXEngine, "update", failing(MLXEngine.update, error, 4))
@@ -217,7 +219,7 @@ def test_a_huge_reward_gives_finite_numbers_or_an_error_of_one_sentence(config, 
         assert all(math.isfinite(value) for key, value in row.items() if key != "kind")
 
 
-def test_a_reward_that_raises_in_the_middle_keeps_what_was_done(config, whole, tmp_path, capsys, monkeypatch):
+def test_a_reward_that_raises_midway_keeps_the_finished_steps(config, whole, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         with_reward(patch, failing(letters, KeyError("score"), 60))
@@ -325,7 +327,7 @@ def test_a_run_name_cannot_leave_its_folder(tmp_path, monkeypatch):
     assert {p.name for p in tmp_path.iterdir()} == {"runs"}
 
 
-def test_evaluation_of_a_split_without_verdicts_says_so(config, tmp_path, capsys, monkeypatch):
+def test_evaluation_of_a_split_without_verdicts_is_reported(config, tmp_path, capsys, monkeypatch):
     with_reward(monkeypatch, lambda prompt, completion, example: float(len(completion)))
     message, _ = stopped(capsys, "train", str(config), f"--output={tmp_path / 'run'}")
     assert "the reward never says whether a completion is correct" in message

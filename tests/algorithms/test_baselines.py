@@ -52,7 +52,7 @@ def test_negative_rewards_are_refused_by_maxrl_and_correctness_is_the_way_out(na
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_what_cannot_be_scored_neither_learns_nor_moves_the_others(name):
+def test_an_unscorable_completion_neither_learns_nor_moves_the_others(name):
     expected = advantages(name, [1, 0, 3], [0] * 3)
     assert advantages(name, [1, float("nan"), 0, 3], [0] * 4) == pytest.approx([expected[0], 0.0, *expected[1:]])
 

@@ -40,7 +40,7 @@ def test_built_in_grams_are_lower_case_and_distinct():
 
 
 @pytest.mark.parametrize("saved", [["let me", "that\u2019s"], {"grams": ["let me", "that\u2019s"], "note": "mine"}])
-def test_what_was_saved_is_loaded(tmp_path, saved):
+def test_saved_grams_are_loaded_unchanged(tmp_path, saved):
     path = tmp_path / "new" / "grams.json"
     save_strategic_grams(saved, path)
     assert load_strategic_grams(path) == ["let me", "that\u2019s"]
@@ -72,7 +72,7 @@ def test_a_file_that_is_absent_or_no_json_is_named_in_the_error(tmp_path):
         load_strategic_grams(tmp_path / "bytes.json")
 
 
-def test_nothing_is_saved_that_could_not_be_loaded(tmp_path):
+def test_grams_that_could_not_be_loaded_are_not_saved(tmp_path):
     for wrong in ({"phrases": ["let me"]}, [1], {"grams": None}):
         with pytest.raises(UserError, match="has no strategic grams"):
             save_strategic_grams(wrong, tmp_path / "grams.json")
@@ -140,7 +140,7 @@ def test_the_top_clusters_are_the_most_frequent_ties_by_lower_number(fraction, k
     assert top_clusters({3: 0.5, 0: 0.5, 1: 0.1, 2: 0.0, 4: 0.9}, fraction) == kept
 
 
-def test_of_no_clusters_none_are_kept_and_an_impossible_fraction_is_refused():
+def test_no_clusters_give_no_grams_and_an_impossible_fraction_is_refused():
     assert top_clusters({}) == []
     for fraction in (0.0, -0.1, 1.1, float("nan")):
         with pytest.raises(UserError, match="top_fraction is"):

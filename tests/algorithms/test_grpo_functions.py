@@ -68,7 +68,7 @@ def test_an_empty_group_stays_empty(array):
 
 
 @pytest.mark.parametrize("wrong", ["abc", 3, None, {"a": 1}, (1, 2), object()])
-def test_what_is_neither_list_nor_array_is_a_type_error(wrong):
+def test_an_argument_that_is_neither_list_nor_array_is_a_type_error(wrong):
     with pytest.raises(TypeError, match="give an array of numpy or mlx"):
         compute_advantages(wrong)
 

@@ -76,7 +76,7 @@ def test_the_band_is_that_of_the_paper_unless_another_is_given(array):
     assert float(both) == pytest.approx(-(1.1 + 1 - 0.9) / 3, rel=1e-6)
 
 
-def test_advantages_of_completions_and_of_their_tokens_say_the_same(array):
+def test_advantages_per_completion_and_per_token_give_the_same_loss(array):
     per_completion, per_token = array([1.0, -2.0, 0.5]), array(np.repeat([1.0, -2.0, 0.5], LENGTHS))
     one = policy_loss_sequence(array(OLD), array(NEW), per_completion, LENGTHS, **BAND)
     other = policy_loss_sequence(array(OLD), array(NEW), per_token, mx.array(LENGTHS), **BAND)

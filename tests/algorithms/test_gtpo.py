@@ -108,7 +108,7 @@ def test_equal_values_normalise_to_exactly_zero():
     assert normalize(values, np.ones(10, bool), np.zeros(10, int)).tolist() == [0.0] * 10
 
 
-def test_separate_normalisation_is_per_prompt_too():
+def test_separate_normalisation_is_also_per_prompt():
     values = np.array([1.0, 3.0, -5.0, -9.0, 10.0, 30.0, -1.0, -2.0])
     success, group = values > 0, np.repeat([0, 1], 4)
     advantage = normalize(values, success, group, "separate")
@@ -160,7 +160,7 @@ def test_grpo_s_takes_a_completion_without_doubt_as_nearly_so():
     assert rewards == pytest.approx([1.1, 1.1, -1.1, -1.1])
 
 
-def test_the_recipe_credits_real_episodes_and_gates_what_agrees():
+def test_the_recipe_credits_real_episodes_and_gates_groups_that_agree():
     episodes = [replace(e, reward=1.0) if e.group == 0 else e for e in random_episodes(np.random.default_rng(5))]
     credit = ALGORITHMS["gtpo_paper"].tokens(episodes)
     assert np.isfinite(credit.advantage).all()
@@ -183,6 +183,6 @@ def test_a_setting_that_cannot_work_is_refused(settings):
         ShapeByEntropy(**settings)
 
 
-def test_an_unknown_normalisation_is_refused_by_the_function_too():
+def test_the_function_also_refuses_an_unknown_normalisation():
     with pytest.raises(UserError, match="did you mean 'joint'"):
         normalize(np.ones(1), np.ones(1, bool), np.zeros(1, int), "jiont")

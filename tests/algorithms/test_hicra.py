@@ -70,7 +70,7 @@ def test_the_reported_selection_is_off_by_default():
     assert asked == pytest.approx([0.6, 0.6, 0.5, 0.6, 0.5, 0.5, -1.0, -1.0, -0.8])
 
 
-def test_what_reads_entropy_refuses_an_engine_without_it():
+def test_stages_that_read_entropy_refuse_an_engine_without_it():
     blind = make_credit([2], entropy=None)
     assert AmplifyPlanning()(blind).advantage.tolist() == [1.0, 1.0]
     for stage in (AmplifyPlanning(hicra_top_entropy=0.3), BoostPlanning()):

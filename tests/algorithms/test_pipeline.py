@@ -120,7 +120,7 @@ def test_without_is_correct_the_signal_correctness_is_refused_with_what_to_retur
         replace(recipe("grpo"), signal="correctness").credit(random_episodes(np.random.default_rng(0)))
 
 
-def test_what_could_not_be_scored_is_unscorable_under_either_signal():
+def test_an_unscorable_completion_is_unscorable_under_either_signal():
     episodes = [answer([" seven"], [1.0], r, is_correct=c) for r, c in [(1.0, True), (0.0, False), (NAN, None)]]
     for signal in ("reward", "correctness"):
         assert advantages(replace(recipe("dr_grpo"), signal=signal), episodes) == [[0.5], [-0.5], [0.0]]
@@ -248,7 +248,7 @@ def test_episodes_of_a_group_need_not_stand_together():
 # ---- groups that agree, and what a stage may not undo
 
 
-def test_no_stage_gives_credit_to_a_group_that_agrees_or_to_what_could_not_be_scored():
+def test_no_stage_gives_credit_to_a_group_that_agrees_or_to_an_unscorable_completion():
     def add_one(credit):
         return replace(credit, advantage=credit.advantage + 1)
 
@@ -344,7 +344,7 @@ def test_an_overlong_penalty_without_a_length_is_an_error_that_names_the_setting
         ALGORITHMS["dapo"].credit(random_episodes(np.random.default_rng(0)))
 
 
-def test_a_recipe_of_ones_own_needs_no_more_than_a_baseline():
+def test_a_users_recipe_needs_only_a_baseline():
     mine = Algorithm(lambda rewards: np.arange(len(rewards.value), dtype=float), (WeightByUncertainty(0.0),))
     episodes = [answer([" seven"], [1.0], r) for r in (1.0, 0.0, 0.0)]
     assert advantages(mine, episodes) == [[0.0], [1.0], [2.0]]

@@ -126,7 +126,7 @@ def test_neither_the_order_of_episodes_nor_the_numbers_of_groups_matter(name, se
 
 
 @pytest.mark.parametrize("name", ["gspo", "reinforce++", "gtpo_paper", "full"])
-def test_the_adapters_gradient_depends_on_neither_too(name):
+def test_the_adapters_gradient_depends_on_neither_order_nor_micro_batches(name):
     engine, episodes = make_tiny_engine(300), made_episodes(5)
     order = np.random.default_rng(0).permutation(len(episodes))
 
@@ -193,7 +193,7 @@ def test_pooling_keeps_execution_sums_and_every_bit_of_planning_tokens(seed, str
 @pytest.mark.parametrize("name", ["sepa", "full"])
 @made
 @given(seed=SEEDS)
-def test_the_recipes_that_pool_keep_them_too(name, seed):
+def test_the_recipes_that_pool_keep_execution_sums_and_planning_tokens(name, seed):
     episodes = [e for e in made_episodes(seed) if e.mask.any()]
     before, after = recipe(name).tokens(episodes), recipe(name).tokens(episodes, Steady())
     assert after.uncertainty[after.planning].tobytes() == before.uncertainty[before.planning].tobytes()
@@ -244,7 +244,7 @@ def test_a_group_that_agrees_has_no_credit_and_no_gradient(name, seed, reward):
 @pytest.mark.parametrize("name", [n for n in ALGORITHMS if not n.startswith("reinforce++")])
 @made
 @given(seed=SEEDS)
-def test_the_others_are_credited_as_if_it_were_not_there(name, seed):
+def test_the_other_groups_are_credited_as_if_the_agreeing_group_were_absent(name, seed):
     episodes = [replace(e, reward=1.0) if e.group == 1 else e for e in made_episodes(seed)]
     advantage, row = token_credit(name, episodes)
     alone, _ = token_credit(name, [e for e in episodes if e.group != 1])
@@ -303,7 +303,7 @@ def test_a_constant_added_to_the_rewards_of_a_group_changes_nothing_where_they_a
 
 
 @pytest.mark.parametrize("name", ["maxrl", "full", "reinforce++"])
-def test_the_others_do_see_it(name):
+def test_recipes_that_do_not_centre_rewards_see_a_constant(name):
     episodes = made_episodes(2)
     shifted = [replace(e, reward=e.reward + 1.0) if e.group == 0 else e for e in episodes]
     assert not np.allclose(token_credit(name, episodes)[0], token_credit(name, shifted)[0])

@@ -81,7 +81,7 @@ def test_whitened_tokens_have_mean_0_and_variance_1(values):
 
 
 @pytest.mark.parametrize("values", [[], [3.0], [0.1] * 7])
-def test_what_does_not_vary_whitens_to_exactly_0(values):
+def test_constant_values_whiten_to_exactly_0(values):
     assert whiten(np.array(values)).tolist() == [0.0] * len(values)
 
 
@@ -89,7 +89,7 @@ def test_without_a_baseline_the_reward_itself_is_the_advantage():
     assert NoBaseline()(Rewards.of([0.5, None, -2.0, float("nan")])).tolist() == [0.5, 0.0, -2.0, 0.0]
 
 
-def test_the_baseline_variant_whitens_what_is_left_of_the_reward_after_the_groups_mean():
+def test_the_baseline_variant_whitens_the_reward_minus_the_groups_mean():
     episodes = random_episodes(np.random.default_rng(0), groups=2, size=2)
     episodes = [replace(e, reward=r) for e, r in zip(episodes, (1.0, 0.0, 5.0, 2.0), strict=True)]
     counts = [int(e.mask.sum()) for e in episodes]

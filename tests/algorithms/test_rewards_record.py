@@ -103,7 +103,7 @@ SPREAD = st.lists(
 @pytest.mark.parametrize("name", BY_HAND)
 @made
 @given(step=SPREAD)
-def test_baselines_are_the_slow_loop_and_0_for_what_could_not_be_scored(name, step):
+def test_baselines_are_the_slow_loop_and_0_for_unscorable_completions(name, step):
     baseline, slow = BY_HAND[name]
     ours = baseline(records(step))
     assert ours.shape == (len(step),)

@@ -93,7 +93,7 @@ def of_several_turns():
     return buffer
 
 
-def test_several_turns_keep_their_replies_and_a_mask_of_what_was_sampled():
+def test_several_turns_keep_their_replies_and_a_mask_of_the_sampled_tokens():
     data = select_all_data(of_several_turns())
     assert data["obs"].tolist() == [[8, 2, 0, 0, 0, 0, 0], [5, 9, 7, 2, 3, 6, 1]]
     assert data["mask"].astype(int).tolist() == [[0, 1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 1, 1]]
@@ -136,7 +136,7 @@ def test_arrays_that_do_not_fit_together_are_refused(change, message):
         as_episodes({**select_all_data(made()), **change})
 
 
-def test_what_is_missing_is_named():
+def test_a_missing_field_is_named():
     with pytest.raises(ValueError, match="lacks logprob, prompt_ids"):
         as_episodes({k: v for k, v in select_all_data(made()).items() if k not in ("logprob", "prompt_ids")})
 
@@ -174,7 +174,7 @@ def test_episodes_without_log_probs_or_group_are_refused():
 # informative prompts
 
 
-def test_groups_that_agree_are_dropped_and_counted_by_what_they_agree_on():
+def test_groups_that_agree_are_dropped_and_counted_as_all_right_or_all_wrong():
     episodes = rewarded([[1, 1], [0, 1], [0, 0, 0], [0.1] * 7, [1]])
     kept, stats = filter_informative_prompts(episodes)
     assert kept == [*episodes[2:4], episodes[14]]
@@ -190,7 +190,7 @@ def test_groups_that_agree_are_dropped_and_counted_by_what_they_agree_on():
     }
 
 
-def test_a_group_of_one_can_be_dropped_too():
+def test_a_group_of_one_can_be_dropped():
     kept, stats = filter_informative_prompts(rewarded([[1], [0, 1]]), keep_single_completion=False)
     assert len(kept) == 2
     assert (stats["prompts_dropped_single"], stats["prompts_kept_single"]) == (1, 0)
@@ -202,7 +202,7 @@ def test_one_success_in_128_is_informative_unless_a_variance_is_required():
     assert filter_informative_prompts(episodes, min_variance=0.01)[0] == []
 
 
-def test_what_could_not_be_scored_decides_nothing():
+def test_unscorable_completions_do_not_decide_whether_a_group_is_informative():
     nan = float("nan")
     kept, stats = filter_informative_prompts(rewarded([[nan, 1, 1], [nan, 0, 1], [nan, nan]]))
     assert len(kept) == 3

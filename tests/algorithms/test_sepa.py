@@ -216,7 +216,7 @@ def test_the_settings_of_a_recipe_reach_its_controller():
     assert [controller.advance(None, WIDE) for _ in range(3)] == [0.0, 0.5, 1.0]
 
 
-def test_a_recipe_pools_what_its_weights_read():
+def test_a_recipe_pools_the_uncertainty_that_its_weights_read():
     pooling = Pooling(sepa_steps=1, sepa_delay_steps=0, sepa_correct_rate_gate=0.0)
     recipe = replace(ALGORITHMS["sepa"], pooling=pooling, grams=ALGORITHMS["gtpo"].grams)
     episodes = random_episodes(np.random.default_rng(1))

@@ -311,7 +311,7 @@ def test_where_clipping_is_reported_there_is_no_gradient_and_nowhere_else():
 
 
 @pytest.mark.parametrize("objective", [SoftGate(), ImportanceSampling()], ids=str)
-def test_what_never_clips_reports_no_clipping(objective):
+def test_an_objective_that_never_clips_reports_no_clipping(objective):
     low, high = objective.clipped(np.array([0.01, 1.0, 99.0]), np.array([1.0, -1.0, 1.0]))
     assert not (low | high).any()
 

@@ -104,7 +104,7 @@ def test_one_campaign_at_a_time_works_in_a_folder(tmp_path, module, monkeypatch)
     assert held
 
 
-def test_what_failed_runs_left_is_kept_side_by_side(tmp_path, module):
+def test_folders_of_failed_runs_are_kept_side_by_side(tmp_path, module):
     root = tmp_path / "c"
     for _ in range(3):
         quietly([job(root, module, "a", 0, 0.0, "fail")], root)

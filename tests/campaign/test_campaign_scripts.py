@@ -63,7 +63,7 @@ def test_a_dry_run_writes_the_plan_and_starts_nothing(tmp_path, capsys):
     assert "nothing was run" in capsys.readouterr().out
 
 
-def test_one_seed_is_run_and_its_report_says_what_it_cannot_conclude(tmp_path, capsys):
+def test_one_seed_is_run_and_its_report_states_what_it_cannot_conclude(tmp_path, capsys):
     assert campaign(tmp_path / "c", "--execute") == 0
     manifest = read(tmp_path / "c" / "manifest.json")
     assert manifest["status"] == "completed"
@@ -122,7 +122,7 @@ def test_another_plan_in_the_same_folder_is_refused(tmp_path, capsys):
 # ---- tinker_lr_sweep
 
 
-def test_a_sweep_chooses_by_held_out_accuracy_and_says_the_command(tmp_path, capsys):
+def test_a_sweep_chooses_by_held_out_accuracy_and_prints_the_command(tmp_path, capsys):
     assert sweep(tmp_path / "s", "--lr-values", "1e-5", "1.2e-5", "4e-5", "1e-4", "--algorithms", "grpo", "full") == 0
     found = read(tmp_path / "s" / "sweep_results.json")
     assert found["best_lr"] == {"grpo": 4e-5, "full": 4e-5}
@@ -195,7 +195,7 @@ def test_a_sepa_campaign_that_cannot_work_leaves_nothing(tmp_path, capsys, words
     assert not (tmp_path / "c").exists()
 
 
-def test_a_sepa_campaign_that_is_not_finished_says_that_the_same_command_resumes(tmp_path, monkeypatch, capsys):
+def test_an_unfinished_sepa_campaign_prints_that_the_same_command_resumes_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scripts, "carry_out", lambda *_, **__: [])
     assert sepa(tmp_path / "c", "--seeds", "1", "2", "--execute") == 1
     assert capsys.readouterr().out == f"partial: {tmp_path / 'c'}; the same command resumes\n"
@@ -206,7 +206,7 @@ def test_a_sepa_campaign_that_is_not_finished_says_that_the_same_command_resumes
 # ---- words
 
 
-def test_ctrl_c_says_how_to_resume(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_prints_how_to_resume(tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 

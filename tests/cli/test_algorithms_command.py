@@ -79,7 +79,7 @@ def test_a_recipe_in_full_states_the_values_it_has(capsys):
     assert {name: settings[name] for name in expected} == expected
 
 
-def test_a_recipe_in_full_says_what_it_is_made_of(capsys):
+def test_a_recipe_shown_in_full_lists_its_parts(capsys):
     """The parts, the ratio, the aggregation and the bounds of recipes that differ in them."""
     for name, parts, settings in (
         (
@@ -140,7 +140,7 @@ def test_an_unknown_recipe_is_one_sentence_with_the_near_one_and_exit_code_2(cap
     assert err.count("\n") == 1
 
 
-def test_plain_functions_are_parts_too():
+def test_plain_functions_may_be_parts():
     def best_only(rewards):
         """A_i = 1 for the best."""
 

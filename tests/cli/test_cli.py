@@ -40,7 +40,7 @@ def test_lists_of_algorithms_and_tasks(capsys):
     assert "addition" in text
 
 
-def test_every_task_is_listed_and_one_can_be_looked_at(capsys):
+def test_every_task_is_listed_and_one_can_be_shown(capsys):
     assert main(["tasks"]) == 0
     listed = capsys.readouterr().out
     assert all(line.endswith((".", "default.")) for line in listed.splitlines()[:8])
@@ -132,11 +132,11 @@ def test_an_unknown_command_names_the_near_one(capsys):
 
 
 @pytest.mark.parametrize("flag", ["--rollout.top-p=0.9", "--rollout.repetition-penalty=1.2", "--rollout.min-p=0.1"])
-def test_sampling_that_training_refuses_has_no_flag_and_says_why(capsys, flag):
+def test_sampling_that_training_refuses_has_no_flag_and_the_error_explains_why(capsys, flag):
     assert f"{flag}; training samples from the full distribution" in refused(capsys, "train", flag)
 
 
-def test_a_section_is_not_what_was_meant_by_a_flag(capsys):
+def test_a_section_is_not_suggested_for_a_misspelt_flag(capsys):
     assert "; did you mean --rollout.max-turns?" in refused(capsys, "train", "--rollout.max-turn=3")
 
 

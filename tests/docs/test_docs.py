@@ -58,7 +58,7 @@ def blocks(file: str, language: str, *, marked: bool = False) -> list[Block]:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_every_block_of_a_page_is_run_or_shown_or_says_why_not(file):
+def test_every_block_of_a_page_is_run_or_shown_or_states_why_not(file):
     assert {block.fate for block in blocks_of(file)} <= {"run", "shown", "not run"}
 
 

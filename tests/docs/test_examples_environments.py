@@ -25,7 +25,7 @@ def test_example_04_lets_a_verifier_veto(tmp_path):
     assert "on_topic -0.50" in said
 
 
-def test_example_05_makes_what_was_better_likelier(tmp_path):
+def test_example_05_makes_better_completions_likelier(tmp_path):
     said = run("05_textpolicy_essence.py", tmp_path)
     assert said.count("reward ") == 8
     assert said.strip().endswith("what was better than its group became likelier: yes")

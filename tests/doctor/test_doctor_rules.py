@@ -240,7 +240,7 @@ def cases(table):
 
 
 @pytest.mark.parametrize(("name", "case"), cases(TRIGGERS))
-def test_a_rule_finds_what_it_looks_for(name, case):
+def test_a_rule_finds_its_fault(name, case):
     [finding] = [finding for finding in examine(case).findings if finding.name == name]
     assert finding.what.endswith(".")
     assert finding.change
@@ -250,7 +250,7 @@ def test_a_rule_finds_what_it_looks_for(name, case):
 
 
 @pytest.mark.parametrize(("name", "case"), cases(SPARES))
-def test_a_rule_spares_what_only_looks_like_it(name, case):
+def test_a_rule_spares_runs_that_only_resemble_its_fault(name, case):
     assert name not in found(case)
 
 
@@ -261,7 +261,7 @@ def test_one_cause_has_one_name():
             assert agreement.intersection(found(case)) == {name}
 
 
-def test_a_run_that_often_could_not_learn_says_how_often():
+def test_a_run_that_often_could_not_learn_reports_how_often():
     case = facts(
         rows(updated=lambda s: float(s % 2), frac_reward_zero_std=lambda s: float(s % 2 == 0), reward_mean=0.5)
     )
@@ -315,7 +315,7 @@ def test_no_reward_dominates_where_the_total_is_not_a_sum_of_them():
         assert "one_part_dominates" not in [finding.name for finding in report.findings]
 
 
-def test_every_rule_says_what_it_looks_for_in_a_sentence():
+def test_every_rule_describes_its_fault_in_a_sentence():
     for rule in RULES:
         sentence = getattr(rule.check, "func", rule.check).__doc__
         assert sentence.startswith("Find ")

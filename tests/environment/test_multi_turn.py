@@ -351,7 +351,7 @@ def test_a_runner_plays_several_turns_one_after_another():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_runner_buffers_is_the_episode_that_the_training_loop_collects(family):
+def test_a_runner_buffers_the_episode_that_the_training_loop_collects(family):
     tokenizer = chat_tokenizer(family)
     said = turns_of(tokenizer, "hello", "answer", "the")
     policy = Says(said)

@@ -80,7 +80,7 @@ def test_a_file_that_cannot_be_read_is_an_error_with_line_and_reason(tmp_path, n
         read_rows(path)
 
 
-def test_other_files_that_cannot_be_read_are_one_sentence_too(tmp_path):
+def test_every_other_file_that_cannot_be_read_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*missing\.csv"):
         read_rows(tmp_path / "missing.csv")
     (tmp_path / "latin.jsonl").write_bytes('{"a": "ü"}'.encode("latin-1"))

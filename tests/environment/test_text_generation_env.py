@@ -75,7 +75,7 @@ def play(env, action):
         ({"reward_fn": len}, "'len' does not take completion, example, prompt"),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_sentence(settings, sentence):
+def test_impossible_arguments_are_refused_in_one_sentence(settings, sentence):
     arguments = {
         "prompts": ["ab", "cd"],
         "reward_fn": count_letters,
@@ -226,7 +226,7 @@ def test_without_a_stop_token_only_the_length_counts():
 
 
 @pytest.mark.parametrize("eos", [98, [98], (98,)])
-def test_a_single_stop_token_is_understood_too(eos):
+def test_a_single_stop_token_is_accepted(eos):
     tokenizer = Letters()
     tokenizer.eos_token_id = eos
     assert play(make(max_tokens=2, tokenizer=tokenizer), [97, 98])["truncated"] is False
@@ -261,7 +261,7 @@ def test_a_failing_reward_stops_the_run_and_leaves_the_prompt_pending():
 # ---- batched collection and the training loop
 
 
-def test_upcoming_looks_ahead_without_advancing():
+def test_upcoming_returns_the_next_prompts_without_advancing():
     env = make(["a", "b"], group_size=2)
     play(env, "x")
     assert [p.tolist() for p in env.upcoming(4)] == [[97], [98], [98], [97]]

@@ -137,7 +137,7 @@ def deep():
     return [deep()]
 
 
-def test_what_a_tool_raises_comes_back_as_text():
+def test_an_error_of_a_tool_comes_back_as_text():
     def divide(a: int, b: int) -> float:
         """Divide."""
         return a / b

@@ -98,7 +98,7 @@ def test_dropout_logs_a_warning_because_evaluation_mode_ignores_it(caplog):
     assert not mx.array_equal(model(TOKENS), model(TOKENS))
 
 
-def test_freeze_base_leaves_what_the_adapter_trains():
+def test_freeze_base_leaves_the_adapters_parameters_trainable():
     model = tp.apply_lora(tiny_llama(VOCABULARY), lora_layers=1)
     own = set(trainable(model))
     model.unfreeze()
@@ -170,7 +170,7 @@ def test_the_figures_of_a_qlora_are_counted_before_and_after_and_save_less_than_
         (lambda m: tp.merge_weights(m), "no adapter to merge"),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_sentence(call, says, tmp_path, monkeypatch):
+def test_impossible_arguments_are_refused_in_one_sentence(call, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=says):
         call(tiny_llama(VOCABULARY))
@@ -181,7 +181,7 @@ def test_what_cannot_work_is_refused_in_one_sentence(call, says, tmp_path, monke
 
 
 @pytest.mark.parametrize("place", ["adapter", "lora_adapters.safetensors"])
-def test_what_is_saved_is_reloaded_from_a_folder_and_from_a_file(base, place):
+def test_a_saved_adapter_is_reloaded_from_a_folder_and_from_a_file(base, place):
     model, _ = tp.load_model(base)
     moved(tp.apply_lora(model, lora_rank=2))
     tp.save_adapters(model, place)

@@ -58,7 +58,7 @@ def test_a_loader_is_called_every_time_and_an_unknown_name_is_none(fruit):
     assert list_task_suites() == ["basic", "challenging", "counted", "fruit"]
 
 
-def test_what_is_no_loader_is_refused():
+def test_a_loader_that_is_not_callable_is_refused():
     with pytest.raises(TypeError, match="'fruit' is \\[\\]; give a function"):
         register_task_suite("fruit", [])
 

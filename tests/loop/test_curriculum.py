@@ -26,7 +26,7 @@ def test_estimates_worked_by_hand():
     assert c.row == {"curriculum_seen": 2 / 3, "curriculum_pass_rate": pytest.approx((2 / 5 + 1 / 3) / 2)}
 
 
-def test_prompts_are_drawn_as_often_as_the_formula_says():
+def test_prompts_are_drawn_as_often_as_the_formula_predicts():
     c = PassRateCurriculum(3, floor=0.02, memory=1.0)
     c.observe([(0, True)] * 98 + [(1, True), (1, False)] * 49 + [(2, False)] * 98)
     p = np.array([99 / 100, 1 / 2, 1 / 100])
@@ -42,7 +42,7 @@ def test_a_step_draws_different_prompts_as_long_as_there_are_enough():
     assert len(set(c.draw(3, 4))) == 4
 
 
-def test_what_is_drawn_depends_on_seed_step_draw_and_what_was_seen_alone():
+def test_draws_depend_only_on_seed_step_draw_number_and_past_outcomes():
     one, two = PassRateCurriculum(50, seed=3), PassRateCurriculum(50, seed=3)
     assert one.draw(7, 8) == two.draw(7, 8)
     different = [one.draw(8, 8), one.draw(7, 8, draw=1), PassRateCurriculum(50, seed=4).draw(7, 8)]
@@ -63,7 +63,7 @@ def test_impossible_settings_of_a_curriculum_are_refused(settings, sentence):
         PassRateCurriculum(**{"total": 4, **settings})
 
 
-def test_training_with_a_curriculum_goes_to_what_can_be_learned():
+def test_training_with_a_curriculum_draws_prompts_that_can_be_learned():
     """Prompt 0 is always solved, 1 never, 2 now and then: soon most draws are of 2."""
 
     def reward(prompt, completion, example):

@@ -74,7 +74,7 @@ def test_groups_that_agree_are_replaced_until_the_batch_is_full():
     assert (rollouts.draws, rollouts.full) == (3, True)
 
 
-def test_draws_are_bounded_and_training_then_gets_what_there_is():
+def test_draws_are_bounded_and_training_then_gets_the_groups_found():
     draws = Draws([ALL, NONE], [SPLIT, ALL], [NONE, ALL])
     rollouts = collect_informative(draws, resample=2)
     assert draws.asked == [0, 1, 2]
@@ -82,7 +82,7 @@ def test_draws_are_bounded_and_training_then_gets_what_there_is():
     assert (rollouts.draws, rollouts.full) == (3, False)
 
 
-def test_where_no_group_disagrees_the_first_draw_is_left_and_is_not_called_full():
+def test_when_no_group_disagrees_the_first_draw_is_kept_and_not_counted_as_full():
     rollouts = collect_informative(Draws([ALL, NONE], [ALL, ALL]), resample=1)
     assert texts(rollouts.trained) == ["0.0.0", "0.0.1", "0.1.0", "0.1.1"]
     assert not rollouts.full
@@ -119,7 +119,7 @@ def test_a_group_is_kept_where_two_scores_differ(rewards, kept):
     assert bool(informative([made_episode(r, group=4) for r in rewards])) == kept
 
 
-def test_groups_disagree_in_what_the_recipe_learns_from():
+def test_groups_disagree_in_the_signal_that_the_recipe_learns_from():
     """Rewards differ and correctness does not: nothing to learn where correctness is the signal."""
     episodes = [made_episode(r, group=0, is_correct=True) for r in (0.2, 0.9)]
     by_correctness = replace(recipe("dapo"), signal="correctness")
@@ -154,7 +154,7 @@ def test_the_share_of_groups_that_agree_counts_groups_and_not_completions():
     assert frac_reward_zero_std(episodes) == pytest.approx(2 / 3)
 
 
-def test_a_run_whose_batches_stayed_short_says_so_and_after_how_many_draws():
+def test_a_run_whose_batches_stayed_short_reports_it_with_the_number_of_draws():
     short, full = (
         summarize(collect_informative(Draws(*rewards), resample=1), [UPDATE], 1.0, 1.0)
         for rewards in ([(ALL, SPLIT), (NONE, ALL)], [(SPLIT, SPLIT)])
@@ -163,7 +163,7 @@ def test_a_run_whose_batches_stayed_short_says_so_and_after_how_many_draws():
     assert "In 2 of 3 steps too few groups had a signal even after 2 draws of prompts" in said_of([short, full, short])
 
 
-def test_a_run_that_found_no_group_at_all_says_so_too():
+def test_a_run_that_found_no_group_reports_it():
     empty, full = (
         summarize(collect_informative(Draws(*rewards), resample=1), [{**UPDATE, "updated": moved}], 1.0, 1.0)
         for rewards, moved in (([(ALL, ALL), (NONE, ALL)], 0.0), ([(SPLIT, SPLIT)], 1.0))
@@ -241,12 +241,12 @@ def test_the_same_seed_draws_the_same_prompts_and_completions_however_many_draws
     assert [said(s) for s in first] != [said(s) for s in other]
 
 
-def test_without_refilling_a_step_samples_what_it_sampled_before():
+def test_without_refilling_a_step_samples_the_same_completions():
     (_, refilled), (_, plain) = trained_rows(steps=1), trained_rows(steps=1, resample=0)
     assert said(refilled[0])[: len(plain[0])] == said(plain[0])
 
 
-def test_a_further_draw_of_the_same_prompt_says_something_else():
+def test_a_further_draw_of_the_same_prompt_gives_other_completions():
     _, [sampled] = trained_rows(reward=lambda prompt, completion, example: 0.0, resample=7, steps=1)
     by_prompt = {}
     for e in sampled:

@@ -37,7 +37,7 @@ def test_accuracy_is_of_one_answer_to_each_problem():
         _ = answered([None]).accuracy
 
 
-def test_answers_that_could_not_be_scored_are_named_as_what_they_are():
+def test_unscorable_answers_are_reported_as_unscorable():
     late = Evaluation([replace(e, reward=np.nan) for e in answered([None], [None]).episodes])
     with pytest.raises(UserError, match="none of 2 held-out completions could be scored"):
         _ = late.accuracy

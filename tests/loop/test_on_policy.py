@@ -67,7 +67,7 @@ def test_how_far_a_step_moved_the_policy_is_a_metric_of_the_same_steps():
     assert all(row["update_kl"] > 0 for row in rows[::3])
 
 
-def test_it_may_be_off():
+def test_the_check_can_be_switched_off():
     assert not any("on_policy_gap_mean" in row for row in run(OnPolicyCheck(every=0)))
 
 

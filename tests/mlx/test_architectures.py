@@ -59,7 +59,7 @@ def test_decoding_with_shared_prompts_gives_the_logprobs_of_each_sequence_alone(
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("max_rows", [100, 4])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_so_do_compiled_steps_of_one_shape(name, max_rows, share):
+def test_compiled_steps_of_one_shape_give_the_logprobs_of_each_sequence_alone(name, max_rows, share):
     model = adapted(name)
     assert decoding_error(model, max_rows, Steps(model, compiled=True, share=share)) < 1e-4
 

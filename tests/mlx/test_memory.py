@@ -296,7 +296,7 @@ def test_the_limit_that_is_set_is_the_one_returned():
     assert limit_memory() == pytest.approx(15 / 16 * usable_memory())
 
 
-def test_arrays_and_the_freed_buffers_that_are_kept_stay_within_what_may_be_used(monkeypatch):
+def test_arrays_and_kept_free_buffers_stay_within_the_memory_limit(monkeypatch):
     """MLX keeps freed buffers beyond its limit on arrays."""
     monkeypatch.setattr(memory, "usable_memory", lambda: 64e6)
     assert limit_memory() == 60e6

@@ -221,7 +221,7 @@ def test_on_an_accelerator_weights_stay_as_they_are_stored(small, monkeypatch):
     assert model.layers[0].mlp.up_proj.scales.dtype == mx.float16
 
 
-def test_a_built_in_is_float32_on_an_accelerator_too(monkeypatch):
+def test_a_built_in_model_is_float32_on_an_accelerator(monkeypatch):
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
     model, _ = load_model("smollm2-135m")
     assert type(model.layers[0].mlp.up_proj) is nn.Linear

@@ -86,7 +86,7 @@ def test_a_damaged_run_folder_is_one_sentence(tmp_path, capsys, damage, command)
 
 
 @pytest.mark.parametrize("damage", OTHERS)
-def test_the_viewer_says_the_same_on_its_page(tmp_path, damage):
+def test_the_viewer_shows_the_same_sentence_on_its_page(tmp_path, damage):
     from starlette.testclient import TestClient
 
     from textpolicy.report.view.server import make_app

@@ -74,7 +74,7 @@ def test_the_advantage_is_that_of_the_group_and_the_credit_that_of_the_batch(run
         np.testing.assert_array_equal(np.float32(row["credit"]), trained)
 
 
-def test_what_is_not_known_is_null(run, episodes):
+def test_unknown_values_are_null(run, episodes):
     first = replace(
         episodes[0], entropy=None, reward=float("nan"), truncated=True, scores={"a": 1.0, "b": float("nan")}
     )

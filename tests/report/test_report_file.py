@@ -132,7 +132,7 @@ def test_the_command_writes_it_into_the_run_unless_given_a_path(runs, tmp_path, 
     assert "is not a run folder" in capsys.readouterr().err
 
 
-def test_a_run_without_completions_or_steps_has_a_report_too(tmp_path):
+def test_a_run_without_completions_or_steps_has_a_report(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     write_report([tmp_path], tmp_path / "report.html")
     assert "not finished" in (tmp_path / "report.html").read_text()

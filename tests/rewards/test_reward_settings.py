@@ -52,7 +52,7 @@ def test_by_default_a_reward_is_called_here_and_a_failure_stops_the_run():
         rewards("ok", "raise")
 
 
-def test_what_hangs_or_raises_can_be_left_unscored_while_the_others_count():
+def test_a_reward_that_hangs_or_raises_can_leave_its_completion_unscored_while_the_others_count():
     started = time.perf_counter()
     found = rewards("ok", "hang", "raise", "ok", time_limit=0.5, concurrency=4, on_failure="unscorable")
     assert [math.isnan(r) for r in found] == [False, True, True, False]

@@ -111,7 +111,7 @@ def test_a_memory_hog_gets_no_memory(program, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_is_kept_of_a_flood_of_output_is_limited(way):
+def test_a_flood_of_output_is_cut(way):
     ran = run_python("while True: print('x' * 1000)", limits=Limits(output=10_000, confined=way))
     assert not ran.ok
     assert len(ran.stdout) <= 10_000

@@ -107,7 +107,7 @@ def test_a_reward_of_weight_0_is_reported_and_moves_nothing():
 @pytest.mark.parametrize(
     ("verdicts", "expected"), [((True, True), True), ((True, False), False), ((None, True), True), ((None, None), None)]
 )
-def test_correct_is_what_no_reward_denies(verdicts, expected):
+def test_a_completion_is_correct_unless_a_reward_denies_it(verdicts, expected):
     parts = [lambda prompt, completion, example, v=v: (1.0, v) for v in verdicts]
     assert Scorer(parts)("p", "c", {}).is_correct is expected
 
@@ -210,7 +210,7 @@ def test_a_batched_function_gets_truncated_flags_params_and_shared_keywords():
     assert seen == [(["p", "q"], ["a", "b"], [{"n": 1}, {"n": 2}], [True, False], [None, 4], "T")]
 
 
-def test_a_batched_function_is_given_only_what_the_verifiers_accept():
+def test_a_batched_function_is_given_only_completions_that_the_verifiers_accept():
     seen = []
 
     @reward
@@ -492,7 +492,7 @@ def test_a_reward_that_kills_its_worker_every_time_is_a_clear_error_within_five_
     assert time.perf_counter() - started < 5
 
 
-def test_a_worker_that_cannot_start_is_an_error_that_says_where_to_look(made, monkeypatch):
+def test_a_worker_that_cannot_start_is_an_error_that_points_to_its_output(made, monkeypatch):
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(
         RewardError, match="a worker process for rewards ended at its start; see why in what it wrote to"

@@ -65,7 +65,7 @@ def test_max_episodes_bounds_a_call():
     assert len(RolloutCoordinator(Steps, lambda: walk, "grpo", 0, 4, 2).collect()) == 4
 
 
-def test_a_batch_size_splits_what_is_sampled_in_a_call():
+def test_a_batch_size_splits_the_completions_sampled_in_a_call():
     echo = Echo()
     coordinator = RolloutCoordinator(lambda: letters(group_size=2), lambda: echo, "grpo", 0, 7, batch_size=3)
     buffer = coordinator.collect()

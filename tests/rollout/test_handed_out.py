@@ -43,7 +43,7 @@ def steps_of(algorithm, **how):
 
 
 @pytest.mark.parametrize("name", ["grpo", "gtpo", "full"])
-def test_the_credit_of_an_episode_is_what_the_engine_was_given(name):
+def test_the_credit_of_an_episode_is_the_credit_given_to_the_engine(name):
     for episodes, batch in steps_of(recipe(name)):
         for row, e in enumerate(episodes):
             n = len(e.tokens)
@@ -67,7 +67,7 @@ def test_the_learners_logprobs_are_recorded_for_the_tokens_of_the_on_policy_chec
     assert all(e.learner is None for e in second)
 
 
-def test_what_is_drawn_again_is_handed_out_without_credit_if_it_was_not_trained_on():
+def test_redrawn_episodes_that_were_not_trained_on_are_handed_out_without_credit():
     episodes, batch = steps_of(replace(recipe("grpo"), resample=3))[0]
     credited = [e for e in episodes if e.credited is not None]
     assert len(credited) == len(batch)

@@ -132,7 +132,7 @@ def test_numpy_bools_are_flags(collect):
     collect(runner(Corridor(terminated=np.bool_(True), truncated=np.bool_(False))))
 
 
-def test_the_batched_path_checks_the_contract_too(monkeypatch):
+def test_the_batched_path_checks_the_contract(monkeypatch):
     env = four_prompts()
     monkeypatch.setattr(env, "step", lambda action: (0, 0.0, True, False, {}))
     with pytest.raises(TypeError, match="returned a tuple"):
@@ -240,7 +240,7 @@ def test_a_pending_prompt_is_the_first_of_the_batch():
     assert runner(env, Echo(), max_steps=1).collect().episodes[0].act == [[97]]
 
 
-def test_what_the_batched_path_collects_can_be_trained_on():
+def test_episodes_of_the_batched_path_can_be_trained_on():
     e = runner(four_prompts(), Echo()).collect().episodes[1].as_training()
     assert (e.tokens.tolist(), e.logprobs.tolist()) == ([98] * 4, [0, 0, -1, -1])
     assert (e.reward, e.group, e.temperature) == (1.0, 1, 0.5)

@@ -32,7 +32,7 @@ def letters(prompt, completion, example, **kwargs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TRAINED)
-def test_three_steps_move_exactly_what_the_kind_trains(kind):
+def test_three_steps_move_exactly_the_trainable_parameters_of_the_kind(kind):
     sizes = {"prompts_per_step": 1, "group_size": 4, "max_tokens": 2}
     config = Config(adapter={"kind": kind}, steps=3, rollout=sizes, machine={"threads": 1})
     engine, tokenizer = build_engine(config)

@@ -19,7 +19,7 @@ def fill(text):
     return write
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_a_written_checkpoint_is_read_back(tmp_path):
     written = Checkpoints(tmp_path / "c").write(3, {"a": [1, 2.5]}, fill("abc"))
     found = Checkpoints(tmp_path / "c").latest()
     assert found.checkpoint == written

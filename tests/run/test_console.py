@@ -58,7 +58,7 @@ def test_a_terminal_gets_a_bar_with_steps_and_accuracy_on_one_line_of_80():
 
 
 @pytest.mark.parametrize("missing", ["accuracy", "entropy"])
-def test_what_is_not_known_is_not_shown(missing):
+def test_unknown_values_are_not_shown(missing):
     row = {name: value for name, value in ROW.items() if name != missing}
     for terminal in (True, False):
         shown = show(row, terminal)

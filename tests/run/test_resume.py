@@ -79,7 +79,7 @@ def refused(capsys, *argv):
     return said
 
 
-def test_the_toy_run_uses_what_a_checkpoint_holds(whole):
+def test_the_toy_run_uses_everything_that_a_checkpoint_stores(whole):
     steps = [row for row in metrics(whole) if row["kind"] == "train"]
     assert len(steps) == 5
     assert sum(row["updated"] for row in steps) >= 5
@@ -208,7 +208,7 @@ def test_a_changed_setting_is_refused_with_the_difference_unless_it_is_named(con
     assert [row["step"] for row in metrics(folder) if row["kind"] == "train"] == list(range(7))
 
 
-def test_a_finished_run_says_so_and_can_be_trained_further(config, whole, tmp_path, capsys):
+def test_a_finished_run_is_reported_as_finished_and_can_be_trained_further(config, whole, tmp_path, capsys):
     assert "is finished, with 5 steps" in refused(capsys, "train", str(config), f"--output={whole}")
     assert "steps is 4 and the run in" in refused(capsys, "train", f"--resume={whole}", "--steps=4", "--allow=steps")
     folder = shutil.copytree(whole, tmp_path / "run")

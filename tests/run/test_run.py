@@ -121,7 +121,7 @@ def test_a_run_with_tools_a_curriculum_and_sampled_validation(tmp_path):
     assert all(0 <= r["avg@2"] <= r["pass@2"] <= 1 and r["problems"] == 2 for r in sampled)
 
 
-def test_a_task_says_how_long_its_completions_may_be_unless_the_run_does():
+def test_a_task_sets_the_longest_completion_unless_the_run_does():
     task = load_task("countdown")
     assert with_max_tokens(Config(task="countdown"), task).rollout.max_tokens == task.max_tokens == 64
     said = Config(task="countdown", rollout={"max_tokens": 9, "group_size": 4})
@@ -137,7 +137,7 @@ def test_a_trained_run_completes_prompts(trained, capsys):
     assert "Paris" in capsys.readouterr().out
 
 
-def test_its_adapter_can_be_given_to_the_model_by_hand(trained, capsys):
+def test_the_adapter_of_a_run_can_be_attached_to_the_model_by_hand(trained, capsys):
     asked = ["--max-tokens=8", "--plain", "The capital of France is"]
     assert main(["generate", "--model=smollm2-135m", f"--adapter={trained / 'adapter'}", *asked]) == 0
     by_hand = capsys.readouterr().out

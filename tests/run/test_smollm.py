@@ -26,7 +26,7 @@ def env(smollm):
     return TextGenerationEnv(questions, lambda prompt, completion, example: 0.0, tokenizer=smollm[1])
 
 
-def test_greedy_text_matches_what_mlx_lm_wrote(engine, env):
+def test_greedy_text_matches_the_text_of_mlx_lm(engine, env):
     completions = engine.sample([env.prompt_ids(i).tolist() for i in range(len(env))], 1, Sampling(16, temperature=0.0))
     assert len(completions) == 10
     for [ours], recorded in zip(completions, RECORDED, strict=True):

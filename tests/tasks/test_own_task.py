@@ -124,7 +124,7 @@ def test_a_file_is_a_task_by_its_own_function_or_another(letters):
         ("bad.py", r"bad.py raised ZeroDivisionError in line 2 \(division by zero\); fix it"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_one_sentence(letters, own, name, said):
+def test_a_mistake_in_a_task_file_is_one_sentence(letters, own, name, said):
     own("", "json.py")
     own("", "this.py")
     own("def task(:", "wrong.py")

@@ -53,7 +53,7 @@ def test_every_answer_is_right(name):
 
 
 @pytest.mark.parametrize("name", [*OFFLINE])
-def test_the_same_problems_every_time(name):
+def test_a_task_has_the_same_problems_every_time(name):
     assert load_task(name).test == load_task(name).test
 
 
@@ -112,7 +112,7 @@ def test_the_solver_finds_a_solution_exactly_when_there_is_one(numbers, target, 
         assert len(result.numbers_used) == len(numbers) or not use_all
 
 
-def test_the_calculator_is_exact_and_refuses_what_is_no_arithmetic():
+def test_the_calculator_is_exact_and_refuses_text_that_is_no_arithmetic():
     assert calculate("(2 + 3) * 4 / 7") == "20/7"
     with pytest.raises(UserError, match="contains"):
         calculate("__import__('os')")

@@ -88,7 +88,7 @@ def test_tokens_are_counted_as_they_were_sent_and_stay_below_the_quote(engines, 
     assert summary["cost"] == pytest.approx(2e-6 * engine.sent["sampled"])
 
 
-def test_the_quote_is_what_a_run_sends_when_everything_has_its_full_length(engines, tmp_path, monkeypatch):
+def test_the_quote_is_the_tokens_that_a_run_sends_when_all_completions_have_full_length(engines, tmp_path, monkeypatch):
     """Every prompt has the same length, no answer ends early, and the completions of a group differ in reward."""
     turns = iter(range(10_000))
     problem = [Problem(f"1 + {b}?", str(1 + b)) for b in range(1, 9)]
@@ -182,7 +182,9 @@ def test_a_limit_without_room_for_a_step_is_refused_before_anything_is_spent(eng
     assert not (tmp_path / "run").exists()
 
 
-def test_a_learner_that_does_not_see_what_was_sampled_ends_a_run_after_a_few_tokens(engines, tmp_path, monkeypatch):
+def test_a_learner_whose_log_probs_differ_from_the_samplers_ends_a_run_after_a_few_tokens(
+    engines, tmp_path, monkeypatch
+):
     monkeypatch.setattr(FakeRemote, "score", lambda self, batch, reference=False: batch.logprobs - 3)
     with pytest.raises(ServiceError, match="differ by 3 nats"):
         run(settings(tmp_path / "run"))
@@ -224,7 +226,7 @@ def test_a_dry_run_prices_a_run_without_a_server_or_a_key(no_tinker_account, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_refuses_what_the_run_would_refuse(capsys):
+def test_a_dry_run_refuses_settings_that_the_run_would_refuse(capsys):
     assert main(["train", "--engine=tinker", "--dry-run", "--adapter.kind=dora"]) == 2
     assert "adapter.kind is dora" in capsys.readouterr().err
     assert main(["train", "--dry-run"]) == 2
@@ -236,7 +238,7 @@ def test_a_limit_on_cost_needs_a_price(capsys):
     assert "max_cost is 3 and no price is given" in capsys.readouterr().err
 
 
-def test_a_dry_run_without_prices_says_which_flags_give_them(no_tinker_account, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_without_prices_names_the_flags_that_set_them(no_tinker_account, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--engine=tinker", "--model=any", "--dry-run"]) == 0
     assert "no prices are given; pass --tinker.price-prefill" in capsys.readouterr().out

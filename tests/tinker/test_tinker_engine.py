@@ -110,7 +110,7 @@ def test_every_prompt_has_a_seed_of_its_own_and_the_stop_tokens_of_the_model():
     assert (first.max_tokens, first.temperature, first.top_p, first.top_k, first.stop) == (9, 0.5, 0.9, 7, [EOS])
 
 
-def test_a_completion_is_what_the_server_returned():
+def test_a_completion_has_the_tokens_and_log_probs_that_the_server_returned():
     server, engine = listening()
     [[one]] = engine.sample([[1]], 1, Sampling())
     assert (one.tokens.tolist(), one.tokens.dtype, one.truncated, one.entropy) == ([65, EOS], np.int32, False, None)
@@ -140,13 +140,13 @@ def test_a_completion_knows_the_temperature_it_was_sampled_at(sampling, temperat
     assert listening()[1].sample([[1]], 1, sampling)[0][0].temperature == temperature
 
 
-def test_untempered_training_takes_the_log_probs_for_what_they_are():
+def test_untempered_completions_are_trained_on_at_temperature_1():
     completion = listening(untempered=True)[1].sample([[1]], 1, Sampling(temperature=0.7))[0][0]
     assert completion.temperature == 1
 
 
 @pytest.mark.parametrize("setting", [{"min_p": 0.1}, {"repetition_penalty": 1.1}])
-def test_what_the_service_cannot_sample_with_is_refused(setting):
+def test_sampling_settings_that_the_service_lacks_are_refused(setting):
     with pytest.raises(UserError, match=f"{next(iter(setting))} is .*, which the Tinker service does not support"):
         listening()[1].sample([[1]], 1, Sampling(**setting))
 

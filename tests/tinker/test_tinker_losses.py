@@ -64,7 +64,7 @@ def test_a_weight_without_an_upper_bound_has_one_that_no_ratio_reaches():
         (Surrogate(off_policy_limit=1.0), "algorithm.off_policy_limit is set"),
     ],
 )
-def test_what_the_service_has_no_loss_for_is_refused_in_one_sentence(surrogate, said):
+def test_a_surrogate_without_a_loss_of_the_service_is_refused_in_one_sentence(surrogate, said):
     with pytest.raises(UserError, match=said) as refused:
         tinker_loss(surrogate)
     assert "--engine mlx" in str(refused.value)

@@ -63,7 +63,7 @@ def test_the_command_refuses_before_it_connects(capsys):
     assert "adapter.kind is dora" in capsys.readouterr().err
 
 
-def test_what_it_allows_is_not_refused():
+def test_settings_that_tinker_supports_are_not_refused():
     config = settings(
         rollout={"temperature": 0.7},
         tinker={"untempered": True},
@@ -72,7 +72,7 @@ def test_what_it_allows_is_not_refused():
     refuse_unhonoured(config, configure(config))
 
 
-def test_its_section_means_nothing_without_it():
+def test_the_section_tinker_is_refused_under_another_engine():
     with pytest.raises(UserError, match=r"tinker\.patience is set and engine is mlx"):
         check_config({"tinker": {"patience": 3}}, "here")
 
@@ -104,7 +104,7 @@ def test_no_server_is_one_sentence(capsys):
 
 
 @pytest.mark.parametrize("address", ["http://[::1", "http://localhost:port", "http://my host:8000", "localhost:8000"])
-def test_what_is_no_address_is_one_sentence_too(address, no_tinker_account, capsys):
+def test_an_invalid_address_is_one_sentence(address, no_tinker_account, capsys):
     assert main(["train", "--engine=tinker", f"--tinker.base-url={address}"]) == 2
     said = capsys.readouterr().err
     assert f"no Tinker server answers at {address}; start one with" in said

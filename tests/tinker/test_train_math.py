@@ -164,7 +164,7 @@ def test_a_run_writes_every_step_with_the_documented_keys(problems, tmp_path):
     )
 
 
-def test_steps_and_groups_without_signal_are_logged_too(problems, tmp_path):
+def test_steps_and_groups_without_signal_are_logged(problems, tmp_path):
     """The skill is such that every completion is right: no group disagrees, nothing is sent, all is written."""
     server = Server(states={"good": 100.0})
     args = settings(problems, tmp_path / "run", max_steps=2)
@@ -238,7 +238,7 @@ def test_doctor_report_and_viewer_read_its_folder(problems, tmp_path, capsys):
     assert "let me check" in page.text
 
 
-def test_what_is_recorded_reads_back_as_numbers_and_evaluations(problems, tmp_path):
+def test_recorded_rows_read_back_as_numbers_and_evaluations(problems, tmp_path):
     run(settings(problems, tmp_path / "run"))
     recorded = load_run(tmp_path / "run")
     assert recorded.metrics["step"].to_pylist() == list(range(6))
@@ -252,7 +252,7 @@ def test_what_is_recorded_reads_back_as_numbers_and_evaluations(problems, tmp_pa
     }
 
 
-def test_a_step_in_which_nothing_could_be_scored_is_read_too(tmp_path):
+def test_a_step_without_a_scorable_completion_is_read(tmp_path):
     row = {"kind": "train", "step": 0, "algorithm": None, "condition": "maxrl+none", "correct_rate": None, "loss": 0.5}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     assert load_run(tmp_path).rows == [{"kind": "train", "step": 0, "loss": 0.5}]
@@ -309,7 +309,7 @@ def same_rows(a, b):
     ]  # fmt: skip
 
 
-def test_a_run_that_was_cut_off_resumes_as_if_nothing_had_happened(problems, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_files(problems, tmp_path):
     whole = run(settings(problems, tmp_path / "whole"))
     server = Server()
     with pytest.raises(RuntimeError, match="gone"):
@@ -363,7 +363,7 @@ def test_a_run_that_is_killed_while_it_writes_resumes_to_the_same_files(problems
         assert facts(folder) == facts(tmp_path / "whole"), f"killed at write {limit[0]}"
 
 
-def test_what_was_sampled_is_on_the_disk_before_the_update_that_fails(problems, tmp_path):
+def test_sampled_completions_are_on_the_disk_before_the_update_that_fails(problems, tmp_path):
     with pytest.raises(RuntimeError, match="gone"):
         run(settings(problems, tmp_path / "run"), fail_at=0)
     assert len(lines(tmp_path / "run" / "emergence" / "generations.jsonl")) == 16
@@ -371,7 +371,7 @@ def test_what_was_sampled_is_on_the_disk_before_the_update_that_fails(problems, 
     assert entry["spent"]["sampled"] > 0
 
 
-def test_what_a_resume_cuts_off_is_kept_aside_and_still_counts_as_spent(problems, tmp_path):
+def test_rows_that_a_resume_cuts_off_are_kept_aside_and_still_count_as_spent(problems, tmp_path):
     server = Server()
     with pytest.raises(RuntimeError, match="gone"):
         run(settings(problems, tmp_path / "run"), server, fail_at=5)
@@ -455,7 +455,7 @@ def test_a_session_is_closed_by_how_it_ended(problems, tmp_path):
         assert server.closed == [status]
 
 
-def test_ctrl_c_says_how_to_resume(problems, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_prints_how_to_resume(problems, tmp_path, monkeypatch, capsys):
     def interrupted(args):
         raise KeyboardInterrupt
 
@@ -464,7 +464,7 @@ def test_ctrl_c_says_how_to_resume(problems, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == ("train_math: stopped by Ctrl-C; --resume continues from the last checkpoint\n")
 
 
-def test_a_learner_that_does_not_see_what_was_sampled_stops_the_run_before_it_begins(problems, tmp_path):
+def test_a_learner_whose_log_probs_differ_from_the_samplers_stops_the_run_before_it_begins(problems, tmp_path):
     class Shifted(FakeRemote):
         def __init__(self, server):
             super().__init__(server)
@@ -494,7 +494,7 @@ def test_a_dry_run_prices_the_worst_case_and_an_expected_one(problems, tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_a_dry_run_needs_no_server_and_says_when_prices_are_missing(problems, capsys):
+def test_a_dry_run_needs_no_server_and_reports_missing_prices(problems, capsys):
     assert main(["--dry-run", "--data", str(problems)]) == 0
     assert "no prices are given" in capsys.readouterr().out
 
@@ -642,7 +642,7 @@ def test_the_reward_is_math_verifys_and_a_missing_box_is_wrong(problems):
     ("key", "what"),
     [("sk-planted-key-of-someone-else", "is not a Tinker key"), (KEY, "no Tinker server answers at")],
 )
-def test_what_stops_a_command_before_it_begins_is_one_sentence_without_the_key(
+def test_an_error_before_a_run_begins_is_one_sentence_without_the_key(
     key, what, problems, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("TINKER_API_KEY", key)
@@ -655,7 +655,7 @@ def test_what_stops_a_command_before_it_begins_is_one_sentence_without_the_key(
     assert not (tmp_path / "run").exists()
 
 
-def test_without_the_sdk_the_command_says_how_to_install_it(problems, tmp_path, monkeypatch, capsys):
+def test_without_the_sdk_the_command_prints_how_to_install_it(problems, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TINKER_API_KEY", KEY)
     monkeypatch.delenv("TINKER_BASE_URL", raising=False)
     monkeypatch.setitem(sys.modules, "tinker", None)

@@ -315,7 +315,7 @@ def test_rollout_and_trainer_score_the_same_tokens_after_the_same_prompt(model):
     assert np.allclose(old, new, atol=1e-4)
 
 
-def test_what_could_not_be_scored_is_not_shown_and_gets_no_advantage(model):
+def test_unscorable_episodes_are_not_shown_and_get_no_advantage(model):
     nan = float("nan")
     episodes = [([5], [7], 1.0, 0), ([5], [6], nan, 0), ([5], [3], 0.0, 0), ([8], [2], nan, 1), ([8], [4], nan, 1)]
     advantages, loss = Spy(compute_advantages), Spy(policy_loss)
@@ -324,7 +324,7 @@ def test_what_could_not_be_scored_is_not_shown_and_gets_no_advantage(model):
     assert loss.calls[0][2].tolist() == [0.5, 0.0, -0.5, 0.0, 0.0]
 
 
-def test_maxrl_sees_one_group_at_a_time_too(model):
+def test_maxrl_sees_one_group_at_a_time(model):
     spy = Spy(policy_loss)
     episodes = [([5], [7], 1.0, 0), ([5], [6], 0.0, 0), ([8], [2], 1.0, 1), ([8], [3], 1.0, 1)]
     trainer(model, advantage_fn=compute_advantages_maxrl, loss_fn=spy).train(filled(model, episodes))
@@ -389,7 +389,7 @@ def test_gspo_trains_on_whole_episodes(model, loss_fn):
 # selected data
 
 
-def test_a_selector_chooses_what_of_the_buffer_is_trained_on(model):
+def test_a_selector_chooses_the_episodes_of_the_buffer_to_train_on(model):
     spy = Spy(policy_loss)
     last_two = partial(select_recent_data, max_episodes=2)
     trainer(model, loss_fn=spy, data_selector_fn=last_two).train(filled(model))
@@ -414,7 +414,7 @@ def test_a_dict_leaves_the_linked_buffer_alone(model):
     assert buffer.episode_count == 5
 
 
-def test_where_no_group_is_informative_a_step_passes_and_nothing_moves(model):
+def test_a_step_without_an_informative_group_moves_no_weight(model):
     buffer = filled(model, [([5], [7], 1.0, 0), ([5], [6], 1.0, 0)])
     before, train = weights(model), trainer(model, data_selector_fn=select_informative_data, metrics_fn=compute_metrics)
     assert train.train(buffer) == {"loss": 0.0, "grad_norm": 0.0, "step": 0}
@@ -481,7 +481,7 @@ def test_a_transform_sees_the_selected_data_as_mlx_arrays_and_the_step(model):
     assert [b["step"] for b in double.seen if isinstance(b, dict)] == [0, 1]
 
 
-def test_a_plain_function_is_a_transform_too(model):
+def test_a_plain_function_is_accepted_as_a_transform(model):
     spy = Spy(policy_loss)
     trainer(model, loss_fn=spy, advantage_transform_fn=lambda a, batch: np.array(a) * 0 + 1).train(filled(model))
     assert spy.calls[0][2].tolist() == [1.0] * 11
@@ -497,7 +497,7 @@ def test_a_transform_must_return_one_finite_number_for_each_token(model, wrong):
 
 
 @pytest.mark.parametrize("base", [False, True])
-def test_the_built_in_transforms_train_on_what_a_policy_collects(model, base):
+def test_the_built_in_transforms_train_on_episodes_of_a_policy(model, base):
     """Exact entropies come from the policy, and the correct rate that opens SEPA's gate from the rewards."""
 
     def even(prompt, completion, example):
@@ -554,7 +554,7 @@ def test_every_adapter_tensor_moves_within_two_steps_and_no_other(model):
     assert moved(before, model) == {name for name in before if name.endswith(("lora_a", "lora_b"))}
 
 
-def test_steps_raise_the_probability_of_what_was_rewarded(model):
+def test_steps_raise_the_probability_of_rewarded_completions(model):
     def preference():
         return float((own_logprobs(model, [8], [2, 6]).sum() - own_logprobs(model, [8], [2, 6, 1, 4]).sum()).item())
 
@@ -638,7 +638,7 @@ def test_a_dict_that_no_selector_made_is_refused(model):
         trainer(model).train({"rewards": [1.0]})
 
 
-def test_what_is_neither_buffer_nor_dict_is_refused(model):
+def test_data_that_is_neither_buffer_nor_dict_is_refused(model):
     with pytest.raises(UserError, match="got a list; pass the Buffer"):
         trainer(model).train([1.0])
 

@@ -138,7 +138,7 @@ def test_one_success_beside_one_failure_is_not_erased():
     assert np.allclose(apply(build_gtpo_transform(), advantages=[0.0, 0.0], **two), [1, -1], rtol=1e-5)
 
 
-def test_what_could_not_be_scored_gets_nothing_and_changes_nothing():
+def test_an_unscorable_completion_gets_no_credit_and_changes_no_other():
     unscored = {
         **{k: v for k, v in BATCH.items() if k != "act"},
         "episode_lengths": [*LENGTHS, 2],
@@ -170,7 +170,7 @@ def test_boosted_planning_tokens_take_less_of_the_blame():
     assert np.allclose(alone[2:6], -0.5 * (1 + 0.1 * (np.array([2, 2, 2, 5]) / 2.75 - 1)), rtol=1e-5)
 
 
-def test_sepa_pools_what_is_not_planned():
+def test_sepa_pools_the_tokens_that_are_not_planning():
     """At full strength the success's entropies 1 and 3 become 2 and 2: the ramp of one step is over in the second."""
     transform = build_gtpo_transform(tokenizer=Tokenizer(), sepa_steps=1, use_maxrl_base=True)
     first, second = apply(transform), apply(transform)
@@ -240,13 +240,13 @@ def test_settings_out_of_range_are_refused(wrong):
 
 
 @pytest.mark.parametrize("wrong", [{"hicra_alpha": -1}, {"entropy_weight": -1}, {"uncertainty": "logits"}])
-def test_settings_of_the_other_transform_are_refused_too(wrong):
+def test_settings_of_the_other_transform_are_refused(wrong):
     with pytest.raises(ValueError, match="set it"):
         build_gtpo_hicra_transform(Tokenizer(), **wrong)
 
 
 @pytest.mark.parametrize("name", ["episode_lengths", "rewards", "prompt_ids", "act", "binary_rewards"])
-def test_what_the_batch_lacks_is_named(name):
+def test_a_missing_array_of_the_batch_is_named(name):
     transform = build_gtpo_transform(tokenizer=Tokenizer(), sepa_steps=2)
     with pytest.raises(ValueError, match=f"the batch has no {name}"):
         transform(np.array(ADVANTAGES), {k: v for k, v in batch().items() if k != name})

@@ -72,7 +72,7 @@ def test_a_clone_has_the_same_settings_and_its_own_state():
     assert env.step(DOWN)["observation"] == 8
 
 
-def test_what_it_renders_is_the_games_own_picture_and_a_closed_one_is_closed():
+def test_it_renders_the_games_own_picture_and_closing_closes_the_game():
     closed = []
 
     class Drawn(gymnasium.Env):
@@ -167,7 +167,7 @@ def test_falling_into_a_hole_ends_the_game_without_success():
     assert (episode.reward, episode.is_correct, episode.truncated) == (0.0, False, False)
 
 
-def test_what_is_no_action_is_answered_and_costs_a_turn():
+def test_an_invalid_action_is_answered_and_costs_a_turn():
     episode = play(lake(max_turns=4), "left", "7", str(DOWN), str(DOWN))
     lines = [line for line in episode.text.splitlines() if line.startswith("[user]")]
     assert lines == [

@@ -124,7 +124,7 @@ def test_a_time_limit_holds_against_an_answer_without_end():
         ("chain_sum", {"size": 0}, "size is 0"),
     ],
 )
-def test_what_the_library_cannot_make_is_one_sentence(dataset, settings, sentence):
+def test_a_data_set_that_the_library_cannot_make_is_one_sentence(dataset, settings, sentence):
     with pytest.raises(UserError, match=sentence):
         make(dataset, **settings)
 

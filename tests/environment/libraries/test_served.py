@@ -86,7 +86,7 @@ def test_calls_go_out_as_the_wire_has_them_and_come_back_as_they_are_sent(tokeni
     assert tokenizer.decode(tokens).endswith("<tool_response>\n2\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_what_is_no_call_goes_out_as_text(tokenizer, session):
+def test_text_that_is_no_tool_call_is_returned_as_text(tokenizer, session):
     session.take([USER], [TOOL])
     assert (
         session.add(completion(tokenizer, "<tool_call>add</tool_call>"), 0)["content"] == "<tool_call>add</tool_call>"

@@ -108,7 +108,7 @@ def test_a_turn_without_room_is_refused_and_the_episode_truncated():
     assert episode.mask[-1]
 
 
-def test_what_the_engine_raises_reaches_the_caller():
+def test_an_error_of_the_engine_reaches_the_caller():
     class Broken(Speaker):
         def sample(self, prompts, n, sampling):
             raise ZeroDivisionError("in the engine")

@@ -87,12 +87,12 @@ def test_tokens_that_hold_parts_of_two_characters_are_read_together():
     assert pieces(vocabulary, [0, 1, 2, 3]) == ("x\U0001f600\U0001f600y", "", "", "z")
 
 
-def test_characters_in_a_row_are_told_apart():
+def test_consecutive_characters_are_separated():
     vocabulary = Vocabulary("\u4e2d".encode()[:2], "\u4e2d".encode()[2:], "\u56fd".encode()[:1], "\u56fd".encode()[1:])
     assert pieces(vocabulary, [0, 1, 2, 3, 0, 1]) == ("\u4e2d", "", "\u56fd", "", "\u4e2d", "")
 
 
-def test_what_makes_no_character_is_kept_as_the_decoder_shows_it():
+def test_bytes_that_make_no_character_are_kept_as_the_decoder_shows_them():
     vocabulary = Vocabulary(EMOJI[:1], EMOJI[1:2], EMOJI[2:], "a", "\ufffd")
     for ids in ([0, 1], [0, 3], [2, 0, 1, 2, 3], [0, 0, 1, 2], [4, 0, 1, 2], [3, 0, 1]):
         assert "".join(pieces(vocabulary, ids)) == vocabulary.decode(ids)

@@ -278,7 +278,7 @@ def test_no_tied_group_is_larger_than_n_tie():
             assert np.bincount(tiled_groups(modules, n_tie)).max() <= n_tie
 
 
-def test_sizes_are_what_the_papers_count():
+def test_sizes_are_those_of_the_papers():
     assert tinylora_size([0, 0, 1, 1, 2], u=13) == 39
     assert lora_size([(10, 20), (20, 5)], rank=2) == 2 * 30 + 2 * 25
     assert lora_xs_size(7, rank=3) == 63

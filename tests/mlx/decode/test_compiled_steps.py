@@ -85,7 +85,7 @@ def test_a_step_of_training_is_seen_by_functions_compiled_before_it(tiny_engine)
     )
 
 
-def test_fully_trained_weights_are_read_again_too(tiny_engine):
+def test_fully_trained_weights_are_read_again(tiny_engine):
     model, sampling = tiny_engine.model, Sampling(max_tokens=12, seed=3)
     model.unfreeze()
     steps = Steps(model, compiled=True, share=True)
@@ -101,7 +101,7 @@ def test_every_kind_of_adapter_gives_the_completions_of_the_plain_loop(kind):
     assert_same(*both(adapter_of_kind(kind), Sampling(max_tokens=12, seed=3), 5, share=True))
 
 
-def test_layers_of_a_quantised_base_are_fused_too():
+def test_layers_of_a_quantised_base_are_fused():
     model = adapted("llama", hidden_size=64, intermediate_size=128)
     nn.quantize(model, group_size=32, bits=8, class_predicate=lambda path, _: path.endswith(".linear"))
     steps = Steps(model, compiled=True, share=False)

@@ -110,7 +110,7 @@ def test_skip_special_tokens_hides_control_tokens_but_not_user_defined_ones(tmp_
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<tool>he"
 
 
-def test_a_beginning_token_is_added_when_the_file_says_so(tmp_path):
+def test_a_beginning_token_is_added_when_the_file_sets_it(tmp_path):
     tokenizer = tokenizer_of(tmp_path, tokenizer__ggml__add_bos_token=True)
     assert tokenizer.encode("he") == [1, TOKENS.index("he")]
 

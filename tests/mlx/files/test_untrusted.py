@@ -66,7 +66,7 @@ def test_a_safetensors_file_that_lies_is_refused(tmp_path, lie):
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_so_are_the_weights_of_an_adapter_and_of_a_model(tmp_path, lie):
+def test_weights_of_an_adapter_or_a_model_that_lie_are_refused(tmp_path, lie):
     save_adapter(attach(tiny_llama(40), LoRA(rank=2)), tmp_path / "adapter")
     (tmp_path / "adapter" / "adapters.safetensors").write_bytes(LIES[lie])
     with pytest.raises(UserError, match="is not a valid safetensors file"):

@@ -25,7 +25,7 @@ def slopes(attend, arrays):
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(mx.float32, 0), (mx.float16, 2e-3), (mx.bfloat16, 2e-2)])
-def test_it_is_the_attention_under_the_mask_with_its_gradient(dtype, error):
+def test_masked_attention_and_its_gradient_are_those_of_plain_attention_under_the_mask(dtype, error):
     arrays, seen = inputs(dtype)
     ours = slopes(lambda q, k, v: SharedMasks()(q, k, v, None, 0.25, seen), arrays)
     theirs = slopes(lambda q, k, v: mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25, mask=seen), arrays)

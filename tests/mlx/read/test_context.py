@@ -95,7 +95,7 @@ def test_room_is_allocated_once_in_so_many_tokens(tiny_engine, monkeypatch):
     assert handed_out[-1] == context.size == 13
 
 
-def test_a_window_hides_what_is_too_far_back(tiny_engine):
+def test_a_window_hides_tokens_that_are_too_far_back(tiny_engine):
     context = Context(tiny_engine.model)
     context.read(tiny_engine.model, mx.array([[4, 5, 6, 7], [4, 9, 0, 0]]), mx.array([4, 2]))
     mask = np.array(context.mask(2, return_array=True, window=3))[:, 0]

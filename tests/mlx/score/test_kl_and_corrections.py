@@ -141,7 +141,7 @@ def test_with_adapters_off_nothing_is_trainable_and_afterwards_they_are():
     assert set(trainable(model)) == names != set()
 
 
-def test_a_model_without_adapters_has_no_reference_and_the_error_tells_what_to_do():
+def test_a_model_without_adapters_has_no_reference_and_the_error_names_the_remedy():
     engine, batch = MLXEngine(base_model("float"), stop=[0]), plain_batch(random_episodes(np.random.default_rng(1)))
     with pytest.raises(UserError, match="no adapter to switch off for the KL reference; attach"):
         engine.score(batch, reference=True)

@@ -31,7 +31,7 @@ def padded(rows, part):
     return len(part) * max(rows.lengths[part])
 
 
-def test_what_takes_two_passes_is_halved():
+def test_a_batch_that_takes_two_passes_is_halved():
     """Eight completions of which seven fit: four and four need little more than half the memory, and the same time."""
     rows = batch([15] * 8)
     assert padded(rows, range(7)) <= 112 < padded(rows, range(8))

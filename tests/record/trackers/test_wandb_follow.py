@@ -86,7 +86,7 @@ def test_it_follows_until_no_step_has_come_for_a_while(metrics):
     assert now[0] == 45  # 20 s after the last
 
 
-def test_what_is_there_can_be_logged_at_once(metrics):
+def test_existing_rows_can_be_logged_at_once(metrics):
     add(metrics, line(0) + line(1))
     logged = []
     assert log_new(Follower(metrics), logged.append) == 2

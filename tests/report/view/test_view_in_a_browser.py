@@ -155,7 +155,7 @@ def test_two_runs_are_compared_on_one_prompt(page, runs):
         assert page.locator(".pair .tokens").count() == 2
 
 
-def test_markup_that_a_model_wrote_is_text_in_a_browser_too(page, runs):
+def test_markup_that_a_model_wrote_is_text_in_a_browser(page, runs):
     with Viewer(runs[1]) as address:
         page.goto(address + "?words=%3Cscript%3E")
         title = page.title()

@@ -131,7 +131,7 @@ def test_a_filter_keeps_what_a_slow_pass_over_every_row_keeps(one, two_runs, ask
     assert count(one.page("?" + asked)) == sum(holds(row) for row in rows)
 
 
-def test_the_list_is_in_the_order_asked_for(two_runs):
+def test_the_list_is_in_the_requested_order(two_runs):
     index = Index(two_runs[0] / "rollouts")
     index.refresh()
     for sort, column, sign in (

@@ -27,7 +27,7 @@ def test_every_package_has_one_version_and_no_address():
     assert not {"torch", "peft"} & {pin.split("==")[0] for pin in PINS}
 
 
-def test_without_a_python_that_is_new_enough_it_says_which(empty_cache, monkeypatch):
+def test_without_a_recent_python_the_error_names_the_versions_that_work(empty_cache, monkeypatch):
     monkeypatch.setattr(server_env, "base_python", lambda: None)
     with pytest.raises(UserError, match=r"needs Python 3\.12 or 3\.13 and none was found"):
         server_env.server_python()
@@ -123,7 +123,7 @@ def test_a_folder_without_a_model_is_refused_before_anything_starts(tmp_path):
         ServerSettings(model=tmp_path, folder=tmp_path / "server")
 
 
-def test_a_server_that_cannot_start_says_why_and_leaves_no_process(tmp_path, monkeypatch):
+def test_a_server_that_cannot_start_reports_why_and_leaves_no_process(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "textpolicy.tinker.server.server.server_python", lambda say: Path(sys.executable)
     )  # without SkyRL

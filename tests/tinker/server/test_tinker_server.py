@@ -82,7 +82,7 @@ def test_training_at_another_temperature_is_refused_unless_untempered_is_set(tin
         engine.update(batch, Surrogate(), 1e-3)
 
 
-def test_steps_of_the_loop_raise_what_is_rewarded_and_the_sampler_follows(tinker):
+def test_steps_of_the_loop_raise_rewarded_tokens_and_the_sampler_follows(tinker):
     engine, how = tinker(), algorithm("grpo")
     before = scored(engine, fixed_episodes())
     for step in range(3):
@@ -118,7 +118,7 @@ def test_resuming_gives_the_same_log_probs_and_the_same_next_step(tinker):
     np.testing.assert_array_equal(resumed.score(batch), engine.score(batch))
 
 
-def test_what_was_kept_can_be_put_back(tinker):
+def test_saved_weights_can_be_restored(tinker):
     engine, how = tinker(), algorithm("grpo")
     batch = how.credit(fixed_episodes(1))
     kept, before = engine.weights(), engine.score(batch)

@@ -1,4 +1,4 @@
-"""A reward is a function from a prompt and a completion to a number. Nothing but Python is needed to write one."""
+"""Score three answers: a reward is a function from a prompt and a completion to a number, and needs only Python."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def concise(prompt: str, completion: str, example: Mapping[str, Any], **kwargs: Any) -> float:
-    """1 for 10 to 50 words; fewer earn their share of 10, and more lose 1/50 for each word above 50."""
+    """Return 1 for 10 to 50 words, words / 10 below that, and 1/50 less for each word above 50."""
     words = len(completion.split())
     if words <= 50:
         return min(1.0, words / 10)

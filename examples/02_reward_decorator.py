@@ -1,4 +1,4 @@
-"""Registered rewards have names; a Scorer adds several up, with weights, verifiers and penalties."""
+"""Register rewards by name, and sum several with a Scorer: weights, verifiers and penalties."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from textpolicy.rewards import (
 
 @reward
 def politeness(prompt: str, completion: str, example: Mapping[str, Any], **kwargs: Any) -> float:
-    """A third for each of please, thank and welcome."""
+    """Return a third for each of please, thank and welcome."""
     return sum(word in completion.lower() for word in ("please", "thank", "welcome")) / 3
 
 
 @reward(name="right_answer")
 def names_the_city(prompt: str, completion: str, example: Mapping[str, Any], **kwargs: Any) -> dict[str, Any]:
-    """1 when the answer of the example occurs; this also says what is correct."""
+    """Return 1 if the example's answer occurs, and report that as correct."""
     is_correct = example["answer"].lower() in completion.lower()
     return {"reward": float(is_correct), "is_correct": is_correct}
 

@@ -1,4 +1,4 @@
-"""Many completions at once: a weighted sum of a reward of one's own and a built-in one, as an array."""
+"""Score many completions at once: a weighted sum of your own reward and a built-in one, as an array."""
 
 from statistics import mean
 
@@ -7,7 +7,7 @@ from textpolicy.rewards import RewardConfig, create_mlx_optimized_batch_processo
 
 @reward
 def clarity(prompt: str, completion: str, example: dict, **kwargs) -> float:
-    """The share of words of at most seven letters."""
+    """Return the share of words of at most seven letters."""
     words = completion.split()
     return sum(len(word.strip(".,!?")) <= 7 for word in words) / max(len(words), 1)
 

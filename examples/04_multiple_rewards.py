@@ -1,4 +1,4 @@
-"""Several rewards in one, and a verifier that a completion has to pass before one of them counts."""
+"""Combine several rewards, one of which counts only if a completion passes a verifier."""
 
 from textpolicy.rewards import RewardConfig, Scorer, reward, verifier
 from textpolicy.rewards.contract import Request
@@ -6,13 +6,13 @@ from textpolicy.rewards.contract import Request
 
 @reward
 def on_topic(prompt: str, completion: str, example: dict, **kwargs) -> float:
-    """The share of the example's words that occur."""
+    """Return the share of the example's words that occur."""
     return sum(word in completion.lower() for word in example["words"]) / len(example["words"])
 
 
 @verifier
 def no_repetition(prompt: str, completion: str, example: dict, **kwargs) -> bool:
-    """No word stands three times in a row."""
+    """Return whether no word occurs three times in a row."""
     words = completion.lower().split()
     return not any(a == b == c for a, b, c in zip(words, words[1:], words[2:], strict=False))
 

@@ -10,7 +10,7 @@ from textpolicy.mlx.engine import MLXEngine
 
 @tp.reward
 def three_words(prompt: str, completion: str, example: dict, **kwargs) -> float:
-    """1 for three words, less for more or fewer."""
+    """Return 1 for three words, less for more or fewer."""
     return 1 / (1 + abs(len(completion.split()) - 3))
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     for e in episodes:
         print(f"group {e.group}  reward {e.reward:.2f}  {e.text!r}")
 
-    recipe = algorithm("grpo")  # an advantage is the reward less the mean of its group, over their spread
+    recipe = algorithm("grpo")  # an advantage is the reward minus the mean of its group, divided by the group's spread
     [batch] = recipe.mini_batches(episodes, 1, recipe.controller())
     credit = [float(row[mask][0]) for row, mask in zip(batch.advantages, batch.weights != 0, strict=True)]
     print("credit of each completion:", " ".join(f"{a:+.2f}" for a in credit))

@@ -6,7 +6,7 @@ python examples/06_minimal_training.py --steps 12
 import argparse
 from statistics import mean
 
-import textpolicy as tp  # before mlx, to which it gives a fast BLAS
+import textpolicy as tp  # before mlx: it gives MLX a fast BLAS
 
 # isort: split
 import mlx.optimizers as optim
@@ -19,7 +19,7 @@ from textpolicy.rollout import RolloutRunner, create_strategy
 
 @tp.reward
 def short(prompt: str, completion: str, example: dict, truncated: bool = False, **kwargs) -> float:
-    """1 for an answer of one to four words that ends by itself, less for every word more; silence is no answer."""
+    """Return 1 for a finished answer of one to four words, less for each further word, and 0 for an empty one."""
     words = len(completion.split())
     return 0.0 if truncated or not words else min(1.0, 4 / words)
 
@@ -33,7 +33,7 @@ def main(steps: int) -> None:
     runner = RolloutRunner(env, policy=policy, strategy=create_strategy("grpo"), max_steps=32)
     trainer = tp.Trainer(model, grpo.compute_advantages, grpo.policy_loss, optim.Adam(learning_rate=3e-4))
 
-    # A suite of writing tasks, to see what else the training changes.
+    # A suite of writing tasks shows what else the training changes.
     essays = TextGenerationEnvironment(model, tokenizer, "basic", 5, {"max_tokens": 32})
     print(f"essays before: {essays.evaluate_model('baseline')['mean_score']:.2f}")
     rewards = []

@@ -1,4 +1,4 @@
-"""GRPO in its parts: a coordinator that collects, a buffer that keeps, a trainer that selects from it and learns.
+"""Run GRPO from its parts: a coordinator collects, a buffer stores, a trainer selects from the buffer and learns.
 
 python examples/08_grpo_rollout_buffer.py --steps 8
 """
@@ -6,7 +6,7 @@ python examples/08_grpo_rollout_buffer.py --steps 8
 import argparse
 from statistics import mean
 
-import textpolicy as tp  # before mlx, to which it gives a fast BLAS
+import textpolicy as tp  # before mlx: it gives MLX a fast BLAS
 
 # isort: split
 import mlx.optimizers as optim
@@ -21,7 +21,7 @@ QUESTIONS = ["What do people eat?", "What is in a kitchen?", "Which animals live
 
 @tp.reward
 def lists(prompt: str, completion: str, example: dict, **kwargs) -> float:
-    """A third for each further thing that is named, up to three; to say the same again earns nothing."""
+    """Return a third for each different thing after the first, up to three; repetitions earn nothing."""
     things = {part.strip().lower() for part in completion.split(",")} - {""}
     return min(1.0, max(0, len(things) - 1) / 3)
 
@@ -37,11 +37,11 @@ def main(steps: int) -> None:
     buffer = tp.Buffer(max_episodes=asked)
     trainer = tp.Trainer(
         model,
-        grpo.compute_advantages,  # of one group: the reward less the mean of its group
+        grpo.compute_advantages,  # of one group: the reward minus the mean of its group
         grpo.policy_loss,
         optim.Adam(learning_rate=3e-4),
         buffer=buffer,
-        data_selector_fn=tp.select_informative_data,  # leaves out groups whose completions all earned the same
+        data_selector_fn=tp.select_informative_data,  # skips groups whose completions all earned the same reward
     )
     rewards = []
     for _ in range(steps):

@@ -1,8 +1,8 @@
-"""GRPO makes answers shorter: the model that rambles learns to say what a thing is in one short sentence.
+"""Make answers shorter with GRPO: a rambling model learns to describe a thing in one short sentence.
 
 python examples/09_length_reduction_grpo.py
 
-It printed, on a Linux CPU (the same seeds may draw other words elsewhere):
+On a Linux CPU it printed (the same seeds may draw other words elsewhere):
 mean length on 8 held-out questions: 38.5 -> 9.6 tokens
 """
 
@@ -27,7 +27,7 @@ LONGEST = 48  # tokens
 
 
 def brief(prompt, completion, example, truncated=False, **kwargs):
-    """1 for four to six words that end by themselves, less for every word more; 0 otherwise.
+    """Return 1 for a finished answer of four to six words, less for each further word, and 0 otherwise.
 
     The thing is to be named once: without that rule the model soon says "A horse is a horse".
     """
@@ -42,7 +42,7 @@ def environment(things, tokenizer):
 
 
 def report(when, engine, env):
-    """The same draws before and after: temperature 1, as in training, on things that were not trained on."""
+    """Evaluate with the same draws before and after: temperature 1, as in training, on held-out things."""
     episodes = evaluate(engine, env, Sampling(LONGEST, seed=7), samples=4).episodes
     length = mean(int(e.mask.sum()) for e in episodes)
     print(f"{when}: {length:.1f} tokens on average, {mean(e.truncated for e in episodes):.0%} cut off at {LONGEST}")

@@ -1,10 +1,10 @@
-"""GSPO makes answers shorter and keeps them right: the more words around the capital, the less it is worth.
+"""Make answers shorter with GSPO and keep them right: the more words around the capital, the lower the reward.
 
-GSPO has one ratio for a whole completion, clipped to a narrow band; it shows where a step makes several updates.
+GSPO has one ratio for a whole completion, clipped to a narrow band, which matters when a step makes several updates.
 
 python examples/10_length_reduction_gspo.py
 
-It printed, on a Linux CPU (the same seeds may draw other words elsewhere):
+On a Linux CPU it printed (the same seeds may draw other words elsewhere):
 before: 30.9 tokens on average, right 28.1% [12.3%, 52.1%]
 after: 9.1 tokens on average, right 68.8% [39.8%, 88.0%]
 """
@@ -31,7 +31,7 @@ LONGEST = 40  # tokens
 
 
 def brief(prompt, completion, example, truncated=False, **kwargs):
-    """1 for the capital in at most three words, less for every word more; 0 without it, or when cut off."""
+    """Return 1 for the capital in at most three words, less for each further word, 0 without it or if cut off."""
     right = example["answer"] in completion
     return {"reward": min(1.0, 3 / len(completion.split())) if right and not truncated else 0.0, "is_correct": right}
 
@@ -43,7 +43,7 @@ def environment(pairs, tokenizer):
 
 
 def report(when, engine, env):
-    """The same draws before and after: temperature 1, as in training, on countries that were not trained on."""
+    """Evaluate with the same draws before and after: temperature 1, as in training, on held-out countries."""
     answered = evaluate(engine, env, Sampling(LONGEST, seed=7), samples=4)
     length = mean(int(e.mask.sum()) for e in answered.episodes)
     print(f"{when}: {length:.1f} tokens on average, right {answered.average}")

@@ -1,4 +1,4 @@
-"""LoRA and QLoRA from Python: put on, train, save, reload and merge. MODEL_ID=... takes another model.
+"""Attach, train, save, reload and merge a LoRA and a QLoRA from Python. MODEL_ID=... selects another model.
 
 python examples/11_lora_qlora.py
 """
@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-import textpolicy as tp  # before mlx, to which it gives a fast BLAS
+import textpolicy as tp  # before mlx: it gives MLX a fast BLAS
 
 # isort: split
 import mlx.optimizers as optim
@@ -20,12 +20,12 @@ LORA = {"lora_layers": 8, "lora_rank": 8, "lora_scale": 4.0}
 
 @tp.reward
 def terse(prompt, completion, example, **kwargs):
-    """1 for a completion of no letters at all, less for more."""
+    """Return 1 for a completion without letters, less for more letters."""
     return 1.0 / (1.0 + len(completion) / 10)
 
 
 def train(model, tokenizer, steps, max_tokens=12):
-    """A few steps; the mean reward of each."""
+    """Train a few steps and return the mean reward of each."""
     env = tp.TextGenerationEnv(["Say hello."], terse, max_tokens=max_tokens, tokenizer=tokenizer, group_size=8)
     policy = tp.create_policy(model, tokenizer, {"max_tokens": max_tokens})
     runner = RolloutRunner(env, policy=policy, strategy=create_strategy("grpo"), max_steps=8)
@@ -39,7 +39,7 @@ def train(model, tokenizer, steps, max_tokens=12):
 
 
 def report(name, stats, rewards):
-    print(f"{name}: {stats['trainable_parameters']:,} of {stats['total_parameters']:,} parameters train")
+    print(f"{name}: {stats['trainable_parameters']:,} of {stats['total_parameters']:,} parameters are trainable")
     print(f"  model {stats['bytes_before'] / 1e6:.0f} MB before, {stats['bytes_after'] / 1e6:.0f} MB with adapters")
     print(f"  reward by step: {', '.join(f'{r:.2f}' for r in rewards)}")
 
@@ -57,6 +57,6 @@ print(f"  reloaded: logits differ by {abs(reloaded(ids) - said).max().item():.1e
 merged = tp.merge_weights(model)
 print(f"  merged into the weights: by {abs(merged(ids) - said).max().item():.1e}")
 
-model, _ = tp.load_model(MODEL, dequantize=False)  # as it is stored: 4 bits
+model, _ = tp.load_model(MODEL, dequantize=False)  # as stored: 4 bits
 model, stats = tp.create_qlora_setup(model, LORA, {})
 report("QLoRA", stats, train(model, tokenizer, steps=2, max_tokens=4))

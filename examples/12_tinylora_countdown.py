@@ -1,8 +1,8 @@
-"""Countdown with 13 trained numbers: TinyLoRA, GTPO and HICRA, as experiments/countdown_reasoning_lora.py has them.
+"""Train 13 numbers on countdown: TinyLoRA, GTPO and HICRA, as in experiments/countdown_reasoning_lora.py.
 
 python examples/12_tinylora_countdown.py --steps 16 --output results/tinylora_countdown
 
-It takes the flags of that script, runs it, and reads the 13 numbers back from the adapter that it leaves.
+It takes the flags of that script, runs it, and reads the 13 numbers back from the adapter that the script writes.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import runpy
 import sys
 from pathlib import Path
 
-import textpolicy  # noqa: F401  before mlx, to which it gives a fast BLAS
+import textpolicy  # noqa: F401  before mlx: it gives MLX a fast BLAS
 
 # isort: split
 import mlx.core as mx
@@ -26,4 +26,4 @@ runpy.run_path(str(SCRIPT), run_name="__main__")
 path = args.output / "adapter" / "adapters.safetensors"
 [v] = [array for name, array in mx.load(str(path)).items() if name.endswith(".v")]
 print(f"read back from {path}: {[round(x, 3) for x in v.reshape(-1).tolist()]}")
-print(f"that is the whole of what was learned: {v.size} numbers, {v.nbytes} bytes; the rest of the file is names")
+print(f"that is everything that was learned: {v.size} numbers, {v.nbytes} bytes; the rest of the file is names")

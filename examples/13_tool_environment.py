@@ -1,4 +1,4 @@
-"""A tool: countdown with a calculator, called before the answer. Trains a few steps, and prints an episode."""
+"""Train a few steps of countdown with a calculator as a tool, called before the answer, and print an episode."""
 
 import argparse
 from statistics import mean
@@ -20,7 +20,7 @@ def question(problem):
 
 
 def worked(problem, expression):
-    """A problem solved with one call, as the model is to do it; short, because the model is small."""
+    """The messages of a problem solved with one call, as an example; short, because the model is small."""
     spoken = [f"calculate {expression}", str(problem["target"]), expression]
     roles = ["assistant", "tool", "assistant"]
     return [question(problem), *({"role": r, "content": c} for r, c in zip(roles, spoken, strict=True))]
@@ -30,13 +30,13 @@ SHOWN = [*worked({"target": 11, "numbers": [4, 7]}, "4 + 7"), *worked({"target":
 
 
 def parse(text):
-    """ "calculate 4 + 7" is a call; without ``parse`` the calls are JSON in <tool_call> tags."""
+    """Read "calculate 4 + 7" as a call; without ``parse``, calls are JSON in <tool_call> tags."""
     called = text.startswith("calculate ")
     return [ToolCall("calculate", {"expression": text.removeprefix("calculate ")})] if called else []
 
 
 def reward(prompt, completion, example, messages, **kwargs):
-    """1 for the right expression, if a calculation worked before it; 0.7 without."""
+    """Return 1 for the right expression after a successful calculation, and 0.7 without one."""
     scored = countdown_reward_with_info(prompt, completion, example, invalid=0.0)
     results = [m["content"] for m in messages[len(SHOWN) :] if m["role"] == "tool"]
     used = any(not text.startswith("Error") for text in results)

@@ -1,4 +1,4 @@
-"""Your own algorithm: an advantage and a stage, each a dataclass of a few lines, in a recipe that a real run takes.
+"""Write your own algorithm: an advantage and a stage, each a small dataclass, in a recipe for a real run.
 
 python examples/14_own_algorithm.py
 """
@@ -21,7 +21,7 @@ from textpolicy.tasks import load_task
 
 @dataclass(frozen=True)
 class Ranked:
-    """A_i = rank of r_i in its group, from -1 (worst) to 1 (best), ties in the middle: how much better is no matter."""
+    """The baseline A_i = rank of r_i in its group, from -1 (worst) to 1 (best); ties get their mean rank."""
 
     def __call__(self, rewards: Rewards) -> np.ndarray:  # (B,)
         r, same = rewards.value, rewards.group[:, None] == rewards.group
@@ -31,7 +31,7 @@ class Ranked:
 
 @dataclass(frozen=True)
 class EarlyTokens:
-    """A_t <- decay^t A_t: an answer is decided by how it begins."""
+    """The stage A_t <- decay^t A_t: the beginning decides an answer."""
 
     decay: float = 0.9
 

@@ -1,4 +1,4 @@
-"""One script, two engines: the largest of five numbers, learned on this machine or on a Tinker server.
+"""Train one script on two engines: the largest of five numbers, on this machine or on a Tinker server.
 
 python examples/15_tinker.py                                     on this machine, with MLX
 python examples/15_tinker.py --engine tinker --serve             on a Tinker server that it starts here
@@ -18,7 +18,7 @@ from textpolicy.tasks import load_task
 
 
 def here(model):
-    """An engine in this process, and its tokenizer."""
+    """Return an engine in this process, and its tokenizer."""
     from textpolicy.mlx.adapters.merging import attach_lora
     from textpolicy.mlx.engine import MLXEngine
 
@@ -27,7 +27,7 @@ def here(model):
 
 
 def there(model, server=None):
-    """An engine on a Tinker server: the one started here, or else TINKER_BASE_URL's, or else the hosted service."""
+    """Return an engine on a Tinker server: the one started here, else TINKER_BASE_URL's, else the hosted service."""
     from textpolicy.tinker.engine import TinkerEngine
 
     where = {} if server is None else {"base_url": server.url, "reduction": "mean"}  # SkyRL on JAX averages
@@ -36,7 +36,7 @@ def there(model, server=None):
 
 
 def run(engine, tokenizer, args):
-    """From here on nothing knows where the model is."""
+    """Train and evaluate; nothing here depends on where the model is."""
     task = load_task("largest")
 
     def environment(problems):
@@ -60,7 +60,7 @@ def run(engine, tokenizer, args):
 
 
 def served(args):
-    """The same on SkyRL's Tinker API, which is started on this machine and ends with the program."""
+    """Train on SkyRL's Tinker API, started on this machine for the duration of the program."""
     from textpolicy.cli.tinker_server import served_model
     from textpolicy.tinker.server.server import LocalServer, ServerSettings
 

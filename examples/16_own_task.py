@@ -1,9 +1,9 @@
-"""Your own reward and your own questions, with all that a run brings: evaluation, checkpoints, the viewer, the doctor.
+"""Train on your own reward and questions, with evaluation, checkpoints, the viewer and the doctor of every run.
 
     textpolicy train --task examples/16_own_task.py --rewards.correct-from 1
 
-trains on what ``task`` below returns. Questions can come from a file as well: task_from_rows("questions.jsonl", ...).
-Run as a script this trains for some minutes and prints what the first and the last steps earned.
+trains on the result of ``task`` below. Questions can come from a file as well: task_from_rows("questions.jsonl", ...).
+As a script this trains for some minutes and prints the rewards of the first and the last steps.
 """
 
 import json
@@ -20,13 +20,13 @@ KINDS = (
 
 
 def five_things(prompt: str, completion: str, example: dict, **kwargs) -> float:
-    """A fifth for each different thing of one or two words between commas, up to 1."""
+    """Return a fifth for each different thing of one or two words between commas, up to 1."""
     things = [thing.strip(" .\n").lower() for thing in completion.split(",")]
     return min(5, len({thing for thing in things if 0 < len(thing.split()) <= 2})) / 5
 
 
 def task() -> Task:
-    """Name five things of a kind, with commas between them."""
+    """The task: name five things of a kind, with commas between them."""
     rows = [{"question": f"Name some {kind}."} for kind in KINDS.split(", ")]
     return task_from_rows(rows, five_things, name="five_things", max_tokens=24)
 
@@ -45,7 +45,7 @@ def main(steps: int = 12) -> None:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     earned = [row["reward_mean"] for row in rows if row["kind"] == "train"]
     print(f"reward: {earned[0]:.2f} in the first step, {earned[-1]:.2f} in the last")
-    print(f"look at every one: textpolicy view {folder}")
+    print(f"browse the completions: textpolicy view {folder}")
 
 
 if __name__ == "__main__":

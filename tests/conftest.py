@@ -215,8 +215,8 @@ def tinker(tinker_server, no_tinker_account):
     engines = []
 
     def connect(**settings):
-        asked = {"rank": TINKER_RANK, "seed": 3, "base_url": tinker_server.url, "reduction": "mean", **settings}
-        engines.append(TinkerEngine.connect(tinker_server.name, **asked))
+        args = {"rank": TINKER_RANK, "seed": 3, "base_url": tinker_server.url, "reduction": "mean", **settings}
+        engines.append(TinkerEngine.connect(tinker_server.name, **args))
         return engines[-1]
 
     yield connect

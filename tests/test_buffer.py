@@ -189,10 +189,10 @@ def test_an_episode_that_cannot_be_trained_on_is_an_error_with_the_reason(change
 
 def several_turns(*steps):
     """An episode with a step for each (obs, act, reward); log-probs are -1, -2, ... over all of them."""
-    buffer, said = Buffer(), 0
+    buffer, done = Buffer(), 0
     for n, (obs, act, rew) in enumerate(steps, 1):
-        logprob = -np.arange(said + 1.0, said + 1 + len(act))
-        said, last = said + len(act), n == len(steps)
+        logprob = -np.arange(done + 1.0, done + 1 + len(act))
+        done, last = done + len(act), n == len(steps)
         buffer.add(
             np.array(obs, np.int32), act, rew, obs[:0], last, last, logprob, is_correct=last, group=3, temperature=0.5
         )

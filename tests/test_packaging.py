@@ -154,10 +154,10 @@ def test_the_source_archive_holds_what_its_tests_and_examples_need(archive):
 
 def test_the_installed_wheel_runs_its_command(installed, tmp_path):
     [script] = [path for path in (installed / "bin").iterdir() if path.name == "textpolicy"]
-    said = run(installed, tmp_path, str(script), "--version")
-    assert said.returncode == 0, said.stderr
+    output = run(installed, tmp_path, str(script), "--version")
+    assert output.returncode == 0, output.stderr
     version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
-    assert said.stdout == f"textpolicy {version}\n"
+    assert output.stdout == f"textpolicy {version}\n"
     where = run(installed, tmp_path, "-c", "import textpolicy; print(textpolicy.__file__, textpolicy.__version__)")
     assert where.stdout.split() == [str(installed / "textpolicy" / "__init__.py"), version]
 

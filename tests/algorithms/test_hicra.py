@@ -65,9 +65,9 @@ def test_a_long_completion_that_failed_is_not_selected():
 
 def test_the_reported_selection_is_off_by_default():
     plain = AmplifyPlanning()(long_success()).advantage
-    asked = AmplifyPlanning(hicra_top_entropy=0.4)(long_success()).advantage
+    amplified = AmplifyPlanning(hicra_top_entropy=0.4)(long_success()).advantage
     assert plain == pytest.approx([0.5, 0.6, 0.5, 0.5, 0.5, 0.5, -1.0, -1.0, -0.8])
-    assert asked == pytest.approx([0.6, 0.6, 0.5, 0.6, 0.5, 0.5, -1.0, -1.0, -0.8])
+    assert amplified == pytest.approx([0.6, 0.6, 0.5, 0.6, 0.5, 0.5, -1.0, -1.0, -0.8])
 
 
 def test_stages_that_read_entropy_refuse_an_engine_without_it():

@@ -251,7 +251,7 @@ def test_an_anytime_question_is_answered_by_the_e_process():
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "message"),
     [
         (lambda: analysis.Question(alpha=5), "alpha is 5"),
         (lambda: analysis.Question(stopping="early"), "no stopping rule 'early'"),
@@ -262,6 +262,6 @@ def test_an_anytime_question_is_answered_by_the_e_process():
         (lambda: analysis.label_permutation_p_values(np.zeros(3), np.zeros((1, 3))), "as \\(campaigns, runs\\)"),
     ],
 )
-def test_arms_that_cannot_be_compared_are_refused(call, says):
-    with pytest.raises(UserError, match=says):
+def test_arms_that_cannot_be_compared_are_refused(call, message):
+    with pytest.raises(UserError, match=message):
         call()

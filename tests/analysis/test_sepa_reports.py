@@ -115,10 +115,10 @@ def test_a_report_is_json_and_a_page_with_its_headings(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"), [({"num_resamples": 99}, "num_resamples is 99"), ({"alpha": 0}, "alpha is 0")]
+    ("options", "message"), [({"num_resamples": 99}, "num_resamples is 99"), ({"alpha": 0}, "alpha is 0")]
 )
-def test_settings_that_cannot_be_evaluated_are_refused(tmp_path, options, says):
-    with pytest.raises(UserError, match=says):
+def test_settings_that_cannot_be_evaluated_are_refused(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
         analysis.evaluate_sepa_significance([tmp_path], [tmp_path], **options)
     with pytest.raises(UserError, match="no run folder"):
         analysis.evaluate_sepa_significance([], [tmp_path])

@@ -493,8 +493,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_arguments_that_cannot_work_are_refused(name):
-    call, says = REFUSED[name]
-    with pytest.raises(UserError, match=says):
+    call, message = REFUSED[name]
+    with pytest.raises(UserError, match=message):
         call()
 
 

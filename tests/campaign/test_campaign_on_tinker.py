@@ -60,8 +60,8 @@ def test_a_campaign_on_tinker_is_killed_and_finished_without_repeating_a_run(sta
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
     again = start()
-    said, _ = again.communicate(timeout=280)
-    assert again.returncode == 0, said + logs(root)
+    output, _ = again.communicate(timeout=280)
+    assert again.returncode == 0, output + logs(root)
     finished = Counter()
     for line in (root / "progress.jsonl").read_text().splitlines():
         attempt = json.loads(line)

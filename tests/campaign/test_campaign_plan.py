@@ -122,7 +122,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"arms": {"grpo": {}}}, "there is 1 arm; give at least two"),
         ({"seeds": []}, "there is no seed"),
@@ -140,14 +140,14 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
         ({"pries": {}}, "did you mean 'prices'"),
     ],
 )
-def test_a_campaign_that_cannot_work_is_refused(changes, says):
+def test_a_campaign_that_cannot_work_is_refused(changes, message):
     with pytest.raises(UserError) as refused:
         campaign(**changes)
-    assert says in str(refused.value)
+    assert message in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["plan", "missing.toml"], "cannot read the config missing.toml"),
         (["pln"], "did you mean 'plan'"),
@@ -155,10 +155,10 @@ def test_a_campaign_that_cannot_work_is_refused(changes, says):
         (["plan"], "required: SOURCE"),
     ],
 )
-def test_commands_that_cannot_work_are_one_sentence_and_exit_code_2(words, says, capsys, tmp_path, monkeypatch):
+def test_commands_that_cannot_work_are_one_sentence_and_exit_code_2(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["campaign", *words]) == 2
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -127,11 +127,11 @@ def test_a_sweep_chooses_by_held_out_accuracy_and_prints_the_command(tmp_path, c
     found = read(tmp_path / "s" / "sweep_results.json")
     assert found["best_lr"] == {"grpo": 4e-5, "full": 4e-5}
     assert len(found["results"]) == 8
-    said = capsys.readouterr().out
-    heads = next(line for line in said.splitlines() if line.startswith("Algorithm")).split()
+    output = capsys.readouterr().out
+    heads = next(line for line in output.splitlines() if line.startswith("Algorithm")).split()
     assert heads == ["Algorithm", "LR", "Steps", "Datums", "Correct%", "Running%", "HeldOut%", "MeanLoss", "Status"]
-    assert "scripts/tinker_campaign.py" in said
-    assert "--baseline-lr=4e-05 --candidate-lr=4e-05" in said
+    assert "scripts/tinker_campaign.py" in output
+    assert "--baseline-lr=4e-05 --candidate-lr=4e-05" in output
 
 
 def test_rates_that_are_close_have_folders_of_their_own(tmp_path):
@@ -181,7 +181,7 @@ def test_finished_runs_are_compared_in_all_three_ways(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["--seeds", "1", "1"], "seed 1 is given twice"),
         (["--episodes-per-step=6"], "episodes_per_step is 6 and group_size 4"),
@@ -189,9 +189,9 @@ def test_finished_runs_are_compared_in_all_three_ways(tmp_path):
         (["--resamples=9"], "resamples is 9"),
     ],
 )
-def test_a_sepa_campaign_that_cannot_work_leaves_nothing(tmp_path, capsys, words, says):
+def test_a_sepa_campaign_that_cannot_work_leaves_nothing(tmp_path, capsys, words, message):
     assert sepa(tmp_path / "c", *words) == 2
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "c").exists()
 
 

@@ -409,10 +409,10 @@ def fuzz(name: str, executions: int, first_seed: int = 0) -> dict[str, Any]:
                 target.call(value)
             except TextPolicyError as error:
                 refused += 1
-                said = str(error)
-                assert "\n" not in said, f"more than one line: {said!r}"
-                assert said.strip(), "an empty message"
-                assert len(said) <= LONGEST_MESSAGE, f"{len(said)} characters: {said[:200]!r}"
+                output = str(error)
+                assert "\n" not in output, f"more than one line: {output!r}"
+                assert output.strip(), "an empty message"
+                assert len(output) <= LONGEST_MESSAGE, f"{len(output)} characters: {output[:200]!r}"
 
         def family(parents: list[Any], number: int) -> None:
             draw = random.Random(number)
@@ -445,14 +445,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=SHARES, action="append")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true", help="append a row for each to benchmarks/results/fuzz.jsonl")
-    asked = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30, 16 * 2**30))  # a size that lies may not take the machine
     warnings.simplefilter("ignore")
-    chosen = {name: SHARES[name][1] for name in asked.only or SHARES}
+    chosen = {name: SHARES[name][1] for name in args.only or SHARES}
     for name, share in chosen.items():
-        count = fuzz(name, max(1, round(asked.executions * share / sum(chosen.values()))), asked.seed)
-        row = {"benchmark": "fuzz", "target": name, "uncaught": 0, **count, "seed": asked.seed}
-        if asked.record:
+        count = fuzz(name, max(1, round(args.executions * share / sum(chosen.values()))), args.seed)
+        row = {"benchmark": "fuzz", "target": name, "uncaught": 0, **count, "seed": args.seed}
+        if args.record:
             from machine import describe
 
             with (ROOT / "benchmarks" / "results" / "fuzz.jsonl").open("a") as file:

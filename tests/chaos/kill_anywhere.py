@@ -77,14 +77,14 @@ def _probe(pipe: int) -> None:
     def wrap(place: Any, name: str, phase: str) -> None:
         true = getattr(place, name)
 
-        def told(*arguments: Any, **keywords: Any) -> Any:
+        def announced(*arguments: Any, **keywords: Any) -> Any:
             os.write(pipe, f"+{phase}\n".encode())
             try:
                 return true(*arguments, **keywords)
             finally:
                 os.write(pipe, f"-{phase}\n".encode())
 
-        setattr(place, name, told)
+        setattr(place, name, announced)
 
     wrap(MLXEngine, "sample", "rollout")
     wrap(Scorer, "score", "reward")
@@ -281,8 +281,12 @@ class Chaos:
         polite = {128 + number}  # and where it had nothing yet, or two came at once, the signal's own way
         if code not in {*polite, -number, 0}:
             return Counter(), [f"{number.name} in {phase} ended with {code}"]
-        said = (place / "output.txt").read_text()
-        if code in polite and "resume with: textpolicy train --resume" not in said and "stopped by Ctrl-C" not in said:
+        printed = (place / "output.txt").read_text()
+        if (
+            code in polite
+            and "resume with: textpolicy train --resume" not in printed
+            and "stopped by Ctrl-C" not in printed
+        ):
             return Counter(), ["it did not say how to resume"]
         return Counter({phase: 1}), self.finish(place)
 
@@ -296,9 +300,9 @@ class Chaos:
 
     def _refused(self, place: Path, prepare: Callable[[], None]) -> tuple[Counter[str], list[str]]:
         code, _, _ = to_the_end(Attempt.start(self.command(place), place, prepare))
-        said = (place / "output.txt").read_text()
-        if code not in (0, 2) or "Traceback" in said:
-            return Counter(), [f"it ended with {code}: {said[-300:]}"]
+        printed = (place / "output.txt").read_text()
+        if code not in (0, 2) or "Traceback" in printed:
+            return Counter(), [f"it ended with {code}: {printed[-300:]}"]
         return Counter({"full": int(code == 2)}), self.finish(place)
 
 
@@ -345,12 +349,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", choices=(*SETS, "all"), default="kill", help="all: one of each in turn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true", help="append the row to benchmarks/results/chaos.jsonl")
-    asked = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     warm_up()
     with tempfile.TemporaryDirectory() as folder:
-        chaos = Chaos.prepare(Path(folder), asked.seed)
-        row = {**trials(chaos, asked.set, asked.trials), "seed": asked.seed}
-    if asked.record:
+        chaos = Chaos.prepare(Path(folder), args.seed)
+        row = {**trials(chaos, args.set, args.trials), "seed": args.seed}
+    if args.record:
         from machine import describe
 
         with (ROOT / "benchmarks" / "results" / "chaos.jsonl").open("a") as file:

@@ -83,13 +83,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--record", action="store_true", help="append the row to benchmarks/results/soak.jsonl")
-    asked = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         toy_run.register()
-        given = [str(toy_run.settings(Path(folder)))] if asked.toy else SMALL
-        row = soak([*given, f"--output={folder}/run"], asked.steps)
-    row["model"] = "toy" if asked.toy else "smollm2-135m"
-    if asked.record:
+        given = [str(toy_run.settings(Path(folder)))] if args.toy else SMALL
+        row = soak([*given, f"--output={folder}/run"], args.steps)
+    row["model"] = "toy" if args.toy else "smollm2-135m"
+    if args.record:
         from machine import describe
 
         with (ROOT / "benchmarks" / "results" / "soak.jsonl").open("a") as file:

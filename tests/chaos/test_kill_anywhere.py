@@ -14,9 +14,9 @@ TRIALS = 6
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_anywhere_ends_as_an_uninterrupted_one():
-    asked = ["--set=all", f"--trials={TRIALS}", f"--seed={os.environ.get('CHAOS_SEED', '1')}"]
+    args = ["--set=all", f"--trials={TRIALS}", f"--seed={os.environ.get('CHAOS_SEED', '1')}"]
     done = subprocess.run(
-        [sys.executable, ROOT / "tests/chaos/kill_anywhere.py", *asked], capture_output=True, text=True, check=False
+        [sys.executable, ROOT / "tests/chaos/kill_anywhere.py", *args], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout.splitlines()[-1])

@@ -168,14 +168,14 @@ def test_ctrl_c_exits_with_130(capsys, monkeypatch):
 
 def test_one_flag_of_a_section_leaves_the_others_to_the_task():
     flags = ["--rollout.group-size=6", "--algorithm.kl.coefficient=0.1", "--quiet"]
-    asked = parse(TrainArguments, flags, "train", steps=3, rollout={"temperature": 0.5}, task="countdown")
-    assert asked.model_fields_set == {"steps", "rollout", "task", "algorithm", "quiet"}
-    assert asked.config.rollout.model_fields_set == {"group_size", "temperature"}
-    assert asked.config.algorithm.kl.model_fields_set == {"coefficient"}
-    assert asked.config.algorithm.model_fields_set == {"kl"}
-    assert with_max_tokens(asked.config, load_task("countdown")).rollout.max_tokens == 64
+    args = parse(TrainArguments, flags, "train", steps=3, rollout={"temperature": 0.5}, task="countdown")
+    assert args.model_fields_set == {"steps", "rollout", "task", "algorithm", "quiet"}
+    assert args.config.rollout.model_fields_set == {"group_size", "temperature"}
+    assert args.config.algorithm.kl.model_fields_set == {"coefficient"}
+    assert args.config.algorithm.model_fields_set == {"kl"}
+    assert with_max_tokens(args.config, load_task("countdown")).rollout.max_tokens == 64
 
 
 def test_a_flag_that_gives_the_default_is_given():
-    asked = parse(TrainArguments, ["--rollout.max-tokens=8", "--task=countdown"], "train")
-    assert with_max_tokens(asked.config, load_task("countdown")).rollout.max_tokens == 8
+    args = parse(TrainArguments, ["--rollout.max-tokens=8", "--task=countdown"], "train")
+    assert with_max_tokens(args.config, load_task("countdown")).rollout.max_tokens == 8

@@ -53,28 +53,28 @@ def test_every_row_of_the_table_is_a_file():
 
 @pytest.mark.slow
 def test_example_08_trains_on_groups_that_differ_and_empties_its_buffer(tmp_path):
-    said = run("08_grpo_rollout_buffer.py", tmp_path, "--steps=2")
-    steps = re.findall(r"step +(\d+)  reward (\d\.\d\d)  groups that differ (\d) of 4", said)
+    output = run("08_grpo_rollout_buffer.py", tmp_path, "--steps=2")
+    steps = re.findall(r"step +(\d+)  reward (\d\.\d\d)  groups that differ (\d) of 4", output)
     assert [step for step, _, _ in steps] == ["1", "2"]
     assert all(0 < float(reward) < 1 and int(kept) > 0 for _, reward, kept in steps)
-    assert "the trainer emptied the buffer: 0 episodes are left" in said
+    assert "the trainer emptied the buffer: 0 episodes are left" in output
 
 
 @pytest.mark.slow
 def test_example_09_asks_before_and_after_on_held_out_questions(tmp_path):
-    said = run("09_length_reduction_grpo.py", tmp_path, "--steps=1", "--prompts=2", "--test=1")
-    lengths = re.findall(r"(?:before|after): (\S+) tokens on average", said)
+    output = run("09_length_reduction_grpo.py", tmp_path, "--steps=1", "--prompts=2", "--test=1")
+    lengths = re.findall(r"(?:before|after): (\S+) tokens on average", output)
     assert len(lengths) == 2
-    assert f"mean length on 1 held-out questions: {lengths[0]} -> {lengths[1]} tokens" in said
-    assert said.count("step ") == 1
+    assert f"mean length on 1 held-out questions: {lengths[0]} -> {lengths[1]} tokens" in output
+    assert output.count("step ") == 1
 
 
 @pytest.mark.slow
 def test_example_10_shows_what_gspo_clips(tmp_path):
-    said = run("10_length_reduction_gspo.py", tmp_path, "--steps=1", "--prompts=2", "--test=1")
-    lengths = re.findall(r"(?:before|after): (\S+) tokens on average", said)
-    assert f"mean length on 1 held-out questions: {lengths[0]} -> {lengths[1]} tokens" in said
-    assert re.search(r"step  1  reward \d\.\d\d  correct +\d+%  length .* clipped \d+%", said)
+    output = run("10_length_reduction_gspo.py", tmp_path, "--steps=1", "--prompts=2", "--test=1")
+    lengths = re.findall(r"(?:before|after): (\S+) tokens on average", output)
+    assert f"mean length on 1 held-out questions: {lengths[0]} -> {lengths[1]} tokens" in output
+    assert re.search(r"step  1  reward \d\.\d\d  correct +\d+%  length .* clipped \d+%", output)
 
 
 LASTS = pytest.mark.skipif(
@@ -88,16 +88,16 @@ LASTS = pytest.mark.skipif(
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("script", ["09_length_reduction_grpo.py", "10_length_reduction_gspo.py"])
 def test_lengths_fall_by_a_third_on_held_out_questions(script, tmp_path):
-    said = run(script, tmp_path)
-    before, after = map(float, re.search(r"held-out questions: (\S+) -> (\S+) tokens", said).groups())
+    output = run(script, tmp_path)
+    before, after = map(float, re.search(r"held-out questions: (\S+) -> (\S+) tokens", output).groups())
     assert after < before * 2 / 3
 
 
 @pytest.mark.slow
 def test_example_12_reads_its_thirteen_numbers_back(tmp_path):
     small = ["--steps=1", "--num-problems=2", "--episodes-per-step=8", "--max-tokens=6"]
-    said = run("12_tinylora_countdown.py", tmp_path, *small)
-    learned, read = (json.loads(found) for found in re.findall(r"(?:learned|safetensors): (\[.*\])", said))
+    output = run("12_tinylora_countdown.py", tmp_path, *small)
+    learned, read = (json.loads(found) for found in re.findall(r"(?:learned|safetensors): (\[.*\])", output))
     assert learned == read
     assert len(read) == 13
     assert {path.name for path in (tmp_path / "results/tinylora_countdown").iterdir()} == {
@@ -107,16 +107,16 @@ def test_example_12_reads_its_thirteen_numbers_back(tmp_path):
 
 @pytest.mark.slow
 def test_example_14_trains_with_an_advantage_and_a_stage_of_its_own(tmp_path):
-    said = run("14_own_algorithm.py", tmp_path, "--steps=2", "--prompts=3", "--test=4")
-    assert "ranks of the rewards 1, 0.1, 0.1, 0: [1.0, 0.0, 0.0, -1.0]" in said
-    assert len(re.findall(r"step +\d+  reward \d\.\d\d", said)) == 2
-    assert re.findall(r"(before|after): \d+\.\d% \[", said) == ["before", "after"]
+    output = run("14_own_algorithm.py", tmp_path, "--steps=2", "--prompts=3", "--test=4")
+    assert "ranks of the rewards 1, 0.1, 0.1, 0: [1.0, 0.0, 0.0, -1.0]" in output
+    assert len(re.findall(r"step +\d+  reward \d\.\d\d", output)) == 2
+    assert re.findall(r"(before|after): \d+\.\d% \[", output) == ["before", "after"]
 
 
 @pytest.mark.slow
 def test_example_16_trains_on_a_task_of_its_own(tmp_path):
-    said = run("16_own_task.py", tmp_path, "2")
-    assert re.search(r"reward: 0\.\d\d in the first step, \d\.\d\d in the last", said)
+    output = run("16_own_task.py", tmp_path, "2")
+    assert re.search(r"reward: 0\.\d\d in the first step, \d\.\d\d in the last", output)
     assert (tmp_path / "runs" / "16_own_task-grpo-seed0" / "task.py").is_file()
 
 
@@ -151,10 +151,10 @@ def run_notebook(name, folder, **settings):
 
 @pytest.mark.slow
 def test_the_notebook_goes_from_zero_to_an_adapter_that_loads_again(tmp_path):
-    said = run_notebook("zero_to_adapter.ipynb", tmp_path, STEPS="2", HELD_OUT="4")
-    assert len(re.findall(r"step +\d+  reward \d\.\d\d", said)) == 2
-    assert "'adapters.safetensors'" in said
-    assert "the reloaded model says the same: True" in said
+    output = run_notebook("zero_to_adapter.ipynb", tmp_path, STEPS="2", HELD_OUT="4")
+    assert len(re.findall(r"step +\d+  reward \d\.\d\d", output)) == 2
+    assert "'adapters.safetensors'" in output
+    assert "the reloaded model says the same: True" in output
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

@@ -14,14 +14,14 @@ def run(script, folder, *arguments):
 
 @pytest.mark.slow
 def test_example_11_learns_reloads_and_merges(tmp_path):
-    said = run("examples/11_lora_qlora.py", tmp_path)
-    by_step = [[float(x) for x in line.split(", ")] for line in re.findall(r"reward by step: (.*)", said)]
+    output = run("examples/11_lora_qlora.py", tmp_path)
+    by_step = [[float(x) for x in line.split(", ")] for line in re.findall(r"reward by step: (.*)", output)]
     assert [len(rewards) for rewards in by_step] == [5, 2]
     assert by_step[0][-1] > by_step[0][0] + 0.1
-    reloaded, merged = re.search(r"differ by (\S+) at most", said)[1], re.search(r"weights: by (\S+)", said)[1]
+    reloaded, merged = re.search(r"differ by (\S+) at most", output)[1], re.search(r"weights: by (\S+)", output)[1]
     assert float(reloaded) == 0
     assert float(merged) < 1e-3
-    before, after = re.findall(r"model (\d+) MB before, (\d+) MB with adapters", said)
+    before, after = re.findall(r"model (\d+) MB before, (\d+) MB with adapters", output)
     assert int(before[0]) > 4 * int(after[0])  # the second is as stored, in 4 bits
     assert not list(tmp_path.iterdir())
 
@@ -29,15 +29,15 @@ def test_example_11_learns_reloads_and_merges(tmp_path):
 @pytest.mark.slow
 def test_example_12_trains_thirteen_numbers_and_keeps_them(tmp_path):
     small = ["--steps=2", "--num-problems=4", "--episodes-per-step=16", "--max-tokens=8"]
-    said = run("experiments/countdown_reasoning_lora.py", tmp_path, "--output=out", *small)
-    learned = json.loads(re.search(r"learned: (\[.*\])", said)[1])
+    output = run("experiments/countdown_reasoning_lora.py", tmp_path, "--output=out", *small)
+    learned = json.loads(re.search(r"learned: (\[.*\])", output)[1])
     [v] = [a for name, a in mx.load(str(tmp_path / "out/adapter/adapters.safetensors")).items() if name.endswith(".v")]
     assert learned == [round(x, 3) for x in v.reshape(-1).tolist()]
     assert len(learned) == 13
     assert any(learned)
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1]
-    assert "reward on 4 held-out problems" in said
+    assert "reward on 4 held-out problems" in output
     assert json.loads((tmp_path / "out/config.json").read_text())["parameters"] == 13
 
 

@@ -11,39 +11,39 @@ def run(script, folder, *arguments):
 
 
 def test_example_03_sums_two_rewards_over_a_batch(tmp_path):
-    said = run("03_batch_processing.py", tmp_path)
-    short, clear, stilted = (float(x) for x in re.findall(r"^(\d\.\d{3}) ", said, re.MULTILINE))
+    output = run("03_batch_processing.py", tmp_path)
+    short, clear, stilted = (float(x) for x in re.findall(r"^(\d\.\d{3}) ", output, re.MULTILINE))
     assert clear > short > stilted
-    assert "10 more: the best is number " in said
+    assert "10 more: the best is number " in output
 
 
 def test_example_04_lets_a_verifier_veto(tmp_path):
-    said = run("04_multiple_rewards.py", tmp_path)
-    scores = {label: float(value) for label, value in re.findall(r"^ *([a-z ]+): +(-?\d\.\d\d) ", said, re.MULTILINE)}
+    output = run("04_multiple_rewards.py", tmp_path)
+    scores = {label: float(value) for label, value in re.findall(r"^ *([a-z ]+): +(-?\d\.\d\d) ", output, re.MULTILINE)}
     assert scores["good"] == 1.5
     assert scores["repetitive"] == min(scores.values())
-    assert "on_topic -0.50" in said
+    assert "on_topic -0.50" in output
 
 
 def test_example_05_makes_better_completions_likelier(tmp_path):
-    said = run("05_textpolicy_essence.py", tmp_path)
-    assert said.count("reward ") == 8
-    assert said.strip().endswith("what was better than its group became likelier: yes")
+    output = run("05_textpolicy_essence.py", tmp_path)
+    assert output.count("reward ") == 8
+    assert output.strip().endswith("what was better than its group became likelier: yes")
 
 
 @pytest.mark.slow
 def test_example_06_learns_to_be_short(tmp_path):
-    said = run("06_minimal_training.py", tmp_path, "--steps=4")
-    first, last = map(float, re.search(r"first steps (\S+), of the last ones (\S+)", said).groups())
+    output = run("06_minimal_training.py", tmp_path, "--steps=4")
+    first, last = map(float, re.search(r"first steps (\S+), of the last ones (\S+)", output).groups())
     assert last > first + 0.2
-    assert re.search(r"essays after: \d\.\d\d \([+-]\d\.\d\d\)", said)
+    assert re.search(r"essays after: \d\.\d\d \([+-]\d\.\d\d\)", output)
 
 
 @pytest.mark.slow
 def test_example_13_calls_its_calculator(tmp_path):
-    said = run("13_tool_environment.py", tmp_path, "--steps=2", "--prompts=3", "--test=6")
-    assert [float(x) for x in re.findall(r"reward (\d\.\d\d)", said)]
-    asked = [int(x) for x in re.findall(r"calculator asked in (\d+)%", said)]
-    assert len(asked) == 2
-    assert max(asked) > 0
-    assert "[assistant] " in said
+    output = run("13_tool_environment.py", tmp_path, "--steps=2", "--prompts=3", "--test=6")
+    assert [float(x) for x in re.findall(r"reward (\d\.\d\d)", output)]
+    percent = [int(x) for x in re.findall(r"calculator asked in (\d+)%", output)]
+    assert len(percent) == 2
+    assert max(percent) > 0
+    assert "[assistant] " in output

@@ -30,14 +30,14 @@ def folder(path, rows, end=""):
 
 def test_a_run_that_failed_is_described_with_exit_code_1(tmp_path, capsys):
     assert main(["doctor", str(folder(tmp_path / "run", [ROW] * 4))]) == 1
-    said = capsys.readouterr().out
-    assert "4 steps, 12 rules checked, " in said.splitlines()[0]
-    assert said.splitlines()[0].endswith("2 found something")
-    assert "1. no_gradient" in said
-    assert "2. all_fail" in said
-    assert "to change: take easier problems" in said
-    assert "evidence: agreeing_groups 1, idle_steps 4, steps 4" in said
-    assert "  empty_completions: its completions are not recorded" in said
+    output = capsys.readouterr().out
+    assert "4 steps, 12 rules checked, " in output.splitlines()[0]
+    assert output.splitlines()[0].endswith("2 found something")
+    assert "1. no_gradient" in output
+    assert "2. all_fail" in output
+    assert "to change: take easier problems" in output
+    assert "evidence: agreeing_groups 1, idle_steps 4, steps 4" in output
+    assert "  empty_completions: its completions are not recorded" in output
 
 
 def test_a_healthy_run_has_exit_code_0(tmp_path, capsys):
@@ -64,9 +64,9 @@ def test_json_is_for_programs(tmp_path, capsys):
 )
 def test_a_folder_that_is_not_a_run_is_one_sentence(argv, sentence, capsys):
     assert main(argv) == 2
-    said = capsys.readouterr().err
-    assert sentence in said
-    assert said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert sentence in output
+    assert output.count("\n") == 1
 
 
 HOSTILE = Report(
@@ -76,10 +76,10 @@ HOSTILE = Report(
 
 
 def test_a_completion_is_printed_escaped_and_short():
-    said = full(HOSTILE, "run")
-    assert "\x1b" not in said
-    assert r"'p\n' -> '\x1b[2Jaaaa" in said
-    assert "aaa...'  reward 0, cut off" in said
+    output = full(HOSTILE, "run")
+    assert "\x1b" not in output
+    assert r"'p\n' -> '\x1b[2Jaaaa" in output
+    assert "aaa...'  reward 0, cut off" in output
 
 
 def test_a_number_that_is_not_finite_is_null_in_json():

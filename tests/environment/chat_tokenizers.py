@@ -47,5 +47,5 @@ class ScriptedEngine:
         self.calls += 1
         self.seen += [list(p) for p in prompts for _ in range(n)]
         logprobs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
-        said = Completion(np.array(tokens, np.int32), logprobs, -logprobs, truncated=not stopped)
-        return [[said] * n for _ in prompts]
+        output = Completion(np.array(tokens, np.int32), logprobs, -logprobs, truncated=not stopped)
+        return [[output] * n for _ in prompts]

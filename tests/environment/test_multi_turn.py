@@ -78,9 +78,9 @@ def test_an_episode_is_the_engines_input_and_output_token_for_token(family):
     engine = ScriptedEngine(*turns_of(tokenizer, "hello", "answer", "the"))
     episode = play(make(tokenizer), engine)
     assert disagreements(episode, engine) == []
-    said = [tokens for tokens, _ in engine.turns]
-    assert episode.tokens[episode.mask].tolist() == [t for tokens in said for t in tokens]
-    assert episode.tokens.tolist() == [*engine.seen[-1], *said[-1]]
+    output = [tokens for tokens, _ in engine.turns]
+    assert episode.tokens[episode.mask].tolist() == [t for tokens in output for t in tokens]
+    assert episode.tokens.tolist() == [*engine.seen[-1], *output[-1]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,8 +103,8 @@ def test_decoding_a_turn_and_encoding_it_again_would_be_seen(family, monkeypatch
 def test_turns_in_the_tokenizers_own_spelling_give_the_template_of_the_whole_conversation(family):
     tokenizer = chat_tokenizer(family)
     texts = ["hello", "answer", "the"]
-    said = [([*tokenizer.encode(t, add_special_tokens=False), tokenizer.eos_token_id], True) for t in texts]
-    episode = play(make(tokenizer), ScriptedEngine(*said))
+    output = [([*tokenizer.encode(t, add_special_tokens=False), tokenizer.eos_token_id], True) for t in texts]
+    episode = play(make(tokenizer), ScriptedEngine(*output))
     replies = ["hello user", "the 124"]
     messages = [{"role": "user", "content": "the user"}]
     for text, reply in zip(texts, [*replies, None], strict=True):
@@ -179,9 +179,9 @@ def test_only_tokens_of_the_policy_have_weight_log_probs_and_pieces():
     tokenizer = chat_tokenizer("chatml")
     engine = ScriptedEngine(*turns_of(tokenizer, "hello", "answer", "the"))
     episode = play(make(tokenizer), engine)
-    said = np.concatenate([-np.arange(1, len(t) + 1) for t, _ in engine.turns])
-    np.testing.assert_array_equal(episode.logprobs[episode.mask], said)
-    np.testing.assert_array_equal(episode.entropy[episode.mask], -said)
+    output = np.concatenate([-np.arange(1, len(t) + 1) for t, _ in engine.turns])
+    np.testing.assert_array_equal(episode.logprobs[episode.mask], output)
+    np.testing.assert_array_equal(episode.entropy[episode.mask], -output)
     assert not episode.logprobs[~episode.mask].any()
     assert episode.pieces == (*"hello", "", *"answer", "", *"the", "")
     batch = Batch.pack([episode], [np.ones(len(episode.tokens), np.float32)])
@@ -317,16 +317,16 @@ def test_each_turn_draws_from_a_seed_of_its_own():
 
 def test_step_by_step_the_observation_is_everything_so_far():
     tokenizer = chat_tokenizer("chatml")
-    said = [tokens for tokens, _ in turns_of(tokenizer, "hello", "answer", "the")]
+    output = [tokens for tokens, _ in turns_of(tokenizer, "hello", "answer", "the")]
     env = make(tokenizer)
     obs, _ = env.reset()
     seen = []
-    for turn in said:
+    for turn in output:
         seen.append(obs.tolist())
         result = env.step(turn)
         obs = result["observation"]
     assert (result["terminated"], result["reward"], result["info"]["is_correct"]) == (True, 1.5, True)
-    engine = ScriptedEngine(*((turn, True) for turn in said))
+    engine = ScriptedEngine(*((turn, True) for turn in output))
     play(env, engine)
     assert seen == engine.seen
 
@@ -353,10 +353,10 @@ def test_a_runner_plays_several_turns_one_after_another():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_runner_buffers_the_episode_that_the_training_loop_collects(family):
     tokenizer = chat_tokenizer(family)
-    said = turns_of(tokenizer, "hello", "answer", "the")
-    policy = Says(said)
+    output = turns_of(tokenizer, "hello", "answer", "the")
+    policy = Says(output)
     [buffered] = RolloutRunner(make(tokenizer), policy, create_strategy("grpo"), max_steps=3).collect().episodes
-    there, here = play(make(tokenizer), ScriptedEngine(*said)), buffered.as_training()
+    there, here = play(make(tokenizer), ScriptedEngine(*output)), buffered.as_training()
     assert here.tokens.tolist() == there.tokens.tolist()
     assert here.mask.tolist() == there.mask.tolist()
     assert (here.reward, here.is_correct, here.truncated) == (there.reward, there.is_correct, there.truncated)

@@ -213,10 +213,10 @@ def test_decoding_drops_special_and_stop_tokens_and_outer_whitespace():
     ],
 )
 def test_truncated_is_a_fact_about_tokens(action, truncated):
-    def told(prompt, completion, example, truncated):
+    def judge(prompt, completion, example, truncated):
         return float(truncated)
 
-    result = play(make(reward_fn=told, tokenizer=ChatTokenizer(), max_tokens=3), action)
+    result = play(make(reward_fn=judge, tokenizer=ChatTokenizer(), max_tokens=3), action)
     assert result["truncated"] is truncated
     assert result["reward"] == float(truncated)
 

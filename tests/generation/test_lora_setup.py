@@ -117,10 +117,10 @@ def test_a_model_without_adapters_has_no_parameters_of_theirs():
 def test_merged_weights_give_the_logits_of_the_adapted_model(requantize):
     model = tiny_llama(VOCABULARY)
     model, _ = tp.create_qlora_setup(model, LORA, {"bits": 8, "group_size": 32})
-    said = np.array(moved(model)(TOKENS))
+    output = np.array(moved(model)(TOKENS))
     assert tp.merge_weights(model, requantize=requantize) is model
     assert isinstance(model.layers[1].mlp.up_proj, nn.QuantizedLinear) == requantize
-    np.testing.assert_allclose(np.array(model(TOKENS)), said, atol=0.1 if requantize else 1e-4)
+    np.testing.assert_allclose(np.array(model(TOKENS)), output, atol=0.1 if requantize else 1e-4)
 
 
 # ---- figures
@@ -161,7 +161,7 @@ def test_the_figures_of_a_qlora_are_counted_before_and_after_and_save_less_than_
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "message"),
     [
         (lambda m: tp.create_lora_setup(m, {"lora_rnak": 4}), "no key of lora_config 'lora_rnak'; did you mean"),
         (lambda m: tp.create_qlora_setup(m, LORA, {"bit": 4}), "no key of quantization_config 'bit'"),
@@ -170,9 +170,9 @@ def test_the_figures_of_a_qlora_are_counted_before_and_after_and_save_less_than_
         (lambda m: tp.merge_weights(m), "no adapter to merge"),
     ],
 )
-def test_impossible_arguments_are_refused_in_one_sentence(call, says, tmp_path, monkeypatch):
+def test_impossible_arguments_are_refused_in_one_sentence(call, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         call(tiny_llama(VOCABULARY))
     assert not list(tmp_path.iterdir())
 
@@ -247,11 +247,11 @@ def test_training_writes_no_adapter_by_default(auto_reload, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("asked", "there"), [(True, "here.safetensors"), ("folder", "folder")])
-def test_with_auto_save_the_trainer_writes_the_adapter_after_every_step(asked, there, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("setting", "there"), [(True, "here.safetensors"), ("folder", "folder")])
+def test_with_auto_save_the_trainer_writes_the_adapter_after_every_step(setting, there, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, _ = tp.create_lora_setup(tiny_llama(VOCABULARY), LORA, adapter_save_path="here.safetensors")
-    train = trainer(model, auto_save_lora=asked)
+    train = trainer(model, auto_save_lora=setting)
     assert not list(tmp_path.iterdir())
     for _ in range(2):
         train.train(buffer_of_two())

@@ -219,7 +219,7 @@ def trained_rows(seed=1, reward=hard_to_split, resample=6, steps=2, **more):
     return rows, seen
 
 
-def said(episodes):
+def tokens_of(episodes):
     return [(e.group, e.prompt, e.text) for e in episodes]
 
 
@@ -237,13 +237,13 @@ def test_the_loop_refills_and_reports_everything_it_sampled():
 
 def test_the_same_seed_draws_the_same_prompts_and_completions_however_many_draws_it_takes():
     (_, first), (_, again), (_, other) = trained_rows(), trained_rows(), trained_rows(seed=2)
-    assert [said(s) for s in first] == [said(s) for s in again]
-    assert [said(s) for s in first] != [said(s) for s in other]
+    assert [tokens_of(s) for s in first] == [tokens_of(s) for s in again]
+    assert [tokens_of(s) for s in first] != [tokens_of(s) for s in other]
 
 
 def test_without_refilling_a_step_samples_the_same_completions():
     (_, refilled), (_, plain) = trained_rows(steps=1), trained_rows(steps=1, resample=0)
-    assert said(refilled[0])[: len(plain[0])] == said(plain[0])
+    assert tokens_of(refilled[0])[: len(plain[0])] == tokens_of(plain[0])
 
 
 def test_a_further_draw_of_the_same_prompt_gives_other_completions():

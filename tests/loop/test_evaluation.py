@@ -16,10 +16,10 @@ from textpolicy.types import Completion, Episode
 
 def answered(*answers):
     """An evaluation with the given answers (True, False or None) to each problem."""
-    said = Completion(np.array([5], np.int32), np.zeros(1, np.float32))
+    output = Completion(np.array([5], np.int32), np.zeros(1, np.float32))
     return Evaluation(
         [
-            Episode.from_completion([1], said, reward=0.0, group=group, is_correct=right)
+            Episode.from_completion([1], output, reward=0.0, group=group, is_correct=right)
             for group, group_answers in enumerate(answers)
             for right in group_answers
         ]

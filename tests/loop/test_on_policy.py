@@ -126,16 +126,16 @@ def shift_the_mask(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("defect", "temperature", "said"),
+    ("defect", "temperature", "message"),
     [
         (ignore_temperature, 0.7, r"differ from the sampler's by .* check that scoring applies the temperature 0.7"),
         (drop_the_stop_token, 1.0, "which is not a stop token"),
         (shift_the_mask, 1.0, "differ from the sampler's by"),
     ],
 )
-def test_a_defect_of_the_engine_stops_the_run_before_anything_is_updated(monkeypatch, defect, temperature, said):
+def test_a_defect_of_the_engine_stops_the_run_before_anything_is_updated(monkeypatch, defect, temperature, message):
     defect(monkeypatch)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         run(OnPolicyCheck(), temperature)
 
 

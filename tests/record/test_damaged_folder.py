@@ -49,7 +49,7 @@ ROWS = {
     ),
 }
 DAMAGES = {
-    **{name: (after("metrics.jsonl", line), said) for name, (line, said) in ROWS.items()},
+    **{name: (after("metrics.jsonl", line), sentence) for name, (line, sentence) in ROWS.items()},
     "settings cut off": (instead("config.json", b'{"seed"'), "config.json is not JSON"),
     "settings that are a list": (instead("config.json", b"[1]"), "config.json is not a JSON object"),
     "completions cut off": (halved("rollouts/step-000002.parquet"), "is not a valid Parquet file of completions"),
@@ -80,9 +80,9 @@ def test_a_damaged_run_folder_is_one_sentence(tmp_path, capsys, damage, command)
     folder = make_run(tmp_path / "run", steps=4)
     spoil(folder)
     assert command(folder) == 2
-    said = capsys.readouterr().err
-    assert sentence in said
-    assert said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert sentence in output
+    assert output.count("\n") == 1
 
 
 @pytest.mark.parametrize("damage", OTHERS)

@@ -60,9 +60,9 @@ def test_an_episode_has_the_index_of_its_prompt():
 
 def test_the_learners_logprobs_are_recorded_for_the_tokens_of_the_on_policy_check():
     (first, _), (second, _) = steps_of(recipe("grpo"), check=OnPolicyCheck(every=2, completions=3))
-    asked = [e for e in first if e.learner is not None]
-    assert len(asked) == 3
-    for e in asked:
+    trained = [e for e in first if e.learner is not None]
+    assert len(trained) == 3
+    for e in trained:
         np.testing.assert_allclose(e.learner, e.logprobs, atol=1e-4)
     assert all(e.learner is None for e in second)
 

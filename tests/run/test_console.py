@@ -73,8 +73,10 @@ def test_markup_in_a_completion_is_shown_verbatim():
 
 def show_step(view, text="17", reward=0.5):
     """Show one step and one evaluation of an episode whose text is ``text``."""
-    said = Completion(np.array([3], np.int32), np.zeros(1, np.float32))
-    episodes = [Episode.from_completion([1], said, reward=reward, group=g, prompt="9+8?", text=text) for g in (0, 0, 1)]
+    output = Completion(np.array([3], np.int32), np.zeros(1, np.float32))
+    episodes = [
+        Episode.from_completion([1], output, reward=reward, group=g, prompt="9+8?", text=text) for g in (0, 0, 1)
+    ]
     view.evaluated(0, "validation", {"kind": "eval", "accuracy": 0.25}, episodes)
     view.step(0, ROW, episodes)
 
@@ -88,13 +90,13 @@ def live_lines(view, width=80):
 def test_the_live_view_has_curves_speed_memory_and_the_last_completions():
     view = RunView(3, Console(file=io.StringIO(), force_terminal=True))
     show_step(view)
-    bar, reward, held_out, speed, *said = live_lines(view)
+    bar, reward, held_out, speed, *output = live_lines(view)
     assert "1/3" in bar
     assert reward.startswith("reward ")
     assert reward.endswith(" 0.50")
     assert held_out.endswith(" 25.0%")
     assert speed == "tokens/s  100 (rollouts 300, updates 150)  memory 1.50 GB"
-    assert said == ["'9+8?' -> '17'  reward 0.5"] * 2  # one of each group
+    assert output == ["'9+8?' -> '17'  reward 0.5"] * 2  # one of each group
 
 
 def test_a_long_completion_does_not_break_the_live_view_and_its_markup_is_text():

@@ -73,10 +73,10 @@ def cut_short(config, folder, step, *flags):
 def refused(capsys, *argv):
     capsys.readouterr()
     assert main(list(argv)) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("textpolicy: ")
-    assert said.count("\n") == 1
-    return said
+    output = capsys.readouterr().err
+    assert output.startswith("textpolicy: ")
+    assert output.count("\n") == 1
+    return output
 
 
 def test_the_toy_run_uses_everything_that_a_checkpoint_stores(whole):
@@ -170,9 +170,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(config, whole, t
     else:
         file.write_bytes(data[: len(data) // 2] if damage in ("cut", "manifest") else data)
     assert main(["train", f"--resume={folder}"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"checkpoint {newest} is not sound" in said
-    assert "resuming from step 2" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"checkpoint {newest} is not sound" in output
+    assert "resuming from step 2" in output
     assert outcome(folder) == outcome(whole)
     assert (folder / "checkpoints" / "unsound-step-000003").is_dir()
 
@@ -182,8 +182,8 @@ def test_a_run_with_no_sound_checkpoint_is_refused(config, tmp_path, capsys):
     cut_short(config, folder, 3)
     for file in folder.glob("checkpoints/*/state.json"):
         file.unlink()
-    said = refused(capsys, "train", f"--resume={folder}")
-    assert "it lacks state.json, nor is any other; remove" in said
+    output = refused(capsys, "train", f"--resume={folder}")
+    assert "it lacks state.json, nor is any other; remove" in output
 
 
 def test_the_last_checkpoints_and_that_of_the_best_step_stay(whole):
@@ -197,9 +197,9 @@ def test_a_changed_setting_is_refused_with_the_difference_unless_it_is_named(con
     cut_short(config, folder, 3)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
     changed = ["train", f"--resume={folder}", "--optimizer.learning-rate=0.01", "--steps=7"]
-    said = refused(capsys, *changed)
-    assert "optimizer.learning_rate 0.02 -> 0.01, steps 5 -> 7" in said
-    assert "--allow optimizer.learning_rate,steps" in said
+    output = refused(capsys, *changed)
+    assert "optimizer.learning_rate 0.02 -> 0.01, steps 5 -> 7" in output
+    assert "--allow optimizer.learning_rate,steps" in output
     assert "optimizer.learning_rate 0.02 -> 0.01)" in refused(capsys, *changed, "--allow=steps")
     assert "names 'stepz'" in refused(capsys, *changed, "--allow=stepz")
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"} == before
@@ -222,10 +222,10 @@ def test_another_platform_is_reported(config, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     cut_short(config, folder, 3)
     true = assembly.versions
-    monkeypatch.setattr(assembly, "versions", lambda *asked: {**true(*asked), "mlx": "0.99.0"})
+    monkeypatch.setattr(assembly, "versions", lambda *args: {**true(*args), "mlx": "0.99.0"})
     assert main(["train", f"--resume={folder}"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "-> 0.99.0): from here on bits may differ from an uninterrupted run" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert "-> 0.99.0): from here on bits may differ from an uninterrupted run" in output
 
 
 def test_a_second_process_on_a_run_folder_is_refused(config, tmp_path, capsys):
@@ -266,9 +266,11 @@ def test_a_signal_ends_a_run_where_it_can_resume(config, whole, tmp_path, capfd,
         patch.setattr(run_module.Run, "on_step", on_step)
         assert main(["train", str(config), f"--output={folder}"]) == code
     _, err = capfd.readouterr()
-    said = err.splitlines()
-    assert said[0].startswith("textpolicy: finishing this step, then stopping")
-    assert said[1].startswith(f"textpolicy: stopped by {number.name} after 2 of 5 steps; resume with: textpolicy train")
+    output = err.splitlines()
+    assert output[0].startswith("textpolicy: finishing this step, then stopping")
+    assert output[1].startswith(
+        f"textpolicy: stopped by {number.name} after 2 of 5 steps; resume with: textpolicy train"
+    )
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert main(["train", f"--resume={folder}"]) == 0
     assert outcome(folder) == outcome(whole)
@@ -336,15 +338,15 @@ def test_a_program_adds_sinks_metrics_and_a_task_without_held_out_problems(confi
         on_row=lambda step, row, episodes: {"twice": 2.0 * row["sampled_before"]},
         on_end=lambda done: seen.append(("end", done)),
     )
-    asked = check_config({**read_values(config), "output": tmp_path / "run", "steps": 2}, "here")
-    run_module.run(asked, sinks=[Watch()], extension=extension)
-    title = f"sepa on toy with {asked.model}"
+    changed = check_config({**read_values(config), "output": tmp_path / "run", "steps": 2}, "here")
+    run_module.run(changed, sinks=[Watch()], extension=extension)
+    title = f"sepa on toy with {changed.model}"
     steps = [("step", 0, 32.0, 16), ("step", 1, 32.0, 16)]
     assert seen == [(title, "run", 0), *steps, ("end", 2), "close"]
     assert [row["twice"] for row in metrics(tmp_path / "run")] == [32.0, 32.0]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["test_after"], summary["validation"], summary["kept_step"]) == (None, [], 2)
-    run_module.run(asked.model_copy(update={"steps": 3}), ["steps"], extension=extension)
+    run_module.run(changed.model_copy(update={"steps": 3}), ["steps"], extension=extension)
     assert seen[5:] == [(title, "run", 2), ("end", 3)]
 
 

@@ -66,10 +66,10 @@ def test_every_completion_of_training_and_of_every_evaluation_is_kept(trained):
         assert sum(sampled["length"].to_pylist()) == row["sampled_tokens"]
         assert np.mean(sampled["reward"].to_pylist()) == pytest.approx(row["reward_mean"])
         assert "".join(sampled["pieces"][0].as_py()).strip() == sampled["text"][0].as_py()
-    for look in run.evaluations.to_pylist():
-        asked = (pc.field("step") == look["step"]) & (pc.field("split") == look["split"])
-        correct = run.evals.filter(asked)["is_correct"].to_pylist()
-        assert (len(correct), np.mean(correct)) == (6, look["accuracy"])
+    for evaluation in run.evaluations.to_pylist():
+        same = (pc.field("step") == evaluation["step"]) & (pc.field("split") == evaluation["split"])
+        correct = run.evals.filter(same)["is_correct"].to_pylist()
+        assert (len(correct), np.mean(correct)) == (6, evaluation["accuracy"])
 
 
 def test_metrics_have_a_row_for_every_step_and_every_evaluation(trained):
@@ -97,8 +97,8 @@ def test_the_kept_adapter_answers_as_the_run_measured(trained, capsys):
 
 
 def test_a_run_can_be_judged_by_many_samples(trained, capsys):
-    asked = ["--problems=5", "--samples=4", "--temperature=1", "--pass-at=2", "--pass-at=4", "--show=0"]
-    assert main(["eval", f"--run={trained}", *asked]) == 0
+    args = ["--problems=5", "--samples=4", "--temperature=1", "--pass-at=2", "--pass-at=4", "--show=0"]
+    assert main(["eval", f"--run={trained}", *args]) == 0
     average, two, four = capsys.readouterr().out.splitlines()
     assert average.startswith("largest, test: avg@4 ")
     assert average.endswith("] over 5 problems, sampled at temperature 1 (95% interval)")
@@ -138,18 +138,18 @@ def test_a_trained_run_completes_prompts(trained, capsys):
 
 
 def test_the_adapter_of_a_run_can_be_attached_to_the_model_by_hand(trained, capsys):
-    asked = ["--max-tokens=8", "--plain", "The capital of France is"]
-    assert main(["generate", "--model=smollm2-135m", f"--adapter={trained / 'adapter'}", *asked]) == 0
+    args = ["--max-tokens=8", "--plain", "The capital of France is"]
+    assert main(["generate", "--model=smollm2-135m", f"--adapter={trained / 'adapter'}", *args]) == 0
     by_hand = capsys.readouterr().out
-    assert main(["generate", f"--run={trained}", *asked]) == 0
+    assert main(["generate", f"--run={trained}", *args]) == 0
     assert capsys.readouterr().out == by_hand
 
 
 def test_the_adapter_of_a_run_is_used_with_its_model_and_its_prompts(trained, capsys):
-    asked = ["--max-tokens=8", "Largest of 14, 62, 7, 35, 58?"]
+    args = ["--max-tokens=8", "Largest of 14, 62, 7, 35, 58?"]
     said = []
     for source in (f"--run={trained}", f"--adapter={trained}", f"--adapter={trained / 'adapter'}"):
-        assert main(["generate", source, *asked]) == 0
+        assert main(["generate", source, *args]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] == said[2]
 
@@ -161,14 +161,14 @@ def test_an_adapter_without_a_run_needs_its_model_named(trained, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    "asked", [["train", "--machine.threads=3"], ["generate", "--model=smollm2-135m", "--threads=3", "hello"]]
+    "args", [["train", "--machine.threads=3"], ["generate", "--model=smollm2-135m", "--threads=3", "hello"]]
 )
-def test_the_number_of_threads_reaches_the_blas(asked, monkeypatch, capsys):
+def test_the_number_of_threads_reaches_the_blas(args, monkeypatch, capsys):
     def refuse(n):
         raise UserError(f"asked for {n} threads")
 
     monkeypatch.setattr("textpolicy.mlx.blas.set_blas_threads", refuse)
-    assert main(asked) == 2
+    assert main(args) == 2
     assert "asked for 3 threads" in capsys.readouterr().err
 
 

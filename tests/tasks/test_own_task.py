@@ -111,7 +111,7 @@ def test_a_file_is_a_task_by_its_own_function_or_another(letters):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("nothing.py", "there is no file nothing.py with the task; check the path"),
         ("my_task.py:tusk", "there is no function in my_task.py called 'tusk'; did you mean 'task'"),
@@ -124,12 +124,12 @@ def test_a_file_is_a_task_by_its_own_function_or_another(letters):
         ("bad.py", r"bad.py raised ZeroDivisionError in line 2 \(division by zero\); fix it"),
     ],
 )
-def test_a_mistake_in_a_task_file_is_one_sentence(letters, own, name, said):
+def test_a_mistake_in_a_task_file_is_one_sentence(letters, own, name, message):
     own("", "json.py")
     own("", "this.py")
     own("def task(:", "wrong.py")
     own("\n1 / 0", "bad.py")
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         load_task(name)
     assert "\n" not in str(error.value)
 
@@ -150,8 +150,8 @@ def test_a_run_of_a_users_task_stores_its_file_and_reports_when_it_changed(lette
     assert 0 < sum(row["accuracy"] for row in rows) < len(rows)
     letters.write_text(LETTERS + "\n# another")
     assert main(["train", f"--resume={folder}"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "not the same code or platform as before (my_task.py " in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert "not the same code or platform as before (my_task.py " in output
 
 
 def test_a_run_continues_to_its_end_after_its_file_is_removed(letters, monkeypatch):

@@ -36,8 +36,10 @@ def test_no_problem_is_in_two_splits_or_solved_in_the_prompt(name):
     train, validation, test = (
         {tuple(sorted(numbers(p))) for p in split} for split in (task.train, task.validation, task.test)
     )
-    asked = task.prompt("?")
-    worked = {tuple(sorted(map(int, re.findall(r"\d+", turn["content"])))) for turn in asked if turn["role"] == "user"}
+    messages = task.prompt("?")
+    worked = {
+        tuple(sorted(map(int, re.findall(r"\d+", turn["content"])))) for turn in messages if turn["role"] == "user"
+    }
     assert not train & validation
     assert not train & test
     assert not validation & test
@@ -209,10 +211,10 @@ def test_a_hub_that_does_not_answer_is_given_up_at_once_with_one_warning(hub, mo
 
 
 def test_a_hub_that_is_switched_off_gets_no_request(hub):
-    asked = []
-    hub(lambda: asked.append(1))["huggingface_hub"].constants.HF_HUB_OFFLINE = True
+    calls = []
+    hub(lambda: calls.append(1))["huggingface_hub"].constants.HF_HUB_OFFLINE = True
     assert load_task("math").name == "math_generated"
-    assert asked == []
+    assert calls == []
 
 
 def test_the_hubs_problems_are_read_shuffled_and_split(hub):

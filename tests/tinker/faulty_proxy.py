@@ -53,24 +53,24 @@ class FaultyProxy:
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
         self.thread.start()
 
-    def handle(self, asked: BaseHTTPRequestHandler) -> None:
-        body = asked.rfile.read(int(asked.headers.get("content-length") or 0))
-        fault = self.plan(asked.path, self.asked[asked.path])
-        self.asked[asked.path] += 1
+    def handle(self, request: BaseHTTPRequestHandler) -> None:
+        body = request.rfile.read(int(request.headers.get("content-length") or 0))
+        fault = self.plan(request.path, self.asked[request.path])
+        self.asked[request.path] += 1
         if fault is not None:
-            self.faults.append((asked.path, fault))
+            self.faults.append((request.path, fault))
             time.sleep(fault.seconds)
             if fault.drop:
-                asked.close_connection = True
+                request.close_connection = True
                 return
             if fault.status:
-                return answer(asked, fault.status, {"content-type": "application/json"}, b'{"detail": "planted"}')
-        headers = {name: value for name, value in asked.headers.items() if name.lower() not in HOP_BY_HOP}
-        status, named, content = self.passed_on(asked.command, asked.path, body, headers)
+                return answer(request, fault.status, {"content-type": "application/json"}, b'{"detail": "planted"}')
+        headers = {name: value for name, value in request.headers.items() if name.lower() not in HOP_BY_HOP}
+        status, named, content = self.passed_on(request.command, request.path, body, headers)
         if fault is not None and fault.lost:
-            asked.close_connection = True
+            request.close_connection = True
             return
-        answer(asked, status, named, content)
+        answer(request, status, named, content)
 
     def passed_on(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, dict, bytes]:
         link = http.client.HTTPConnection(self.target.hostname, self.target.port, timeout=120)
@@ -89,14 +89,14 @@ class FaultyProxy:
         self.server.server_close()
 
 
-def answer(asked: BaseHTTPRequestHandler, status: int, headers: dict[str, str], content: bytes) -> None:
+def answer(request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], content: bytes) -> None:
     try:
-        asked.send_response(status)
+        request.send_response(status)
         for name, value in headers.items():
             if name.lower() not in HOP_BY_HOP:
-                asked.send_header(name, value)
-        asked.send_header("content-length", str(len(content)))
-        asked.end_headers()
-        asked.wfile.write(content)
+                request.send_header(name, value)
+        request.send_header("content-length", str(len(content)))
+        request.end_headers()
+        request.wfile.write(content)
     except (BrokenPipeError, ConnectionResetError):
-        asked.close_connection = True
+        request.close_connection = True

@@ -122,8 +122,10 @@ def test_a_limit_ends_a_run_in_order_and_is_never_passed(engines, tmp_path, caps
     assert len(done) < STEPS
     assert sum(ledger(folder)[-1].values()) <= limit
     assert {"adapter", "summary.json"} <= {p.name for p in folder.iterdir()}
-    said = capsys.readouterr().out
-    assert f"could pass max_tokens_total ({limit:,}); with a higher limit it resumes: textpolicy train --resume" in said
+    output = capsys.readouterr().out
+    assert (
+        f"could pass max_tokens_total ({limit:,}); with a higher limit it resumes: textpolicy train --resume" in output
+    )
 
 
 def test_a_run_that_a_limit_ended_resumes_with_a_higher_one_and_earlier_spending_counts(engines, tmp_path, capsys):
@@ -217,12 +219,12 @@ def test_a_dry_run_prices_a_run_without_a_server_or_a_key(no_tinker_account, tmp
     monkeypatch.chdir(tmp_path)
     args = ["train", "--engine=tinker", "--model=any", "--steps=3", "--dry-run", "--tinker.price-sample=1000"]
     assert main([*args, "--expected-tokens=2"]) == 0
-    said = capsys.readouterr().out
-    assert "3 steps of 16 prompts x 8 completions, 100 validation and 200 test problems" in said
+    output = capsys.readouterr().out
+    assert "3 steps of 16 prompts x 8 completions, 100 validation and 200 test problems" in output
     sampled = 3 * 128 * 8 + 2 * 300 * 8 + 8
-    assert f"{sampled:,} sampled" in said
-    assert f": {sampled / 1000:,.2f}" in said
-    assert "with 2 tokens each" in said
+    assert f"{sampled:,} sampled" in output
+    assert f": {sampled / 1000:,.2f}" in output
+    assert "with 2 tokens each" in output
     assert not list(tmp_path.iterdir())
 
 

@@ -189,9 +189,9 @@ def test_advantages_carry_the_weights_and_a_mean_is_undone():
 def test_the_optimiser_has_the_given_settings():
     server, engine = listening(adam=Adam(0.8, 0.9, 1e-6, 0.1, 2.0))
     engine.update(credited(), Surrogate(), 3e-4)
-    said = server.sent[1]
-    assert (said.learning_rate, said.beta1, said.beta2, said.eps) == (3e-4, 0.8, 0.9, 1e-6)
-    assert (said.weight_decay, said.grad_clip_norm) == (0.1, 2.0)
+    output = server.sent[1]
+    assert (output.learning_rate, output.beta1, output.beta2, output.eps) == (3e-4, 0.8, 0.9, 1e-6)
+    assert (output.weight_decay, output.grad_clip_norm) == (0.1, 2.0)
 
 
 def test_rows_without_a_signal_are_not_sent():
@@ -333,10 +333,10 @@ def test_a_server_that_has_gone_ends_the_wait_and_one_that_is_slow_does_not(monk
     service.url, service.patience, service._key = "http://127.0.0.1:9", 0.2, None
     with pytest.raises(ServiceError, match=r"sampling failed: .* has not answered for 0.2 s"):
         service.wait(SimpleNamespace(future=Future), "sampling")
-    slow, looks = Future(), []
+    slow, evaluations = Future(), []
     monkeypatch.setattr(
         module,
         "answers",
-        lambda url, seconds=5.0: looks.append(url) or (len(looks) > 3 and slow.set_result("done")) or True,
+        lambda url, seconds=5.0: evaluations.append(url) or (len(evaluations) > 3 and slow.set_result("done")) or True,
     )
     assert service.wait(SimpleNamespace(future=lambda: slow), "sampling") == "done"

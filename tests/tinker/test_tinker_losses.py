@@ -52,7 +52,7 @@ def test_a_weight_without_an_upper_bound_has_one_that_no_ratio_reaches():
 
 
 @pytest.mark.parametrize(
-    ("surrogate", "said"),
+    ("surrogate", "message"),
     [
         (Surrogate(SoftGate()), "no loss for SoftGate"),
         (Surrogate(Clip(delta=4.0)), "no loss for Clip"),
@@ -64,8 +64,8 @@ def test_a_weight_without_an_upper_bound_has_one_that_no_ratio_reaches():
         (Surrogate(off_policy_limit=1.0), "algorithm.off_policy_limit is set"),
     ],
 )
-def test_a_surrogate_without_a_loss_of_the_service_is_refused_in_one_sentence(surrogate, said):
-    with pytest.raises(UserError, match=said) as refused:
+def test_a_surrogate_without_a_loss_of_the_service_is_refused_in_one_sentence(surrogate, message):
+    with pytest.raises(UserError, match=message) as refused:
         tinker_loss(surrogate)
     assert "--engine mlx" in str(refused.value)
 

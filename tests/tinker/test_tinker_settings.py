@@ -106,9 +106,9 @@ def test_no_server_is_one_sentence(capsys):
 @pytest.mark.parametrize("address", ["http://[::1", "http://localhost:port", "http://my host:8000", "localhost:8000"])
 def test_an_invalid_address_is_one_sentence(address, no_tinker_account, capsys):
     assert main(["train", "--engine=tinker", f"--tinker.base-url={address}"]) == 2
-    said = capsys.readouterr().err
-    assert f"no Tinker server answers at {address}; start one with" in said
-    assert len(said.splitlines()) == 1
+    output = capsys.readouterr().err
+    assert f"no Tinker server answers at {address}; start one with" in output
+    assert len(output.splitlines()) == 1
 
 
 @contextmanager

@@ -179,8 +179,11 @@ def test_steps_and_groups_without_signal_are_logged(problems, tmp_path):
 def test_held_out_problems_are_evaluated_before_between_and_after(problems, tmp_path):
     run(settings(problems, tmp_path / "run"))
     looks = lines(tmp_path / "run" / "evals.jsonl")
-    assert [look["step"] for look in looks] == [0, 3, 6]
-    assert all(look["low"] <= look["accuracy"] <= look["high"] and look["problems"] == 3 for look in looks)
+    assert [evaluation["step"] for evaluation in looks] == [0, 3, 6]
+    assert all(
+        evaluation["low"] <= evaluation["accuracy"] <= evaluation["high"] and evaluation["problems"] == 3
+        for evaluation in looks
+    )
 
 
 def test_no_problem_is_both_trained_on_and_evaluated(problems, tmp_path):
@@ -295,9 +298,9 @@ def test_a_signal_ends_a_run_where_it_can_be_resumed(problems, tmp_path, monkeyp
     monkeypatch.setattr(TinkerEngine, "connect", lambda *_, **__: Signalled(server))
     small = ["--max-steps=3", "--max-tokens=64", "--eval-every=0", "--batch-size=2", "--group-size=2"]
     assert main([f"--data={problems}", f"--log-dir={tmp_path / 'run'}", *small]) == 143
-    said = capsys.readouterr().err
-    assert "after 1 of 3 steps" in said
-    assert "python -m textpolicy.tinker.train_math --resume" in said
+    output = capsys.readouterr().err
+    assert "after 1 of 3 steps" in output
+    assert "python -m textpolicy.tinker.train_math --resume" in output
     assert server.closed == ["interrupted"]
 
 
@@ -320,8 +323,8 @@ def test_an_interrupted_run_resumes_to_the_same_files(problems, tmp_path):
         row.pop("tokens_spent")
     assert rows[0] == rows[1]
     assert list(whole.states.values()) == list(server.states.values())
-    assert [look["accuracy"] for look in lines(tmp_path / "whole" / "evals.jsonl")] == [
-        look["accuracy"] for look in lines(tmp_path / "cut" / "evals.jsonl")
+    assert [evaluation["accuracy"] for evaluation in lines(tmp_path / "whole" / "evals.jsonl")] == [
+        evaluation["accuracy"] for evaluation in lines(tmp_path / "cut" / "evals.jsonl")
     ]
     for name in ("steps", "generations"):
         a, b = (lines(tmp_path / run / "emergence" / f"{name}.jsonl") for run in ("whole", "cut"))
@@ -441,9 +444,9 @@ def test_a_disk_that_is_full_is_one_sentence(problems, tmp_path, monkeypatch, ca
     monkeypatch.setattr(TinkerEngine, "connect", lambda *_, **__: FakeRemote(Server()))
     small = ["--max-steps=2", "--max-tokens=64", "--eval-every=0", "--batch-size=2", "--group-size=2"]
     assert main([f"--data={problems}", f"--log-dir={tmp_path / 'run'}", *small]) == 2
-    said = capsys.readouterr().err
-    assert "(No space left on device: metrics.jsonl)" in said
-    assert f"python -m textpolicy.tinker.train_math --resume --log-dir {tmp_path / 'run'}" in said
+    output = capsys.readouterr().err
+    assert "(No space left on device: metrics.jsonl)" in output
+    assert f"python -m textpolicy.tinker.train_math --resume --log-dir {tmp_path / 'run'}" in output
 
 
 def test_a_session_is_closed_by_how_it_ended(problems, tmp_path):
@@ -630,7 +633,7 @@ def test_the_reward_is_math_verifys_and_a_missing_box_is_wrong(problems):
     from textpolicy.tinker.train_math import task_of
 
     task = task_of(TrainMathArguments(data=problems))
-    grade = lambda said: task.reward("", said, {"answer": "1/2"})["is_correct"]  # noqa: E731
+    grade = lambda output: task.reward("", output, {"answer": "1/2"})["is_correct"]  # noqa: E731
     assert grade(r"\boxed{0.5}")
     assert grade(r"so \boxed{\frac{2}{4}}")
     assert not grade("0.5")
@@ -648,10 +651,10 @@ def test_an_error_before_a_run_begins_is_one_sentence_without_the_key(
     monkeypatch.setenv("TINKER_API_KEY", key)
     args = [f"--data={problems}", f"--log-dir={tmp_path / 'run'}", "--base-url=http://127.0.0.1:9"]
     assert main(args) == 2
-    said = capsys.readouterr().err
-    assert what in said
-    assert key not in said
-    assert len(said.splitlines()) == 1
+    output = capsys.readouterr().err
+    assert what in output
+    assert key not in output
+    assert len(output.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 

@@ -74,8 +74,8 @@ def test_a_run_that_was_cut_off_resumes_to_the_very_same_numbers(tinker_server, 
     assert any(row["updated"] for row in whole[:2])
     assert any(row["updated"] for row in whole[2:])  # else there would be nothing to restore exactly
     assert max(row["sampler_kl"] for row in whole if row["updated"]) < 1e-4
-    said = [[g["tokens"] for g in lines(tmp_path / name / "emergence" / "generations.jsonl")] for name in FOLDERS]
-    assert said[0] == said[1]
+    output = [[g["tokens"] for g in lines(tmp_path / name / "emergence" / "generations.jsonl")] for name in FOLDERS]
+    assert output[0] == output[1]
     assert all(
         line["state_path"].startswith("tinker://") for name in FOLDERS
         for line in lines(tmp_path / name / "checkpoints.jsonl")

@@ -199,9 +199,9 @@ def test_a_profile_splits_the_time_of_a_step_into_parts(model):
     ],
 )
 def test_a_setting_of_memory_and_speed_that_cannot_work_is_refused(model, changes, sentence):
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as message:
         trainer(model, **changes)
-    assert sentence in str(told.value)
+    assert sentence in str(message.value)
 
 
 # what the functions see

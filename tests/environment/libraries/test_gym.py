@@ -157,8 +157,8 @@ def test_turns_are_actions_and_observations_are_messages():
     env = lake(instructions="Reach 15.", is_correct=lambda reward: reward == 1)
     assert env.prompt_text(0) == "Reach 15.\n\n0"
     episode = play(env, *(f"I go {action}" for action in ACROSS))
-    said = [line.removeprefix("[user] ") for line in episode.text.splitlines() if line.startswith("[user]")]
-    assert said == ["4", "8", "9", "10", "14"]
+    output = [line.removeprefix("[user] ") for line in episode.text.splitlines() if line.startswith("[user]")]
+    assert output == ["4", "8", "9", "10", "14"]
     assert (episode.reward, episode.is_correct, episode.truncated) == (1.0, True, False)
 
 

@@ -111,7 +111,7 @@ def post(url, body):
 
 
 @pytest.fixture
-def asked():
+def serving():
     """A server, a function that posts to it in a thread, and the list of its answers."""
     answers = []
     with ModelServer() as server:
@@ -131,8 +131,8 @@ def asked():
         yield server, ask, answers
 
 
-def test_a_request_waits_for_its_answer(asked):
-    server, ask, answers = asked
+def test_a_request_waits_for_its_answer(serving):
+    server, ask, answers = serving
     thread = ask({"messages": [USER], "tools": [TOOL]})
     [request] = server.waiting([], 5)
     assert (request.session, request.messages, request.tools, answers) == ("s", [USER], [TOOL], [])
@@ -145,8 +145,8 @@ def test_a_request_waits_for_its_answer(asked):
     assert json.loads(body)["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 
 
-def test_a_stream_has_the_same_answer_in_events(asked):
-    server, ask, answers = asked
+def test_a_stream_has_the_same_answer_in_events(serving):
+    server, ask, answers = serving
     thread = ask({"messages": [USER], "stream": True})
     [request] = server.waiting([], 5)
     calls = [{"id": "c", "type": "function", "function": {"name": "add", "arguments": "{}"}}]
@@ -162,8 +162,8 @@ def test_a_stream_has_the_same_answer_in_events(asked):
     assert usage["usage"]["total_tokens"] == 5
 
 
-def test_strangers_and_refusals_get_an_error(asked):
-    server, ask, answers = asked
+def test_strangers_and_refusals_get_an_error(serving):
+    server, ask, answers = serving
     ask({"messages": []}, "/other").join()
     assert answers.pop()[0] == 404
     thread = ask({"messages": [USER]})

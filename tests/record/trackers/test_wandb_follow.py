@@ -101,9 +101,9 @@ def run(*flags, **environment):
 
 
 def test_the_script_lists_the_documented_flags():
-    said = run("--help").stdout
+    output = run("--help").stdout
     flags = "--metrics-path --project --entity --run-name --group --poll-seconds --idle-timeout-seconds --no-follow"
-    assert all(flag in said for flag in flags.split())
+    assert all(flag in output for flag in flags.split())
     assert run().returncode == 2
 
 

@@ -112,7 +112,7 @@ def test_the_list_has_every_completion(one):
 
 
 @pytest.mark.parametrize(
-    ("asked", "holds"),
+    ("query", "holds"),
     [
         ("step_from=2&step_to=3", lambda r: 2 <= r["step"] <= 3),
         ("prompt=1", lambda r: r["prompt_index"] == 1),
@@ -126,9 +126,9 @@ def test_the_list_has_every_completion(one):
         ("group=0&prompt=&step_from=", lambda r: r["group"] == 0),
     ],
 )
-def test_a_filter_keeps_what_a_slow_pass_over_every_row_keeps(one, two_runs, asked, holds):
+def test_a_filter_keeps_what_a_slow_pass_over_every_row_keeps(one, two_runs, query, holds):
     rows = load_run(two_runs[0]).rollouts.to_pylist()
-    assert count(one.page("?" + asked)) == sum(holds(row) for row in rows)
+    assert count(one.page("?" + query)) == sum(holds(row) for row in rows)
 
 
 def test_the_list_is_in_the_requested_order(two_runs):
@@ -331,5 +331,5 @@ def test_a_port_in_use_and_a_folder_that_is_not_a_run_are_refused_in_a_sentence(
 
 def test_a_run_whose_examples_have_no_question_ends_with_a_prompt_to_try(tmp_path):
     ended = train_run(tmp_path / "run")
-    said = (ended / "log.txt").read_text()
-    assert f'textpolicy generate --run {ended} "1 2"' in " ".join(said.split())
+    output = (ended / "log.txt").read_text()
+    assert f'textpolicy generate --run {ended} "1 2"' in " ".join(output.split())

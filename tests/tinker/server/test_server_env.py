@@ -73,11 +73,11 @@ def test_it_is_made_by_pip_or_by_uv_from_the_pins_alone_and_only_once(empty_cach
     monkeypatch.setattr(server_env.shutil, "which", lambda name: uv)
     left = server_env.environment_folder().with_name(f"{server_env.environment_folder().name}.tmp-killed")
     left.mkdir(parents=True)
-    said = []
-    python = server_env.server_python(said.append)
+    output = []
+    python = server_env.server_python(output.append)
     assert not left.exists()
     assert python == server_env.environment_folder() / "bin" / "python"
-    assert len(said) == 1
+    assert len(output) == 1
     assert ["pip" in command for command in called] == [False, True]
     assert [command[0] == uv for command in called] == ([True, True] if uv else [False, False])
     assert server_env.server_python() == python
@@ -111,10 +111,8 @@ def test_the_tiny_model_is_the_same_every_time_and_reads_bytes(empty_cache):
     text = "Größe 7\n"
     assert tokenizer.encode(text) == list(text.encode())
     assert tokenizer.decode(list(text.encode())) == text
-    asked = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "a"}], add_generation_prompt=True, tokenize=False
-    )
-    assert asked == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], add_generation_prompt=True, tokenize=False)
+    assert text == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.eos_token_id == json.loads((first / "config.json").read_text())["eos_token_id"]
 
 

@@ -57,9 +57,9 @@ def blocks(file: str, language: str, *, marked: bool = False) -> list[Block]:
 # what becomes of a block
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_every_block_of_a_page_is_run_or_shown_or_states_why_not(file):
-    assert {block.fate for block in blocks_of(file)} <= {"run", "shown", "not run"}
+def test_every_block_of_every_page_is_run_or_shown_or_states_why_not():
+    for file in FILES:
+        assert {block.fate for block in blocks_of(file)} <= {"run", "shown", "not run"}, file
 
 
 @pytest.mark.parametrize(
@@ -87,12 +87,12 @@ def test_a_block_that_does_not_end_is_found():
         blocks_in("# A page\n\n```python\nprint(1)\n", "planted.md")
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_a_mark_stands_above_a_block(file):
-    marked = [block for block in blocks_of(file) if block.why_not]
-    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
-    assert sum("<!-- not run" in line for line in lines) == len(marked)
-    assert sum(bool(MARK.match(line)) for line in lines) == len(marked)
+def test_every_mark_stands_above_a_block():
+    for file in FILES:
+        marked = [block for block in blocks_of(file) if block.why_not]
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        assert sum("<!-- not run" in line for line in lines) == len(marked), file
+        assert sum(bool(MARK.match(line)) for line in lines) == len(marked), file
 
 
 # Python
@@ -264,18 +264,18 @@ def test_the_commands_on_campaigns_are_run_by_the_tests_of_campaigns():
     assert {*PAGES} == OF_CAMPAIGNS
 
 
-@pytest.mark.parametrize("file", pages_with("bash", marked=True))
-def test_commands_that_are_not_run_are_still_understood(file):
-    """Their flags are parsed; the targets of make and the scripts of Python are there."""
-    makefile = (ROOT / "Makefile").read_text()
-    for words in (words for block in blocks(file, "bash", marked=True) for words in commands(block)):
+def test_commands_that_are_not_run_still_parse():
+    """Their flags are parsed; the targets of make and the scripts of Python exist."""
+    makefile, files = (ROOT / "Makefile").read_text(), pages_with("bash", marked=True)
+    assert files
+    for words in (words for file in files for block in blocks(file, "bash", marked=True) for words in commands(block)):
         match words:
             case ["textpolicy", name, *arguments]:
                 understand(name, arguments)
             case ["make", *targets]:
-                assert all(re.search(rf"^{t}:", makefile, re.MULTILINE) for t in targets if "=" not in t)
+                assert all(re.search(rf"^{t}:", makefile, re.MULTILINE) for t in targets if "=" not in t), targets
             case ["python", path, *_] if path.endswith(".py"):
-                assert (ROOT / path).exists()
+                assert (ROOT / path).exists(), path
 
 
 def understand(name: str, arguments: list[str]) -> None:
@@ -299,9 +299,8 @@ def test_every_command_is_one_whose_flags_the_tests_can_read():
 LINKED = [*FILES, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md"]
 
 
-@pytest.mark.parametrize("file", LINKED)
-def test_every_link_leads_to_a_file_and_a_heading(file):
-    assert broken_links(file) == []
+def test_every_link_leads_to_a_file_and_a_heading():
+    assert {file: broken for file in LINKED if (broken := broken_links(file))} == {}
 
 
 def test_every_page_can_be_reached_from_the_readme():

@@ -198,7 +198,7 @@ def tinker_server(tinker_settings):
 
 @pytest.fixture
 def no_tinker_account(monkeypatch):
-    """No key, address or telemetry from outside; the connections that the SDK leaves open are nobody's fault here."""
+    """No key, address or telemetry from outside; connections that the SDK leaves open are ignored."""
     warnings.filterwarnings("ignore", "unclosed", ResourceWarning)  # pytest takes it back after the test
     monkeypatch.setenv("TINKER_TELEMETRY", "0")
     for name in ("TINKER_API_KEY", "TINKER_BASE_URL"):

@@ -1,4 +1,4 @@
-"""textpolicy validate: what it finds, what fails it, and how it says so."""
+"""textpolicy validate: its findings, what makes it fail, and how it reports both."""
 
 import json
 import os

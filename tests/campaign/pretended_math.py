@@ -1,4 +1,4 @@
-"""A stand-in for train_math: takes its flags, trains nothing, writes the files that it documents. Fails if told to."""
+"""A stand-in for train_math: takes its flags, trains nothing, writes the files that it documents. Fails on request."""
 
 import json
 import os

@@ -159,7 +159,7 @@ class Attempt:
         return cls(pid, ours, time.perf_counter())
 
     def events(self) -> Iterator[str]:
-        """What it says, as it says it, until it ends."""
+        """The lines of the process as it prints them, until it ends."""
         while True:
             left = self.began + LIMIT - time.perf_counter()
             if left <= 0 or not select.select([self.pipe], [], [], left)[0]:

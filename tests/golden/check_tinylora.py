@@ -94,7 +94,7 @@ def _tied_names(case: Case) -> list[Answer]:
 
 
 def _tied(key: str, u: int) -> dict[str, Any]:
-    """What the table says of "modules,tying"."""
+    """The table's entry for "modules,tying"."""
     modules, tying = int(key.split(",")[0]), float(key.split(",")[1])
     groups = group_count(modules, tying)
     balanced = tying_groups(modules, groups)

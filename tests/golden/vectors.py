@@ -40,7 +40,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Answer:
-    """What our code says where the case expects ``key`` ("" for the whole of it)."""
+    """The result of our code where the case expects ``key`` ("" for the whole of it)."""
 
     key: str
     value: Any

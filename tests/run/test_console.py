@@ -1,4 +1,4 @@
-"""What a run says: plain lines in a file, a bar that fits on a terminal."""
+"""The output of a run: plain lines in a file, a bar that fits on a terminal."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""A whole run on the built-in model, small: what it writes, and what it says when it cannot learn."""
+"""A small run on the built-in model: the files it writes, and its report when it cannot learn."""
 
 import gc
 import json

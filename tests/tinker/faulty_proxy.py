@@ -1,4 +1,4 @@
-"""A small proxy in front of a Tinker server that delays, drops and fails requests as it is told."""
+"""A small proxy in front of a Tinker server that delays, drops and fails requests according to a plan."""
 
 from __future__ import annotations
 

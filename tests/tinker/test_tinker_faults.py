@@ -1,4 +1,4 @@
-"""Slow, failing and dying servers and clients: the run goes on, or ends in one sentence and resumes."""
+"""Slow, failing and dying servers and clients: the run continues, or ends in one sentence and resumes."""
 
 import os
 import signal
@@ -127,7 +127,7 @@ def test_a_server_killed_in_a_step_is_one_sentence_and_a_new_one_resumes(tinker_
         with pytest.raises(ServiceError) as lost:
             update_for_ever(engine, batch)
         killer.join()
-        engine.close()  # else its heartbeats go on
+        engine.close()  # else its heartbeats continue
     assert "resume from the last checkpoint" in str(lost.value)
     assert "\n" not in str(lost.value)
     assert not answers(url)  # it ends with whoever started it, however that went

@@ -51,7 +51,7 @@ def report(when, engine, env):
     return length
 
 
-def said(step, row, episodes):
+def show_step(step, row, episodes):
     print(f"step {step + 1:2}  reward {row['reward_mean']:.2f}  length {row['length_mean']:4.1f}", flush=True)
 
 
@@ -60,14 +60,14 @@ def main(steps, prompts, test):
     engine = MLXEngine(attach_lora(model, rank=16), stop=tokenizer.eos_token_ids)
     held_out = environment(HELD_OUT.split()[:test], tokenizer)
     before = report("before", engine, held_out)
-    how = {"schedule": Schedule(5e-4, steps, final=0.1), "prompts_per_step": prompts, "group_size": 8}
+    settings = {"schedule": Schedule(5e-4, steps, final=0.1), "prompts_per_step": prompts, "group_size": 8}
     train(
         engine,
         environment(THINGS.split(), tokenizer),
         algorithm("grpo"),
-        **how,
+        **settings,
         sampling=Sampling(LONGEST, seed=1),
-        on_step=said,
+        on_step=show_step,
     )
     after = report("after", engine, held_out)
     print(f"mean length on {test} held-out questions: {before:.1f} -> {after:.1f} tokens")

@@ -52,7 +52,7 @@ def report(when, engine, env):
     return length
 
 
-def said(step, row, episodes):
+def show_step(step, row, episodes):
     clipped = row.get("clip_fraction_low", 0) + row.get("clip_fraction_high", 0)
     shown = f"reward {row['reward_mean']:.2f}  correct {row['accuracy']:4.0%}  length {row['length_mean']:4.1f}"
     print(f"step {step + 1:2}  {shown}  clipped {clipped:.0%}", flush=True)
@@ -64,9 +64,9 @@ def main(steps, prompts, test):
     pairs = CAPITALS.split(",")
     held_out, training = environment(pairs[-test:], tokenizer), environment(pairs[:-8], tokenizer)
     before = report("before", engine, held_out)
-    how = {"schedule": Schedule(3e-4, steps, final=0.1), "prompts_per_step": prompts, "group_size": 8}
-    how |= {"sampling": Sampling(LONGEST, seed=1), "updates_per_step": 2}
-    train(engine, training, algorithm("gspo"), **how, on_step=said)
+    settings = {"schedule": Schedule(3e-4, steps, final=0.1, updates=2), "prompts_per_step": prompts, "group_size": 8}
+    sampling = Sampling(LONGEST, seed=1)
+    train(engine, training, algorithm("gspo"), **settings, sampling=sampling, on_step=show_step)
     after = report("after", engine, held_out)
     print(f"mean length on {test} held-out questions: {before:.1f} -> {after:.1f} tokens")
 

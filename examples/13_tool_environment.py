@@ -44,8 +44,8 @@ def reward(prompt, completion, example, messages, **kwargs):
 
 
 def environment(problems, tokenizer):
-    prompts, how = [[*SHOWN, question(p)] for p in problems], {"parse": parse, "describe": lambda schemas: ""}
-    return ToolEnv(prompts, [calculate], reward, 16, tokenizer=tokenizer, examples=problems, max_turns=3, **how)
+    prompts, settings = [[*SHOWN, question(p)] for p in problems], {"parse": parse, "describe": lambda schemas: ""}
+    return ToolEnv(prompts, [calculate], reward, 16, tokenizer=tokenizer, examples=problems, max_turns=3, **settings)
 
 
 def report(when, engine, env):
@@ -63,12 +63,12 @@ def main(steps, prompts, test):
     problems = generate_countdown_problems(200 + test, 2, (1, 12), (2, 99), seed=0)
     held_out, training = environment(problems[:test], tokenizer), environment(problems[test:], tokenizer)
     report("before", engine, held_out)
-    how = {"schedule": Schedule(3e-4, steps, final=0.1), "prompts_per_step": prompts, "group_size": 8}
-    train(engine, training, algorithm("grpo"), **how, sampling=Sampling(16, seed=1), on_step=said)
+    settings = {"schedule": Schedule(3e-4, steps, final=0.1), "prompts_per_step": prompts, "group_size": 8}
+    train(engine, training, algorithm("grpo"), **settings, sampling=Sampling(16, seed=1), on_step=show_step)
     print(report("after", engine, held_out)[0].text)
 
 
-def said(step, row, episodes):
+def show_step(step, row, episodes):
     print(f"step {step + 1:2}  reward {row['reward_mean']:.2f}  correct {row['accuracy']:.0%}", flush=True)
 
 

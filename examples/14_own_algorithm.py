@@ -54,13 +54,13 @@ def main(steps, prompts, test):
 
     held_out, seen = environment(task.test[:test]), []
 
-    def said(step, row, episodes):
+    def show_step(step, row, episodes):
         seen.append(row["reward_mean"])
         print(f"step {step + 1:2}  reward {row['reward_mean']:.2f}  correct {row['accuracy']:.0%}", flush=True)
 
     print("before:", evaluate(engine, held_out, Sampling(8, temperature=0.0)).accuracy)
-    how = {"schedule": Schedule(3e-4, steps, final=0.1), "prompts_per_step": prompts, "group_size": 8}
-    train(engine, environment(task.train), MINE, **how, sampling=Sampling(8, seed=0), on_step=said)
+    settings = {"schedule": Schedule(3e-4, steps, final=0.1), "prompts_per_step": prompts, "group_size": 8}
+    train(engine, environment(task.train), MINE, **settings, sampling=Sampling(8, seed=0), on_step=show_step)
     print("after:", evaluate(engine, held_out, Sampling(8, temperature=0.0)).accuracy)
     third = max(steps // 3, 1)
     print(f"reward of the first steps {mean(seen[:third]):.2f}, of the last ones {mean(seen[-third:]):.2f}")

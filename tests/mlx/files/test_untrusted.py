@@ -122,7 +122,7 @@ CONFIGS = {
     "a base of text": ("lora", lambda c: c["textpolicy"].update(base="x"), "cannot be read"),
     "a list": ("lora", lambda c: [1, 2], "cannot be read"),
     "a number": ("lora", lambda c: 7, "cannot be read"),
-    "unknown settings": ("lora", lambda c: c["textpolicy"]["settings"].update(zeal=1), "no use for zeal"),
+    "unknown settings": ("lora", lambda c: c["textpolicy"]["settings"].update(zeal=1), "does not use zeal"),
 }
 
 

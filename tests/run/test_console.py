@@ -38,7 +38,7 @@ def show(row, terminal, steps=3):
 def test_a_file_gets_plain_lines_without_escape_codes():
     lines = show(ROW, terminal=False).splitlines()
     assert lines[0] == (
-        "step   1  reward 0.50  correct  25%  agreeing groups 12%  length 3.0  entropy 1.50  gradient 0.75  3.0 s"
+        "step   1  reward 0.50  correct  25%  no-signal groups 12%  length 3.0  entropy 1.50  gradient 0.75  3.0 s"
     )
     assert sum(line.startswith("step") for line in lines) == 3
     assert not any("\x1b" in line for line in lines)

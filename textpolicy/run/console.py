@@ -93,7 +93,7 @@ class RunView:
         gradient = f"gradient {row['grad_norm']:.2f}  " if "grad_norm" in row else ""
         line = (
             f"step {step + 1:3d}  {reward}{accuracy}  "
-            f"agreeing groups {row['frac_reward_zero_std']:3.0%}  length {row['length_mean']:.1f}  "
+            f"no-signal groups {row['frac_reward_zero_std']:3.0%}  length {row['length_mean']:.1f}  "
             f"{uncertain}{gradient}{row['sample_seconds'] + row['update_seconds']:.1f} s"
         )
         self._write_log(line)

@@ -69,8 +69,8 @@ def closing_table(
         *table,
         ("adapter", str(folder / "adapter")),
         ("report", str(folder / "report.html")),
-        ("look at it", f"textpolicy view {folder}"),
-        ("talk to it", f'textpolicy generate --run {folder} "{question}"'),
+        ("browse it", f"textpolicy view {folder}"),
+        ("try it", f'textpolicy generate --run {folder} "{question}"'),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What each kind of adapter trains and takes: one JSON row per kind, each measured in a process of its own.
+"""Measure the parameters, bytes, memory and time of every kind of adapter: one JSON row and one process per kind.
 
     OPENBLAS_NUM_THREADS=1 .venv/bin/python benchmarks/adapters.py [KIND ...]
 

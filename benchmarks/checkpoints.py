@@ -1,4 +1,4 @@
-"""What a checkpoint of the built-in model costs: seconds to write and to read one, bytes, by kind of adapter.
+"""Measure a checkpoint of the built-in model: seconds to write and read it, and its bytes, by kind of adapter.
 
 python benchmarks/checkpoints.py          appends a row to results/checkpoints.jsonl
 """

@@ -1,4 +1,4 @@
-"""What a training step costs against its work: seconds and peak memory by group size and completion length.
+"""Measure the seconds and peak memory of a training step by group size and completion length.
 
     .venv/bin/python benchmarks/cost.py [--model smollm2-135m | qwen3-0.6b] [--groups 4 8 16 32 64]
                                         [--lengths 64 128 256 512 1024 2048] [--minutes 10]

@@ -1,4 +1,4 @@
-"""How long the credit of a step takes: 256 completions of 1,024 tokens under the `full` recipe, on one core.
+"""Time the credit of a step: 256 completions of 1,024 tokens under the `full` recipe, on one core.
 
     .venv/bin/python benchmarks/credit.py [--recipe full] [--repeats 15]
 

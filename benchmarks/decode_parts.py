@@ -1,4 +1,4 @@
-"""Where the milliseconds of a decoding step go on a CPU, one JSON row: 2 prompts of 32 tokens x 4 completions of 64.
+"""Break a decoding step on a CPU into its parts, one JSON row: 2 prompts of 32 tokens x 4 completions of 64.
 
     OPENBLAS_NUM_THREADS=2 .venv/bin/python benchmarks/decode_parts.py
 

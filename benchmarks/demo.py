@@ -1,4 +1,4 @@
-"""How much the embedded task's held-out accuracy rises, over seeds: one JSON row per run.
+"""Measure how much held-out accuracy on the embedded task rises, over seeds: one JSON row per run.
 
     .venv/bin/python benchmarks/demo.py --seeds 0 1 2 [-- any flag of `textpolicy train`]
 

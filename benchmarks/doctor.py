@@ -1,4 +1,4 @@
-"""What `textpolicy doctor` says of small real runs, healthy ones and ones broken on purpose: one JSON row per run.
+"""Run `textpolicy doctor` on small real runs, healthy or broken on purpose: one JSON row per run.
 
     OPENBLAS_NUM_THREADS=1 .venv/bin/python benchmarks/doctor.py [NAME ...] [--again] [--table]
 

@@ -1,4 +1,4 @@
-"""What the untrained model knows, asked as in training and free to answer in its own words: one JSON row per task.
+"""Measure the untrained model, asked as in training and freely: one JSON row per task.
 
     .venv/bin/python benchmarks/free_form.py
 

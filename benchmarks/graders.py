@@ -1,4 +1,4 @@
-"""What hostile texts cost every grader: 10,000 of them, one JSON row per grader.
+"""Time every grader on 10,000 hostile texts: one JSON row per grader.
 
     OPENBLAS_NUM_THREADS=1 PYTHONPATH=. .venv/bin/python benchmarks/graders.py
 

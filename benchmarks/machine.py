@@ -1,4 +1,4 @@
-"""Where and from which commit a benchmark row comes."""
+"""Describe the machine and the commit of a benchmark row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What planning masks cost: texts of tokens and masks of a step's completions, one JSON row per case.
+"""Time the planning masks of a step's completions: one JSON row per case.
 
     OPENBLAS_NUM_THREADS=1 .venv/bin/python benchmarks/planning_mask.py
 

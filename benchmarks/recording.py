@@ -1,4 +1,4 @@
-"""What recording every completion costs a run: seconds against the step, and bytes against the tokens.
+"""Measure the cost of recording every completion: its share of a step's time, and bytes per token.
 
     .venv/bin/python benchmarks/recording.py [--pairs 3] [--steps 12]
 

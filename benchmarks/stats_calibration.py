@@ -1,4 +1,4 @@
-"""How often every offered test finds a difference where there is none, and where there is one, on simulated campaigns.
+"""Measure how often every test finds a difference, with and without a true one, on simulated campaigns.
 
 A campaign is hierarchical: seeds, problems, groups and completions, each with luck of its own. 90 s on one idle core:
 

@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/tinker_local.py --algorithms grpo full [--folder FOLDER] [-- any flag of train_math]
 
 Starts SkyRL's Tinker API with SmolLM2-135M in float32 on the CPU. Rows are appended to
-benchmarks/results/tinker_local.jsonl. A run that is in FOLDER goes on there.
+benchmarks/results/tinker_local.jsonl. A run that is already in FOLDER is resumed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a training step costs the client beyond waiting for the server: one JSON row.
+"""Measure the client's own time in a training step on a Tinker server: one JSON row.
 
     .venv/bin/python benchmarks/tinker_overhead.py [--prompts 64] [--group 16] [--tokens 512] [--latency 10]
 

@@ -1,4 +1,4 @@
-"""Peak memory of one update against the naive path: full rows through the model, float32 logits of every position.
+"""Compare the peak memory of an update with the naive path: full rows, float32 logits of every position.
 
     .venv/bin/python benchmarks/update_memory.py [--model small | qwen3-0.6b] [--completion 1024] [--vocabulary 151936]
 

@@ -1,4 +1,4 @@
-"""How long the viewer takes on a large run: 100,000 completions, written by the real recorder.
+"""Time the viewer on a large run: 100,000 completions, written by the real recorder.
 
     .venv/bin/python benchmarks/viewer.py [--completions 100000] [--tokens 64] [--keep FOLDER]
 

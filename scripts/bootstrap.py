@@ -1,4 +1,4 @@
-"""Makes `.venv`: textpolicy, the versions pinned in constraints.txt and the model of the demo.
+"""Make `.venv`: textpolicy, the versions pinned in constraints.txt and the model of the demo.
 
 The Makefile calls it with a Python that the pins have wheels for; it uses the standard library alone.
 

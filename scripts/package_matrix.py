@@ -1,4 +1,4 @@
-"""Builds the wheel and tries it in an empty environment of every Python from 3.11 to 3.14 that this machine has.
+"""Build the wheel and test it in an empty environment of every Python from 3.11 to 3.14 that this machine has.
 
     package_matrix.py                     all of them
     package_matrix.py python3.12          that one

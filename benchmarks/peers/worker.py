@@ -1,4 +1,4 @@
-"""What every peer's script shares: the task, the reward, and the gate at which the driver lets it take one step.
+"""The parts that all peers' scripts share: the task, the reward, and the gate at which the driver allows one step.
 
 Standard library only, so that it runs in any peer's environment.
 """

@@ -43,6 +43,7 @@ class TextGenerationEnv(Environment):
     partner_fn: PartnerFactory | None = None  # makes the partner of an episode of several turns
     max_turns: int = 1
     max_episode_tokens: int | None = None
+    special: ClassVar[bool] = False  # whether partners read the special tokens of a turn too
 
     def __init__(
         self,
@@ -122,11 +123,11 @@ class TextGenerationEnv(Environment):
         if self._open is None:
             raise ValueError("step() needs a prompt to answer; call reset() before each step()")
         conversation = self._open
-        if isinstance(action, str):
-            tokens, text = list(self._codec.encode_more(action)), action
+        text = action if isinstance(action, str) else None
+        if text is not None:
+            tokens = list(self._codec.encode_more(text))
         else:
             tokens = token_ids(action)
-            text = self._codec.text(tokens)
             stopped = bool(tokens) and tokens[-1] in self._codec.stop
             truncated = truncated or (len(tokens) >= self.max_tokens and not stopped)
         conversation.add(tokens, truncated, text)
@@ -195,7 +196,7 @@ class TextGenerationEnv(Environment):
         partner = None if self.partner_fn is None else self.partner_fn(self.examples[i])
         limits = Limits(self.max_tokens, self.max_turns, self.max_episode_tokens)
         asked = as_messages(self.prompts[i])
-        return Conversation(i, self._ids[i].tolist(), asked, partner, self._codec, limits, self.schemas)
+        return Conversation(i, self._ids[i].tolist(), asked, partner, self._codec, limits, self.schemas, self.special)
 
     def judge(self, conversations: Sequence[Conversation]) -> list[Scored]:
         """Return the rewards of finished episodes, in order. Raises RewardError."""

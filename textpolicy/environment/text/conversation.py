@@ -33,6 +33,7 @@ class ChatCodec:
     encode_more: Callable[[str], Sequence[int]]  # as encode_text, without a token that begins a text
     template: Callable[..., Any] | None  # apply_chat_template; None: the tokenizer has no chat template
     decode: Callable[[list[int]], str]
+    decode_all: Callable[[list[int]], str]  # with special tokens
     stop: frozenset[int]
 
     @classmethod
@@ -48,6 +49,7 @@ class ChatCodec:
             encode_more=partial(tokenizer.encode, add_special_tokens=False) if special else tokenizer.encode,
             template=getattr(tokenizer, "apply_chat_template", None) if declared else None,
             decode=text_decode(tokenizer),
+            decode_all=text_decode(tokenizer, special=True),
             stop=frozenset(t for ids in stop if ids is not None for t in ([ids] if isinstance(ids, int) else ids)),
         )
 
@@ -109,10 +111,10 @@ class ChatCodec:
         except TemplateError:  # raised by templates for an unknown role or order
             return False
 
-    def text(self, tokens: list[int]) -> str:
-        """Return the text of a turn, without its stop token, special tokens and outer whitespace."""
+    def text(self, tokens: list[int], special: bool = False) -> str:
+        """Return a turn's text without its stop token, outer whitespace and (unless ``special``) special tokens."""
         written = tokens[:-1] if tokens and tokens[-1] in self.stop else tokens
-        return self.decode(written).strip() if written else ""
+        return (self.decode_all if special else self.decode)(written).strip() if written else ""
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Schema] = (), tokenize: bool = False) -> Any:
         assert self.template is not None
@@ -157,6 +159,7 @@ class Conversation:
     codec: ChatCodec
     limits: Limits
     tools: Sequence[Schema] = ()
+    special: bool = False  # whether the partner reads the special tokens of a turn too
     messages: list[Message] = field(default_factory=list)  # after the prompt, by policy and environment
     turns: list[list[int]] = field(default_factory=list)  # tokens of the policy
     added: list[list[int]] = field(default_factory=list)  # tokens of the environment, after each turn but the last
@@ -177,9 +180,10 @@ class Conversation:
     def add(self, tokens: Sequence[int], truncated: bool, text: str | None = None) -> None:
         """Add a turn of the policy and the environment's reply to it.
 
-        A ``truncated`` turn, one that was cut off, gets no reply and ends the episode. ``text`` is the text of
-        ``tokens``, where the caller knows it.
+        A ``truncated`` turn, one that was cut off, gets no reply and ends the episode. ``text`` is what ``tokens``
+        were made of, where the policy wrote text.
         """
+        heard = self.codec.text(list(tokens), self.special) if text is None else text
         text = self.codec.text(list(tokens)) if text is None else text
         before = [*self.prompt_messages, *self.messages]
         self.turns.append(list(tokens))
@@ -187,7 +191,7 @@ class Conversation:
         if truncated:
             self.over = self.truncated = True
             return
-        reply = Reply() if self.partner is None else self.partner.reply(text)
+        reply = Reply() if self.partner is None else self.partner.reply(heard)
         self.replies.append(reply)
         if not reply.messages:
             self.over, self.truncated = True, reply.truncated

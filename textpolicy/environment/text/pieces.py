@@ -73,11 +73,11 @@ def _first(decode: Decode, ids: list[int]) -> list[str]:
     return [decode(ids), *[""] * (len(ids) - 1)] if ids else []
 
 
-def text_decode(tokenizer: Any) -> Decode:
-    """Return the tokenizer's ``decode`` without special tokens, if it can leave them out."""
+def text_decode(tokenizer: Any, special: bool = False) -> Decode:
+    """Return the tokenizer's ``decode`` with (``special``) or without special tokens, if it has that choice."""
     keywords = accepted_keywords(tokenizer.decode)
-    skips = keywords is None or "skip_special_tokens" in keywords
-    return partial(tokenizer.decode, skip_special_tokens=True) if skips else tokenizer.decode
+    chooses = keywords is None or "skip_special_tokens" in keywords
+    return partial(tokenizer.decode, skip_special_tokens=not special) if chooses else tokenizer.decode
 
 
 def identify_planning_tokens(

@@ -16,7 +16,7 @@ ROOT = Path(textpolicy.__file__).parent
 VERBS = [
     "Add", "Adjust", "Answer", "Append", "Apply", "Ask", "Attach", "Average", "Begin", "Break", "Browse", "Build",
     "Call", "Change", "Check", "Choose", "Clip", "Close", "Collect", "Compare", "Compute", "Convert", "Copy", "Count",
-    "Describe", "Divide", "Do", "Draw", "End", "Enumerate", "Estimate", "Evaluate", "Export", "Fill", "Find",
+    "Decide", "Describe", "Divide", "Do", "Draw", "End", "Enumerate", "Estimate", "Evaluate", "Export", "Fill", "Find",
     "Fingerprint", "Finish", "Fit", "Flatten", "Flip", "Follow", "Force", "Forget", "Free", "Freeze", "Generate",
     "Give", "Grade", "Group", "Handle", "Hold", "Import", "Index", "Inspect", "Join", "Keep", "Kill", "Lay", "Learn",
     "Let", "Limit", "Link", "List", "Load", "Lock", "Log", "Make", "Mark", "Maximise", "Measure", "Merge", "Mine",

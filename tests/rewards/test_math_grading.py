@@ -53,7 +53,7 @@ def graders():
         (r"\boxed{1} then \boxed{2", None),
         (r"\boxed{1\}", None),
         (r"\boxed", None),
-        (r"\fbox{3}", None),
+        (r"\fbox{3}", "3"),
         ("boxed{3}", None),
         ("the answer is 3", None),
         ("", None),

@@ -188,7 +188,8 @@ class TextGenerationEnv(Environment):
 
     def score(self, i: int, tokens: Any, truncated: bool) -> Scored:
         """Return the reward of ``tokens`` as a completion of prompt ``i``. Raises RewardError."""
-        request = Request(self._texts[i], self.text(tokens), self.examples[i], truncated, {})
+        more = self._codec.thinking(self._ids[i].tolist())
+        request = Request(self._texts[i], self.text(tokens), self.examples[i], truncated, more)
         return self._scorer.score([request], tokenizer=self.tokenizer)[0]
 
     def begin(self, i: int) -> Conversation:
@@ -202,10 +203,10 @@ class TextGenerationEnv(Environment):
         """Return the rewards of finished episodes, in order. Raises RewardError."""
         requests = []
         for c in conversations:
-            several = (
-                {} if self.single_turn else {"messages": [*c.prompt_messages, *c.messages], "replies": tuple(c.replies)}
-            )
-            requests.append(Request(self._texts[c.index], c.text, self.examples[c.index], c.truncated, several))
+            more: dict[str, Any] = self._codec.thinking(c.added[-1] if c.added else c.prompt)
+            if not self.single_turn:
+                more |= {"messages": [*c.prompt_messages, *c.messages], "replies": tuple(c.replies)}
+            requests.append(Request(self._texts[c.index], c.text, self.examples[c.index], c.truncated, more))
         return self._scorer.score(requests, tokenizer=self.tokenizer)
 
     def _prompt_index(self, episode: int) -> int:

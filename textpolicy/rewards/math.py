@@ -1,4 +1,4 @@
-r"""Grade mathematical answers: read the last \boxed{...} of a completion, and compare it with a reference.
+r"""Compare mathematical answers with references; ``extract_boxed`` reads them from completions.
 
 Two answers are equal when they are written the same up to spelling, or when math-verify finds them
 equal. It runs in worker processes, so that a time limit holds whatever the answer is and from any thread.
@@ -15,41 +15,14 @@ import sys
 from fractions import Fraction
 
 from ..errors import MissingDependencyError, RewardError, UserError
+from .answer import closing
+from .answer import extract_boxed as extract_boxed
 from .workers import ChildDiedError, TooSlowError, WorkerDiedError, WorkerRaisedError, Workers
 
 MAX_EXCESS = 300  # characters by which an answer may be longer than its reference
 MAX_DEPTH = 12  # nested brackets in an answer that is compared by value
 MAX_MEMORY = 4 << 30  # bytes of address space of a grading process, where the system can enforce that
 MAX_PROCESSES = 4  # that grade at once; one starts when all others are busy
-
-
-# ---- the answer of a completion
-
-_BOX = r"\boxed{"
-
-
-def extract_boxed(text: str) -> str | None:
-    r"""Return the content of the last ``\boxed{...}``, or None when there is none or it does not close.
-
-    ``\{`` and ``\}`` do not count as braces. Without any ``\boxed{``, the word after ``\boxed`` as in "\boxed 7".
-    """
-    start = text.rfind(_BOX)
-    if start < 0:
-        words = re.findall(r"\\boxed\s+([A-Za-z0-9]+)", text)
-        return words[-1] if words else None
-    start += len(_BOX)
-    end = _closing(text, start)
-    return None if end is None else text[start:end]
-
-
-def _closing(text: str, start: int) -> int | None:
-    """Return the index at which the brace closes that opened just before ``start``, or None."""
-    depth = 1
-    for mark in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(mark[0], 0)
-        if depth == 0:
-            return start + mark.start()
-    return None
 
 
 # ---- one spelling
@@ -165,7 +138,7 @@ def grade_math_answer(given: str | None, reference: str, timeout: float = 3.0) -
 
 def _is_algebra(tidy: str) -> bool:
     """Return whether math-verify may read ``tidy``: its braces balance and it will not take for ever."""
-    if _LITERAL.search(normalize_math_answer(tidy)) or _closing(tidy + "}", 0) != len(tidy):
+    if _LITERAL.search(normalize_math_answer(tidy)) or closing(tidy + "}", 0) != len(tidy):
         return False
     brackets = (1 if mark in "([{" else -1 for mark in re.findall(r"[][(){}]", tidy))
     depth = max(itertools.accumulate(brackets, initial=0))
@@ -211,7 +184,7 @@ def _prepare() -> None:
 def _equal(given: str, reference: str) -> bool:
     from math_verify import parse, verify
 
-    answer = parse(_BOX + given + "}", parsing_timeout=None)
+    answer = parse(r"\boxed{" + given + "}", parsing_timeout=None)
     return verify(_parsed(reference), answer, timeout_seconds=None)
 
 
@@ -220,4 +193,4 @@ def _parsed(reference: str) -> list[object]:
     """Return the parsed ``reference``, which a group's completions share."""
     from math_verify import parse
 
-    return parse(_BOX + reference + "}", parsing_timeout=None)
+    return parse(r"\boxed{" + reference + "}", parsing_timeout=None)

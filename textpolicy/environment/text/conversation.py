@@ -15,6 +15,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from ...errors import UserError
+from ...rewards.answer import opened_thought
 from ...rewards.contract import accepted_keywords
 from .pieces import text_decode
 
@@ -22,6 +23,7 @@ Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 Prompt = str | Sequence[Message]
 Schema = Mapping[str, Any]  # a tool, as {"type": "function", "function": {...}}
 
+LONGEST_MARK = 64  # tokens of the mark of a thought, each of them a byte
 TURN = "\u2042turn of the policy\u2042"  # stands for a turn in the template, so that the turn is never tokenised again
 
 
@@ -115,6 +117,11 @@ class ChatCodec:
         """Return a turn's text without its stop token, outer whitespace and (unless ``special``) special tokens."""
         written = tokens[:-1] if tokens and tokens[-1] in self.stop else tokens
         return (self.decode_all if special else self.decode)(written).strip() if written else ""
+
+    def thinking(self, tokens: Sequence[int]) -> dict[str, str]:
+        """Return {"thinking": the mark of a thought} for rewards, if the ``tokens`` before a turn end with one."""
+        mark = opened_thought(self.decode_all(list(tokens[-LONGEST_MARK:])))
+        return {"thinking": mark} if mark else {}
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Schema] = (), tokenize: bool = False) -> Any:
         assert self.template is not None

@@ -3,14 +3,19 @@
 import json
 import sys
 
+import numpy as np
+import pandas as pd
 import pytest
 from toy_run import metrics, quickly, settings
+from toy_tokenizers import Letters
 
 from textpolicy.cli.main import main
+from textpolicy.environment import env_from_rows
 from textpolicy.errors import UserError
 from textpolicy.rewards import Scorer
-from textpolicy.tasks import load_task, task_from_rows
+from textpolicy.tasks import Problem, load_task, task_from_rows
 from textpolicy.tasks.own import short_name
+from textpolicy.tasks.splits import question_key
 
 ROWS = [{"question": f"q{i}", "answer": i, "level": i % 3} for i in range(40)]
 
@@ -56,6 +61,11 @@ def leaky():
     from dataclasses import replace
     whole = task()
     return replace(whole, test=whole.train[:1])
+
+def spelt():
+    from dataclasses import replace
+    whole = task()
+    return replace(whole, test=(replace(whole.train[0], question=whole.train[0].question.lower() + "\\u00a0."),))
 """
 
 
@@ -74,8 +84,8 @@ def test_rows_are_split_once_and_for_all_and_reach_the_reward_whole():
     assert {p.question for p in (*task.test, *task.validation, *task.train)} == {r["question"] for r in ROWS}
     assert task.train == task_from_rows(ROWS, level).train
     third = next(p for p in (*task.test, *task.validation, *task.train) if p.question == "q3")
-    assert third.example == {"question": "q3", "answer": "3", "level": 0} | {"answer": 3}
-    assert third.answer == "3"
+    assert third.example == {"question": "q3", "answer": 3, "level": 0}
+    assert third.answer == 3
     assert task.prompt("q3") == [{"role": "user", "content": "q3"}]
 
 
@@ -86,8 +96,102 @@ def test_rows_of_a_file_with_columns_of_other_names(tmp_path):
     assert len(task.train) == 28
     assert task.train[0].answer == ""
     assert task.prompt("x") == [{"role": "system", "content": "x"}]
-    with pytest.raises(UserError, match=rf"row 1 of {path} has no 'question' but ask, level; name the column"):
+    with pytest.raises(UserError, match=rf"no column in row 1 of {path} called 'question'; choose one of ask, level"):
         task_from_rows(path, level)
+    with pytest.raises(UserError, match=rf"no column of answers in {path} called 'levels'; did you mean 'level'"):
+        task_from_rows(path, level, question="ask", answer="levels")
+
+
+def everything(task):
+    return [*task.train, *task.validation, *task.test]
+
+
+@pytest.mark.parametrize("cell", [None, float("nan"), np.float32("nan"), np.datetime64("NaT"), pd.NA, pd.NaT])
+def test_a_missing_cell_is_no_answer_and_no_question(cell):
+    task = task_from_rows([{**ROWS[0], "answer": cell}, *ROWS[1:]], level)
+    assert [p.example["answer"] for p in everything(task) if p.question == "q0"] == [""]
+    with pytest.raises(UserError, match=r"^row 2 of the rows has nothing in its column 'question'; fill it in"):
+        task_from_rows([ROWS[1], {**ROWS[0], "question": cell}, *ROWS], level)
+
+
+def test_the_named_columns_are_the_question_and_the_answer_whatever_others_are_called():
+    rows = [{"question": i, "answer": "a long way", "label": "easy", "ask": f"{i}?", "final": i % 2} for i in range(9)]
+    task = task_from_rows(rows, level, question="ask", answer="final")
+    for problem in everything(task):
+        row = rows[int(problem.question[:-1])]
+        assert problem.example == {**row, "question": row["ask"], "answer": row["final"], "row": row}
+    assert Problem("asked", "right", {"answer": "wrong", "question": "wrong"}).example == {
+        "question": "asked",
+        "answer": "right",
+    }
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_messages_in_a_column_are_asked_as_messages(kind):
+    chats = [[{"role": "system", "content": "Count."}, {"role": "user", "content": f"{i} + 1?"}] for i in range(9)]
+    task = task_from_rows([{"prompt": kind(chat), "answer": 1} for chat in chats], level, question="prompt")
+    asked = [task.prompt(p.question) for p in everything(task)]
+    assert sorted(asked, key=str) == sorted(chats, key=str)
+
+
+@pytest.mark.parametrize(
+    ("cell", "what"),
+    [
+        (b"2+2?", "holds a bytes"),
+        ({"text": "2+2?"}, "holds a dict"),
+        (["2+2?", "3+3?"], "holds a list"),
+        ({"2+2?"}, "holds a set"),
+        (True, "holds a bool"),
+        ([{"content": "2+2?"}], "holds a list"),
+        (pd.Timestamp(0), "holds a Timestamp"),
+        (np.array(["2+2?"]), "holds a list"),
+        (" \n", "has nothing"),
+        ([], "has nothing"),
+    ],
+)
+def test_what_is_no_text_and_no_messages_is_not_asked(cell, what):
+    rows = [*ROWS, {"question": cell}]
+    with pytest.raises(UserError, match=f"question.*row 41 of the rows {what}|row 41 of the rows {what}.*'question'"):
+        task_from_rows(rows, level)
+    with pytest.raises(UserError, match=what):
+        env_from_rows(rows, level, tokenizer=Letters(), prompt="question")
+
+
+SPELLINGS = [
+    "What  is\t{} caf\u00e9?\n",
+    "what is {} cafe\u0301",
+    "What is\u00a0{} caf\u00e9 ?",
+    "\ufeffWhat is {} caf\u00e9?!",
+    "\uff37\uff48\uff41\uff54 is {} caf\u00e9\uff1f",
+    "Wh\u200bat is {} caf\u00e9...",
+    "WHAT IS {} CAF\u00c9\u3002",
+]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_spellings_of_one_question_are_in_one_split(spelling):
+    rows = [{"question": text.format(i)} for text in ("What is {} caf\u00e9?", spelling) for i in range(30)]
+    task = task_from_rows(rows, level)
+    splits = [{question_key(p.question) for p in split} for split in (task.train, task.validation, task.test)]
+    assert [len(split) for split in splits] == [21, 3, 6]
+    assert len({key for split in splits for key in split}) == 30
+    assert len(everything(task)) == 60  # both spellings are kept
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("5\u00b2?", "52?"),
+        ("1\u00bd", "11/2"),
+        ("a + b", "a - b"),
+        ("()(", "())"),
+        ("f(x)'", "f(x)"),
+        ("?!", "?"),
+        ("12", "1 2"),
+    ],
+)
+def test_questions_that_differ_in_more_than_spelling_differ(one, other):
+    assert question_key(one) != question_key(other)
 
 
 def test_too_few_rows_are_refused():
@@ -118,6 +222,7 @@ def test_a_file_is_a_task_by_its_own_function_or_another(letters):
         ("my_task.py:other", r"other\(\) of my_task.py returned a str; return a textpolicy.tasks.Task"),
         ("my_task.py:broken", r"broken\(\) of my_task.py raised KeyError in line 15 \('x'\); fix it"),
         ("my_task.py:leaky", r"'Type \d+' is in two splits of the task of my_task.py; keep it in one"),
+        ("my_task.py:spelt", r"'type \d+.*' is in two splits of the task of my_task.py; keep it in one"),
         ("json.py", "the file json.py has the name of another module, json; rename it"),
         ("this.py", "the file this.py cannot be imported as 'this'; give it a name that no other module has"),
         ("wrong.py", r"wrong.py raised SyntaxError .*; fix it"),

@@ -596,8 +596,10 @@ def test_the_environment_goes_before_the_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "what"),
     [
-        ([{"problem": "1 + 1?"}], "row 1 of .* lacks a problem or its answer"),
-        ([{"answer": 2}], "row 1 of .* lacks a problem or its answer"),
+        ([{"problem": "1 + 1?"}], "row 1 of .* lacks an answer"),
+        ([{"problem": "1 + 1?", "answer": float("nan"), "solution": None}], "row 1 of .* lacks an answer"),
+        ([{"answer": 2}], "no column in row 1 of .* called 'question'"),
+        ([{"problem": None, "answer": 2}], "no column in row 1 of .* called 'question'"),
         ([{"problem": "1 + 1?", "answer": 2}], "different problems in .* is 1; give 3 or more"),
     ],
 )

@@ -190,7 +190,7 @@ def tasks(arguments: list[str]) -> int:
     if task.tools:
         print(f"tools: {', '.join(tool.__name__ for tool in task.tools)}")
     for n, problem in enumerate(task.train[: args.show], 1):
-        answer = f"whose answer is {problem.answer}" if problem.answer else "without an answer"
+        answer = f"whose answer is {problem.answer}" if problem.answer not in ("", None) else "without an answer"
         print(f"\n-- problem {n}, {answer}")
         for message in task.prompt(problem.question):
             print(f"{message['role']}: {message['content']}")

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-Message = Mapping[str, str]  # {"role": "user", "content": "What is 2 + 2?"}
+Message = Mapping[str, Any]  # {"role": "user", "content": "What is 2 + 2?"}
+Question = str | Sequence[Message]
 
 
 @dataclass(frozen=True)
 class Problem:
     """The question and the answer it is graded against."""
 
-    question: str
-    answer: str
+    question: Question
+    answer: Any  # a text, a number or whatever else the reward compares with; "" for none
     columns: Mapping[str, Any] = field(default_factory=dict)  # further entries of the example
 
     @property
     def example(self) -> dict[str, Any]:
-        """The example that the reward gets with the prompt."""
-        return {"question": self.question, "answer": self.answer, **self.columns}
+        """The example that the reward gets with the prompt; no column takes the place of the question or the answer."""
+        return {**self.columns, "question": self.question, "answer": self.answer}
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Task:
     train: tuple[Problem, ...]
     validation: tuple[Problem, ...]  # chooses the checkpoint that is kept
     test: tuple[Problem, ...]  # evaluates the run; nothing is chosen by it
-    prompt: Callable[[str], list[Message]]  # question -> chat messages
+    prompt: Callable[[Any], list[Message]]  # question -> chat messages
     reward: Callable[..., Any]  # (prompt, completion, example, **kwargs) -> number, dict or pair
     tools: tuple[Callable[..., Any], ...] = ()  # that may be called before the answer
     max_tokens: int | None = None  # of a completion, unless the run sets it; None is the run's default

@@ -3,19 +3,21 @@ r"""The task "math": problems answered in \boxed{}, from a hub data set if the h
 from __future__ import annotations
 
 import logging
+import numbers
 import random
 from collections.abc import Iterator
 from fractions import Fraction
 from math import comb, gcd, lcm
 from pathlib import Path
 
-from ..environment.rows import read_rows
+from ..environment.rows import missing, prompt_of, read_rows
+from ..environment.text.conversation import as_messages
 from ..errors import MissingDependencyError, UserError
 from ..rewards.correctness import math_accuracy_reward
 from ..rewards.math import extract_boxed
-from .base import Message, Problem, Task
+from .base import Message, Problem, Question, Task
 from .hub import hub_rows
-from .splits import Splits, distinct
+from .splits import Splits, distinct, question_key
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,8 @@ def hub_math_task() -> Task:
         kept += [Problem(question, answer) for question, answer in answers if answer]
     random.Random(_SPLIT_SEED).shuffle(problems["test"])
     random.Random(_SPLIT_SEED).shuffle(problems["train"])
-    train = problems["train"]
+    tested = {question_key(problem.question) for problem in problems["test"]}
+    train = list({key: p for p in problems["train"] if (key := question_key(p.question)) not in tested}.values())
     splits = Splits(tuple(train[VALIDATION:]), tuple(train[:VALIDATION]), tuple(problems["test"][:TEST]))
     return _task("math_hub", f"problems of {HUB}", splits)
 
@@ -63,15 +66,17 @@ def math_task_of(path: Path) -> Task:
     """
     problems = []
     for number, row in enumerate(read_rows(path), 1):
-        question, answer = row.get("problem", row.get("question")), row.get("answer")
-        if answer is None:
+        named = "question" if missing(row.get("problem")) else "problem"
+        question = prompt_of(row, named, number, str(path))
+        answer = row.get("answer")
+        if missing(answer) or answer == "":
             answer = extract_boxed(str(row.get("solution", "")))
-        if question is None or answer is None:
+        if answer is None:
             raise UserError(
-                f"row {number} of {path} lacks a problem or its answer; give columns problem and answer, or problem "
-                "and solution with the answer in \\boxed{}"
+                f"row {number} of {path} lacks an answer; give columns problem and answer, or problem and solution "
+                "with the answer in \\boxed{}"
             )
-        problems.append(Problem(str(question), str(answer)))
+        problems.append(Problem(question, str(answer) if isinstance(answer, numbers.Number) else answer))
     return _task("math_file", f"the problems of {path.name}", Splits.drawn(problems, str(path)))
 
 
@@ -89,9 +94,12 @@ def _task(name: str, summary: str, splits: Splits) -> Task:
     )
 
 
-def _ask(question: str) -> list[Message]:
+def _ask(question: Question) -> list[Message]:
     """Return the prompt of a question."""
-    return [{"role": "user", "content": f"{question}\nPut the final answer in \\boxed{{}}."}]
+    *before, last = as_messages(question)
+    content, how = last["content"], "Put the final answer in \\boxed{}."
+    asked = f"{content}\n{how}" if isinstance(content, str) else [*content, {"type": "text", "text": how}]
+    return [*before, {**last, "content": asked}]
 
 
 def _made_up() -> Iterator[Problem]:

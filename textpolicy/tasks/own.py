@@ -6,50 +6,52 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..environment.rows import read_rows
+from ..environment.rows import Rows, missing, prompt_of, rows_of
 from ..environment.text.conversation import as_messages
 from ..errors import UserError, unknown_name
 from ..rewards.contract import RewardFunction
 from .base import Message, Problem, Task
-from .splits import Splits
+from .splits import Splits, question_key
 
 DEFAULT = "task"  # the function, if the name is a file alone
+ANSWER = "answer"  # the column of answers, unless it is named
 
 
 def task_from_rows(
-    rows: str | Path | Iterable[Mapping[str, Any]],
+    rows: Rows,
     reward: RewardFunction,
     *,
     question: str = "question",
     answer: str = "answer",
-    prompt: Callable[[str], list[Message]] | None = None,
+    prompt: Callable[[Any], list[Message]] | None = None,
     name: str = "rows",
     max_tokens: int | None = None,
     tools: Sequence[Callable[..., Any]] = (),
 ) -> Task:
     """Return a task whose problems are ``rows``: mappings, or a .jsonl, .csv or .parquet file of them.
 
-    ``question`` and ``answer`` name columns; a missing answer is "". The reward gets the whole row as
-    ``example``. ``prompt`` turns a question into chat messages, by default a user's message with it alone. Of rows
-    with the same question the first is kept. A fifth of the problems, at most 200, is the test split and a tenth, at
-    most 100, the validation split, whatever the seed of a run. Raises UserError.
+    ``question`` names the column of questions, texts or lists of chat messages, and ``answer`` that of answers; a
+    missing cell (None, NaN) is the answer "". The reward gets the row as ``example``, in which "question" and "answer"
+    are the named columns; where the row has others of those names, example["row"] is the row as it was. ``prompt``
+    turns a question into chat messages, by default a text into a user's message. Of rows with the same question the
+    first is kept, and spellings of one question (``question_key``) are in one split. A fifth of the questions, at most
+    200, is the test split and a tenth, at most 100, the validation split, whatever the seed of a run. Raises UserError.
     """
     source = f"{rows}" if isinstance(rows, str | Path) else "the rows"
-    read = read_rows(rows) if isinstance(rows, str | Path) else list(rows)
+    read = rows_of(rows)
+    if answer != ANSWER and read and not any(answer in row for row in read):
+        raise unknown_name(f"column of answers in {source} called", answer, map(str, read[0]))
     problems = []
     for number, row in enumerate(read, 1):
-        if row.get(question) is None:
-            raise UserError(
-                f"row {number} of {source} has no {question!r} but {', '.join(map(str, row))}; name the column of "
-                "questions with question=..."
-            )
-        solution = "" if row.get(answer) is None else str(row[answer])
-        problems.append(Problem(str(row[question]), solution, dict(row)))
+        asked, solution = prompt_of(row, question, number, source), row.get(answer)
+        others = {"question": question, ANSWER: answer}
+        hidden = {"row": row} if any(k in row and k != column for k, column in others.items()) else {}
+        problems.append(Problem(asked, "" if missing(solution) else solution, {**hidden, **row}))
     splits = Splits.drawn(problems, source)
     return Task(
         name=name,
@@ -102,13 +104,13 @@ def own_task(path: Path, function: str) -> Task:
         raise UserError(f"{function}() of {path} raised {_described(error, path)}; fix it") from error
     if not isinstance(task, Task):
         raise UserError(f"{function}() of {path} returned a {type(task).__name__}; return a textpolicy.tasks.Task")
-    splits = {"train": task.train, "validation": task.validation, "test": task.test}
-    for name, problems in splits.items():
+    places: dict[str, str] = {}  # of the questions, in whatever spelling
+    for name, problems in {"train": task.train, "validation": task.validation, "test": task.test}.items():
         if not problems:
             raise UserError(f"the task of {path} has no problems in its {name} split; give it at least one")
-    train, validation, test = ({p.question for p in problems} for problems in splits.values())
-    if both := (train & validation) | (train & test) | (validation & test):
-        raise UserError(f"{min(both)[:80]!r} is in two splits of the task of {path}; keep it in one")
+        for problem in problems:
+            if places.setdefault(question_key(problem.question), name) != name:
+                raise UserError(f"{problem.question!r:.80} is in two splits of the task of {path}; keep it in one")
     return task
 
 

@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import random
+import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Self, TypeVar
 
 from ..errors import UserError
-from .base import Problem
+from .base import Problem, Question
 
 Made = TypeVar("Made")
 _TEST, _VALIDATION = 200, 100  # at most, of a user's problems
 _SEED = 2026
+_KEPT = ("<super>", "<sub>", "<fraction>")  # whose compatible character means another number: 5² is not 52
+_MARKS = " .,:;?!\u3002"
+_AS_TYPED = str.maketrans("\u2018\u2019\u201c\u201d\u2010\u2011\u2013\u2212", "''\"\"----")
+
+
+def question_key(question: Question) -> str:
+    """Return what is the same in two spellings of one question, by which it stays in one split.
+
+    Upper case is lower case; white space is one space, and none at the ends; invisible characters are none; characters
+    are composed (NFC) and of plain width (NFKC, except raised and lowered ones and fractions), quotes and dashes those
+    of a keyboard; and marks that end a sentence are left out at the end. Of messages the contents count.
+    """
+    text = question if isinstance(question, str) else "\n".join(str(message.get("content")) for message in question)
+    if not text.isascii():
+        plain = (
+            c if unicodedata.decomposition(c).startswith(_KEPT) else unicodedata.normalize("NFKC", c)
+            for c in text.translate(_AS_TYPED)
+            if unicodedata.category(c) != "Cf"
+        )
+        text = unicodedata.normalize("NFC", "".join(plain))
+    words = " ".join(text.casefold().split())
+    return words.rstrip(_MARKS) or words
 
 
 def distinct(made: Iterable[Made], key: Callable[[Made], Hashable], count: int, tries: int = 20) -> list[Made]:
@@ -44,16 +67,20 @@ class Splits:
     def drawn(cls, problems: Iterable[Problem], source: str) -> Self:
         """Draw a fifth, at most 200, for ``test`` and a tenth, at most 100, for ``validation``, always the same ones.
 
-        Of equal questions the first is kept. Raises UserError, naming the ``source``, for fewer than 3.
+        Of equal questions the first is kept, and those with one ``question_key`` are in one split and count as one.
+        Raises UserError, naming the ``source``, for fewer than 3.
         """
-        first: dict[str, Problem] = {}
+        alike: dict[str, dict[str, Problem]] = {}
         for problem in problems:
-            first.setdefault(problem.question, problem)
-        kept = list(first.values())
-        n = len(kept)
+            alike.setdefault(question_key(problem.question), {}).setdefault(str(problem.question), problem)
+        n = len(alike)
         if n < 3:
             raise UserError(
                 f"the number of different problems in {source} is {n}; give 3 or more, for training and evaluation"
             )
-        random.Random(_SEED).shuffle(kept)
-        return cls.cut(kept, min(_TEST, max(1, n // 5)), min(_VALIDATION, max(1, n // 10)))
+        keys = list(alike)
+        random.Random(_SEED).shuffle(keys)
+        test = min(_TEST, max(1, n // 5))
+        held_out = test + min(_VALIDATION, max(1, n // 10))
+        parts = keys[held_out:], keys[test:held_out], keys[:test]
+        return cls(*(tuple(problem for key in part for problem in alike[key].values()) for part in parts))

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models import (
+    deepseek_v32,
     falcon_h1,
     gemma2,
     gemma3_text,
@@ -93,6 +94,25 @@ ARCHITECTURES = {
             "mlp_only_layers": [],
             "partial_rotary_factor": 0.5,
             **EXPERTS,
+        },
+    ),
+    "deepseek_v32": (  # it reads and replaces the keys of its caches
+        deepseek_v32,
+        {
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 8,
+            "q_lora_rank": 8,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "index_head_dim": 16,
+            "index_n_heads": 2,
+            "index_topk": 64,
+            "n_routed_experts": 2,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
         },
     ),
     "mamba": (

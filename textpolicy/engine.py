@@ -9,9 +9,20 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from .errors import UserError
+from .errors import UserError, refuse_not_positive, refuse_outside
 from .losses import Surrogate
 from .types import Batch, Completion, Floats
+
+COOLEST = 1e-6  # the lowest temperature above 0: logits divided by less leave the range of float32
+_RANGES: dict[str, tuple[float, float, type]] = {  # of Sampling: lowest, highest, kind; all finite in float32
+    "max_tokens": (1, 2**31 - 1, int),
+    "temperature": (0, 1e30, float),
+    "top_p": (0, 1, float),
+    "repetition_penalty": (1e-6, 1e6, float),
+    "seed": (0, 2**63 - 1, int),
+    "top_k": (0, 2**31 - 1, int),
+    "min_p": (0, 1, float),
+}
 
 
 @dataclass(frozen=True)
@@ -31,18 +42,13 @@ class Sampling:
     min_p: float = 0.0  # keep tokens at least this likely compared with the likeliest
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise UserError(f"max_tokens is {self.max_tokens}; set it to 1 or more")
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}; set it to 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; set it above 0 and at most 1")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}; set it to 0 (all tokens) or more")
-        if not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p is {self.min_p}; set it between 0 and 1")
-        if self.repetition_penalty <= 0:
-            raise UserError(f"repetition_penalty is {self.repetition_penalty}; set it above 0 (1 is off)")
+        for name, (low, high, kind) in _RANGES.items():
+            value = getattr(self, name)
+            refuse_outside(name, value, low, high, whole=kind is int)
+            object.__setattr__(self, name, kind(value))  # a number of Python's, which no sum or file is surprised by
+        if 0 < self.temperature < COOLEST:
+            raise UserError(f"temperature is {self.temperature:g}; set it to 0 (greedy), or to {COOLEST} or more")
+        refuse_not_positive("top_p", self.top_p)
 
     @property
     def scored_temperature(self) -> float | None:
@@ -53,6 +59,22 @@ class Sampling:
     def reseeded(self, *place: int) -> Sampling:
         """Return the same settings with a seed derived from theirs and ``place``, such as a step or a later turn."""
         return replace(self, seed=int(np.random.SeedSequence([self.seed, *place]).generate_state(1)[0]))
+
+
+def stop_tokens(tokenizer: Any, *, needed: bool = True) -> frozenset[int]:
+    """Return the ids that end a completion, as the tokenizer of mlx-lm or of transformers gives them.
+
+    The tokenizer that ``load_model`` returns has all that the model's files name. Raises UserError if there are none
+    and they are ``needed``.
+    """
+    given = (getattr(tokenizer, name, None) for name in ("eos_token_ids", "eos_token_id"))
+    found = frozenset(i for ids in given if ids is not None for i in ([ids] if isinstance(ids, int) else ids))
+    if needed and not found:
+        raise UserError(
+            f"the tokenizer, a {type(tokenizer).__name__}, names no token that ends a completion; set its eos_token, "
+            "or give the engine stop="
+        )
+    return found
 
 
 class Engine(Protocol):

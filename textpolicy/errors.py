@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
 
 
 class TextPolicyError(Exception):
@@ -54,11 +56,17 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"there is no {what} {name!r}; {hint}choose one of {', '.join(known)}")
 
 
-def refuse_outside(name: str, value: float, low: float = 0, high: float = float("inf")) -> None:
-    """Raise UserError unless ``value`` is finite and low <= value <= high; the message names the setting."""
-    if not (low <= value <= high and abs(value) < float("inf")):
-        bounds = f"{low} or more" if high == float("inf") else f"a number from {low} to {high}"
-        raise UserError(f"{name} is {value}; set it to {bounds}")
+def refuse_outside(name: str, value: Any, low: float = 0, high: float = float("inf"), *, whole: bool = False) -> None:
+    """Raise UserError unless ``value`` is a finite number, ``whole`` if so asked, and low <= value <= high.
+
+    NumPy's numbers are numbers; text and True are none. The message names the setting.
+    """
+    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not (number and low <= value <= high and abs(value) < float("inf")):
+        kind = "a whole number" if whole else "a number"
+        bounds = f"{low} or more" if high == float("inf") else f"{kind} from {low} to {high}"
+        shown = repr(value) if isinstance(value, str) else f"{value!s:.60}"
+        raise UserError(f"{name} is {shown}; set it to {bounds}")
 
 
 def refuse_not_positive(name: str, value: float) -> None:

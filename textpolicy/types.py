@@ -77,17 +77,17 @@ class Episode:
     ) -> Self:
         """Join a prompt and turns, each with the reply (token ids) that follows it; the last turn has no reply."""
         zeros: NDArray[Any] = np.zeros(len(prompt))
-        tokens: list[Any] = [prompt]
+        tokens: list[Any] = [token_ids(prompt)]
         mask, logprobs, entropy = [zeros], [zeros], [zeros]
         for turn, reply in zip(turns, [*replies, ()], strict=True):
             zeros = np.zeros(len(reply))
-            tokens += [turn.tokens, reply]
+            tokens += [token_ids(turn.tokens), token_ids(reply)]
             mask += [np.ones(len(turn.tokens)), zeros]
             logprobs += [turn.logprobs, zeros]
             if turn.entropy is not None:
                 entropy += [turn.entropy, zeros]
         return cls(
-            tokens=np.concatenate(tokens).astype(np.int32),
+            tokens=np.concatenate(tokens),
             mask=np.concatenate(mask).astype(bool),
             logprobs=np.concatenate(logprobs).astype(np.float32),
             entropy=np.concatenate(entropy).astype(np.float32) if len(entropy) == len(logprobs) else None,
@@ -174,6 +174,23 @@ class Batch:
         return replace(self, **{name: fn(array) for name, array in arrays.items() if array is not None})
 
 
+def token_ids(ids: Any, vocabulary: int | None = None) -> NDArray[np.int32]:
+    """Return the ids of one text as (n,) int32. Raises UserError for anything but whole numbers from 0 on.
+
+    With a ``vocabulary``, the number of tokens that a model has, they must lie below it: an array read beyond its
+    end gives other memory, or ends the process.
+    """
+    found = np.asarray(ids)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        shown = " ".join(f"{ids!r:.60}".split())
+        raise UserError(f"{shown} is not a flat array of token ids; encode text first, with textpolicy.encode")
+    wrong = found[(found < 0) | (found >= (vocabulary or 2**31))]
+    if wrong.size:
+        owns = "ids start at 0" if vocabulary is None else f"the model has the ids 0 to {vocabulary - 1}"
+        raise UserError(f"there is no token {wrong[0]}, since {owns}; use the tokenizer that belongs to the model")
+    return found.astype(np.int32)
+
+
 def over_episode(row: Floats, episode: Episode) -> Floats:
     """Return a batch's row of log-probs of targets, (T,), as one float32 per token of ``episode``, 0 at the first."""
     return np.append(np.float32(0), row[: len(episode.tokens) - 1])
@@ -245,3 +262,4 @@ def refuse_untrainable(episodes: Sequence[Episode]) -> None:
             )
         if not np.isfinite(e.logprobs).all():
             raise UserError("an episode has log-probs that are not finite; check the policy that sampled it")
+        token_ids(e.tokens)

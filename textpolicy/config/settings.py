@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -18,6 +19,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from ..algorithms import algorithm
 from ..errors import UserError
@@ -50,10 +52,19 @@ def _without_password(address: str | None, info: ValidationInfo) -> str | None:
     return address
 
 
-PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=2**31 - 1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+def _no_switch(value: Any) -> Any:
+    """Return ``value``. Raises an error for true and false, which pydantic takes for 1 and 0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "input should be a number")
+    return value
+
+
+_Whole = Annotated[int, BeforeValidator(_no_switch)]
+_Real = Annotated[float, BeforeValidator(_no_switch)]
+PositiveInt = Annotated[_Whole, Field(ge=1, le=2**31 - 1)]
+NonNegativeInt = Annotated[_Whole, Field(ge=0, le=2**31 - 1)]
+NonNegative = Annotated[_Real, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[_Real, Field(gt=0, allow_inf_nan=False)]
 Address = Annotated[str | None, AfterValidator(_without_password)]
 
 
@@ -217,11 +228,11 @@ class RolloutSettings(Section):
 
     prompts_per_step: PositiveInt = 16
     """Number of distinct prompts in each step."""
-    group_size: Annotated[int, Field(ge=2)] = 8
+    group_size: Annotated[_Whole, Field(ge=2, le=2**31 - 1)] = 8
     """Completions of each prompt, at least 2: their mean reward is the baseline."""
     max_tokens: PositiveInt = 8
     """Maximum length of a completion, in tokens."""
-    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
+    temperature: Annotated[_Real, Field(gt=0, le=100)] = 1.0
     """Sampling temperature; the update scores completions at the same temperature."""
     max_turns: PositiveInt = 8
     """In tasks with tools: maximum number of the model's turns in an episode."""
@@ -384,7 +395,7 @@ class Config(Section):
     """Task to train on: largest, reasoning_gym:chain_sum, your own FILE.py:FUNCTION; `textpolicy tasks` lists them."""
     steps: PositiveInt = 64
     """Number of training steps."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[_Whole, Field(ge=0, lt=2**63)] = 0
     """Seed of the adapter's initial values, the order of problems and every sampled token."""
     output: Path | None = None
     """Folder of the run; an interrupted run in it is resumed. By default a new folder under runs/."""

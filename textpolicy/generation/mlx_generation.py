@@ -11,10 +11,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..engine import Sampling
-from ..errors import UserError, unknown_name
+from ..engine import Sampling, stop_tokens
+from ..errors import unknown_name
 from ..mlx.engine import MLXEngine
 from ..mlx.models import load_model as load_model
+from ..types import token_ids
 
 Output = tuple[mx.array, dict[str, Any]]  # ids (R,) int32 with the stop token; logprob, entropy and more
 
@@ -44,7 +45,7 @@ class Policy:
         learner can score that, and training refuses it. truncated: max_tokens ended it, not a stop token.
         ``deterministic`` always takes the most likely token.
         """
-        ids = [_token_ids(p).tolist() for p in prompts]
+        ids = [token_ids(p).tolist() for p in prompts]
         greedy = replace(self.sampling, temperature=0.0)
         sampling = greedy if deterministic else self.sampling.reseeded(next(self.draws))
         outputs: list[Output] = []
@@ -72,7 +73,7 @@ def create_policy(model: nn.Module, tokenizer: Any, generation_params: Mapping[s
     for key in params:
         if key not in known:
             raise unknown_name("generation parameter", key, known)
-    return Policy(MLXEngine(model, stop=tokenizer.eos_token_ids), Sampling(**{"max_tokens": 50, **params}))
+    return Policy(MLXEngine(model, stop=stop_tokens(tokenizer)), Sampling(**{"max_tokens": 50, **params}))
 
 
 def generate_tokens(
@@ -90,7 +91,7 @@ def generate_tokens(
     """
     seed = int(np.asarray(mx.random.randint(0, 2**31 - 1)))
     sampling = Sampling(max_tokens, temperature, top_p, repetition_penalty, seed)
-    policy = Policy(MLXEngine(model, stop=tokenizer.eos_token_ids), sampling)
+    policy = Policy(MLXEngine(model, stop=stop_tokens(tokenizer)), sampling)
     ids, extras = policy(prompt_tokens)
     return ids, {"logprob": extras["logprob"]}
 
@@ -102,17 +103,9 @@ def encode(tokenizer: Any, text: str) -> mx.array:
 
 def decode(tokenizer: Any, tokens: Any) -> str:
     """Return the text of an array of token ids, without special tokens and outer whitespace."""
-    return decode_token_ids(tokenizer, _token_ids(tokens).tolist())
+    return decode_token_ids(tokenizer, token_ids(tokens).tolist())
 
 
 def decode_token_ids(tokenizer: Any, token_ids: Sequence[int]) -> str:
     """Return the text of a list of token ids, without special tokens and outer whitespace."""
     return tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
-
-
-def _token_ids(tokens: Any) -> np.ndarray:
-    """Return the ids of one text, (n,) int32. Raises UserError for anything but a flat array of integers."""
-    ids = np.asarray(tokens)
-    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        raise UserError(f"{tokens!r} is not a flat array of token ids; encode text first, with textpolicy.encode")
-    return ids.astype(np.int32)

@@ -16,9 +16,9 @@ import numpy as np
 from mlx.utils import tree_map
 
 from ..engine import Sampling
-from ..errors import NotFiniteError, UserError
+from ..errors import NotFiniteError, UserError, refuse_outside
 from ..losses import Surrogate, correction_weights, denominator, importance_ratio, kl_estimate, policy_objective
-from ..types import Batch, Completion
+from ..types import Batch, Completion, token_ids
 from .adapters.merging import adapters_off, save_adapter, trainable
 from .blas import blas_threads
 from .decode.compiled_steps import Steps
@@ -26,6 +26,7 @@ from .decode.decoder import decode
 from .decode.folded_weights import copies, folded
 from .kernels import cuda, exponentials
 from .kernels.patching import patched
+from .read.bounds import Bounds
 from .score.micro_batches import Gradients, Objective, logprobs_of, micro_batches
 from .state import read_arrays, restore_training_state, training_state, write_arrays
 
@@ -58,8 +59,10 @@ class MLXEngine:
         if checkpoint_every < 0:
             raise UserError(f"checkpoint_every is {checkpoint_every}; set it to 0 (keep all activations) or more")
         compiled = mx.default_device() == mx.gpu if compile == "auto" else compile
-        self.model = model
-        self.stop = np.array(sorted(stop), np.int32)
+        if not isinstance(model, nn.Module):
+            raise UserError(f"the model is a {type(model).__name__} and no model of mlx; load one with load_model")
+        self.model, self.bounds = model, Bounds.of(model)
+        self.stop = token_ids(sorted(stop))
         self.optimizer = optimizer or optim.AdamW(0.0, weight_decay=weight_decay, bias_correction=True)
         self.max_grad_norm = max_grad_norm
         self.micro_batch_tokens, self.decode_rows = micro_batch_tokens, decode_rows
@@ -73,11 +76,14 @@ class MLXEngine:
 
     def sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> list[list[Completion]]:
         """Return ``n`` completions for every prompt (token ids), in prompt order; each prompt is read once."""
+        refuse_outside("n", n, 1, whole=True)
         if any(len(p) == 0 for p in prompts):
             raise UserError("a prompt is empty; give every prompt at least one token")
         if not prompts:
             return []
-        rows = [np.asarray(p, np.int32) for p in prompts for _ in range(n)]
+        read = [token_ids(p, self.bounds.vocabulary) for p in prompts]
+        self.bounds.refuse_beyond(max(map(len, read)) + sampling.max_tokens, "a prompt with its completion")
+        rows = [p for p in read for _ in range(n)]
         with patched(self.model, exponentials.patches()):
             model = folded(self.model, min(len(rows), self.decode_rows)) if self.copies else self.model
             if self._steps is None and cuda.is_default():
@@ -87,6 +93,7 @@ class MLXEngine:
 
     def gradients(self, batch: Batch, objective: Objective) -> tuple[dict[str, float], Any]:
         """Return summed loss statistics and gradients of ``objective`` over micro-batches of ``batch``."""
+        self.bounds.check(batch)
         totals: dict[str, float] = {}
         grads = None
         for _, layout in micro_batches(batch, self.micro_batch_tokens):
@@ -104,6 +111,7 @@ class MLXEngine:
 
         They are those of the model as it is, or of the frozen ``reference``: the same weights with adapters off.
         """
+        self.bounds.check(batch)
         with adapters_off(self.model) if reference else nullcontext(), patched(self.model, _patches()):
             return logprobs_of(self.model, batch, self.micro_batch_tokens)
 

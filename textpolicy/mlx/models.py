@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
-import json
 import logging
 import re
 import shutil
@@ -24,8 +23,20 @@ from ..errors import MissingDependencyError, UserError
 from .adapters.saving import load_adapter, read_adapter
 from .files.gguf import convert
 from .files.safetensors import check_safetensors
+from .files.tokenizer import read_json, stop_ids
+from .read.bounds import Bounds
 
 CONVERTER_VERSION = 1  # raise it when convert() changes its output, so that cached folders are made again
+
+_CONTEXT = (  # the names that families give the length of their context, in tokens
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_sequence_length",
+    "seq_length",
+    "max_context_length",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -160,27 +171,16 @@ def _check_folder(path: Path) -> Path:
         raise UserError(f"{path} has no config.json; give the folder of a Hugging Face or MLX model")
     if not any(path.glob("model*.safetensors")):
         raise UserError(f"{path} has no model*.safetensors; download the weights or convert them first")
-    _read_config(path)
+    read_json(config)
     return path
 
 
 def context_length(name: str | Path) -> int | None:
     """Return the number of tokens that the model called ``name`` supports, if its config.json states it."""
-    config = _read_config(find_model(name))
+    config = read_json(find_model(name) / "config.json")
     text = config.get("text_config", config)
-    length = text.get("max_position_embeddings") if isinstance(text, dict) else None
-    return length if isinstance(length, int) and length > 0 else None
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({_first_line(error)}); download it again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} contains a {type(config).__name__}, not a table of settings; download it again")
-    return config
+    lengths = [text.get(name) for name in _CONTEXT] if isinstance(text, dict) else []
+    return next((n for n in lengths if isinstance(n, int) and n > 0), None)
 
 
 def _load_folder(folder: Path, tokenizer_config: dict[str, Any] | None) -> tuple[nn.Module, Any]:
@@ -188,16 +188,23 @@ def _load_folder(folder: Path, tokenizer_config: dict[str, Any] | None) -> tuple
 
     # weights that are not as long as they claim, or a config of more layers than tensors, would take all memory
     count = sum(check_safetensors(file, "download it again") for file in sorted(folder.glob("model*.safetensors")))
-    layers = _read_config(folder).get("num_hidden_layers", 0)
+    layers = read_json(folder / "config.json").get("num_hidden_layers", 0)
     if not isinstance(layers, int) or layers > count:
         raise UserError(f"{folder} promises {layers!r:.40} layers with {count} tensors; download it again")
     try:
-        loaded: Any = mlx_lm.load(str(folder), tokenizer_config=tokenizer_config, lazy=True)
+        model, tokenizer = mlx_lm.load(str(folder), tokenizer_config=tokenizer_config, lazy=True)  # type: ignore[misc]
     except Exception as error:  # a bad folder makes it raise errors of any kind
         raise UserError(
             f"mlx-lm cannot load {folder} ({_first_line(error)}); check its config.json and weights"
         ) from error
-    return loaded
+    tokenizer.eos_token_ids = stop_ids(folder, tokenizer)
+    known = Bounds.of(model).vocabulary
+    if known is not None and len(tokenizer) > known:
+        logger.warning(
+            "the tokenizer in %s has %d tokens and the model %d; text that needs the last ones is refused",
+            folder, len(tokenizer), known,
+        )  # fmt: skip
+    return model, tokenizer
 
 
 def _first_line(error: Exception) -> str:

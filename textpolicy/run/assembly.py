@@ -17,7 +17,7 @@ from ..algorithms import Algorithm
 from ..algorithms.sepa import SEPAController
 from ..config.recipe import configure
 from ..config.settings import CheckpointSettings, Config, EvaluationSettings, RolloutSettings
-from ..engine import ResumableEngine, Sampling
+from ..engine import ResumableEngine, Sampling, stop_tokens
 from ..environment.multi_turn import ToolEnv
 from ..environment.single_turn import TextGenerationEnv
 from ..errors import UserError
@@ -126,7 +126,7 @@ def build_engine(config: Config, recipe: Algorithm | None = None) -> tuple[Any, 
     attach(model, adapter, config.seed)
     engine = MLXEngine(
         model,
-        stop=tokenizer.eos_token_ids,
+        stop=stop_tokens(tokenizer),
         weight_decay=config.optimizer.weight_decay,
         max_grad_norm=config.optimizer.max_grad_norm,
         micro_batch_tokens=config.machine.micro_batch_tokens,

@@ -10,7 +10,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from ..config.settings import Config, PositiveInt, Section, check_config
-from ..engine import Sampling
+from ..engine import Sampling, stop_tokens
 from ..environment.single_turn import TextGenerationEnv
 from ..errors import UserError
 from ..loop.evaluation import evaluate as evaluate_engine
@@ -179,4 +179,4 @@ def load(source: Source) -> Loaded:
     if source.threads:
         set_blas_threads(source.threads)
     model, tokenizer = load_model(config.model if config else str(source.model), adapter)
-    return Loaded(MLXEngine(model, stop=tokenizer.eos_token_ids), tokenizer, config)
+    return Loaded(MLXEngine(model, stop=stop_tokens(tokenizer)), tokenizer, config)

@@ -174,6 +174,7 @@ class Trainer:
             if transform is not None:
                 advantages = transformed(transform, advantages, batch)
             tokens = FlatTokens.of(episodes, advantages)
+            self._engine.bounds.check(tokens.batch)
         if advantages.any():
             with clock("gradients"):
                 loss, grads = self._passes.gradients(tokens, self._loss)

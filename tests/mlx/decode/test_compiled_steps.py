@@ -8,6 +8,7 @@ from adapter_kinds import ADAPTERS
 from adapter_kinds import adapted as adapter_of_kind
 from architectures import adapted, decoding_error
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import ArraysCache, KVCache
 from test_decoder import PROMPTS, STOP
 from test_decoder import assert_same as assert_close
 
@@ -99,6 +100,13 @@ def test_fully_trained_weights_are_read_again(tiny_engine):
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_every_kind_of_adapter_gives_the_completions_of_the_plain_loop(kind):
     assert_same(*both(adapter_of_kind(kind), Sampling(max_tokens=12, seed=3), 5, share=True))
+
+
+def test_a_model_that_leaves_a_running_state_unused_takes_the_plain_loop(monkeypatch):
+    model = adapted("lfm2")
+    caches = [KVCache if layer.is_attention_layer else lambda: ArraysCache(size=2) for layer in model.layers]
+    monkeypatch.setattr(type(model), "make_cache", lambda self: [make() for make in caches])
+    assert decoding_error(model, 4, Steps(model, compiled=True, share=False)) < 1e-4
 
 
 def test_layers_of_a_quantised_base_are_fused():

@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from ...engine import stop_tokens
 from ...errors import UserError
 from ...rewards.answer import opened_thought
 from ...rewards.contract import accepted_keywords
@@ -45,14 +46,13 @@ class ChatCodec:
         declared = getattr(tokenizer, "has_chat_template", getattr(tokenizer, "chat_template", True))
         keywords = accepted_keywords(tokenizer.encode)
         special = keywords is None or "add_special_tokens" in keywords
-        stop = (getattr(tokenizer, "eos_token_id", None), getattr(tokenizer, "eos_token_ids", None))
         return cls(
             encode_text=tokenizer.encode,
             encode_more=partial(tokenizer.encode, add_special_tokens=False) if special else tokenizer.encode,
             template=getattr(tokenizer, "apply_chat_template", None) if declared else None,
             decode=text_decode(tokenizer),
             decode_all=text_decode(tokenizer, special=True),
-            stop=frozenset(t for ids in stop if ids is not None for t in ([ids] if isinstance(ids, int) else ids)),
+            stop=stop_tokens(tokenizer, needed=False),
         )
 
     def encode(self, prompt: Prompt, chat: bool | None, tools: Sequence[Schema] = ()) -> Sequence[int]:

@@ -271,6 +271,24 @@ class _Slots:
     fresh: Arrays = field(default_factory=list)  # the arriving keys and values
     fetched: Arrays = field(default_factory=list)
 
+    @property
+    def keys(self) -> mx.array:
+        """The layer's own keys, which some models (DeepSeek V3.2) read and replace after ``update_and_fetch``."""
+        return self.written[0]
+
+    @keys.setter
+    def keys(self, keys: mx.array) -> None:
+        self.written[0] = keys
+
+    @property
+    def values(self) -> mx.array:
+        """The layer's own values."""
+        return self.written[1]
+
+    @values.setter
+    def values(self, values: mx.array) -> None:
+        self.written[1] = values
+
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         seen, window = self.now.seen, window_size or self.window
         if window is not None:

@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ...engine import Sampling
+from ...errors import NotFiniteError
 from ...types import Completion
 from ..read.context import Context, PromptTree
 from ..read.sizes import size_up
@@ -170,9 +171,11 @@ class _Decoder:
             self.random[row] = uniforms(self.sampling.seed, int(row), self.sampling.max_tokens)
         tree = PromptTree.build([self.prompts[row] for row in rows.tolist()])
         new: Any
-        if self.steps is not None:
-            new = StaticRows.begin(self.steps.read(tree), tree, rows, self.steps.share)
+        read = None if self.steps is None else self.steps.read(tree)
+        if self.steps is not None and read is not None and read.complete:
+            new = StaticRows.begin(read, tree, rows, self.steps.share)
         else:
+            self.steps = None  # compiled steps take arrays alone
             sources, reads, state = _distinct(tree.parents, tree.last)
             context = tree.read(self.model, spare=min(_SPARE, self.sampling.max_tokens)).fork(sources)
             new = ActiveRows(context, rows, state, mx.array(reads))
@@ -249,6 +252,12 @@ class _Decoder:
         tokens, logprobs, entropy = (np.array(a) for a in drawn)
         live = self.running(rows)
         who, column = rows[live], self.lengths[rows[live]]
+        if not np.isfinite(logprobs[live]).all():
+            i = int(who[~np.isfinite(logprobs[live])][0])
+            raise NotFiniteError(
+                f"the logits of the model are not finite after {len(self.prompts[i]) + self.lengths[i]} tokens; "
+                "check its weights, or load it in float32"
+            )
         self.tokens[who, column] = tokens[live]
         self.logprobs[who, column] = logprobs[live]
         self.entropy[who, column] = entropy[live]

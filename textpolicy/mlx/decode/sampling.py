@@ -67,13 +67,12 @@ def draw(
     if keep is not None:  # -inf on the tokens that may not be drawn
         if 0 < keep.top_k < logits.shape[-1]:
             kth = mx.topk(logits, keep.top_k, axis=-1).min(axis=-1, keepdims=True)
-            logits = mx.where(logits >= kth, logits, -mx.inf)
+            logits = _likeliest(logits, kth, keep.top_k)
         if keep.top_p < 1:
-            order = mx.argsort(-logits, axis=-1)
-            sorted_mass = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1)
-            before = mx.cumsum(sorted_mass, axis=-1) - sorted_mass
-            kept = mx.put_along_axis(mx.zeros(logits.shape, mx.bool_), order, before < keep.top_p, axis=-1)
-            logits = mx.where(kept, logits, -mx.inf)
+            ordered = -mx.sort(-logits, axis=-1)
+            mass = mx.softmax(ordered, axis=-1)
+            count = mx.maximum((mx.cumsum(mass, axis=-1) - mass < keep.top_p).sum(axis=-1, keepdims=True), 1)
+            logits = _likeliest(logits, mx.take_along_axis(ordered, count - 1, axis=-1), count)
         if keep.min_p > 0:
             logits = mx.where(logits >= logits.max(axis=-1, keepdims=True) + math.log(keep.min_p), logits, -mx.inf)
     shifted = logits - logits.max(axis=-1, keepdims=True)
@@ -95,6 +94,16 @@ def draw(
         within = mx.where(passed.any(axis=-1), mx.argmax(passed, axis=-1), mx.argmax(inside, axis=-1))
         tokens = block[:, 0] * _BLOCK + within
     return Draw(tokens.astype(mx.int32), shifted[state, tokens] - log_total[state], (log_total - mean)[state])
+
+
+def _likeliest(logits: mx.array, last: mx.array, count: mx.array | int) -> mx.array:
+    """Return (R, V) ``logits`` with -inf on all but the ``count`` largest; of equal ones the first count, as in argmax.
+
+    ``last`` (R, 1) is the smallest that is kept.
+    """
+    above, tied = logits > last, logits == last
+    room = count - above.sum(axis=-1, keepdims=True)
+    return mx.where(above | (tied & (mx.cumsum(tied.astype(mx.int32), axis=-1) <= room)), logits, -mx.inf)
 
 
 def uniforms(seed: int, row: int, count: int) -> np.ndarray:

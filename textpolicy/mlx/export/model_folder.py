@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..adapters.attach import attached, wrapped
 from ..adapters.merging import merge_adapters
 from ..files.safetensors import save_arrays
+from ..files.tokenizer import read_json, stop_ids
 from .files import DTYPES, check_layout, read_config, write_json, written_whole
 
 BITS = {"q4": 4, "q8": 8}  # bits of MLX's affine quantization
@@ -64,10 +65,7 @@ def export_folder(
     with written_whole(out) as folder:
         folder.mkdir()
         _copy_companions(base, folder)
-        path = folder / "generation_config.json"
-        if not path.exists():
-            tokens = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            write_json({key: value for key, value in tokens.items() if value is not None}, path)
+        _keep_stop_tokens(base, folder, config)
         config = _plain_config(config, model, dtype)
         if bits:
             from mlx_lm.utils import quantize_model
@@ -118,6 +116,20 @@ def _copy_companions(base: Path, folder: Path) -> None:
         tokenizer = json.loads(path.read_text(encoding="utf-8"))
         if tokenizer.get("tokenizer_class") == "TokenizersBackend":  # only transformers 5 has this class
             write_json(tokenizer | {"tokenizer_class": "PreTrainedTokenizerFast"}, path)
+
+
+def _keep_stop_tokens(base: Path, folder: Path, config: dict[str, Any]) -> None:
+    """Write generation_config.json with every token that ends a completion, unless the base's has them all."""
+    from mlx_lm.utils import load_tokenizer
+
+    path, names = folder / "generation_config.json", ("bos_token_id", "eos_token_id", "pad_token_id")
+    values = (
+        read_json(path) if path.exists() else {name: config[name] for name in names if config.get(name) is not None}
+    )
+    stop, given = stop_ids(base, load_tokenizer(base)), values.get("eos_token_id")
+    if stop and sorted(given if isinstance(given, list) else [given]) != stop:
+        values["eos_token_id"] = stop if len(stop) > 1 else stop[0]
+    write_json(values, path)
 
 
 def _write_weights(model: nn.Module, folder: Path, kind: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from ...engine import stop_tokens
 from ...errors import UserError
 
 CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
@@ -94,6 +97,52 @@ def build_tokenizer(data: TokenizerData) -> Tokenizer:
     ]
     tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in added])
     return tokenizer
+
+
+def stop_ids(folder: Path, tokenizer: Any) -> list[int]:
+    """Return every id that ends a completion of the model in ``folder``, in order.
+
+    They are the eos_token_id of config.json and generation_config.json, the tokenizer's own, and the token that its
+    chat template writes after a turn of the assistant. Raises UserError for an eos_token_id that is no id.
+    """
+    found = set(stop_tokens(tokenizer, needed=False))
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        values = read_json(path) if path.is_file() else {}
+        for table in (values, values.get("text_config") or {}):
+            given = table.get("eos_token_id")
+            ids = given if isinstance(given, list) else [] if given is None else [given]
+            if not all(type(i) is int and i >= 0 for i in ids):
+                raise UserError(f"{path} has {given!r:.60} for eos_token_id; set it to a token id, or a list of them")
+            found |= set(ids)
+    return sorted(found | _end_of_turn(tokenizer))
+
+
+def _end_of_turn(tokenizer: Any) -> set[int]:
+    """Return the special token that the chat template writes right after what the assistant says, if it writes one."""
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        return set()
+    turn = "\u2042turn\u2042"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": turn}]
+    try:
+        written = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (TemplateError, TypeError, ValueError, KeyError):  # a template of another kind of conversation
+        return set()
+    after = written.partition(turn)[2].lstrip()
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {special[max(first, key=len)]} if (first := [t for t in special if t and after.startswith(t)]) else set()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the table in a JSON file. Raises UserError if it holds none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({' '.join(str(error).split())}); download it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} contains a {type(values).__name__}, not a table of settings; download it again")
+    return values
 
 
 def save_tokenizer(data: TokenizerData, folder: Path, max_length: int) -> None:

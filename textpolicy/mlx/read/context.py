@@ -71,6 +71,11 @@ class Context:
         """Return whether a layer keeps a running state, which a token of padding would change for good."""
         return any(isinstance(layer, State) for layer in members(self.layers))
 
+    @property
+    def complete(self) -> bool:
+        """Return whether what has been read filled every running state; a model may leave one unused."""
+        return all(s is not None for layer in members(self.layers) if isinstance(layer, State) for s in layer.cache)
+
     def read(self, model: Callable[..., mx.array], tokens: mx.array, lengths: mx.array | None = None) -> mx.array:
         """Run (B, N) ``tokens`` after the text so far; return logits (B, N, V), evaluated only if used.
 

@@ -29,7 +29,7 @@ class Bounds:
         The table of positions is asked for 0, 1, 2. From now on it gives its last row for positions beyond its end,
         where batches have padding.
         """
-        asked: list[tuple[Any, list[int]]] = []
+        asked: list[tuple[Any, Any]] = []  # each with the indices, flat
 
         def call(table: nn.Module, indices: mx.array) -> mx.array:
             asked.append((table, indices.reshape(-1).tolist()))
@@ -66,7 +66,7 @@ class Bounds:
 
 
 @cache
-def _clamped(kind: type[nn.Module]) -> type[nn.Module]:
+def _clamped(kind: Any) -> type:
     """Return a subclass of the embedding ``kind`` that gives its last row for indices beyond its end."""
     call: Callable[..., mx.array] = kind.__call__
 

@@ -45,9 +45,11 @@ class Bounds:
             next((table.weight.shape[0] for table, indices in asked if indices == wanted), None)
             for wanted in ([2, 0, 1], [0, 1, 2])
         )
+        kind: Any
         for table, indices in asked:
-            if indices == [0, 1, 2] and not type(table).__name__.startswith("Clamped"):
-                table.__class__ = _clamped(type(table))
+            kind = type(table)
+            if indices == [0, 1, 2] and not kind.__name__.startswith("Clamped"):
+                table.__class__ = _clamped(kind)
         return cls(vocabulary, positions)
 
     def refuse_beyond(self, count: int, what: str) -> None:

@@ -17,16 +17,33 @@ SPECIAL = {
 MERGED = ["he", "ll", "hell", "hello", "th", "the", "us", "er", "user", "an", "ans", "wer", "answer", "im", "12", "124"]
 
 
-def chat_tokenizer(family):
+DEEPSEEK = [f"tool▁{part}" for part in ("calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep", "output▁begin")]
+TOOL_SPECIAL = {  # of the families whose templates write tools, each in a grammar of its own
+    "qwen3": ["<|im_start|>", "<|im_end|>"],
+    "qwen3_coder": ["<|im_start|>", "<|im_end|>"],
+    "glm": ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"],
+    "mistral": ["<s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "</s>"],
+    "mistral_args": ["<s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[ARGS]", "[TOOL_RESULTS]", "</s>"],
+    "llama3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>", "<|eot_id|>"],
+    "deepseek_r1": [
+        f"<\uff5c{w}\uff5c>" for w in ("User", "Assistant", *DEEPSEEK, "tool▁outputs▁begin", "end▁of▁sentence")
+    ],
+    "deepseek_v31": [f"<\uff5c{w}\uff5c>" for w in ("User", "Assistant", *DEEPSEEK, "end▁of▁sentence")],
+    "gpt_oss": ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|return|>", "<|call|>"],
+    "lfm2": ["<|tool_call_start|>", "<|tool_call_end|>", "<|im_start|>", "<|im_end|>"],
+}
+
+
+def chat_tokenizer(family, tools=False):
     """Bytes, a few merged words, the family's special tokens; the last of these ends a turn."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [split for word in MERGED if (split := _split(word, {*letters, *MERGED}))]
-    words = [*SPECIAL[family], *letters, *(a + b for a, b in merges)]
+    special = (TOOL_SPECIAL if tools else SPECIAL)[family]
+    words = [*special, *letters, *(a + b for a, b in merges)]
     core = Tokenizer(models.BPE({w: i for i, w in enumerate(dict.fromkeys(words))}, merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    template = (TEMPLATES / f"{family}.jinja").read_text()
-    special = SPECIAL[family]
+    template = (TEMPLATES / ("tools" if tools else "") / f"{family}.jinja").read_text()
     return PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token=special[-1], additional_special_tokens=special[:-1], chat_template=template
     )

@@ -1,8 +1,10 @@
 """Tools: their schemas, the calls in what a policy writes, and an episode that uses them."""
 
+import asyncio
 import json
 import sys
 import time
+from functools import lru_cache, partial, wraps
 from typing import Annotated, Literal
 
 import pytest
@@ -38,8 +40,9 @@ def answered(prompt, completion, example, **kwargs):
     return float(completion == "answer"), completion == "answer"
 
 
-def call(name, **arguments):
-    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+def call(name, family="chatml", **arguments):
+    written = json.dumps({"name": name, "arguments": arguments})
+    return written if family == "llama3" else f"<tool_call>{written}</tool_call>"
 
 
 def play(tokenizer, *texts, tools=(add, shout), **settings):
@@ -101,6 +104,182 @@ def takes_a_function(fn: type(lambda: 0)):
     """Call it."""
 
 
+class Point:
+    """A point."""
+
+
+class Adder:
+    """Add to what was there."""
+
+    total = 0
+
+    def __call__(self, a: int) -> int:
+        self.total += a
+        return self.total
+
+    def add(self, a: int) -> int:
+        """Add without changing anything."""
+        return self.total + a
+
+    async def later(self, a: int) -> int:
+        """Add later."""
+        await asyncio.sleep(0)
+        return self.total + a
+
+    @staticmethod
+    def double(a: int) -> int:
+        """Double it."""
+        return 2 * a
+
+
+def search(place: str, *, key: str, n: int = 3) -> str:
+    """Search."""
+    return f"{place} {key} {n}"
+
+
+async def fetch(url: str) -> "NotFound":  # noqa: F821
+    """Fetch a page."""
+    await asyncio.sleep(0.001)
+    if url == "nowhere":
+        raise OSError("no such page")
+    return {"page": url}
+
+
+def fetches(url: str):
+    """Fetch it later."""
+    return fetch(url)
+
+
+async def waits():
+    """Wait."""
+    await asyncio.sleep(60)
+
+
+def counts(n: int):
+    """Count."""
+    yield from range(n)
+
+
+def speaks(n: int):
+    """Say it word by word."""
+    for i in range(n):
+        yield f"{i} "
+    if n > 2:
+        raise ValueError("too much")
+
+
+async def counts_later(n: int):
+    """Count one by one."""
+    for i in range(n):
+        yield i
+
+
+def endless():
+    """Go on and on."""
+    while True:
+        yield 1
+
+
+async def endless_later():
+    """Go on and on."""
+    while True:
+        yield 1
+
+
+@lru_cache
+def cached(a: int) -> int:
+    """Remember."""
+    return a
+
+
+@wraps(cached)
+def wrapped(*args, **kwargs):
+    return f"<{cached(*args, **kwargs)}>"
+
+
+def odd_things():
+    """Return things that JSON has no word for."""
+    return {"set": {"b", "a", "c"}, "map": map(str, [1]), "point": Point(), "none": None}
+
+
+def fails():
+    """Fail with an object."""
+    raise ValueError(Point())
+
+
+def options(a: int, **more: int):
+    """Set options."""
+    return sorted(more.items())
+
+
+@pytest.mark.parametrize(
+    ("fn", "name", "parameters", "arguments", "result"),
+    [
+        (Adder(), "Adder", ["a"], {"a": 1}, "1"),
+        (Adder().add, "add", ["a"], {"a": "1"}, "1"),
+        (Adder().later, "later", ["a"], {"a": 1}, "1"),
+        (Adder.double, "double", ["a"], {"a": 1}, "2"),
+        (partial(search, key="secret"), "search", ["place", "n"], {"place": "Rome"}, "Rome secret 3"),
+        (partial(search, "Rome", key="secret"), "search", ["n"], {"n": 1}, "Rome secret 1"),
+        (partial(Adder(), a=3), "Adder", [], {}, "3"),
+        (fetch, "fetch", ["url"], {"url": "u"}, '{"page": "u"}'),
+        (fetch, "fetch", ["url"], {"url": "nowhere"}, "Error: fetch raised OSError: no such page"),
+        (fetches, "fetches", ["url"], {"url": "u"}, '{"page": "u"}'),
+        (partial(fetch, url="u"), "fetch", [], {}, '{"page": "u"}'),
+        (counts, "counts", ["n"], {"n": 3}, "[0, 1, 2]"),
+        (counts, "counts", ["n"], {"n": 0}, "[]"),
+        (speaks, "speaks", ["n"], {"n": 2}, "0 1 "),
+        (speaks, "speaks", ["n"], {"n": 3}, "Error: speaks raised ValueError: too much"),
+        (counts_later, "counts_later", ["n"], {"n": 2}, "[0, 1]"),
+        (cached, "cached", ["a"], {"a": 1}, "1"),
+        (wrapped, "cached", ["a"], {"a": 1}, "<1>"),
+        (options, "options", ["a"], {"a": 1, "b": 2}, '[["b", 2]]'),
+        (
+            odd_things,
+            "odd_things",
+            [],
+            {},
+            '{"set": ["a", "b", "c"], "map": ["1"], "point": "<test_tools.Point object>", "none": null}',
+        ),
+        (fails, "fails", [], {}, "Error: fails raised ValueError: <test_tools.Point object>"),
+    ],
+)
+def test_whatever_can_be_called_with_typed_keywords_is_a_tool(fn, name, parameters, arguments, result):
+    tool = Tool.of(fn)
+    assert (tool.name, [*tool.schema["function"]["parameters"].get("properties", {})]) == (name, parameters)
+    assert tool.run(arguments, 5.0) == result
+
+
+def test_what_an_object_that_can_be_called_is_for_is_said_by_its_class():
+    assert Tool.of(Adder()).schema["function"]["description"] == "Add to what was there."
+
+
+def test_what_a_partial_has_been_given_is_hidden_from_the_model():
+    tool = Tool.of(partial(search, key="secret"))
+    assert "secret" not in json.dumps(tool.schema)
+    assert tool.run({"place": "Rome", "key": "other"}, 5.0).endswith("key: Unexpected keyword argument")
+
+
+def test_what_is_awaited_has_the_time_limit_too_and_what_has_no_end_is_cut():
+    started = time.perf_counter()
+    assert Tool.of(waits).run({}, 0.1) == "Error: waits took longer than 0.1 s and was given up"
+    for tool in (endless, endless_later):
+        assert Tool.of(tool).run({}, 5.0).startswith("[1, 1, 1")
+    assert time.perf_counter() - started < 3
+
+
+def takes_anything(**options):
+    """Set options."""
+
+
+def by_place(a: int, /):
+    """Add one."""
+
+
+def of_a_type_nobody_knows(a: "Nowhere"):  # noqa: F821
+    """Go there."""
+
+
 @pytest.mark.parametrize(
     ("fn", "sentence"),
     [
@@ -108,6 +287,14 @@ def takes_a_function(fn: type(lambda: 0)):
         (undescribed, "tool 'undescribed' has no docstring"),
         (gathers, "parameter 'numbers' of tool 'gathers'"),
         (takes_a_function, "'takes_a_function' has a parameter that JSON cannot carry"),
+        (takes_anything, "parameter 'options' of tool 'takes_anything'"),
+        (by_place, "parameter 'a' of tool 'by_place'"),
+        (of_a_type_nobody_knows, "'of_a_type_nobody_knows' has a parameter that JSON cannot carry .*'Nowhere'"),
+        (lambda a: a, "a tool is <function <lambda>"),
+        (Point, "a tool is <class '.*Point'>"),
+        (Adder.add, "parameter 'self' of tool 'add'"),
+        (len, "parameter 'obj' of tool 'len'"),
+        (3, "a tool is 3"),
     ],
 )
 def test_a_function_that_a_model_could_not_call_is_refused(fn, sentence):
@@ -231,12 +418,12 @@ def test_no_text_makes_the_parser_raise(text):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tool_answers_and_the_turn_without_a_call_is_the_answer(family):
     tokenizer = chat_tokenizer(family)
-    episode, engine = play(tokenizer, call("add", a=40, b=2), "answer")
+    episode, engine = play(tokenizer, call("add", family, a=40, b=2), "answer")
     role = {"chatml": "tool", "llama3": "tool", "gemma": "user"}[family]
     assert results(episode) == [f"[{role}] 42"]
     assert (episode.reward, episode.is_correct, episode.truncated) == (1.0, True, False)
     read = tokenizer.decode(engine.seen[1][len(engine.seen[0]) :])
-    assert "42" in read.split("</tool_call>")[-1]
+    assert "42" in read.split("}")[-1]
     assert not episode.mask[len(engine.seen[1]) - 1]
     assert episode.mask[len(engine.seen[1]) :].all()
 
@@ -311,7 +498,7 @@ def test_half_a_character_that_a_call_spells_comes_back_as_a_question_mark(famil
         return text
 
     tokenizer = chat_tokenizer(family)
-    half = r'<tool_call>{"name": "echo", "arguments": {"text": "a\ud800b"}}</tool_call>'
+    half = call("echo", family, text="a\ud800b")
     episode, _ = play(tokenizer, half, "answer", tools=[echo])
     assert [line.split("] ")[1] for line in results(episode)] == ["a?b"]
     assert episode.text.encode()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 from ..errors import UserError
 from ..rewards.contract import RewardFunction
 from .single_turn import PartnerFactory, TextGenerationEnv
+from .text.calls import CallReader, ParseCalls, grammar_of
 from .text.conversation import ChatCodec, Prompt, Reply, Schema, as_messages
-from .tools import ParseCalls, Tool, ToolPartner, describe_tools, parse_calls
+from .tools import Tool, ToolPartner, describe_tools
 
 Describe = Callable[[Sequence[Schema]], str]  # instructions for the policy, "" for none
 
@@ -83,6 +85,8 @@ class ToolEnv(MultiTurnEnv):
     malformed calls are sent to the policy as messages.
     """
 
+    special: ClassVar[bool] = True  # calls may stand between special tokens
+
     def __init__(
         self,
         prompts: Sequence[Prompt],
@@ -92,21 +96,23 @@ class ToolEnv(MultiTurnEnv):
         *,
         tokenizer: Any = None,
         tool_seconds: float = 5.0,
-        parse: ParseCalls = parse_calls,
-        describe: Describe = describe_tools,
+        parse: ParseCalls | None = None,
+        describe: Describe | None = None,
         **settings: Any,
     ) -> None:
         """Put the tools into the prompts; the other ``settings`` are those of ``MultiTurnEnv``.
 
         ``tools`` are typed functions with docstrings. The chat template gets their schemas; if it does not write
-        them, a system message contains ``describe(schemas)``, unless that is "". ``parse`` finds the calls in a
-        turn; the default reads the formats of Hermes, Qwen and Llama 3. Results are messages of the role "tool"
-        if the template has one, else "user". ``tool_seconds`` bounds one call. Raises UserError.
+        them, a system message contains ``describe(schemas)``, unless that is "". ``parse`` finds the calls in the
+        text of a turn, special tokens included; by default in the grammar that the template explains, and a template
+        whose grammar is not known is refused. Results are messages of the role "tool" if the template has one, else
+        "user". ``tool_seconds`` bounds one call. Raises UserError.
         """
-        named = {tool.name: tool for tool in map(Tool.of, tools)}
+        made = [Tool.of(tool) for tool in tools]
+        named = {tool.name: tool for tool in made}
         if len(named) != len(tools) or not tools:
             raise UserError(
-                f"the tools are {[t.__name__ for t in tools]}; give at least one, each with a name of its own"
+                f"the tools are {[tool.name for tool in made]}; give at least one, each with a name of its own"
             )
         if not tool_seconds > 0:
             raise UserError(f"tool_seconds is {tool_seconds}; set it above 0")
@@ -114,19 +120,21 @@ class ToolEnv(MultiTurnEnv):
             raise UserError("ToolEnv has no tokenizer; pass the one that load_model returned")
         self.schemas = [tool.schema for tool in named.values()]
         codec = ChatCodec.of(tokenizer)
+        if parse is None:
+            grammar = grammar_of(codec, tokenizer)
+            parse = CallReader.of(grammar, self.schemas)
+            describe = describe or partial(describe_tools, form=grammar.form)
         prompts = [with_tools(prompt, self.schemas, codec, describe) for prompt in prompts]
         partner = ToolPartner(named, parse, "tool" if codec.takes_role("tool") else "user", tool_seconds)
         super().__init__(prompts, lambda example: partner, reward_fn, max_tokens, tokenizer=tokenizer, **settings)
 
 
-def with_tools(
-    prompt: Prompt, schemas: Sequence[Schema], codec: ChatCodec, describe: Describe = describe_tools
-) -> Prompt:
+def with_tools(prompt: Prompt, schemas: Sequence[Schema], codec: ChatCodec, describe: Describe | None = None) -> Prompt:
     """Return ``prompt`` with a description of the tools, unless the chat template writes the tools itself.
 
     The description joins the system message, or the first message where the template has no system message.
     """
-    if not schemas or codec.shows_tools(schemas) or not (text := describe(schemas)):
+    if not schemas or codec.shows_tools(schemas) or not (text := (describe or describe_tools)(schemas)):
         return prompt
     if codec.template is None and isinstance(prompt, str):
         return f"{text}\n\n{prompt}"

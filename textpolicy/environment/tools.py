@@ -1,35 +1,29 @@
-"""The tools of a policy: typed Python functions, their schemas, and the parser of calls."""
+"""The tools of a policy: typed Python functions, their schemas, and the partner that runs the calls of a turn."""
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import inspect
 import json
 import queue
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Self, get_type_hints
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import ArgsKwargs
 
 from ..errors import UserError
+from .text.calls import HERMES, ParseCalls
+from .text.calls import ToolCall as ToolCall
+from .text.calls import parse_calls as parse_calls
 from .text.conversation import Message, Reply, Schema
 
-LONGEST_RESULT = 2000  # characters of a result that the policy sees
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """The call of a tool as the policy wrote it."""
-
-    name: str = ""
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    mistake: str = ""  # why the text is not a call, for the policy to read; "" if it is one
-
-
-ParseCalls = Callable[[str], Sequence[ToolCall]]  # the text of a turn -> the calls in it, [] for none
+LONGEST_RESULT = 2000  # characters of a result that the policy sees, and parts of one that come one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,32 +37,27 @@ class Tool:
     def of(cls, fn: Callable[..., Any]) -> Self:
         """Return the tool of ``fn``: its name, the first paragraph of its docstring, its typed parameters.
 
-        ``Annotated[int, Field(description="...")]`` describes a parameter. Raises UserError for a function
-        without a docstring, a parameter without a type, or a type that JSON cannot carry.
+        ``fn`` is a function (an async one is awaited, what a generator yields is joined), a method, a callable
+        object or a ``functools.partial``, whose own arguments the model does not see. ``Annotated[int,
+        Field(description="...")]`` describes a parameter. Raises UserError for a function without a name or a
+        docstring, a parameter that is no typed keyword, or a type that JSON cannot carry.
         """
-        for parameter in inspect.signature(fn).parameters.values():
-            if parameter.annotation is parameter.empty or parameter.kind in (
-                parameter.VAR_POSITIONAL,
-                parameter.POSITIONAL_ONLY,
-            ):
-                raise UserError(
-                    f"the parameter {parameter.name!r} of tool {fn.__name__!r} is not a typed keyword; give it a type"
-                )
-        if not (described := inspect.getdoc(fn)):
-            raise UserError(f"the tool {fn.__name__!r} has no docstring; write one, for the model to read")
+        inner = inspect.unwrap(fn.func if isinstance(fn, functools.partial) else fn)
+        name = getattr(inner, "__name__", type(inner).__name__)
+        if not callable(inner) or isinstance(inner, type) or not name.isidentifier():
+            raise UserError(f"a tool is {fn!r}; give a function that has a name")
+        routine = inner if inspect.isroutine(inner) else type(inner).__call__
+        if not (described := inspect.getdoc(routine if routine is inner or routine.__doc__ else type(inner))):
+            raise UserError(f"the tool {name!r} has no docstring; write one, for the model to read")
         try:
-            adapter: TypeAdapter[Any] = TypeAdapter(fn)  # type: ignore[arg-type]  # pydantic takes functions too
+            adapter: TypeAdapter[Any] = TypeAdapter(_typed_keywords(fn, name, routine))  # type: ignore[arg-type]
             parameters = _without_titles(adapter.json_schema())
-        except PydanticUserError as error:
-            why = str(error).split(". ")[0].rstrip(".")
+        except (PydanticUserError, NameError) as error:
+            why = str(error).split(". ")[0].splitlines()[0].rstrip(".")
             raise UserError(
-                f"the tool {fn.__name__!r} has a parameter that JSON cannot carry ({why}); change it"
+                f"the tool {name!r} has a parameter that JSON cannot carry ({why}); change its type"
             ) from error
-        about = {
-            "name": fn.__name__,
-            "description": " ".join(described.split("\n\n")[0].split()),
-            "parameters": parameters,
-        }
+        about = {"name": name, "description": " ".join(described.split("\n\n")[0].split()), "parameters": parameters}
         return cls({"type": "function", "function": about}, adapter)
 
     @property
@@ -93,12 +82,17 @@ class Tool:
         """Call the function in the current thread and return its result or error as text."""
         try:
             result = self.adapter.validate_python(ArgsKwargs((), dict(arguments)))
-            return result if isinstance(result, str) else json.dumps(result, default=str, ensure_ascii=False)
+            if inspect.isawaitable(result) or inspect.isasyncgen(result):
+                result = asyncio.run(_awaited(result))
+            if isinstance(result, Iterator):
+                result = [*islice(result, LONGEST_RESULT)]
+                result = "".join(result) if result and all(isinstance(part, str) for part in result) else result
+            return result if isinstance(result, str) else json.dumps(result, default=_plain, ensure_ascii=False)
         except ValidationError as error:
             wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
             return f"Error: {self.name} was called with wrong arguments: {'; '.join(wrong)}"
         except BaseException as error:  # noqa: BLE001 - whatever a tool raises, exit() too, is for the policy to read
-            return f"Error: {self.name} raised {type(error).__name__}: {error}"
+            return f"Error: {self.name} raised {type(error).__name__}: {_without_address(error)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,46 +119,65 @@ class ToolPartner:
         return Reply(tuple(messages))
 
 
-# ---- calls in a text
+def describe_tools(tools: Sequence[Schema], form: str = HERMES.form) -> str:
+    """Return instructions for calling the tools, for a chat template that does not write them itself.
 
-_TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
-
-
-def parse_calls(text: str) -> list[ToolCall]:
-    """Return the calls in a turn: JSON in <tool_call> tags (Hermes, Qwen), or a turn that is a JSON object (Llama 3).
-
-    The object has a "name" and "arguments" (or "parameters"). A tag whose content is not a call
-    becomes a ``ToolCall`` with a ``mistake`` for the policy to read.
+    ``form`` is a call as the policy has to write it.
     """
-    if tagged := _TAGGED.findall(text):
-        return [_call(content) for content in tagged]
-    bare = text.strip().removeprefix("<|python_tag|>")
-    return [_call(bare)] if bare.startswith("{") and bare.endswith("}") and '"name"' in bare else []
-
-
-def _call(content: str) -> ToolCall:
-    """Return the call that ``content`` encodes in JSON, or one with a ``mistake``."""
-    try:
-        read = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        return ToolCall(mistake=f'the call is no JSON ({error}); write an object with "name" and "arguments"')
-    match read:
-        case {"name": str(name), "arguments": dict(arguments)} | {"name": str(name), "parameters": dict(arguments)}:
-            return ToolCall(name, arguments)
-        case {"name": str(name)} if not {"arguments", "parameters"} & {*read}:
-            return ToolCall(name)
-        case _:
-            return ToolCall(mistake='the call is not an object with "name" and "arguments"; write it as one')
-
-
-def describe_tools(tools: Sequence[Schema]) -> str:
-    """Return instructions for calling the tools, for a chat template that does not write them itself."""
     listed = "\n".join(json.dumps(t["function"], ensure_ascii=False) for t in tools)
     return (
         f"You can call these functions:\n{listed}\n"
-        'To call one, write <tool_call>{"name": "...", "arguments": {...}}</tool_call> and stop; '
-        "its result comes back in the next message."
+        f"To call one, write {form} and stop; its result comes back in the next message."
     )
+
+
+async def _awaited(result: Any) -> Any:
+    """Return what is awaited, or an iterator of what an asynchronous generator yields."""
+    if not inspect.isasyncgen(result):
+        return await result
+    parts = []
+    async for part in result:
+        parts.append(part)
+        if len(parts) == LONGEST_RESULT:
+            break
+    return iter(parts)
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON carries of another object, the same in every run."""
+    if isinstance(value, Iterator):
+        return [*islice(value, LONGEST_RESULT)]
+    return sorted(value, key=repr) if isinstance(value, Set) else _without_address(value)
+
+
+def _without_address(value: Any) -> str:
+    """Return the text of an object without its place in memory, which differs in every run."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))
+
+
+def _typed_keywords(fn: Callable[..., Any], name: str, routine: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``fn`` as a function whose parameters are those that a call may give, with the types of ``routine``.
+
+    Raises UserError for one that is no typed keyword, NameError for a type that cannot be found.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    given = fn.keywords if isinstance(fn, functools.partial) else {}
+    try:
+        parameters = [p for p in inspect.signature(fn).parameters.values() if p.name not in given]
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"the tool {name!r} does not say what its parameters are ({error}); wrap it in a function"
+        ) from error
+    for p in parameters:
+        if p.annotation is p.empty or p.kind in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY):
+            raise UserError(f"the parameter {p.name!r} of tool {name!r} is not a typed keyword; give it a type")
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    call.__annotations__ = get_type_hints(call, getattr(routine, "__globals__", None), include_extras=True)
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return call
 
 
 def _without_titles(schema: Any) -> Any:

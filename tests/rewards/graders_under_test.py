@@ -11,7 +11,7 @@ from textpolicy.rewards.sandbox import extract_program
 from textpolicy.tasks.countdown import TINYZERO_RULES, score_countdown
 from textpolicy.tasks.number import number_reward
 
-LIMIT = 1.0  # seconds that math-verify may take
+LIMIT = 1.0  # seconds that the grading of a mathematical answer may take
 REFERENCES = ("5", r"\frac{1}{2}", "x^2+1", r"\{1,2\}")
 EXAMPLE = {
     "answer": r"\frac{1}{2}",
@@ -40,5 +40,5 @@ GRADERS: dict[str, Callable[[str], Any]] = {
 
 
 def warm_up() -> None:
-    """Start the grading process."""
+    """Load what grading loads once."""
     assert grade_math_answer("x+1", "1+x")

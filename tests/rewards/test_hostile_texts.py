@@ -1,7 +1,6 @@
 """No grader raises, or takes long, whatever a completion holds; benchmarks/graders.py does the same with 10,000."""
 
 import math
-import os
 import time
 
 import numpy as np
@@ -19,17 +18,9 @@ READERS = {"extract_boxed", "extract_program", "grade_math_answer"}  # these ret
 SLACK = 0.2  # seconds, on a machine that does other things too
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    """The grading processes of these tests, ended with them."""
-    warm_up()
-    yield
-    for worker in grading._graders(os.getpid()).all:
-        worker.stop()
-
-
 @pytest.mark.parametrize("name", GRADERS)
 def test_hostile_texts_are_graded_in_milliseconds_and_never_raise(name):
+    warm_up()
     seconds = []
     for text in TEXTS:
         started = time.perf_counter()

@@ -1,35 +1,17 @@
 r"""Boxed answers and their grading, judged by hand; hostile answers end in time, from any thread."""
 
-import contextlib
 import importlib.util
-import os
-import shutil
-import signal
+import itertools
 import subprocess
 import sys
 import threading
 import time
-from multiprocessing.connection import Connection
 
 import pytest
 
-from textpolicy.errors import MissingDependencyError, RewardError, UserError
+from textpolicy.errors import MissingDependencyError, UserError
 from textpolicy.rewards import math as grading
 from textpolicy.rewards.math import extract_boxed, grade_math_answer, normalize_math_answer
-from textpolicy.rewards.workers import ChildDiedError, Worker
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    """The grading processes of these tests, ended with them."""
-    yield
-    for worker in graders().all:
-        worker.stop()
-
-
-def graders():
-    return grading._graders(os.getpid())
-
 
 # ---- what is in the box
 
@@ -233,22 +215,25 @@ def test_an_answer_of_any_length_can_be_right():
     assert grade_math_answer(f"${long}$", long)
 
 
-# ---- in a process of its own
-
-SLOW = "(x+y+1)^{999}"  # math-verify does not end
+# ---- hostile answers
 
 HOPELESS = [
     "9^{9^{9}}", "9^{9^{9^{9}}}", "2^{2^{2^{2^{2}}}}", "10^{10^{10}}", "100000000!", "((2^{1000})!)!",
     "1e999999999", "(" * 400 + "1" + ")" * 400, "-(" * 30 + "1" + ")" * 30, "+" * 300 + "5", r"\infty" * 30, "1" * 900,
+    "(x+y+1)^{999}", r"\sum_{i=1}^{9999} \frac{1}{i}", r"\binom{9999999}{5000000}", r"\sin" * 150 + "1",
+    "-+" * 150 + "1",
+    r"\sqrt" * 100 + "2", "x^{99999}" * 30, r"\sin(10^{99999})", "e^{e^{e^{e^9}}}", r"\ln" * 140 + " 9", "2^{0.3}" * 40,
+    ".3" * 140 + "...", "0." + "12" * 140 + "...", "0.(" + "7" * 290 + ")", r"\frac1" * 100, "[" * 11 + "1," * 99,
+    "$" * 299, "." * 299, "5 " + "a " * 140, r"\text{a}" * 40, "x=" * 140 + "1", r"\pm" * 90, ":" * 290, "1,000" * 55,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("hostile", HOPELESS)
-def test_answers_that_no_person_writes_are_not_parsed(hostile):
-    assert grade_math_answer("x+1", "1+x")  # so that the process runs
-    assert seconds(lambda: grade_math_answer(hostile, "5", timeout=5)) < 0.1
+def test_answers_that_no_person_writes_take_no_time(hostile):
+    assert grade_math_answer("x+1", "1+x")  # so that mpmath is loaded
+    assert seconds(lambda: grade_math_answer(hostile, "5", timeout=5)) < 0.2
     assert not grade_math_answer(hostile, "5")
-    assert grade_math_answer(f" ${hostile}$ ", hostile)
+    assert grade_math_answer(f" ${hostile}$ ", hostile) or "$" in hostile
 
 
 def seconds(call):
@@ -257,12 +242,12 @@ def seconds(call):
     return time.perf_counter() - start
 
 
-@pytest.mark.parametrize("hostile", [SLOW, r"\sum_{i=1}^{9999} \frac{1}{i}", "9^{9^{9^{9}}}", "100000000!"])
-def test_the_time_limit_holds_and_the_next_answer_is_graded(hostile):
-    assert grade_math_answer("x+1", "1+x")  # so that the process runs
-    assert seconds(lambda: grade_math_answer(hostile, "5", timeout=0.5)) < 5
-    assert not grade_math_answer(hostile, "5", timeout=0.2)
-    assert grade_math_answer("x+1", "1+x")
+def test_an_answer_after_its_time_limit_equals_nothing(monkeypatch):
+    assert grade_math_answer("x+1", "1+x", timeout=1)
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: 0.5 * next(ticks))
+    assert not grade_math_answer("x+1", "1+x", timeout=1)
+    assert grade_math_answer("x+1", "1+x", timeout=1000)
 
 
 @pytest.mark.parametrize(
@@ -277,179 +262,29 @@ def test_answers_are_not_mixed_up_between_threads():
     verdicts = {}
 
     def grade(i):
-        verdicts[i] = grade_math_answer(f"x+{i}", f"{i}+x"), grade_math_answer(f"x+{i}", f"{i + 1}+x")
+        right = grade_math_answer(rf"\sqrt{{{i}}}+\ln 4", rf"2\ln 2+\sqrt{{{4 * i}}}/2")
+        verdicts[i] = right, grade_math_answer(rf"\sqrt{{{i}}}", rf"\sqrt{{{i + 1}}}")
 
-    threads = [threading.Thread(target=grade, args=(i,)) for i in range(8)]
+    threads = [threading.Thread(target=grade, args=(i,)) for i in range(20, 60)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert verdicts == dict.fromkeys(range(8), (True, False))
+    assert verdicts == dict.fromkeys(range(20, 60), (True, False))
 
 
-def running():
-    return [w.process for w in graders().all if w.process is not None and w.process.poll() is None]
-
-
-def children_of(pid):
-    listed = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
-    return [int(child) for child in listed.stdout.split()]
-
-
-def test_a_process_that_was_killed_is_replaced_within_five_seconds():
-    assert grade_math_answer("x+1", "1+x")
-    killed = running()
-    for process in killed:
-        process.kill()
-        process.wait()
-    assert seconds(lambda: grade_math_answer("x+1", "1+x")) < 5
-    assert grade_math_answer("x+2", "2+x")
-    assert any(process not in killed for process in running())
-
-
-@pytest.mark.skipif(shutil.which("pgrep") is None, reason="finds children by pgrep")
-def test_a_child_that_was_killed_idle_or_at_work_is_replaced_and_the_request_repeated():
-    assert grade_math_answer("x+1", "1+x")
-    for process in running():
-        for child in children_of(process.pid):
-            os.kill(child, signal.SIGKILL)
-    assert [grade_math_answer(f"x+{i}", "3+x") for i in (3, 2, 3)] == [True, False, True]
-
-    def kill_at_work():
-        time.sleep(0.3)
-        for process in running():
-            for child in children_of(process.pid):
-                os.kill(child, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_at_work)
-    killer.start()
-    assert seconds(lambda: grade_math_answer(SLOW, "5", timeout=1)) < 2  # both attempts share the second
-    killer.join()
-    assert grade_math_answer("x+1", "1+x")
-
-
-@pytest.mark.skipif(shutil.which("pgrep") is None, reason="finds children by pgrep")
-def test_a_process_that_is_killed_every_time_is_an_error_that_quotes_the_answer(monkeypatch):
-    assert grade_math_answer("x+1", "1+x")
-    start, attempts = Worker.start, []
-
-    def killed(self):
-        start(self)
-        attempts.append(self)
-        os.kill(self.process.pid, signal.SIGSTOP)  # it may be ready before it forks; stopped, it forks no more
-        os.waitpid(self.process.pid, os.WUNTRACED)
-        children = children_of(self.process.pid)
-        self.process.kill()
-        self.process.wait()
-        for child in children:
-            os.kill(child, signal.SIGKILL)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Worker, "start", killed)
-        with pytest.raises(RewardError, match=r"killed twice at the answer 'x\+1'; look for what kills it"):
-            grade_math_answer("x+1", "1+x")
-    assert len(attempts) == 2
-    assert grade_math_answer("x+1", "1+x")
-
-
-def test_an_answer_whose_child_is_killed_every_time_equals_nothing(monkeypatch):
-    attempts = []
-
-    def killed(self, request, limit):
-        attempts.append(limit)
-        raise ChildDiedError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Worker, "exchange", killed)
-        assert not grade_math_answer("x+1", "1+x")
-    assert len(attempts) == 2
-    assert attempts[1] < attempts[0] == 3
-    assert grade_math_answer("x+1", "1+x")
-
-
-def test_a_late_answer_costs_its_limit_and_no_start():
-    assert grade_math_answer("x+1", "1+x")
-    assert 0.2 <= seconds(lambda: grade_math_answer(SLOW, "5", timeout=0.2)) < 0.4
-    assert seconds(lambda: grade_math_answer("x+1", "1+x")) < 0.2
-
-
-@pytest.mark.skipif(shutil.which("pgrep") is None, reason="finds children by pgrep")
-def test_a_late_answer_leaves_no_process_behind():
-    assert grade_math_answer("x+1", "1+x")
-    before = {process.pid: children_of(process.pid) for process in running()}
-    assert not grade_math_answer(SLOW, "5", timeout=0.2)
-    assert grade_math_answer("x+1", "1+x")
-    after = {process.pid: children_of(process.pid) for process in running()}
-    assert after.keys() == before.keys()
-    assert after != before  # the late child was replaced
-    assert all(len(children) == 1 for children in after.values())
-
-
-def test_a_worker_that_no_longer_answers_is_ended_although_its_alarm_never_came(monkeypatch):
-    assert grade_math_answer("x+1", "1+x")
-    monkeypatch.setattr("textpolicy.rewards.workers._GRACE", 0.2)
-    stopped = [pid for process in running() for pid in (process.pid, *children_of(process.pid))]
-    for pid in stopped:
-        os.kill(pid, signal.SIGSTOP)
-    assert seconds(lambda: grade_math_answer("x+1", "1+x", timeout=0.2)) < 2
-    for pid in set(stopped) - {process.pid for process in running()}:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    assert grade_math_answer("x+1", "1+x")
-
-
-def test_an_interrupted_request_leaves_no_answer_to_the_next(monkeypatch):
-    assert grade_math_answer("x+1", "1+x")
-    poll = Connection.poll
-
-    def interrupted(self, timeout=0.0):
-        assert poll(self, 10)  # the answer is there, and is not read
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Connection, "poll", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            grade_math_answer("x+2", "2+x")
-    assert not grade_math_answer("x+1", "2+x")
-
-
-def test_a_forked_process_starts_a_grader_of_its_own_and_leaves_the_others_running():
-    assert grade_math_answer("x+1", "1+x")
-    mine, [process, *_] = graders(), running()
-    assert grading._graders(-1) is not mine
-    child = os.fork()
-    if child == 0:
-        mine.close()
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert process.poll() is None
-    assert grade_math_answer("x+1", "1+x")
-    assert process in running()
-
-
-def test_a_grader_that_cannot_start_raises_an_error(monkeypatch):
-    for worker in graders().all:
-        worker.stop()
-    monkeypatch.setattr(sys, "executable", "false")
-    with pytest.raises(RewardError, match="ended at its start; see why in what it wrote to the standard error"):
-        grade_math_answer("x+1", "1+x")
-
-
-def test_without_math_verify_the_install_line_is_given(monkeypatch):
+def test_without_mpmath_the_install_line_is_given(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    grading._require_math_verify.cache_clear()
+    grading._require_mpmath.cache_clear()
     with pytest.raises(MissingDependencyError, match=r"pip install 'textpolicy\[math\]'"):
         grade_math_answer("1", "1")
-    grading._require_math_verify.cache_clear()
+    grading._require_mpmath.cache_clear()
 
 
-def test_nothing_is_left_running_or_imported():
+def test_mpmath_is_imported_when_it_is_needed():
     program = (
-        "import sys; from textpolicy.rewards.math import grade_math_answer, _graders; import os\n"
-        "assert grade_math_answer('x+1', '1+x') and 'sympy' not in sys.modules\n"
-        "print(_graders(os.getpid()).pids()[0])"
+        "import sys; from textpolicy.rewards.math import grade_math_answer\n"
+        "assert grade_math_answer('x', 'x') and 'mpmath' not in sys.modules\n"
+        "assert grade_math_answer(r'\\sqrt8', r'2\\sqrt2') and 'mpmath' in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(done.stdout), 0)
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)

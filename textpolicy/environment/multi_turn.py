@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 from functools import partial
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from ..errors import UserError
 from ..rewards.contract import RewardFunction
 from .single_turn import PartnerFactory, TextGenerationEnv
 from .text.calls import CallReader, ParseCalls, grammar_of
-from .text.conversation import ChatCodec, Prompt, Reply, Schema, as_messages
+from .text.conversation import ChatCodec, Prompt, Reply, Schema, as_messages, read_prompt
 from .tools import Tool, ToolPartner, describe_tools
 
 Describe = Callable[[Sequence[Schema]], str]  # instructions for the policy, "" for none
@@ -41,6 +42,8 @@ class MultiTurnEnv(TextGenerationEnv):
         chat: bool | None = None,
         max_turns: int = 8,
         max_episode_tokens: int | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        day: date | None = None,
     ) -> None:
         """Tokenise the prompts; arguments not explained here are those of ``TextGenerationEnv``.
 
@@ -65,9 +68,14 @@ class MultiTurnEnv(TextGenerationEnv):
             examples=examples,
             group_size=group_size,
             chat=chat,
+            template_args=template_args,
+            day=day,
         )
         if chat is False:
             self._codec = replace(self._codec, template=None)
+        if self._codec.template is not None and max_turns > 1:  # one that cannot be continued is refused before a run
+            ask = [{"role": "user", "content": "?"}]
+            self._codec.continuation(as_messages(self.prompts[0]), ask, None, self.schemas)
 
 
 def sum_of_turns(
@@ -119,12 +127,13 @@ class ToolEnv(MultiTurnEnv):
         if tokenizer is None:
             raise UserError("ToolEnv has no tokenizer; pass the one that load_model returned")
         self.schemas = [tool.schema for tool in named.values()]
-        codec = ChatCodec.of(tokenizer)
+        codec = ChatCodec.of(tokenizer, settings.get("template_args"), settings.get("day"))
         if parse is None:
             grammar = grammar_of(codec, tokenizer)
             parse = CallReader.of(grammar, self.schemas)
             describe = describe or partial(describe_tools, form=grammar.form)
-        prompts = [with_tools(prompt, self.schemas, codec, describe) for prompt in prompts]
+        read = [read_prompt(i, prompt)[0] for i, prompt in enumerate(prompts)]
+        prompts = [with_tools(prompt, self.schemas, codec, describe) for prompt in read]
         partner = ToolPartner(named, parse, "tool" if codec.takes_role("tool") else "user", tool_seconds)
         super().__init__(prompts, lambda example: partner, reward_fn, max_tokens, tokenizer=tokenizer, **settings)
 

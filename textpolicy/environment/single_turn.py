@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -20,10 +21,11 @@ from .text.conversation import (
     Prompt,
     Schema,
     as_messages,
-    question,
+    read_prompt,
     token_ids,
 )
 from .text.pieces import Pieces
+from .text.template import TemplateRefusalError
 
 PartnerFactory = Callable[[Mapping[str, Any]], Partner]  # the example of a prompt -> the other side of one episode
 
@@ -55,6 +57,8 @@ class TextGenerationEnv(Environment):
         examples: Sequence[Mapping[str, Any]] | None = None,
         group_size: int = 1,
         chat: bool | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        day: date | None = None,
     ) -> None:
         """Tokenise the prompts.
 
@@ -62,7 +66,9 @@ class TextGenerationEnv(Environment):
         ``textpolicy.reward``; ``examples[i]`` is passed to it with prompt i. A completion of ``max_tokens`` or more
         without a stop token counts as truncated. ``seed`` is stored and unused: nothing here is random.
         ``tokenizer`` needs encode(text) -> list of ids and decode(ids) -> text. ``chat`` decides whether string
-        prompts become a user's turn in the tokenizer's chat template; None: if it has one. Raises UserError.
+        prompts become a user's turn in the tokenizer's chat template; None: if it has one. ``template_args`` are
+        further arguments for the template, ``day`` what it writes as today's date (None: 1 January 2025). Raises
+        UserError, also for a message that the template refuses or leaves out.
         """
         if tokenizer is None:
             raise UserError("TextGenerationEnv has no tokenizer; pass the one that load_model returned")
@@ -74,17 +80,20 @@ class TextGenerationEnv(Environment):
         for name, value in (("group_size", group_size), ("max_tokens", max_tokens)):
             if value < 1:
                 raise UserError(f"{name} is {value}; set it to 1 or more")
-        self.prompts = list(prompts)
         self.examples = [{} for _ in prompts] if examples is None else list(examples)
         self.reward_fn, self.tokenizer = reward_fn, tokenizer
         self.max_tokens, self.group_size, self.seed = max_tokens, group_size, seed
         self._scorer = Scorer.of(reward_fn)
-        self._codec = ChatCodec.of(tokenizer)
+        self._codec = ChatCodec.of(tokenizer, template_args, day)
         self._pieces = Pieces(self._codec.decode)
-        self._texts = [question(i, prompt) for i, prompt in enumerate(self.prompts)]
+        read = [read_prompt(i, prompt) for i, prompt in enumerate(prompts)]
+        self.prompts, self._texts = [prompt for prompt, _ in read], [text for _, text in read]
         self._ids: list[np.ndarray] = []
         for i, prompt in enumerate(self.prompts):
-            ids = np.array(self._codec.encode(prompt, chat, self.schemas), np.int32)
+            try:
+                ids = np.array(self._codec.encode(prompt, chat, self.schemas), np.int32)
+            except TemplateRefusalError as refusal:
+                raise UserError(f"prompt {i} ({self._texts[i]!r:.60}) cannot be asked: {refusal}") from refusal
             if not ids.size:
                 raise UserError(f"the tokenizer makes no tokens of prompt {i} ({self._texts[i]!r}); change either")
             ids.flags.writeable = False  # callers get it without a copy

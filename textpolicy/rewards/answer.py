@@ -82,6 +82,11 @@ def opened_thought(prompt: str) -> str:
     return "" if mark is None else mark[0]
 
 
+def thought_marks(text: str) -> list[tuple[int, int]]:
+    """Return where the marks of thoughts stand in ``text``, each as its start and end."""
+    return [mark.span() for mark in _IN_THOUGHT.finditer(text)]
+
+
 def _is_quoted(text: str, mark: re.Match[str]) -> bool:
     before, after = text[max(0, mark.start() - 2) : mark.start()], text[mark.end() : mark.end() + 1]
     return after != "" and after in "\"'`\u201d\u2019\xbb" and _QUOTED.search(before) is not None

@@ -20,7 +20,8 @@ from typing import Any, Self
 from ...errors import UserError
 from ...types import Completion
 from ..multi_turn import with_tools
-from ..text.conversation import ChatCodec, Message, Schema, joined, whole
+from ..text.conversation import ChatCodec, Message, Schema, each_text, joined, whole
+from ..text.template import TemplateRefusalError, plain
 from ..tools import ParseCalls
 
 SESSION_HEADER = "X-Session-ID"
@@ -42,11 +43,17 @@ class Session:
         """Return the tokens to continue for a request. Raises UserError unless it continues the conversation."""
         sent: list[Message] = [_normal(m) for m in messages]
         if not self.turns:
-            opening = with_tools([_shown(m, self.codec) for m in sent], tools, self.codec)
-            self.prompt, self.tools = list(self.codec.encode(opening, None, tools)), list(tools)
+            read = [_read(m) for m in messages]
+            try:
+                asked = with_tools(read, tools, self.codec)
+                self.prompt = list(self.codec.encode(asked, None, tools))
+            except TemplateRefusalError:  # perhaps of what is said in another way
+                said = [_shown(m, self.codec, calls=True) for m in read]
+                self.prompt = list(self.codec.encode(with_tools(said, tools, self.codec), None, tools))
+            self.tools = list(tools)
         else:
-            new = sent[len(self.messages) :]
-            if sent[: len(self.messages)] != self.messages or not new or list(tools) != self.tools:
+            known = len(self.messages)
+            if sent[:known] != self.messages or len(sent) == known or list(tools) != self.tools:
                 raise UserError(
                     "a request rewrites the conversation before it, whose tokens were sampled already; "
                     "use a harness that only adds messages, and no compaction"
@@ -54,7 +61,8 @@ class Session:
             before = [_shown(m, self.codec) for m in self.messages[:-1]]
             last = self.turns[-1].tokens
             end = int(last[-1]) if len(last) else None
-            self.added.append(self.codec.continuation(before, [_shown(m, self.codec) for m in new], end, self.tools))
+            replies = [_shown(_read(m), self.codec) for m in messages[known:]]
+            self.added.append(self.codec.continuation(before, replies, end, self.tools))
         self.messages = sent
         return [*self.prompt, *joined([turn.tokens.tolist() for turn in self.turns], self.added)]
 
@@ -195,17 +203,27 @@ def _chunks(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [message, end, {**common, "choices": [], "usage": answer["usage"]}]
 
 
+def _read(message: Message) -> dict[str, Any]:
+    """Return a message in whatever format it was sent as one for chat templates. Raises UserError for another."""
+    return each_text(plain({**message, "content": message.get("content") or ""}), whole)
+
+
 def _normal(message: Message) -> dict[str, Any]:
-    """Return role, text and calls, by which two messages are compared, in whatever format they were sent."""
-    content = message.get("content") or ""  # which may be None, a text or a list of parts
-    text = "".join(part.get("text", "") for part in content) if isinstance(content, list) else content
-    normal = {"role": message["role"], "content": whole(text)}
-    if calls := message.get("tool_calls"):
-        normal["calls"] = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in calls]
-    return normal
+    """Return role, text and calls, by which two messages are compared. Raises UserError."""
+    read = _read(message)
+    calls = [(c["function"]["name"], c["function"]["arguments"]) for c in read.get("tool_calls", ())]
+    return {"role": read["role"], "content": read["content"], **({"calls": calls} if calls else {})}
 
 
-def _shown(message: Message, codec: ChatCodec) -> Message:
-    """Return a message that the chat template can write: a tool's becomes a user's where it has no such role."""
-    known = message["role"] != "tool" or codec.takes_role("tool")
-    return {"role": message["role"] if known else "user", "content": message["content"]}
+def _shown(message: Message, codec: ChatCodec, calls: bool = False) -> Message:
+    """Return a message that the chat template can write: a tool's becomes a user's where it has no such role.
+
+    Its ``calls`` become part of its text, or are left out.
+    """
+    known, texts = message["role"] != "tool" or codec.takes_role("tool"), [message["content"]]
+    if calls:
+        called = [c["function"] for c in message.get("tool_calls", ())]
+        named = [{"name": c["name"], "arguments": c["arguments"]} for c in called]
+        texts += [f"<tool_call>{json.dumps(c, ensure_ascii=False)}</tool_call>" for c in named]
+    left = {key: value for key, value in message.items() if key not in ("calls", "tool_calls")}
+    return {**left, "role": message["role"] if known else "user", "content": "\n".join(filter(None, texts))}

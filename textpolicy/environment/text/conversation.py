@@ -5,27 +5,31 @@ How messages are tokenised, and that earlier turns are never tokenised again, is
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import date
 from functools import partial
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from typing import Any, Protocol, Self
 
 import numpy as np
 
 from ...engine import stop_tokens
 from ...errors import UserError
-from ...rewards.answer import opened_thought
+from ...rewards.answer import opened_thought, thought_marks
 from ...rewards.contract import accepted_keywords
-from .pieces import text_decode
+from .pieces import spoken, text_decode
+from .template import ChatTemplate, Message, Schema, TemplateRefusalError, plain, unused
 
-Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
+logger = logging.getLogger(__name__)
+
 Prompt = str | Sequence[Message]
-Schema = Mapping[str, Any]  # a tool, as {"type": "function", "function": {...}}
 
 LONGEST_MARK = 64  # tokens of the mark of a thought, each of them a byte
-TURN = "\u2042turn of the policy\u2042"  # stands for a turn in the template, so that the turn is never tokenised again
+TURN = "turn-of-the-policy"  # begins the mark that stands for a turn, so that the turn is never tokenised again
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,29 +38,45 @@ class ChatCodec:
 
     encode_text: Callable[[str], Sequence[int]]
     encode_more: Callable[[str], Sequence[int]]  # as encode_text, without a token that begins a text
-    template: Callable[..., Any] | None  # apply_chat_template; None: the tokenizer has no chat template
+    encode_after: Callable[[str], Sequence[int]]  # as encode_more, without the space that some put in front of a text
+    template: ChatTemplate | None  # None: the tokenizer has no chat template
     decode: Callable[[list[int]], str]
     decode_all: Callable[[list[int]], str]  # with special tokens
     stop: frozenset[int]
+    special: Mapping[int, str]  # special tokens by id
+    controls: re.Pattern[str] | None  # finds the control tokens that a text spells
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Self:
-        """Return the codec of a tokenizer from transformers, mlx-lm, or with encode and decode alone."""
-        # transformers leaves chat_template None without one; mlx-lm also has templates that are code
-        declared = getattr(tokenizer, "has_chat_template", getattr(tokenizer, "chat_template", True))
+    def of(cls, tokenizer: Any, template_args: Mapping[str, Any] | None = None, day: date | None = None) -> Self:
+        """Return the codec of a tokenizer from transformers, mlx-lm, or with encode and decode alone.
+
+        ``template_args`` are arguments for its chat template, and ``day`` is what that writes as today's date.
+        Raises UserError.
+        """
         keywords = accepted_keywords(tokenizer.encode)
-        special = keywords is None or "add_special_tokens" in keywords
+        chooses = keywords is None or "add_special_tokens" in keywords
+        encode_more = partial(tokenizer.encode, add_special_tokens=False) if chooses else tokenizer.encode
+        puts_space = chooses and encode_more("\na")[len(encode_more("\n")) :] != encode_more("a")
+        special = dict(zip(*(getattr(tokenizer, f"all_special_{kind}", ()) for kind in ("ids", "tokens")), strict=True))
+        special |= {i: t.content for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special}
+        template = ChatTemplate.of(tokenizer, template_args, day)
         return cls(
             encode_text=tokenizer.encode,
-            encode_more=partial(tokenizer.encode, add_special_tokens=False) if special else tokenizer.encode,
-            template=getattr(tokenizer, "apply_chat_template", None) if declared else None,
+            encode_more=encode_more,
+            encode_after=partial(_encode_after, encode_more) if puts_space else encode_more,
+            template=template,
             decode=text_decode(tokenizer),
             decode_all=text_decode(tokenizer, special=True),
             stop=stop_tokens(tokenizer, needed=False),
+            special=special,
+            controls=_controls(tokenizer, special.values(), template),
         )
 
     def encode(self, prompt: Prompt, chat: bool | None, tools: Sequence[Schema] = ()) -> Sequence[int]:
-        """Return the token ids of a prompt, in the chat template if ``chat``, or if None where there is one."""
+        """Return the token ids of a prompt, in the chat template if ``chat``, or if None where there is one.
+
+        A last message of the assistant is one that the policy continues. Raises UserError.
+        """
         if isinstance(prompt, str):
             if chat is False or (chat is None and self.template is None):
                 return self.encode_text(prompt)
@@ -68,8 +88,11 @@ class ChatCodec:
                 "this tokenizer has no chat template, which prompts made of messages need; "
                 "use an instruction-tuned model, or plain strings as prompts"
             )
-        ids = self._render(prompt, tools, tokenize=True)
-        return ids["input_ids"] if isinstance(ids, Mapping) else ids  # of transformers 5, of mlx-lm
+        messages = [plain(m) for m in prompt]
+        if self.template.simple:
+            ids = self.template.render(messages, tools, tokenize=True)
+            return ids["input_ids"] if isinstance(ids, Mapping) else ids  # of transformers 5, of mlx-lm
+        return self._written(messages, tools)
 
     def continuation(
         self, messages: Sequence[Message], replies: Sequence[Message], last: int | None, tools: Sequence[Schema] = ()
@@ -78,55 +101,72 @@ class ChatCodec:
 
         ``messages`` are those before the turn, ``last`` its last token (None: it has none). The turn is
         neither decoded nor encoded: a mark stands for it in the template, and what the template writes after the
-        mark is kept, without the end of the turn if ``last`` is that. Without a template the replies' contents
-        are encoded as they are. Raises UserError for a template that does not write a turn verbatim.
+        mark is kept, without the end of the turn if ``last`` is that. Where the template refuses messages of one role
+        in a row, they are joined. Without a template the replies' contents are encoded as they are. Raises
+        TemplateRefusalError for a template that does not write a turn verbatim, or not the replies.
         """
         if self.template is None:
-            return list(self.encode_more("".join(m["content"] for m in replies)))
-        marked = [*messages, {"role": "assistant", "content": TURN}, *replies]
-        _, found, after = self._render(marked, tools).partition(TURN)
-        if not found or TURN in after:
-            raise UserError(
-                "the chat template changes or leaves out the assistant's messages, so a conversation cannot be "
-                "continued token by token; give the tokenizer a template that writes them verbatim"
-            )
-        ids = list(self.encode_more(after))
-        return ids[1:] if ids and ids[0] == last else ids
+            return list(self.encode_after("".join(m["content"] for m in replies)))
+        mark = unused(TURN, (messages, replies))
+        talk = [*map(plain, messages), {"role": "assistant", "content": mark}, *map(plain, replies)]
+        refusals: list[TemplateRefusalError] = []
+        for join in ("assistant",), {m["role"] for m in talk}:
+            try:
+                ids = self._written(_joined(talk, join), tools, mark)
+                return ids[1:] if ids and ids[0] == last else ids
+            except TemplateRefusalError as refusal:
+                refusals.append(refusal)
+        raise refusals[0]
+
+    def _written(self, messages: Sequence[Message], tools: Sequence[Schema], mark: str = "") -> list[int]:
+        """Return the token ids of what the template writes of ``messages``, after the ``mark`` that one of them is.
+
+        A control token that a message spells is cut in two, so that it stays text. Raises TemplateRefusalError.
+        """
+        assert self.template is not None
+        cut, spelled = unused("cut", (messages, tools)), self.controls
+        if spelled is not None and spelled.search(repr((messages, tools))):
+            messages, tools = each_text((messages, tools), lambda text: spelled.sub(lambda c: c[0] + cut, text))
+        since = next((n for n, m in enumerate(messages, 1) if mark and mark in m["content"]), 0)
+        text = self.template.write(messages, tools, since)
+        if mark:
+            _, found, text = text.partition(mark)
+            if not found or mark in text:
+                raise TemplateRefusalError(
+                    f"the chat template of {self.template.model} changes or leaves out the assistant's messages, so a "
+                    "conversation cannot be continued token by token; give the tokenizer one that writes them verbatim"
+                )
+        first, *more = text.split(cut)
+        ids = list((self.encode_after if mark else self.encode_more)(first))
+        return [*ids, *(t for piece in more for t in self.encode_after(piece))]
 
     def shows_tools(self, tools: Sequence[Schema]) -> bool:
         """Return whether the template writes the ``tools`` it is given."""
-        if self.template is None:
-            return False
-        written = self._render([{"role": "user", "content": "?"}], tools)
-        return all(t["function"]["name"] in written for t in tools)
+        user = {"role": "user", "content": "?"}
+        return self.template is not None and self.template.shows([user], tools, [t["function"]["name"] for t in tools])
 
     def takes_role(self, role: str) -> bool:
         """Return whether the template writes a message of ``role``: "system" first, another after the assistant's."""
-        if self.template is None:
-            return True
-        from jinja2 import TemplateError  # installed wherever there is a template
-
         message, user = {"role": role, "content": TURN}, {"role": "user", "content": "?"}
-        answered = [user, {"role": "assistant", "content": "!"}, message]
-        try:
-            return TURN in self._render([message, user] if role == "system" else answered)
-        except TemplateError:  # raised by templates for an unknown role or order
-            return False
+        said = [message, user] if role == "system" else [user, {"role": "assistant", "content": "!"}, message]
+        return self.template is None or self.template.shows(said, (), [TURN])
 
     def text(self, tokens: list[int], special: bool = False) -> str:
-        """Return a turn's text without its stop token, outer whitespace and (unless ``special``) special tokens."""
+        """Return a turn's text without its stop token, outer whitespace and (unless ``special``) special tokens.
+
+        Of special tokens those that mark a thought stay. Of a turn in channels (gpt-oss) the final one is the text.
+        """
         written = tokens[:-1] if tokens and tokens[-1] in self.stop else tokens
-        return (self.decode_all if special else self.decode)(written).strip() if written else ""
+        if special or self.special.keys().isdisjoint(written):
+            return (self.decode_all if special else self.decode)(written).strip() if written else ""
+        runs = groupby(written, lambda t: t in self.special)
+        parts = [(s, [[t] for t in run] if s else [[*run]]) for s, run in runs]
+        return spoken([(s, self.decode_all(ids)) for s, several in parts for ids in several]).strip()
 
     def thinking(self, tokens: Sequence[int]) -> dict[str, str]:
         """Return {"thinking": the mark of a thought} for rewards, if the ``tokens`` before a turn end with one."""
         mark = opened_thought(self.decode_all(list(tokens[-LONGEST_MARK:])))
         return {"thinking": mark} if mark else {}
-
-    def _render(self, messages: Sequence[Message], tools: Sequence[Schema] = (), tokenize: bool = False) -> Any:
-        assert self.template is not None
-        given = {"tools": json.loads(json.dumps(list(tools)))} if tools else {}  # a copy: templates may change them
-        return self.template(list(messages), add_generation_prompt=True, tokenize=tokenize, **given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +244,13 @@ class Conversation:
             self.over, self.truncated = True, reply.truncated
             return
         if len(self.turns) < self.limits.turns:
-            replies = [{k: whole(v) if isinstance(v, str) else v for k, v in m.items()} for m in reply.messages]
-            added = self.codec.continuation(before, replies, tokens[-1] if tokens else None, self.tools)
+            replies = [each_text(m, whole) for m in reply.messages]
+            try:
+                added = self.codec.continuation(before, replies, tokens[-1] if tokens else None, self.tools)
+            except TemplateRefusalError as refusal:  # of what the partner sent: it ends this episode alone
+                logger.warning("an episode ended, truncated, at a reply that cannot be shown: %s", refusal)
+                self.over = self.truncated = True
+                return
             needed = len(joined(self.turns, self.added)) + len(added) + self.limits.turn_tokens
             if self.limits.tokens is None or needed <= self.limits.tokens:
                 self.messages += replies
@@ -227,20 +272,26 @@ def token_ids(action: Any) -> list[int]:
     return tokens.tolist()
 
 
-def question(i: int, prompt: Any) -> str:
-    """Return prompt ``i`` as rewards get it: the string, or the last message. Raises UserError for anything else."""
-    if not isinstance(prompt, str) and not (
-        isinstance(prompt, Sequence)
-        and prompt
-        and all(isinstance(m, Mapping) and {"role", "content"} <= {*m} for m in prompt)
-    ):
-        raise UserError(f"prompt {i} is {prompt!r}; give a string or a list of {{'role', 'content'}} messages")
-    text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-    if not text.strip():
+def read_prompt(i: int, prompt: Any) -> tuple[Prompt, str]:
+    """Return prompt ``i`` with text as the content of its messages, and the text that rewards get.
+
+    That is the string, or the last message that is not the assistant's. Raises UserError for anything else.
+    """
+    contents = [prompt]
+    if not isinstance(prompt, str):
+        if not isinstance(prompt, Sequence) or not prompt or not all(isinstance(m, Mapping) for m in prompt):
+            raise UserError(f"prompt {i} is {prompt!r}; give a string or a list of {{'role', 'content'}} messages")
+        try:
+            prompt = [plain(m) for m in prompt]
+        except UserError as error:
+            raise UserError(f"prompt {i} is {prompt!r}: {error}") from error
+        contents = [m["content"] for m in prompt]
+    asked = [m["content"] for m in as_messages(prompt) if m["role"] != "assistant"] or contents
+    if not asked[-1].strip():
         raise UserError(f"prompt {i} is blank; give it some text")
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise UserError(f"prompt {i} contains half a character ({text!a:.60}); read its text as UTF-8")
-    return text
+    if any("\ud800" <= c <= "\udfff" for text in contents for c in text):
+        raise UserError(f"prompt {i} contains half a character ({asked[-1]!a:.60}); read its text as UTF-8")
+    return prompt, asked[-1]
 
 
 def whole(text: str) -> str:
@@ -251,3 +302,49 @@ def whole(text: str) -> str:
 def as_messages(prompt: Prompt) -> list[Message]:
     """Return the prompt as messages; a string becomes a user's."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def _joined(messages: Sequence[Message], roles: Collection[str]) -> list[Message]:
+    """Return the messages with those of one of the ``roles`` in a row as one, unless they have calls."""
+    joined: list[Message] = []
+    for m in messages:
+        before = joined[-1] if joined else {}
+        if (
+            m["role"] in roles
+            and before.get("role") == m["role"]
+            and not (before.get("tool_calls") or m.get("tool_calls"))
+        ):
+            between = "" if m["role"] == "assistant" else "\n\n"  # a turn continues what the prompt began
+            joined[-1] = {**before, "content": f"{before['content']}{between}{m['content']}"}
+        else:
+            joined.append(m)
+    return joined
+
+
+def each_text(data: Any, change: Callable[[str], str]) -> Any:
+    """Return ``data`` with each text in it changed."""
+    if isinstance(data, str):
+        return change(data)
+    if isinstance(data, Mapping):
+        return {each_text(key, change): each_text(value, change) for key, value in data.items()}
+    return [each_text(value, change) for value in data] if isinstance(data, list | tuple) else data
+
+
+def _encode_after(encode: Callable[[str], Sequence[int]], text: str) -> Sequence[int]:
+    """Return the ids of ``text`` behind other text, without the space that ``encode`` puts in front of it."""
+    front, ids = list(encode("\n")), list(encode(f"\n{text}"))
+    return ids[len(front) :] if ids[: len(front)] == front else encode(text)
+
+
+def _controls(tokenizer: Any, special: Collection[str], template: ChatTemplate | None) -> re.Pattern[str] | None:
+    """Return the pattern of the first letter of a control token: a ``special`` one, or one that frames messages."""
+    framed, added = "", {t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values()}
+    if template is not None and not template.simple and added - {*special}:
+        talk = [{"role": role, "content": "?"} for role in ("user", "assistant", "user")]
+        with suppress(TemplateRefusalError):  # which is reported where messages are written
+            framed = template.render(talk, add_generation_prompt=False)
+    frames = {t for t in added if t in framed and not thought_marks(t)}
+    if not (tokens := {t for t in frames.union(special) if len(t.strip()) > 1}):
+        return None
+    first = "".join(sorted({t[0] for t in tokens}))
+    return re.compile(f"(?=[{re.escape(first)}])(?={'|'.join(map(re.escape, sorted(tokens)))}).", re.DOTALL)

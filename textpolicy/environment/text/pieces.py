@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,9 +14,11 @@ import numpy as np
 
 from ...algorithms.grams import DEFAULT_STRATEGIC_GRAMS
 from ...algorithms.planning import PlanningGrams, planning_mask
+from ...rewards.answer import thought_marks
 from ...rewards.contract import accepted_keywords
 
 Decode = Callable[[list[int]], str]
+_CHANNEL = re.compile(r"\0<\|channel\|>\0((?:[^\0]|\0<\|constrain\|>\0)*)\0<\|message\|>\0([^\0]*)")
 BROKEN = "\ufffd"  # written by decoders for bytes that are not a whole character
 LONGEST = 8  # tokens that may share characters: a character has at most 4 bytes, but a token may hold ends of two
 
@@ -78,6 +81,23 @@ def text_decode(tokenizer: Any, special: bool = False) -> Decode:
     keywords = accepted_keywords(tokenizer.decode)
     chooses = keywords is None or "skip_special_tokens" in keywords
     return partial(tokenizer.decode, skip_special_tokens=not special) if chooses else tokenizer.decode
+
+
+def spoken(parts: Sequence[tuple[bool, str]]) -> str:
+    """Return the text of a turn, given as special tokens (True) and the texts between them.
+
+    In channels (gpt-oss) it is the content of the last final one. Elsewhere only those special tokens are in it that
+    mark a thought.
+    """
+    marked = "".join(f"\0{part}\0" if special else part.replace("\0", "") for special, part in parts)
+    if channels := _CHANNEL.findall(marked):
+        return next((content for header, content in reversed(channels) if header.strip().startswith("final")), "")
+    marks, at, kept = thought_marks("".join(part for _, part in parts)), 0, []
+    for special, part in parts:
+        if not special or any(start < at + len(part) and at < end for start, end in marks):
+            kept.append(part)
+        at += len(part)
+    return "".join(kept)
 
 
 def identify_planning_tokens(

@@ -1,0 +1,267 @@
+"""The chat template of a tokenizer: what it writes of messages, compared with what it was given.
+
+A template is a program that comes with a model. It may refuse messages, pass over some, and ask for today's date.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from string import ascii_letters
+from typing import Any, Self
+
+from ...errors import UserError
+from ...rewards.contract import accepted_keywords
+
+Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
+Schema = Mapping[str, Any]  # a tool, as {"type": "function", "function": {...}}
+
+DATE = date(2025, 1, 1)  # the day that templates with today's date write, unless another is chosen
+KNOWN_ROLES = ("system", "user", "assistant")
+_TEXTS = ("text", "input_text", "output_text")  # types of the parts of a content that are text
+_OWN = ("messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "chat_template")
+_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # a tag of transformers' own
+# The formats of strftime are replaced by the words of one day; the line break behind the macro is not written.
+_ON_ONE_DAY = (
+    "{% macro strftime_now(format) %}{% set it = namespace(text=format) %}{% for code, word in one_day.items() %}"
+    "{% set it.text = it.text | replace(code, word) %}{% endfor %}{{ it.text }}{% endmacro %}\n"
+)
+
+
+class TemplateRefusalError(UserError):
+    """The error of messages that a chat template refuses or does not write. Within an episode it ends that alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """The chat template of one tokenizer with its arguments."""
+
+    apply: Callable[..., Any]  # apply_chat_template of the tokenizer
+    model: str  # that it belongs to, for errors
+    given: Mapping[str, Any]  # arguments for every call
+    dated: Callable[..., str] | None  # get_chat_template, where the template asks for today's date
+    simple: bool  # takes nothing but messages and returns token ids: what it writes is not compared
+    forms: dict[Any, Callable[[Message], Message]] = field(default_factory=dict)  # by the shape of the messages
+
+    @classmethod
+    def of(cls, tokenizer: Any, given: Mapping[str, Any] | None = None, day: date | None = None) -> Self | None:
+        """Return the template of a tokenizer, None if it has none. ``given`` are arguments for the template.
+
+        ``day`` is what it writes as today's date. Raises UserError for arguments that it does not read.
+        """
+        # transformers leaves chat_template None without one; mlx-lm also has templates that are code
+        declared = getattr(tokenizer, "has_chat_template", getattr(tokenizer, "chat_template", True))
+        apply = getattr(tokenizer, "apply_chat_template", None) if declared else None
+        model, source = (
+            getattr(tokenizer, "name_or_path", "") or "this model",
+            getattr(tokenizer, "chat_template", None),
+        )
+        texts = [source] if isinstance(source, str) else list(source.values()) if isinstance(source, dict) else []
+        keywords = None if apply is None else accepted_keywords(apply)
+        simple, arguments, dated = keywords is not None, dict(given or {}), None
+        if given and not simple and texts:
+            keywords = frozenset().union(*map(_variables, texts))
+        for name, value in arguments.items():
+            if apply is None:
+                raise UserError(f"template_args has {name!r} and {model} has no chat template; leave it out")
+            if name in _OWN:
+                raise UserError(f"template_args has {name!r}, which the prompt decides; leave it out")
+            if keywords is not None and name not in keywords:
+                near = difflib.get_close_matches(name, keywords, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "leave it out"
+                raise UserError(f"the chat template of {model} does not read {name!r} of template_args; {hint}")
+            if isinstance(value, str) and value.lower() in ("true", "false"):
+                raise UserError(f"template_args has the text {value!r} as {name}; write {value.lower()} without quotes")
+        if apply is None:
+            return None
+        if any("strftime_now" in text for text in texts):
+            words = {
+                code: (day or DATE).strftime(code) for letter in ascii_letters for code in (f"%{letter}", f"%-{letter}")
+            }
+            arguments["one_day"], dated = {"%%": "\0", **words, "\0": "%"}, tokenizer.get_chat_template
+        return cls(apply, model, arguments, dated, simple)
+
+    def write(self, messages: Sequence[Message], tools: Sequence[Schema] = (), since: int = 0) -> str:
+        """Return what the template writes of ``messages``, up to where the policy goes on.
+
+        That is after the start of an assistant's turn, or within the last message if that is the assistant's. Raises
+        TemplateRefusalError if the template refuses the messages, leaves out or changes one from ``since`` on.
+        """
+        shape = (*((m["role"], bool(m["content"]), bool(m.get("tool_calls"))) for m in messages), bool(tools), since)
+        if shape not in self.forms:
+            self.forms[shape] = self._form(messages, tools, since)
+        text = self._until_policy(messages, tools, self.forms[shape])
+        for m in messages[since:]:
+            said = m["content"].strip()
+            if m["role"] == "assistant" and said not in text:  # thoughts of earlier turns may be left out
+                said = said.rpartition("</think>")[2].strip()
+            if said not in text and "".join(said.split()) not in "".join(text.split()):
+                raise self._left_out(m)
+        return text
+
+    def shows(self, messages: Sequence[Message], tools: Sequence[Schema], words: Iterable[str]) -> bool:
+        """Return whether the template takes ``messages`` and ``tools`` and writes all the ``words``."""
+        try:
+            text = self.render(messages, tools)
+        except TemplateRefusalError:
+            return False
+        return all(word in text for word in words)
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Schema] = (), **arguments: Any) -> Any:
+        """Return the text of ``messages``, with the start of the assistant's turn unless ``arguments`` say otherwise.
+
+        Raises TemplateRefusalError for whatever the template raises.
+        """
+        arguments = {"add_generation_prompt": True, "tokenize": False, **self.given, **arguments}
+        if tools:
+            arguments["tools"] = json.loads(json.dumps(list(tools)))  # a copy: templates may change them
+        if self.dated is not None:
+            arguments["chat_template"] = _ON_ONE_DAY + self.dated(tools=arguments.get("tools"))
+        try:
+            return self.apply(list(messages), **arguments)
+        except Exception as error:
+            roles, why = ", ".join(m["role"] for m in messages), " ".join(str(error).split()) or type(error).__name__
+            raise TemplateRefusalError(
+                f"the chat template of {self.model} refuses messages of the roles {roles} ({why:.200}); "
+                "change their roles or order, or use another model"
+            ) from error
+
+    def _until_policy(
+        self, messages: Sequence[Message], tools: Sequence[Schema], form: Callable[[Message], Message]
+    ) -> str:
+        """Return what the template writes of ``messages`` in a ``form``, up to where the policy goes on."""
+        last = messages[-1]
+        if last["role"] != "assistant":
+            return self.render([form(m) for m in messages], tools)
+        mark = unused("end-of-the-words", messages)
+        opened = [*messages[:-1], {**last, "content": last["content"] + mark}]
+        text, found, _ = self.render([form(m) for m in opened], tools, add_generation_prompt=False).rpartition(mark)
+        if not found or last.get("tool_calls"):
+            raise self._left_out(last)
+        return text
+
+    def _form(self, messages: Sequence[Message], tools: Sequence[Schema], since: int) -> Callable[[Message], Message]:
+        """Return the form in which the template writes messages of this shape, found with a mark in place of each text.
+
+        Raises TemplateRefusalError if it does in none, or passes off a message of another role as the assistant's.
+        """
+        word = unused("text", messages)
+        marked = [_marked(m, f"{word}{n}.") for n, m in enumerate(messages)]
+        refusals: list[TemplateRefusalError] = []
+        for form in _FORMS:
+            if refusals and all(form(m) == m for m in marked):
+                continue
+            try:
+                text = self._until_policy(marked, tools, form)
+            except TemplateRefusalError as refusal:
+                refusals.append(refusal)
+                continue
+            for n, m in enumerate(marked[since:], since):
+                other = [form(o) for o in (*marked[:n], {**m, "role": "assistant"}, *marked[n + 1 :])]
+                as_assistant = m["role"] not in KNOWN_ROLES and self.shows(other, tools, [text])
+                if as_assistant or any(f"{word}{n}.{k}." not in text for k in _texts_in(m)):
+                    refusals.append(self._left_out(messages[n]))
+                    break
+            else:
+                return form
+        raise refusals[0]
+
+    def _left_out(self, message: Message) -> TemplateRefusalError:
+        what = "the tool calls" if message.get("tool_calls") else "the message"
+        return TemplateRefusalError(
+            f"the chat template of {self.model} leaves out or changes {what} of the role {message['role']!r} "
+            f"({message['content']:.60}); write it in another role, or leave it out"
+        )
+
+
+# ---- messages
+
+
+def plain(message: Message) -> dict[str, Any]:
+    """Return a message with text as its content and mappings as the arguments of its calls. Raises UserError.
+
+    The content may be a text, a list of parts that are text, or with calls None.
+    """
+    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls") or ()
+    if not isinstance(role, str) or not role or (content is None and not calls):
+        raise UserError(f"the message {str(message)!a:.200} lacks one of {{'role', 'content'}}; give it both, as text")
+    parts = [content or ""] if isinstance(content, str | None) else content
+    for part in parts if isinstance(parts, Sequence) else [parts]:
+        known = isinstance(part, str) or (isinstance(part, Mapping) and part.get("type", "text") in _TEXTS)
+        if not known or not isinstance(part if isinstance(part, str) else part.get("text"), str):
+            kind = part.get("type", "nothing") if isinstance(part, Mapping) else type(part).__name__
+            raise UserError(f"a message of the role {role!r} holds {kind!r} and the policy reads text; leave it out")
+    read = {**message, "content": "".join(part if isinstance(part, str) else part["text"] for part in parts)}
+    if calls:
+        return {**read, "tool_calls": [_plain_call(call) for call in calls]}
+    return {key: value for key, value in read.items() if key != "tool_calls"}
+
+
+def _plain_call(call: Any) -> dict[str, Any]:
+    """Return a call of a tool with a mapping as its arguments. Raises UserError."""
+    match call:
+        case {"function": {"name": str(name)} as function} | ({"name": str(name)} as function):
+            arguments = function.get("arguments")
+            try:
+                read = json.loads(arguments) if isinstance(arguments, str) and arguments else arguments or {}
+            except ValueError:
+                read = arguments
+            if isinstance(read, Mapping):
+                above = call if "function" in call else {"type": "function"}
+                return {**above, "function": {**function, "name": name, "arguments": dict(read)}}
+    raise UserError(f"the tool call {str(call)!a:.200} has no name, or arguments that are no JSON object; mend it")
+
+
+def unused(name: str, data: Any) -> str:
+    """Return a mark that occurs nowhere in ``data``, made of ``name``; copies of it cannot overlap."""
+    text, n = repr(data), 0
+    while f"{name}-{n}." in text:
+        n += 1
+    return f"{name}-{n}."
+
+
+def _marked(message: Message, mark: str) -> dict[str, Any]:
+    """Return a message with the ``mark`` and a number in place of its content (0) and each call's argument."""
+    marked = {**message, "content": f"{mark}0." if message["content"] else ""}
+    if calls := message.get("tool_calls"):
+        given = [{"argument": f"{mark}{k}."} for k in range(1, len(calls) + 1)]
+        renamed = [{**c, "function": {**c["function"], "arguments": g}} for c, g in zip(calls, given, strict=True)]
+        marked["tool_calls"] = renamed
+    return marked
+
+
+def _texts_in(message: Message) -> range:
+    """Return the numbers of the marks in a message."""
+    return range(0 if message["content"] else 1, 1 + len(message.get("tool_calls") or ()))
+
+
+def _with_text_arguments(message: Message) -> Message:
+    """Return the message with the arguments of its calls as JSON, which some templates expect."""
+    calls = [dict(call) for call in message.get("tool_calls") or ()]
+    for call in calls:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        call["function"] = {**call["function"], "arguments": arguments}
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _with_parts(message: Message) -> Message:
+    """Return the message with a list of parts as its content, which some templates expect."""
+    return {**message, "content": [{"type": "text", "text": message["content"]}] if message["content"] else []}
+
+
+_FORMS: tuple[Callable[[Message], Message], ...] = (dict, _with_text_arguments, _with_parts)
+
+
+def _variables(template: str) -> frozenset[str]:
+    """Return the names that a template reads. Raises UserError for one that is no template."""
+    from jinja2 import Environment, TemplateError, meta  # installed wherever there is a template
+
+    try:
+        parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", template))
+    except TemplateError as error:
+        raise UserError(f"the chat template of the model cannot be read ({error}); mend it") from error
+    return frozenset(meta.find_undeclared_variables(parsed))

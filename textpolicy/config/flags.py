@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -34,6 +35,8 @@ def parse(
         raise UserError("; ".join(explain(error, kind))) from error
     except SettingsError as error:  # argparse's message; add the flag that was probably meant, or why there is none
         message = str(error).removeprefix("error parsing CLI: ")
+        if table := re.match(r"Parsing error encountered for (\S+):", message):
+            raise UserError(f"{table[1]} cannot be read; write NAME=VALUE,NAME=VALUE or a JSON object") from error
         unknown = next((word for word in message.split() if word.startswith("--")), "").split("=")[0]
         options = list(source.root_parser._option_string_actions)
         flags = [flag for flag in options if not any(other.startswith(f"{flag}.") for other in options)]  # no sections

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 import tomllib
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
@@ -14,6 +17,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -22,6 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from ..algorithms import algorithm
+from ..environment.text.template import DATE
 from ..errors import UserError
 from ..losses import Estimator, RatioLevel
 from ..rewards.contract import OnFailure
@@ -52,6 +57,15 @@ def _without_password(address: str | None, info: ValidationInfo) -> str | None:
     return address
 
 
+def _as_spelled(given: Any) -> Any:
+    """Return a table with the texts true, false, null and numbers as what they spell: flags can give nothing else."""
+    if not isinstance(given, dict):
+        return given
+    spells = re.compile(r"true|false|null|-?(0|[1-9]\d*)(\.\d+)?", re.IGNORECASE)
+    texts = {name: value for name, value in given.items() if isinstance(value, str) and spells.fullmatch(value)}
+    return {**given, **{name: json.loads(value.lower()) for name, value in texts.items()}}
+
+
 def _no_switch(value: Any) -> Any:
     """Return ``value``. Raises an error for true and false, which pydantic takes for 1 and 0."""
     if isinstance(value, bool):
@@ -59,6 +73,7 @@ def _no_switch(value: Any) -> Any:
     return value
 
 
+TemplateArgs = Annotated[dict[str, JsonValue], BeforeValidator(_as_spelled)]
 _Whole = Annotated[int, BeforeValidator(_no_switch)]
 _Real = Annotated[float, BeforeValidator(_no_switch)]
 PositiveInt = Annotated[_Whole, Field(ge=1, le=2**31 - 1)]
@@ -256,6 +271,15 @@ class RolloutSettings(Section):
         return self
 
 
+class PromptSettings(Section):
+    """The chat template that turns messages into a prompt."""
+
+    template_args: TemplateArgs = {}
+    """Further arguments of the model's chat template, such as enable_thinking = false."""
+    day: date = DATE
+    """Today's date, for templates that write it; it is fixed so that a run has the same prompts on every day."""
+
+
 class RewardSettings(Section):
     """The calls of the task's reward; ``textpolicy.rewards.Scorer`` has the same settings."""
 
@@ -406,6 +430,7 @@ class Config(Section):
     algorithm: AlgorithmSettings = AlgorithmSettings()
     adapter: AdapterSettings = AdapterSettings()
     rollout: RolloutSettings = RolloutSettings()
+    prompt: PromptSettings = PromptSettings()
     rewards: RewardSettings = RewardSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

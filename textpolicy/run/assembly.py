@@ -189,8 +189,10 @@ def environment(task: Task, problems: Sequence[Problem], tokenizer: Any, config:
     """Return the task's prompts, reward and tools over one split."""
     prompts, examples = [task.prompt(p.question) for p in problems], [p.example for p in problems]
     rollout = config.rollout
+    template: dict[str, Any] = {"template_args": config.prompt.template_args, "day": config.prompt.day}
     if not task.tools:
-        return TextGenerationEnv(prompts, task.reward, rollout.max_tokens, tokenizer=tokenizer, examples=examples)
+        template |= {"tokenizer": tokenizer, "examples": examples}
+        return TextGenerationEnv(prompts, task.reward, rollout.max_tokens, **template)
     return ToolEnv(
         prompts,
         task.tools,
@@ -200,6 +202,7 @@ def environment(task: Task, problems: Sequence[Problem], tokenizer: Any, config:
         examples=examples,
         max_turns=rollout.max_turns,
         max_episode_tokens=rollout.max_episode_tokens or rollout.max_turns * rollout.max_tokens,
+        **template,
     )
 
 

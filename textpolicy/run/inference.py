@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from ..config.settings import Config, PositiveInt, Section, check_config
+from ..config.settings import Config, PositiveInt, Section, TemplateArgs, check_config
 from ..engine import Sampling, stop_tokens
 from ..environment.single_turn import TextGenerationEnv
 from ..errors import UserError
@@ -29,8 +29,17 @@ class Source(Section):
     """Built-in name, folder, .gguf file or hub id; instead of a run."""
     adapter: Path | None = None
     """A run whose adapter to use, or an adapter folder; without --model on the run's own model."""
+    template_args: TemplateArgs | None = None
+    """Further arguments of the model's chat template, such as enable_thinking=false; a run's own if not given."""
     threads: Annotated[int, Field(ge=0)] = 0
     """BLAS threads on a Linux CPU; 0 leaves it to OpenBLAS."""
+
+    def asking(self, config: Config) -> Config:
+        """Return ``config`` with the arguments of the chat template that were given, if any."""
+        if self.template_args is None:
+            return config
+        prompt = config.prompt.model_copy(update={"template_args": self.template_args})
+        return config.model_copy(update={"prompt": prompt})
 
 
 class GenerateArguments(Source):
@@ -106,7 +115,9 @@ def generate(args: GenerateArguments) -> str:
     if source.config is not None and not args.plain:
         prompt = load_task(source.config.task).prompt(args.prompt)
     chat = False if args.plain else None
-    env = TextGenerationEnv([prompt], lambda **_: 0.0, args.max_tokens, tokenizer=source.tokenizer, chat=chat)
+    settings = args.asking(source.config or Config()).prompt
+    template: dict[str, Any] = {"chat": chat, "template_args": settings.template_args, "day": settings.day}
+    env = TextGenerationEnv([prompt], lambda **_: 0.0, args.max_tokens, tokenizer=source.tokenizer, **template)
     completion = source.engine.sample([env.prompt_ids(0).tolist()], 1, sampling)[0][0]
     return env.text(completion.tokens)
 
@@ -128,7 +139,7 @@ def evaluate(args: EvalArguments) -> str:
     if name is None:
         raise UserError("no task to measure; name one with --task, or give a --run")
     task = task or load_task(name)
-    config = source.config or with_max_tokens(Config(task=name), task)
+    config = args.asking(source.config or with_max_tokens(Config(task=name), task))
     problems = getattr(task, args.split)[: args.problems or None]
     env = environment(with_scorer(task, config), problems, source.tokenizer, config)
     if args.max_tokens is None:

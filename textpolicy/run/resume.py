@@ -101,7 +101,8 @@ def reopen(config: Config, allow: Sequence[str], held: ExitStack) -> Resumed | N
             f"the run in {folder} is finished, with {done} steps; choose another output, or train it further with: "
             f"{how_to_resume(folder)} --steps {2 * done} --allow steps"
         )
-    then, now = dict(_leaves(began)), dict(_leaves(json.loads(config.model_dump_json())))
+    new, now = (dict(_leaves(json.loads(c.model_dump_json()))) for c in (Config(), config))
+    then = {**new, **dict(_leaves(began))}  # a setting that is younger than the run had its default
     refused = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key) and key not in _FREE]
     for name in allow:  # a setting, or a section of them
         if not any(f"{key}.".startswith(f"{name}.") for key in {*then, *now}):

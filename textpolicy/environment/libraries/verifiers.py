@@ -11,6 +11,7 @@ import sysconfig
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from itertools import islice
 from typing import Any
 
@@ -76,13 +77,15 @@ class VerifiersEnv(DrivenEnv):
         max_episode_tokens: int | None = None,
         parse: ParseCalls = parse_calls,
         is_correct: Callable[[float], bool] = lambda reward: reward >= 1,
+        template_args: Mapping[str, Any] | None = None,
+        day: date | None = None,
     ) -> None:
         """Use the first ``limit`` tasks of ``env``, a verifiers ``Env``.
 
         ``concurrency`` bounds the episodes, and so the harness processes, that run at a time. The engine
         answers once all of them are waiting, or after ``patience`` seconds. A turn that would not fit into
         ``max_episode_tokens`` is refused, and the episode truncated. ``parse`` finds tool calls in a turn.
-        Raises UserError.
+        ``template_args`` and ``day`` are those of ``TextGenerationEnv``. Raises UserError.
         """
         if concurrency < 1 or not patience > 0:
             raise UserError(f"concurrency is {concurrency} and patience {patience}; set both above 0")
@@ -93,7 +96,7 @@ class VerifiersEnv(DrivenEnv):
             raise UserError(f"the taskset {type(env.taskset).__name__} has no tasks; check its config")
         self.concurrency, self.patience, self.max_episode_tokens = concurrency, patience, max_episode_tokens
         self.parse, self.is_correct = parse, is_correct
-        self.codec = ChatCodec.of(tokenizer)
+        self.codec = ChatCodec.of(tokenizer, template_args, day)
         self._pieces = Pieces(self.codec.decode)
         put_uv_on_the_path()
 

@@ -17,6 +17,7 @@ from typing import Any
 from ...errors import UserError
 from ...rewards.answer import answered
 from .conversation import TURN, ChatCodec, Message, Schema
+from .template import TemplateRefusalError
 
 
 @dataclass(frozen=True, slots=True)
@@ -578,15 +579,11 @@ def grammar_of(codec: ChatCodec, tokenizer: Any) -> Grammar:
 
 def _written(codec: ChatCodec) -> tuple[str, str]:
     """Return what the template writes around tools, and the part of it that is an assistant's call, if any."""
-    from jinja2 import TemplateError  # installed wherever there is a template
 
     def render(*messages: Message, start: bool = False) -> str:
-        if codec.template is None:
-            return ""
         try:
-            tools = json.loads(json.dumps([_LOOK_UP]))
-            return codec.template(list(messages), tools=tools, add_generation_prompt=start, tokenize=False)
-        except (TemplateError, TypeError, ValueError, AttributeError, KeyError):  # for messages that it does not take
+            return "" if codec.template is None else codec.template.render(messages, [_LOOK_UP], start)
+        except TemplateRefusalError:  # of messages that it does not take
             return ""
 
     asked, said = {"role": "user", "content": "?"}, {"role": "assistant", "content": TURN}

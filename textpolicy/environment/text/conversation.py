@@ -149,7 +149,10 @@ class ChatCodec:
         """Return whether the template writes a message of ``role``: "system" first, another after the assistant's."""
         message, user = {"role": role, "content": TURN}, {"role": "user", "content": "?"}
         said = [message, user] if role == "system" else [user, {"role": "assistant", "content": "!"}, message]
-        return self.template is None or self.template.shows(said, (), [TURN])
+        try:
+            return self.template is None or bool(self.template.write(said, since=said.index(message)))
+        except TemplateRefusalError:
+            return False
 
     def text(self, tokens: list[int], special: bool = False) -> str:
         """Return a turn's text without its stop token, outer whitespace and (unless ``special``) special tokens.
@@ -342,7 +345,7 @@ def _controls(tokenizer: Any, special: Collection[str], template: ChatTemplate |
     if template is not None and not template.simple and added - {*special}:
         talk = [{"role": role, "content": "?"} for role in ("user", "assistant", "user")]
         with suppress(TemplateRefusalError):  # which is reported where messages are written
-            framed = template.render(talk, add_generation_prompt=False)
+            framed = template.render(talk, start=False)
     frames = {t for t in added if t in framed and not thought_marks(t)}
     if not (tokens := {t for t in frames.union(special) if len(t.strip()) > 1}):
         return None

@@ -97,7 +97,7 @@ class ChatTemplate:
         text = self._until_policy(messages, tools, self.forms[shape])
         for m in messages[since:]:
             said = m["content"].strip()
-            if m["role"] == "assistant" and said not in text:  # thoughts of earlier turns may be left out
+            if m["role"] == "assistant" and m is not messages[-1]:  # thoughts of earlier turns may be left out
                 said = said.rpartition("</think>")[2].strip()
             if said not in text and "".join(said.split()) not in "".join(text.split()):
                 raise self._left_out(m)
@@ -111,12 +111,14 @@ class ChatTemplate:
             return False
         return all(word in text for word in words)
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Schema] = (), **arguments: Any) -> Any:
-        """Return the text of ``messages``, with the start of the assistant's turn unless ``arguments`` say otherwise.
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Schema] = (), start: bool = True, tokenize: bool = False
+    ) -> Any:
+        """Return the text (or token ids) of ``messages``, with the ``start`` of the assistant's turn.
 
         Raises TemplateRefusalError for whatever the template raises.
         """
-        arguments = {"add_generation_prompt": True, "tokenize": False, **self.given, **arguments}
+        arguments = {"add_generation_prompt": start, "tokenize": tokenize, **self.given}
         if tools:
             arguments["tools"] = json.loads(json.dumps(list(tools)))  # a copy: templates may change them
         if self.dated is not None:
@@ -139,7 +141,7 @@ class ChatTemplate:
             return self.render([form(m) for m in messages], tools)
         mark = unused("end-of-the-words", messages)
         opened = [*messages[:-1], {**last, "content": last["content"] + mark}]
-        text, found, _ = self.render([form(m) for m in opened], tools, add_generation_prompt=False).rpartition(mark)
+        text, found, _ = self.render([form(m) for m in opened], tools, start=False).rpartition(mark)
         if not found or last.get("tool_calls"):
             raise self._left_out(last)
         return text
@@ -163,7 +165,8 @@ class ChatTemplate:
             for n, m in enumerate(marked[since:], since):
                 other = [form(o) for o in (*marked[:n], {**m, "role": "assistant"}, *marked[n + 1 :])]
                 as_assistant = m["role"] not in KNOWN_ROLES and self.shows(other, tools, [text])
-                if as_assistant or any(f"{word}{n}.{k}." not in text for k in _texts_in(m)):
+                in_python = form is _with_parts and any(f"{q}type{q}: {q}text{q}" in text for q in "'\"")
+                if as_assistant or in_python or any(f"{word}{n}.{k}." not in text for k in _texts_in(m)):
                     refusals.append(self._left_out(messages[n]))
                     break
             else:

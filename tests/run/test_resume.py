@@ -1,5 +1,6 @@
 """Resumed runs: which checkpoint they start from, what they refuse, and that they end as an uninterrupted run does."""
 
+import datetime
 import json
 import os
 import random
@@ -11,7 +12,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from toy_run import metrics, outcome, quickly, settings, toy_task
+from toy_run import make_tokenizer, metrics, outcome, quickly, settings, toy_task
+from transformers.utils import chat_template_utils
 
 from textpolicy._system.lock import RunLock
 from textpolicy._system.random_state import restore_streams, seed_streams, streams
@@ -19,8 +21,10 @@ from textpolicy.cli.main import main
 from textpolicy.config.settings import check_config, read_values
 from textpolicy.errors import UserError
 from textpolicy.record.metrics_file import MetricsFile
+from textpolicy.record.reader import load_run
 from textpolicy.run import assembly
 from textpolicy.run import training_run as run_module
+from textpolicy.run.checkpoint import Checkpoints
 from textpolicy.run.resume import changed_versions
 
 
@@ -206,6 +210,76 @@ def test_a_changed_setting_is_refused_with_the_difference_unless_it_is_named(con
     assert main([*changed, "--allow=steps,optimizer"]) == 0
     assert json.loads((folder / "config.json").read_text())["steps"] == 7
     assert [row["step"] for row in metrics(folder) if row["kind"] == "train"] == list(range(7))
+
+
+DATED = (  # as Llama 3.2, with thoughts to turn on and off as Qwen3
+    "{{ strftime_now('%d %b %Y') }}{% for m in messages %} {{ m['content'] }}{% endfor %}"
+    "{{ ' now' if enable_thinking is defined and not enable_thinking else ' think' }}"
+)
+
+
+@pytest.fixture
+def dated(tmp_path):
+    (tmp_path / "dated").mkdir()
+    config = settings(tmp_path / "dated", steps=3)
+    (tmp_path / "dated" / "model" / "chat_template.jinja").write_text(DATED)
+    return config
+
+
+def move_clock(monkeypatch, days):
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.datetime(2026, 2, 27, 23, 59) + datetime.timedelta(days=days)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+
+
+def asked(folder):
+    """The prompts of a run, as the model read them."""
+    tables = [load_run(folder).read(kind, ["prompt_tokens"]) for kind in ("rollouts", "evals")]
+    return {make_tokenizer().decode(ids) for table in tables for ids in table["prompt_tokens"].to_pylist()}
+
+
+def test_a_run_resumed_on_another_day_draws_the_same_prompts(dated, tmp_path, monkeypatch, capsys):
+    on = '--prompt.template-args={"enable_thinking": true}'
+    move_clock(monkeypatch, 0)
+    assert main(["train", str(dated), f"--output={tmp_path / 'whole'}", on]) == 0
+    cut_short(dated, tmp_path / "run", 1, on)
+    move_clock(monkeypatch, 2)
+    assert "began with other settings" in refused(capsys, "train", str(dated), f"--output={tmp_path / 'run'}")
+    assert main(["train", f"--resume={tmp_path / 'run'}"]) == 0
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert all(text.startswith("01 Jan 2025 Type") and text.endswith(" think") for text in asked(tmp_path / "run"))
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())["prompt"]
+    assert kept == {"template_args": {"enable_thinking": True}, "day": "2025-01-01"}
+
+
+def test_evaluation_and_generation_ask_with_the_arguments_that_are_given(dated, tmp_path, capsys):
+    model = tmp_path / "dated" / "model"
+    for source in (
+        ["generate", f"--model={model}", "--max-tokens=2", "hello"],
+        ["eval", f"--model={model}", "--task=toy"],
+    ):
+        assert main([*source, "--template-args=enable_thinking=true"]) == 0
+        assert "does not read 'thinking'" in refused(capsys, *source, "--template-args=thinking=true")
+
+
+def test_the_day_can_be_chosen_and_a_run_from_before_there_was_one_resumes(dated, tmp_path):
+    cut_short(dated, tmp_path / "run", 1, "--prompt.day=2031-12-09")
+    assert all(text.startswith("09 Dec 2031") for text in asked(tmp_path / "run"))
+    cut_short(dated, tmp_path / "old", 1)
+    checkpoints = Checkpoints(tmp_path / "old" / "checkpoints")
+    found = checkpoints.latest().checkpoint
+    state = {**found.state, "config": {k: v for k, v in found.state["config"].items() if k != "prompt"}}
+    checkpoints.write(found.step, state, lambda new: shutil.copytree(found.path, new, dirs_exist_ok=True))
+    assert main(["train", f"--resume={tmp_path / 'old'}"]) == 0
+
+
+def test_an_argument_that_the_template_does_not_read_is_refused_before_anything_is_written(dated, tmp_path, capsys):
+    wrong = ["train", str(dated), f"--output={tmp_path / 'run'}", "--prompt.template-args=enable_thinkng=false"]
+    assert "does not read 'enable_thinkng' of template_args; did you mean 'enable_thinking'?" in refused(capsys, *wrong)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_is_reported_as_finished_and_can_be_trained_further(config, whole, tmp_path, capsys):

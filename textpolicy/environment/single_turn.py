@@ -180,7 +180,7 @@ class TextGenerationEnv(Environment):
         return self._ids[i]
 
     def prompt_text(self, i: int) -> str:
-        """Return prompt ``i`` as a person reads it; of chat messages, the content of the last one."""
+        """Return prompt ``i`` as a person reads it; of chat messages, the last one that is not the assistant's."""
         return self._texts[i]
 
     def upcoming(self, n: int) -> list[np.ndarray]:

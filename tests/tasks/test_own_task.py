@@ -1,6 +1,7 @@
 """Tasks of one's own: from a Python file, from rows; what is refused, and a run of one that is resumed."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -257,6 +258,27 @@ def test_a_run_of_a_users_task_stores_its_file_and_reports_when_it_changed(lette
     assert main(["train", f"--resume={folder}"]) == 0
     output = " ".join(capsys.readouterr().out.split())
     assert "not the same code or platform as before (my_task.py " in output
+
+
+def test_a_run_whose_questions_are_others_now_is_refused_unless_that_is_allowed(letters, monkeypatch, capsys):
+    from textpolicy.run import training_run as run_module
+
+    quickly(monkeypatch)
+    config, folder = settings(letters.parent), letters.parent / "run"
+    arguments = [f"--output={folder}", "--task=my_task.py", "--rewards.correct-from=0.5"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.Run, "finish", lambda *arguments: (_ for _ in ()).throw(CutError()))
+        with pytest.raises(CutError):
+            main(["train", str(config), *arguments])
+    letters.write_text(LETTERS.replace("Type", "Write"))
+    del sys.modules["my_task"]
+    assert main(["train", f"--resume={folder}"]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert re.search(
+        r"began with other settings \(task my_task.py with questions (\w+) -> my_task.py with .*\)", message
+    )
+    assert "--allow task" in message
+    assert main(["train", f"--resume={folder}", "--allow=task"]) == 0
 
 
 def test_a_run_continues_to_its_end_after_its_file_is_removed(letters, monkeypatch):

@@ -29,6 +29,7 @@ from ..rewards.scoring import Scorer
 from ..tasks import Problem, Task, load_task
 from ..tasks.own import short_name, task_file
 from .checkpoint import Checkpoint
+from .resume import QUESTIONS
 from .spending import Free
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def assemble(config: Config, task: Task | None = None, recipe: Algorithm | None 
             checkpoint=config.checkpoint,
             max_skipped=config.optimizer.max_skipped,
             spending=spending,
-            versions=versions(engine, config.task),
+            versions={**versions(engine, config.task), QUESTIONS: task.digest},
         )
     except BaseException:
         engine.close("errored")

@@ -21,6 +21,7 @@ from ..record.layout import CONFIG, SUMMARY, TASK, VERSIONS
 from .checkpoint import Checkpoint, Checkpoints
 
 CHECKPOINTS = "checkpoints"
+QUESTIONS = "questions"  # the entry of a run's versions with the digest of its task
 _BEFORE_CONFIG = {LOCK, TASK, VERSIONS, *(f".{name}.new" for name in (TASK, VERSIONS, CONFIG))}  # files of a new run
 _FREE = ("output", "quiet", *(f"tinker.{name}" for name in MONEY))  # settings without effect on the numbers
 
@@ -72,11 +73,12 @@ def run_to_resume(arguments: Sequence[str]) -> Path | None:
         raise UserError(f"{error.message} after --resume; name the folder of a run") from error
 
 
-def reopen(config: Config, allow: Sequence[str], held: ExitStack) -> Resumed | None:
+def reopen(config: Config, questions: str, allow: Sequence[str], held: ExitStack) -> Resumed | None:
     """Return the run in ``config.output`` to resume, None for a new run. ``held`` keeps the folder locked.
 
-    ``allow`` names the settings that may differ from those the run began with. Raises UserError for another kind of
-    folder, a run that another process has or that is finished, changed settings and damaged checkpoints.
+    ``allow`` names the settings that may differ from those the run began with; "task" those, too, whose ``questions``,
+    the digest of the task, differ. Raises UserError for another kind of folder, a run that another process has or that
+    is finished, changed settings and damaged checkpoints.
     """
     folder = config.output
     if folder is None or not folder.exists():
@@ -103,6 +105,9 @@ def reopen(config: Config, allow: Sequence[str], held: ExitStack) -> Resumed | N
         )
     new, now = (dict(_leaves(json.loads(c.model_dump_json()))) for c in (Config(), config))
     then = {**new, **dict(_leaves(began))}  # a setting that is younger than the run had its default
+    asked = found.checkpoint.state["versions"].get(QUESTIONS, questions)
+    if asked != questions:
+        then["task"], now["task"] = (f"{x['task']} with questions {d}" for x, d in ((then, asked), (now, questions)))
     refused = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key) and key not in _FREE]
     for name in allow:  # a setting, or a section of them
         if not any(f"{key}.".startswith(f"{name}.") for key in {*then, *now}):

@@ -73,7 +73,7 @@ def run(
     config = with_max_tokens(config, task)
     recipe = extension.recipe or configure(config)
     with ExitStack() as held:
-        resumed = reopen(config, allow, held)
+        resumed = reopen(config, task.digest, allow, held)
         parts = extension.replace_parts(assemble(config, task, recipe))
         ends: dict[Any, Any] = {None: "success", KeyboardInterrupt: "interrupted", StoppedError: "interrupted"}
         held.push(lambda kind, error, trace: parts.engine.close(ends.get(kind, "errored")))

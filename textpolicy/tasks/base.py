@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "What is 2 + 2?"}
@@ -37,3 +38,9 @@ class Task:
     reward: Callable[..., Any]  # (prompt, completion, example, **kwargs) -> number, dict or pair
     tools: tuple[Callable[..., Any], ...] = ()  # that may be called before the answer
     max_tokens: int | None = None  # of a completion, unless the run sets it; None is the run's default
+
+    @property
+    def digest(self) -> str:
+        """The beginning of the SHA-256 of all questions, by which a resumed run knows its problems."""
+        asked = [[problem.question for problem in split] for split in (self.train, self.validation, self.test)]
+        return sha256(repr(asked).encode()).hexdigest()[:16]

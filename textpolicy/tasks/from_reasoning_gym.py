@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from ..environment.libraries.reasoning_gym import INSTRUCTIONS, EntryReward, answer_of, make_dataset
 from .base import Message, Problem, Task
-from .splits import Splits, distinct
+from .splits import Splits, distinct, question_key
 
 PREFIX = "reasoning_gym:"
 TEST, VALIDATION, TRAIN = 100, 50, 500
@@ -14,12 +16,13 @@ _SPLIT_SEED = 2026
 def reasoning_gym_task(dataset: str) -> Task:
     """Return the task of a data set at its default settings; a repeated question is in one split only.
 
-    Raises UserError for an unknown data set, or one with too few different questions, and MissingDependencyError.
+    Raises UserError for an unknown data set, or one with too few different questions or a scorer that gives full marks
+    to nonsense, and MissingDependencyError.
     """
     count = TEST + VALIDATION + TRAIN
-    made = make_dataset(dataset, 4 * count, _SPLIT_SEED)
-    entries = distinct((made[i] for i in range(4 * count)), lambda entry: entry["question"], count, tries=4)
-    problems = [Problem(entry["question"], str(entry["answer"]), entry) for entry in entries]
+    choose = partial(distinct, key=lambda entry: question_key(entry["question"]), count=count, tries=4)
+    made = make_dataset(dataset, 4 * count, _SPLIT_SEED, choose=choose)
+    problems = [Problem(entry["question"], entry["answer"], entry) for entry in made.entries]
     cut = Splits.cut(problems, TEST, VALIDATION)
     return Task(
         name=PREFIX + dataset,
@@ -28,7 +31,7 @@ def reasoning_gym_task(dataset: str) -> Task:
         validation=cut.validation,
         test=cut.test,
         prompt=_ask,
-        reward=EntryReward({None: made}, answer_of),
+        reward=EntryReward({None: made.library}, answer_of),
         max_tokens=128,
     )
 

@@ -171,7 +171,7 @@ def test_an_invalid_action_is_answered_and_costs_a_turn():
     episode = play(lake(max_turns=4), "left", "7", str(DOWN), str(DOWN))
     lines = [line for line in episode.text.splitlines() if line.startswith("[user]")]
     assert lines == [
-        "[user] That is no action: it has no number",
+        "[user] That is no action: it has no whole number",
         "[user] That is no action: 7 is not in Discrete(4)",
         "[user] 4",
     ]
@@ -195,3 +195,214 @@ def test_a_space_that_no_text_belongs_to_needs_a_reader():
     assert play(env, "0.5", "x", *["0"] * 6).truncated
     with pytest.raises(UserError, match="games is 0"):
         lake(games=0)
+
+
+# ---- games that do otherwise
+
+
+class Scripted(gymnasium.Env):
+    """Ten actions; ``events`` say what each move does: raise it, or return it in place of the usual tuple."""
+
+    action_space = gymnasium.spaces.Discrete(10)
+    observation_space = gymnasium.spaces.Discrete(10)
+    closed = 0
+
+    def __init__(self, *events):
+        self.events = list(events)
+
+    def reset(self, *, seed=None, options=None):
+        return 0, {}
+
+    def step(self, action):
+        event = self.events.pop(0) if self.events else None
+        if isinstance(event, Exception):
+            raise event
+        return (int(action), 1.0, False, False, {}) if event is None else event
+
+    def close(self):
+        type(self).closed += 1
+
+
+def scripted(*events, **settings):
+    Scripted.closed = 0
+    return GymnasiumTextEnv(lambda: Scripted(*events), 1, tokenizer=chat_tokenizer("chatml"), **settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "action"),
+    [
+        ("1", 1),
+        ("I take 3, no: 4.", 4),
+        ("**7**", 7),
+        (r"\boxed{2}", 2),
+        ("(5)", 5),
+        ("action: 6!", 6),
+        ("so...8", 8),
+        ("+3", 3),
+        ("I am 90% sure of 2", 2),
+        ("<think>1 or 2? 9.</think>4", 4),
+        ("1.0", None),
+        ("0.5", None),
+        (".5", None),
+        ("1/2", None),
+        ("1,000", None),
+        ("3:30", None),
+        ("2^3", None),
+        ("4th", None),
+        ("x2", None),
+        ("7e1", None),
+        ("\u0663", None),
+        ("2\u00b2", None),
+        ("10000000001", None),
+        ("9" * 30, None),
+        ("9" * 5000, None),
+        ("-1", None),
+        ("10", None),
+        ("<think>so it is 3", None),
+        ("<think>3</think>I do not know", None),
+        ("", None),
+    ],
+)
+def test_an_action_is_the_last_whole_number_after_the_thought(text, action):
+    env = scripted()
+    env.reset()
+    read = env.tokenizer.decode(env.step(text)["observation"].tolist())
+    assert read.endswith(f"user\n{action}<|im_end|>\n<|im_start|>assistant\n") is (action is not None)
+    assert ("That is no action: " in read) is (action is None)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("taken"), AssertionError("taken"), gymnasium.error.InvalidAction("taken")]
+)
+def test_a_move_that_the_game_refuses_is_answered(error):
+    episode = play(scripted(error, max_turns=3), "1", "2", "3")
+    assert episode.text.count("[user] The game refuses 1: taken") == 1
+    assert (episode.reward, Scripted.closed) == (2.0, 2)  # with the one that the prompts are from
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), ZeroDivisionError(), RuntimeError("x"), RecursionError()])
+def test_a_game_that_fails_is_unscorable_and_the_others_go_on(error, caplog):
+    env = scripted(None, error)
+    tokenizer = env.tokenizer
+    turns = [([*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id], True) for text in "1122"]
+    episodes = collect(ScriptedEngine(*turns), env, [0], 2, Sampling(16))
+    assert [np.isnan(e.reward) for e in episodes] == [True, True]
+    assert type(error).__name__ in caplog.text
+    assert Scripted.closed == 3
+
+
+@pytest.mark.parametrize("reward", [None, float("nan"), float("inf"), np.array([np.nan])])
+def test_a_reward_that_is_no_number_makes_the_episode_unscorable(reward):
+    assert np.isnan(play(scripted((1, reward, True, False, {})), "1").reward)
+    assert play(scripted((1, np.array([0.5]), np.array(True), False, {})), "1").reward == 0.5
+
+
+@pytest.mark.parametrize(
+    ("returned", "what"),
+    [
+        ((1, 1.0, True, {}), "a tuple of 4; return observation, reward, terminated"),
+        ({"observation": 1, "reward": 1.0}, "a dict; return observation"),
+        (1, "a int; return observation"),
+        ((1, "much", True, False, {}), "the reward 'much'; return one number"),
+        ((1, [1.0, 2.0], True, False, {}), r"the reward \[1.0, 2.0\]; return one number"),
+    ],
+)
+def test_a_game_that_returns_other_shapes_is_refused_in_a_sentence(returned, what):
+    with pytest.raises(UserError, match=what):
+        play(scripted(returned), "1")
+    monkey = GymAdapter.__new__(GymAdapter)
+    monkey.env = Scripted(returned)
+    with pytest.raises(UserError, match=what):
+        monkey.step(1)
+
+
+class Bare(Scripted):
+    def reset(self, *, seed=None, options=None):
+        return 0
+
+
+class Broken(Scripted):
+    def reset(self, *, seed=None, options=None):
+        raise OSError("no display")
+
+
+class NoSpace(Scripted):
+    action_space = None
+
+
+@pytest.mark.parametrize(
+    ("game", "what"),
+    [
+        ("Chess-v9", r"cannot make 'Chess-v9' \(.*; check its name"),
+        ("nowhere:Chess-v9", "cannot make 'nowhere:Chess-v9'"),
+        ("FrozenLake-v99", "cannot make 'FrozenLake-v99'"),
+        ("", "cannot make ''"),
+        (Bare, r"reset\(\) of a game returned a int; return observation, info"),
+        (Broken, r"cannot begin with seed 0 \(OSError: no display\)"),
+        (NoSpace, "no text is an action of None by itself; give read_action"),
+        (Scripted(), "game is a Scripted; give the id of one, or a function"),
+        (lambda: None, "the function of the game made a NoneType; make a gymnasium.Env"),
+        (None, "game is a NoneType"),
+    ],
+)
+def test_what_is_no_game_is_refused_in_a_sentence(game, what):
+    with pytest.raises(UserError, match=what) as error:
+        GymnasiumTextEnv(game, 1, tokenizer=chat_tokenizer("chatml"))
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_game_and_unknown_settings_are_refused_wherever_they_are_named():
+    for make in (GymAdapter, lambda name, **more: make_vectorized_env(name, 2, use_async=False, env_kwargs=more)):
+        with pytest.raises(UserError, match="cannot make 'Chess-v9'"):
+            make("Chess-v9")
+        with pytest.raises(UserError, match=r"cannot make 'CartPole-v1' .*gravitas"):
+            make("CartPole-v1", gravitas=3)
+
+
+@pytest.mark.parametrize(("turns", "settings"), [("1", {"max_turns": 1}), ("12", {"max_turns": 2}), ("", {})])
+def test_a_game_whose_episode_is_cut_off_or_left_is_closed(turns, settings):
+    env = scripted(**settings)
+    assert Scripted.closed == 1
+    env.reset()
+    for text in turns:
+        env.step(text)
+    env.reset()
+    assert Scripted.closed == 2
+    env.step("1" * 40, truncated=True)
+    assert Scripted.closed == 3
+
+
+class Parts(gymnasium.Env):
+    """Observations of several parts, one of them in two dimensions."""
+
+    box, few = gymnasium.spaces.Box(0, 1, (2, 2)), gymnasium.spaces.Discrete(5)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self, kind):
+        inner = gymnasium.spaces.Dict({"box": self.box})
+        kinds = {
+            "tuple": (gymnasium.spaces.Tuple((self.few, self.box)), (3, np.ones((2, 2), np.float32))),
+            "nested": (gymnasium.spaces.Tuple((self.few, inner)), (3, {"box": np.ones((2, 2), np.float32)})),
+            "dict": (gymnasium.spaces.Dict({"a": self.few, "b": self.box}), {"a": 3, "b": np.ones((2, 2), np.float32)}),
+            "text": (gymnasium.spaces.Text(9), "hello"),
+        }
+        self.observation_space, self.seen = kinds[kind]
+
+    def reset(self, *, seed=None, options=None):
+        return self.seen, {}
+
+    def step(self, action):
+        return self.seen, 1.0, False, False, {}
+
+
+@pytest.mark.parametrize("kind", ["tuple", "nested", "dict", "text"])
+def test_observations_of_several_parts_are_one_row_for_each_environment(kind):
+    several = VectorizedEnvironment(gymnasium.vector.SyncVectorEnv([lambda: Parts(kind)] * 3))
+    if kind == "text":
+        with pytest.raises(UserError, match=r"observations of Text.* are no numbers"):
+            several.reset()
+        return
+    rows = [[3, 1, 1, 1, 1]] * 3
+    assert several.reset()[0].tolist() == several.step([0, 1, 0])["observation"].tolist() == rows
+    with pytest.raises(UserError, match="1 actions were given for 3 environments"):
+        several.step(1)

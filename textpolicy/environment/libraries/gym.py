@@ -2,22 +2,62 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import re
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 
 from ..._system.extras import extra
 from ...errors import UserError
+from ...rewards.answer import answered
+from ...rewards.contract import Scored
 from ..base import Environment
 from ..multi_turn import MultiTurnEnv
-from ..text.conversation import Reply
+from ..text.conversation import Conversation, Reply
+
+logger = logging.getLogger(__name__)
 
 INSTALL = "textpolicy[gymnasium]"
 STEP = ("observation", "reward", "terminated", "truncated", "info")  # the order of Gymnasium's tuple
 MakeGame = Callable[[], Any]  # makes a gymnasium.Env
+WHOLE = re.compile(  # a whole number that is no part of a word, a decimal, a fraction, a time, a power or a percentage
+    r"(?<!\w)(?<![0-9][.,:/^-])(?<!(?<!\.)\.)[+-]?[0-9]+(?![\w%]|[.,:/^-][0-9])"
+)
+
+
+def made(make: str, env_id: str, *arguments: Any, **settings: Any) -> Any:
+    """Return what ``gymnasium.make`` or ``make_vec`` makes. Raises UserError, and MissingDependencyError without it."""
+    library = extra("gymnasium", INSTALL)
+    try:
+        return getattr(library, make)(env_id, *arguments, **settings)
+    except (library.error.Error, ImportError, AttributeError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"Gymnasium cannot make {env_id!r} ({why}); check its name and settings, and install what it needs"
+        ) from error
+
+
+def result(of: str, values: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
+    """Return the ``values`` of a game's ``of``, a tuple with those ``names``. Raises UserError for anything else."""
+    if not isinstance(values, tuple) or len(values) != len(names):
+        given = f"a tuple of {len(values)}" if isinstance(values, tuple) else f"a {type(values).__name__}"
+        raise UserError(f"{of} of a game returned {given}; return {', '.join(names)}, as Gymnasium does")
+    return values
+
+
+def number(reward: Any) -> float:
+    """Return a reward as a number, NaN for None or an infinite one. Raises UserError for several, or for text."""
+    try:
+        [value] = np.asarray(reward, float).reshape(-1).tolist()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"step() of a game returned the reward {reward!r:.60}; return one number") from error
+    return value if math.isfinite(value) else math.nan
 
 
 class GymAdapter(Environment):
@@ -26,10 +66,10 @@ class GymAdapter(Environment):
     def __init__(self, env_name: str, **kwargs: Any) -> None:
         """Make the environment; ``kwargs`` are those of ``gymnasium.make``.
 
-        Raises MissingDependencyError without Gymnasium.
+        Raises UserError for what Gymnasium cannot make, MissingDependencyError without Gymnasium.
         """
         self.env_name, self.kwargs = env_name, kwargs
-        self.env = extra("gymnasium", INSTALL).make(env_name, **kwargs)
+        self.env = made("make", env_name, **kwargs)
         self.observation_space, self.action_space = self.env.observation_space, self.env.action_space
 
     def reset(self, seed: int | None = None) -> tuple[Any, dict[str, Any]]:
@@ -38,8 +78,8 @@ class GymAdapter(Environment):
 
     def step(self, action: Any) -> dict[str, Any]:
         """Take one action of the environment's own action space."""
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        return dict(zip(STEP, (observation, float(reward), bool(terminated), bool(truncated), info), strict=True))
+        observation, reward, terminated, truncated, info = result("step()", self.env.step(action), STEP)
+        return dict(zip(STEP, (observation, number(reward), bool(terminated), bool(truncated), info), strict=True))
 
     def clone(self) -> Self:
         """Make a new environment of the same name and settings."""
@@ -62,9 +102,25 @@ class VectorizedEnvironment:
         self.vec_env, self.num_envs = vec_env, vec_env.num_envs
 
     def reset(self, seed: int | None = None) -> tuple[np.ndarray, dict[str, Any]]:
-        """Return the first observations (N, ...) float32, and Gymnasium's infos."""
+        """Return the first observations (N, ...) float32, and Gymnasium's infos.
+
+        Observations of several parts (a tuple, a dict) are one row (N, parts) each. Raises UserError for text.
+        """
         observations, infos = self.vec_env.reset(seed=seed)
-        return np.asarray(observations, np.float32), infos
+        return self._rows(observations), infos
+
+    def _rows(self, observations: Any) -> np.ndarray:
+        """Return observations (N, ...) float32."""
+        if isinstance(observations, Mapping):
+            observations = tuple(observations.values())
+        try:
+            if isinstance(observations, tuple):
+                parts = [self._rows(part).reshape(self.num_envs, -1) for part in observations]
+                return np.concatenate(parts, axis=1)
+            return np.asarray(observations, np.float32)
+        except (TypeError, ValueError) as error:
+            space = self.vec_env.single_observation_space
+            raise UserError(f"observations of {space} are no numbers; wrap the environment so that they are") from error
 
     def step(self, actions: Any) -> dict[str, Any]:
         """Take one action in each environment, with (N, ...) ``actions``.
@@ -74,12 +130,12 @@ class VectorizedEnvironment:
         begins anew. Raises UserError unless there is an action for each.
         """
         chosen = np.asarray(actions)
-        if len(chosen) != self.num_envs:
-            raise UserError(f"{len(chosen)} actions were given for {self.num_envs} environments; give one each")
-        *arrays, info = self.vec_env.step(chosen)
-        types = (np.float32, np.float32, bool, bool)
-        typed = [np.asarray(array, dtype) for array, dtype in zip(arrays, types, strict=True)]
-        return dict(zip(STEP, (*typed, info), strict=True))
+        if chosen.shape[:1] != (self.num_envs,):
+            given = len(chosen) if chosen.ndim else 1
+            raise UserError(f"{given} actions were given for {self.num_envs} environments; give one each")
+        observations, *arrays, info = self.vec_env.step(chosen)
+        typed = [np.asarray(array, dtype) for array, dtype in zip(arrays, (np.float32, bool, bool), strict=True)]
+        return dict(zip(STEP, (self._rows(observations), *typed, info), strict=True))
 
     def close(self) -> None:
         """Close all environments."""
@@ -93,7 +149,7 @@ def make_vectorized_env(
     if num_envs < 1:
         raise UserError(f"num_envs is {num_envs}; set it to 1 or more")
     mode = "async" if use_async else "sync"
-    return VectorizedEnvironment(extra("gymnasium", INSTALL).make_vec(env_id, num_envs, mode, **(env_kwargs or {})))
+    return VectorizedEnvironment(made("make_vec", env_id, num_envs, mode, **(env_kwargs or {})))
 
 
 # ---- as a conversation
@@ -103,8 +159,8 @@ class GymnasiumTextEnv(MultiTurnEnv):
     """The Gymnasium environment that a language model plays: observations are messages, turns are actions.
 
     Prompt i is the game that ``reset(seed=seed + i)`` begins, so the episodes of a group play the same one. The
-    reward is the sum of the game's rewards. A turn that is not a valid action gets a message that says so, and counts
-    as a turn.
+    reward is the sum of the game's rewards. A turn that is not a valid action, or that the game refuses, gets a message
+    that says so, and counts as a turn. A game that fails otherwise ends its episode, which is unscorable.
     """
 
     def __init__(
@@ -124,17 +180,22 @@ class GymnasiumTextEnv(MultiTurnEnv):
         """Make ``games`` prompts of ``game``, an id or a function that makes the environment.
 
         A prompt is ``instructions`` and ``describe(observation)``. ``read_action(text)`` turns the text of a turn
-        into an action and raises ValueError if it is not one; by default a text space takes the text, and a
-        discrete one the last whole number in it. ``is_correct(reward)`` decides whether an episode with that
-        total reward succeeded. The other ``settings`` are those of ``MultiTurnEnv``. Raises UserError.
+        into an action and raises ValueError if it is not one; by default a text space takes the text after the
+        thought, and a discrete one the last whole number in it (``WHOLE``). ``is_correct(reward)`` decides whether an
+        episode with that total reward succeeded. The other ``settings`` are those of ``MultiTurnEnv``. Raises
+        UserError.
         """
         if games < 1:
             raise UserError(f"games is {games}; set it to 1 or more")
-        make: MakeGame = (lambda: extra("gymnasium", INSTALL).make(game)) if isinstance(game, str) else game
+        if not isinstance(game, str) and not callable(game):
+            raise UserError(f"game is a {type(game).__name__}; give the id of one, or a function that makes it")
+        make: MakeGame = (lambda: made("make", game)) if isinstance(game, str) else game
         first = make()
-        read = read_action or _reader(first.action_space)
-        starts = [describe(first.reset(seed=seed + i)[0]) for i in range(games)]
-        first.close()
+        if not isinstance(first, extra("gymnasium", INSTALL).Env):
+            raise UserError(f"the function of the game made a {type(first).__name__}; make a gymnasium.Env")
+        with closing(first):
+            read = read_action or _reader(getattr(first, "action_space", None))
+            starts = [describe(begun(first, seed + i)) for i in range(games)]
         super().__init__(
             ["\n\n".join(filter(None, [instructions, start])) for start in starts],
             lambda example: GamePartner(make(), example["seed"], describe, read, is_correct),
@@ -144,10 +205,29 @@ class GymnasiumTextEnv(MultiTurnEnv):
             **settings,
         )
 
+    def judge(self, conversations: Sequence[Conversation]) -> list[Scored]:
+        """Return the rewards of finished episodes, in order, and close their games. Raises RewardError."""
+        for conversation in conversations:
+            cast(GamePartner, conversation.partner).close()
+        return super().judge(conversations)
+
+
+def begun(game: Any, seed: int) -> Any:
+    """Return the first observation of the game that ``seed`` determines. Raises UserError."""
+    try:
+        values = game.reset(seed=seed)
+    except Exception as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"a game cannot begin with seed {seed} ({why}); fix its reset()") from error
+    return result("reset()", values, ("observation", "info"))[0]
+
 
 @dataclass(eq=False)
 class GamePartner:
-    """The partner that plays one game: it takes the policy's turns as actions and replies with observations."""
+    """The partner that plays one game: it takes the policy's turns as actions and replies with observations.
+
+    The game is closed when it or its episode is over, or when the episode is dropped.
+    """
 
     game: Any  # a gymnasium.Env
     seed: int
@@ -157,20 +237,30 @@ class GamePartner:
     reward: float = field(default=0.0, init=False)  # so far
 
     def __post_init__(self) -> None:
-        self.game.reset(seed=self.seed)
+        self.close = weakref.finalize(self, self.game.close)
+        begun(self.game, self.seed)
 
     def reply(self, text: str) -> Reply:
         """Return the next observation; no message once the game is over."""
+        refusal = extra("gymnasium", INSTALL).error.InvalidAction
         try:
             action = self.read(text)
         except ValueError as error:
             return Reply(({"role": "user", "content": f"That is no action: {error}"},))
-        observation, value, terminated, truncated, _ = self.game.step(action)
-        reward = float(value)
+        try:
+            values = self.game.step(action)
+        except (ValueError, AssertionError, refusal) as error:  # as games refuse an illegal move
+            return Reply(({"role": "user", "content": f"The game refuses {action!r}: {error}"},))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other episodes go on
+            logger.warning("a game failed at the action %r and is unscorable: %r", action, error)
+            self.close()
+            return Reply(reward=math.nan)
+        observation, value, terminated, truncated, _ = result("step()", values, STEP)
+        reward = number(value)
         self.reward += reward
         if not (terminated or truncated):
             return Reply(({"role": "user", "content": self.describe(observation)},), reward)
-        self.game.close()
+        self.close()
         correct = self.is_correct(self.reward) if self.is_correct else None
         return Reply(reward=reward, is_correct=correct, truncated=bool(truncated))
 
@@ -182,11 +272,15 @@ def _reader(space: Any) -> Callable[[str], Any]:
         raise UserError(f"no text is an action of {space} by itself; give read_action, which turns one into it")
 
     def read(text: str) -> Any:
-        action: Any = text
-        if isinstance(space, spaces.Discrete):
-            numbers = re.findall(r"-?[0-9]{1,9}", text)
+        action: Any = answered(text)
+        if action is None:
+            raise ValueError("it ends inside a thought")
+        if isinstance(space, spaces.Text):
+            action = action.strip()
+        else:
+            numbers = WHOLE.findall(action)
             if not numbers:
-                raise ValueError("it has no number")
+                raise ValueError("it has no whole number")
             action = int(numbers[-1])
         if not space.contains(action):
             raise ValueError(f"{action!r} is not in {space}")

@@ -147,7 +147,16 @@ class MLXEngine:
         return metrics
 
     def apply(self, grads: Any, learning_rate: float | None = None) -> float:
-        """Clip and apply gradients; return their norm before. Raises NotFiniteError, with nothing changed."""
+        """Clip and apply gradients; return their norm before. Raises NotFiniteError, with nothing changed.
+
+        Raises UserError for weights in half precision, which round most of a small step away.
+        """
+        for name, value in trainable(self.model).items():
+            if value.dtype != mx.float32:
+                raise UserError(
+                    f"{name} is trained in {str(value.dtype).removeprefix('mlx.core.')}, in which most steps are rounded "
+                    "away; attach an adapter, of the kind full to train all weights, or call model.set_dtype(mx.float32)"
+                )
         grads, norm = self._clip(grads, self.max_grad_norm)
         if not np.isfinite(norm.item()):
             raise NotFiniteError(

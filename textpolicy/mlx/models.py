@@ -20,6 +20,7 @@ from filelock import FileLock
 
 from .._system.cache import cache_folder
 from ..errors import MissingDependencyError, UserError
+from .adapters.quantised import dequantise
 from .adapters.saving import load_adapter, read_adapter
 from .files.gguf import convert
 from .files.safetensors import check_safetensors
@@ -79,8 +80,6 @@ def load_model(
     Other models stay as stored on an accelerator. ``dequantize`` True or False overrides this.
     ``verbose`` logs the steps through ``logging`` at the level INFO.
     """
-    from mlx_lm.utils import dequantize_model
-
     log: Callable[..., None] = logger.info if verbose else logger.debug
     if adapter_path is not None and read_adapter(adapter_path).is_full:  # raises for a wrong path at once, too
         dequantize = True  # weights that were trained in full are floats
@@ -91,9 +90,7 @@ def load_model(
     if in_float32:
         model.set_dtype(mx.float32)  # first, so that dequantising rounds nothing
     if in_float32 if dequantize is None else dequantize:
-        dequantize_model(model)
-        if in_float32:
-            model.set_dtype(mx.float32)  # layers whose scales are not floats dequantise to bfloat16
+        dequantise(model)
     if adapter_path is not None:
         log("adding the adapter in %s", adapter_path)
         load_adapter(model, adapter_path)

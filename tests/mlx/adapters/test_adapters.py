@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from dataclasses import replace
+from functools import partial
 
 import mlx_lm.tuner.utils
 import numpy as np
@@ -16,14 +17,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from adapter_kinds import ADAPTERS, adapted
 from conftest import VOCABULARY, files_of_at_most, random_episodes, recipe, tiny_llama
+from families import tiny_family
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen3_moe
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from textpolicy.config.adapters import KINDS, DoRA, Full, LoRA, LoRAXS, QLoRA, TinyLoRA, make_adapter
 from textpolicy.errors import UserError
 from textpolicy.losses import Surrogate
-from textpolicy.mlx.adapters.attach import attach, attached
+from textpolicy.mlx.adapters.attach import attach, attached, wrapped
 from textpolicy.mlx.adapters.merging import adapters_off, load_adapter, merge_adapters, save_adapter, trainable
+from textpolicy.mlx.adapters.quantised import dense_weight, in_floats, quantised_as
 from textpolicy.mlx.adapters.saving import reread_adapter
 from textpolicy.mlx.adapters.svd import factorise
 from textpolicy.mlx.engine import MLXEngine, PolicyObjective
@@ -46,6 +50,13 @@ def logprobs(model):
     return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
 
+def untied(dtype=mx.float32, **changes):
+    """A tiny Llama with a head of its own."""
+    model = tiny_family("llama", vocab_size=VOCABULARY, num_hidden_layers=2, **changes)
+    model.set_dtype(dtype)
+    return model
+
+
 # ---- what trains
 
 
@@ -61,6 +72,35 @@ def test_a_step_moves_every_parameter_of_the_adapter_and_nothing_else(name):
     assert own
     if ADAPTERS[name].kind != "full":
         assert all(key.endswith(OWN) for key in own)
+
+
+@pytest.mark.parametrize("half", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("adapter", [Full(), Full(layers=1), Full(modules=("up_proj", "lm_head"))])
+def test_full_training_of_a_half_precision_model_is_that_of_its_weights_in_float32(adapter, half):
+    """Steps of 2e-5, the default, mostly vanish in a bfloat16 weight of 0.02."""
+    moved, batch = {}, recipe("grpo").credit(random_episodes(np.random.default_rng(0)))
+    for name in ("half", "exact"):
+        model = untied(half)
+        if name == "exact":
+            model.set_dtype(mx.float32)
+        attach(model, adapter)
+        before, engine = arrays(model), MLXEngine(model, stop=[0])
+        for _ in range(5):
+            assert engine.update(batch, Surrogate(), Full.learning_rate)["updated"] == 1
+        moved[name] = {key: value - before[key] for key, value in arrays(model).items()}
+    assert all(np.array_equal(moved["half"][key], change) for key, change in moved["exact"].items())
+    changes = [change for name, change in moved["half"].items() if "embed" not in name]  # of tokens that occur
+    matrices = [change for change in changes if change.ndim == 2 and change.any()]
+    assert matrices
+    assert all((change != 0).mean() > 0.9 for change in matrices)
+
+
+def test_weights_in_half_precision_are_not_trained_in_place():
+    model = untied(mx.float16)
+    before, batch = arrays(model), recipe("grpo").credit(random_episodes(np.random.default_rng(0)))
+    with pytest.raises(UserError, match=r"is trained in float16, in which most steps are rounded away; attach an"):
+        MLXEngine(model, stop=[0]).update(batch, Surrogate(), 1e-2)
+    assert all(np.array_equal(value, before[name]) for name, value in arrays(model).items())
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -184,6 +224,52 @@ def test_a_folder_of_mlx_lm_is_read_and_can_be_saved_again(kind, tmp_path):
     save_adapter(loaded, tmp_path / "ours")
     again = load_adapter(tiny_llama(VOCABULARY), tmp_path / "ours")
     np.testing.assert_array_equal(logprobs(again), logprobs(loaded))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["lm_head"],
+        ["model.embed_tokens"],
+        ["model.embed_tokens", "self_attn.v_proj", "lm_head"],
+        ["model.layers.0.mlp.down_proj", "self_attn.q_proj"],  # one layer by its full name, one kind in the last block
+        ["model.layers.1.self_attn.k_proj"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("half", [False, True])
+def test_layers_that_mlx_lm_adapted_anywhere_come_back_twice(keys, kind, half, tmp_path):
+    base = partial(untied, mx.bfloat16 if half else mx.float32)
+    theirs, settings = base(), {"rank": 3, "scale": 5.0, "dropout": 0.0, "keys": keys}
+    theirs.freeze()
+    mlx_lm.tuner.utils.linear_to_lora_layers(theirs, 1, settings, use_dora=kind == "dora")
+    moved = [(name, value + 0.1 * mx.random.normal(value.shape)) for name, value in trainable(theirs).items()]
+    theirs.load_weights(moved, strict=False)
+    config = {"fine_tune_type": kind, "num_layers": 1, "lora_parameters": settings}
+    loaded = load_adapter(base(), written_by_mlx_lm(tmp_path / "theirs", trainable(theirs), **config))
+    assert {value.dtype for value in trainable(loaded).values()} == {mx.float32}
+    same = partial(np.testing.assert_allclose, atol=0.1 if half else 1e-5)
+    same(loaded(TOKENS).astype(mx.float32), theirs(TOKENS).astype(mx.float32))
+    save_adapter(loaded, tmp_path / "ours")
+    again = load_adapter(base(), tmp_path / "ours")
+    assert set(trainable(again)) == set(trainable(theirs))
+    assert mx.array_equal(again(TOKENS), loaded(TOKENS))
+
+
+def test_the_older_name_of_mlx_lms_number_of_layers_is_read(tmp_path):
+    theirs, settings = tiny_llama(VOCABULARY), {"rank": 3, "scale": 5.0, "dropout": 0.0}
+    theirs.freeze()
+    mlx_lm.tuner.utils.linear_to_lora_layers(theirs, 1, settings)
+    folder = written_by_mlx_lm(tmp_path / "theirs", trainable(theirs), lora_layers=1, lora_parameters=settings)
+    assert set(trainable(load_adapter(tiny_llama(VOCABULARY), folder))) == set(trainable(theirs))
+
+
+def test_the_head_and_the_embedding_are_adapted_when_named(tmp_path):
+    model = attach(untied(), LoRA(rank=2, modules=("lm_head", "model.embed_tokens", "q_proj")))
+    assert sum(name.endswith("lora_a") for name in trainable(model)) == 2 + len(model.layers)
+    with pytest.raises(UserError, match="there is no linear module 'embed_tokens'"):
+        attach(tiny_llama(VOCABULARY), LoRA(modules=("embed_tokens",)))
 
 
 def written_by_mlx_lm(path, arrays, **config):
@@ -436,6 +522,13 @@ def test_a_damaged_folder_is_refused(spoil, message, tmp_path):
         load_adapter(tiny_llama(VOCABULARY), tmp_path / "adapter")
 
 
+def test_a_folder_of_peft_is_refused_as_what_it_is(tmp_path):
+    mx.save_safetensors(str(tmp_path / "adapter_model.safetensors"), {"a": mx.zeros((2, 2))})
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+    with pytest.raises(UserError, match=r"has no adapters.safetensors but PEFT's adapter_model.safetensors"):
+        load_adapter(tiny_llama(VOCABULARY), tmp_path)
+
+
 def test_a_file_without_a_config_is_refused(tmp_path):
     mx.save_safetensors(str(tmp_path / "bare.safetensors"), trainable(adapted("lora")))
     with pytest.raises(UserError, match="has no adapter_config"):
@@ -473,6 +566,70 @@ def test_a_quantised_model_keeps_its_bits_when_it_is_merged():
     assert isinstance(layer, nn.QuantizedLinear)
     assert (layer.bits, layer.group_size) == (4, 32)
     assert 0 < np.abs(logprobs(merged) - expected).max() < 3  # rounded, and not something else altogether
+
+
+@pytest.mark.parametrize(
+    ("mode", "bits", "group_size"),
+    [("affine", 3, 64), ("affine", 8, 32), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)],
+)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_merging_quantises_in_the_base_s_own_format(mode, bits, group_size, dtype):
+    def quantised():
+        model = untied(dtype, hidden_size=64, head_dim=16)
+        nn.quantize(model, group_size, bits, mode=mode)
+        return model
+
+    model = attach(quantised(), LoRA(rank=4))
+    mx.random.seed(1)
+    moved = [(name, value + 0.05 * mx.random.normal(value.shape)) for name, value in trainable(model).items()]
+    model.load_weights(moved, strict=False)
+    exact = {}
+    for name, layer in wrapped(model):
+        change = layer.scale * (layer.lora_a @ layer.lora_b).T
+        exact[name] = dense_weight(layer.linear, mx.float32) + change
+    merged = dict(merge_adapters(model).named_modules())
+    for name, layer in dict(quantised().named_modules()).items():
+        if name not in exact:
+            continue
+        ours = merged[name]
+        assert (type(ours), ours.mode, ours.bits, ours.group_size) == (type(layer), mode, bits, group_size)
+        assert {key: a.dtype for key, a in ours.parameters().items()} == {
+            k: a.dtype for k, a in layer.parameters().items()
+        }
+        floats = exact[name].astype(dtype if mode == "affine" else mx.float32)
+        weight, scales, *biases = mx.quantize(floats, group_size, bits, mode)
+        rounded = mx.dequantize(weight, scales, *(biases or [None]), group_size, bits, mode).astype(mx.float32)
+        off = mx.abs(dense_weight(ours, mx.float32) - exact[name]).mean()
+        assert off <= 1.001 * mx.abs(rounded - exact[name]).mean()
+
+
+def test_experts_of_nvfp4_with_a_scale_of_their_own_are_merged_with_one():
+    base = SwitchLinear(32, 16, 4, bias=True)
+    base.bias = mx.random.normal((4, 16))
+    quantised = base.to_quantized(16, 4, "nvfp4", global_scale=True)
+    exact = in_floats(quantised, mx.float32)
+    assert mx.abs(exact.weight - base.weight).max() < 0.05
+    exact.weight = 3 * exact.weight
+    tripled = quantised_as(quantised, exact)
+    np.testing.assert_allclose(tripled.global_scale, 3 * quantised.global_scale, rtol=1e-3)
+    np.testing.assert_allclose(dense_weight(tripled), exact.weight, atol=1e-5)
+    assert np.array_equal(tripled.bias, base.bias)
+
+
+def test_a_change_and_a_half_are_added_before_they_are_rounded():
+    model = tiny_llama(VOCABULARY)
+    model.set_dtype(mx.bfloat16)
+    attach(model, LoRA(rank=2))
+    moved = [(name, value + 0.1 * mx.random.normal(value.shape)) for name, value in trainable(model).items()]
+    model.load_weights(moved, strict=False)
+    layer = model.layers[0].mlp.up_proj
+    exact = layer.linear.weight.astype(mx.float32) + layer.scale * (layer.lora_a @ layer.lora_b).T
+    merge_adapters(model)
+    assert np.array_equal(mx_bits(model.layers[0].mlp.up_proj.weight), mx_bits(exact.astype(mx.bfloat16)))
+
+
+def mx_bits(array):
+    return np.array(array.view(mx.uint16))
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])

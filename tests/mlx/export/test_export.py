@@ -1,5 +1,7 @@
 """textpolicy export: what it writes computes the same as the adapted model, and is written atomically."""
 
+import contextlib
+import io
 import json
 import shutil
 from functools import partial
@@ -15,10 +17,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 from conftest import files_of_at_most
+from families import tiny_config
 from gguf import GGMLQuantizationType as Kind
 from made_gguf import TOKENS, plain_llama, stored, write
 from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models import deepseek_v3
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import load_model as load_model_of_mlx_lm
+from mlx_lm.utils import quantize_model, save_config, save_model
 from transformers import AutoConfig, AutoTokenizer
 
 from textpolicy.cli.main import main
@@ -105,6 +111,63 @@ def test_a_merged_model_computes_what_the_adapted_one_does(tmp_path, kind):
     np.testing.assert_allclose(logits(model), before, atol=1e-4)
     assert {type(m) for _, m in model.leaf_modules()["model"]["layers"][0]["self_attn"].items()} >= {nn.Linear}
     assert not any("lora" in name for name, _ in tree_flatten(model.parameters()))
+
+
+def latent(tmp_path, quantised):
+    """The folder of a tiny DeepSeek V3, whose attention has a kind of layer of its own."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    config = tiny_config("deepseek_v3", kv_lora_rank=32, qk_nope_head_dim=32, v_head_dim=32, q_lora_rank=32)
+    model = deepseek_v3.Model(deepseek_v3.ModelArgs.from_dict(config))
+    with contextlib.redirect_stdout(io.StringIO()):
+        model, config = quantize_model(model, config, **quantised)
+    save_model(folder, model, donate_model=False)
+    save_config(config, folder / "config.json")
+    for file in find_model(write(tmp_path / "small.gguf", Kind.Q8_0)).glob("*token*"):
+        shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+@pytest.mark.parametrize("mode", [{"group_size": 32, "bits": 8}, {"group_size": 32, "bits": 4, "mode": "mxfp4"}])
+def test_a_quantised_base_with_latent_attention_is_exported_in_floats_alone(tmp_path, mode):
+    folder = latent(tmp_path, mode)
+    expected = logits(mlx_lm.load(str(folder))[0], [5, 6, 7])
+    assert main(["export", "--model", str(folder), "--to", "mlx", "--out", str(tmp_path / "out")]) == 0
+    model, config = load_model_of_mlx_lm(tmp_path / "out")
+    np.testing.assert_allclose(logits(model, [5, 6, 7]), expected, atol=2e-2)
+    assert "quantization" not in config
+    assert {a.dtype for _, a in tree_flatten(model.parameters())} <= {mx.float32, mx.bfloat16}
+
+
+def test_a_layer_that_stays_quantised_is_not_exported(tmp_path):
+    class Rotated(nn.QuantizedLinear):
+        """A quantised layer of a kind that nobody knows how to dequantise."""
+
+    model, _ = adapted(run_folder(tmp_path))
+    merge(model)
+    model.layers[0].mlp.up_proj = Rotated(32, 64, bias=False, group_size=32)
+    with pytest.raises(UserError, match=r"the layer 'model.layers.0.mlp.up_proj' is a Rotated, which cannot be turned"):
+        merge(model)
+
+
+@pytest.mark.parametrize("value", [70000.0, -1e30])
+@pytest.mark.parametrize("to", ["hf", "mlx", "peft"])
+def test_a_weight_that_float16_cannot_hold_is_named(tmp_path, to, value, capsys):
+    run = run_folder(tmp_path)
+    file = run / "adapter" / "adapters.safetensors"
+    values = {name: mx.full(a.shape, 1e-2) if name.endswith("_b") else a for name, a in mx.load(str(file)).items()}
+    name = "model.layers.1.mlp.down_proj"
+    values[f"{name}.lora_a"] = values[f"{name}.lora_a"] * 0 + (value if to == "peft" else value * 1e2)
+    mx.save_safetensors(str(file), values)
+    base = ["--base", "someone/else"] if to == "peft" else []
+    arguments = ["export", str(run), "--to", to, "--out", str(tmp_path / "out"), "--dtype", "float16", *base]
+    assert main(arguments) == 2
+    assert f"{name}." in (said := capsys.readouterr().err)
+    assert "float16 cannot hold; export with --dtype bfloat16 or float32" in said
+    assert not (tmp_path / "out").exists()
+    if abs(value) < 1e20:
+        arguments[arguments.index("float16")] = "bfloat16"
+        assert main(arguments) == 0
 
 
 def test_a_change_smaller_than_a_halfs_rounding_is_kept_in_a_quantised_half_model(tmp_path):

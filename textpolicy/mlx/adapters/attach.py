@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
@@ -117,17 +117,16 @@ def attach(
         raise UserError("the model has an adapter already; load the base again, or merge the adapter first")
     base = Fingerprint.of(model)
     quantised = _quantise(model, adapter) if isinstance(adapter, QLoRA) and quantise else None
-    model.freeze()
+    freeze(model)
     blocks = list(model.layers[-adapter.layers :])  # 0 layers are all blocks
-    keys = _keys(blocks, adapter)
-    names = {id(module): name for name, module in model.named_modules()}
-    sites: dict[str, Any] = {names[id(m)]: m for block in blocks for n, m in _leaves(block) if n in keys}
+    keys, sites = _sites(model, blocks, adapter)
     match adapter:
         case Full():
             if any("scales" in module for module in model.modules()):
                 raise UserError(
                     "a quantised model cannot be trained in full; load it with dequantize=True, or choose qlora"
                 )
+            model.set_dtype(mx.float32)
             for module in sites.values() if adapter.modules else blocks if adapter.layers else [model]:
                 module.unfreeze()
         case LoRA():
@@ -140,13 +139,21 @@ def attach(
                         f"DoRA does not support weights of {module.bits} bits; use a base of 4 or 8, or the kind qlora"
                     )
             linear_to_lora_layers(model, len(blocks), lora_parameters(adapter, keys), use_dora=dora)
-            use_model_dtype(model)
+            with_our_layers(model)
         case TinyLoRA() | LoRAXS():
             _wrap_in_svd(model, sites, adapter, seed or 0, factors)
     remember(model, Attached(adapter, base, len(blocks), tuple(sorted(keys)), quantised))
+    _refuse_layers_read_by_the_model(model)
     model.eval()
     mx.eval(model.parameters())
     return model
+
+
+def freeze(model: nn.Module) -> None:
+    """Freeze all parameters of ``model``, in place, also of modules of mlx-lm that leave out ``nn.Module.__init__``."""
+    for module in model.modules():
+        vars(module).setdefault("_no_grad", set())
+    model.freeze()
 
 
 def detach(model: nn.Module) -> None:
@@ -172,11 +179,12 @@ def trainable(model: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(model.trainable_parameters()))
 
 
-def use_model_dtype(model: nn.Module) -> None:
-    """Replace mlx-lm's LoRA layers in ``model`` by ``LowRankLinear``, in place."""
+def with_our_layers(model: nn.Module) -> None:
+    """Replace mlx-lm's LoRA layers in ``model`` by ``LowRankLinear``, in place; what is trained becomes float32."""
     theirs = [(name, module) for name, module in model.named_modules() if type(module) is LoRALinear]
     if theirs:
         model.update_modules(tree_unflatten([(name, LowRankLinear.of(module)) for name, module in theirs]))
+    model.update(tree_map(lambda value: value.astype(mx.float32), model.trainable_parameters()))
 
 
 def lora_parameters(adapter: LoRA, keys: Sequence[str]) -> dict[str, Any]:
@@ -184,20 +192,66 @@ def lora_parameters(adapter: LoRA, keys: Sequence[str]) -> dict[str, Any]:
     return {"rank": adapter.rank, "scale": adapter.scale, "dropout": adapter.dropout, "keys": sorted(keys)}
 
 
-def _keys(blocks: Sequence[nn.Module], adapter: Adapter) -> list[str]:
-    """Return the names within a block of the modules to adapt, in the order of the model."""
-    kinds = Dense | Experts if type(adapter) in (LoRA, QLoRA, Full) else Dense
+def _sites(model: nn.Module, blocks: Sequence[nn.Module], adapter: Adapter) -> tuple[list[str], dict[str, Any]]:
+    """Return the names of the modules to adapt, within a block or in full, and the modules by their full names.
+
+    A layer outside the blocks, an embedding among them, is adapted if ``adapter.modules`` has its full name.
+    """
+    kinds: Any = Dense | Experts if type(adapter) in (LoRA, QLoRA, Full) else Dense
+    anywhere: Any = kinds | nn.Embedding if isinstance(adapter, LoRA | Full) else kinds
+    anywhere = anywhere | nn.QuantizedEmbedding if type(adapter) in (LoRA, QLoRA) else anywhere
+    whole = {name: module for name, module in model.named_modules() if isinstance(module, anywhere)}
     found = dict.fromkeys(n for block in blocks for n, m in _leaves(block) if isinstance(m, kinds))
-    chosen = {name: {n for n in found if n == name or n.endswith(f".{name}")} for name in adapter.modules}
+    chosen = {name: {name} & {*found} or {n for n in found if n.endswith(f".{name}")} for name in adapter.modules}
     for name, matches in chosen.items():
-        if not matches:
+        if not matches and name not in whole:
             raise unknown_name("linear module", name, {n.rsplit(".", 1)[-1] for n in found})
     keys = [n for n in found if not chosen or any(n in matches for matches in chosen.values())]
+    inside = {id(m) for block in blocks for n, m in _leaves(block) if n in keys}
+    keys += [name for name, module in whole.items() if name in chosen and id(module) not in inside]
     if not keys:
         raise UserError(
             f"the blocks of this {type(blocks[0]).__name__} have no linear modules; set adapter.kind to full"
         )
-    return keys
+    return keys, {name: module for name, module in whole.items() if id(module) in inside or name in keys}
+
+
+def _refuse_layers_read_by_the_model(model: nn.Module) -> None:
+    """Raise UserError that names the adapted layers whose weights ``model`` reads itself, past their adapters.
+
+    Nothing is computed: the passes end at their graphs. In training mode models keep no products of their weights.
+    """
+    model.train()
+    if (fault := _fault(model)) is None:
+        return
+    adapted = wrapped(model)
+    model.update_modules(tree_unflatten([(name, inner(module)) for name, module in adapted]))
+    kinds: dict[str, list[Any]] = {}
+    for name, module in adapted:
+        kinds.setdefault(".".join(part for part in name.split(".") if not part.isdigit()), []).append((name, module))
+    read = []
+    for layers in kinds.values() if _fault(model) is None else ():
+        model.update_modules(tree_unflatten(layers))
+        read += layers[:1] if _fault(model) else []
+        model.update_modules(tree_unflatten([(name, inner(module)) for name, module in layers]))
+    model.update_modules(tree_unflatten(adapted))
+    family, names = type(model).__module__.rsplit(".", 1)[-1], [name for name, _ in read]
+    if not names:
+        raise UserError(f"this {family} cannot read a token here ({fault}); choose another model")
+    ends = {name.rsplit(".", 1)[-1] for name, _ in adapted} - {name.rsplit(".", 1)[-1] for name in names}
+    raise UserError(
+        f"{family} reads the weights of {', '.join(names)} itself, so no adapter can stand around them ({fault}); "
+        f"leave them out by setting adapter.modules to {','.join(sorted(ends))}"
+    )
+
+
+def _fault(model: nn.Module) -> str | None:
+    """Return what a pass over two tokens raises, in a line; None if nothing."""
+    try:
+        model(mx.zeros((1, 2), mx.int32))
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
 
 
 def _leaves(module: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .tinylora import dense_weight
+from .quantised import dense_weight
 
 logger = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,6 +15,7 @@ from ...errors import UserError
 from .attach import attach as attach
 from .attach import attached, detach, inner, wrapped
 from .attach import trainable as trainable
+from .quantised import compute_dtype, dequantise, in_floats, is_floating, quantised_as, stored_dtype
 from .saving import load_adapter as load_adapter
 from .saving import save_adapter as save_adapter
 
@@ -44,27 +46,32 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def merge_adapters(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
-    """Merge the adapters into the weights, W + dW, in place; ``model`` then has plain layers, all frozen.
+    """Merge the adapters into the weights, W + dW in float32, in place; ``model`` then has plain layers, all frozen.
 
-    A quantised layer is dequantised, merged and quantised as it was, which rounds dW to its few bits; with
-    ``dequantize`` every quantised layer of the model becomes a floating-point one instead, and the log-probs stay
-    those of the adapted model. Weights that were trained in full need no merging. Raises UserError for a model
-    without an adapter.
+    Layers keep the type they were stored in. A quantised layer is dequantised, merged and quantised as it was (mode,
+    group, bits), which rounds dW to its few bits; with ``dequantize`` every quantised layer of the model becomes a
+    floating-point one instead, and the log-probs stay those of the adapted model. Weights that were trained in full
+    need no merging. Raises UserError for a model without an adapter.
     """
-    from mlx_lm.utils import dequantize_model
-
     adapted = wrapped(model)
     if not adapted and attached(model) is None:
         raise UserError("the model has no adapter to merge; load one with it, or attach and train one")
-    for name, module in adapted:
-        fused, kept = module.fuse(dequantize=dequantize), inner(module)
-        floats = kept.scales.dtype if "scales" in kept else kept.weight.dtype
-        fused.set_dtype(floats, lambda dtype: mx.issubdtype(dtype, mx.floating))
-        mx.eval(fused.parameters())  # layer by layer, so that little of the model is in memory twice
-        model.update_modules(tree_unflatten([(name, fused)]))
     detach(model)
+    common = compute_dtype(model)
+    while adapted:  # layer by layer, so that little of the model is in memory twice
+        name, module = adapted.pop()
+        kept, exact = inner(module), copy(module)
+        exact.update({key: value.astype(mx.float32) for key, value in module.items() if is_floating(value)})
+        exact["embedding" if "embedding" in module else "linear"] = in_floats(kept, mx.float32)
+        merged = exact.fuse()
+        if "scales" in kept and not dequantize:
+            merged = quantised_as(kept, merged)
+        else:
+            merged.weight = merged.weight.astype(stored_dtype(kept, common))
+        mx.eval(merged.parameters())
+        model.update_modules(tree_unflatten([(name, merged)]))
     if dequantize:
-        dequantize_model(model)
+        dequantise(model)
     model.freeze()
     model.eval()
     return model

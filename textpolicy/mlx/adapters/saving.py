@@ -18,7 +18,19 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from ...config.adapters import Adapter, DoRA, Full, LoRA, make_adapter, settings_of
 from ...errors import UserError
 from ..files.safetensors import load_arrays, save_arrays
-from .attach import Attached, attach, attached, detach, lora_parameters, remember, trainable, use_model_dtype, wrapped
+from .attach import (
+    WRAPPERS,
+    Attached,
+    attach,
+    attached,
+    detach,
+    freeze,
+    lora_parameters,
+    remember,
+    trainable,
+    with_our_layers,
+    wrapped,
+)
 from .fingerprint import Fingerprint
 from .tinylora import Factors, SVDLinear
 
@@ -136,9 +148,11 @@ class Saved:
 
 def saved_arrays(model: nn.Module) -> dict[str, mx.array]:
     """Return the trainable parameters, and the frozen arrays of adapters on an SVD."""
-    around = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, SVDLinear))
-    everything: Any = tree_flatten(model.parameters())
-    frozen = {name: a for name, a in everything if name.startswith(around) and ".linear." not in name}
+    around = [(name, module.parameters()) for name, module in model.named_modules() if isinstance(module, SVDLinear)]
+    arrays: Any = [
+        (f"{name}.", key, value) for name, parts in around for key, value in dict(tree_flatten(parts)).items()
+    ]
+    frozen = {name + key: value for name, key, value in arrays if not key.startswith("linear.")}
     return {**frozen, **trainable(model)}
 
 
@@ -177,7 +191,9 @@ def read_adapter(path: str | Path) -> Saved:
         return _parsed(path, metadata[_METADATA], arrays)
     for file in (CONFIG, WEIGHTS):
         if not (path / file).is_file():
-            raise UserError(f"the adapter folder {path} has no {file}; give a folder of save_adapters or mlx-lm")
+            theirs = sorted(p.name for p in path.glob("adapter_model.*"))
+            kind = f" but PEFT's {theirs[0]}, in another layout" if theirs else ""
+            raise UserError(f"the adapter folder {path} has no {file}{kind}; give a folder of save_adapters or mlx-lm")
     try:
         text = (path / CONFIG).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -232,29 +248,33 @@ def _attach_as_mlx_lm(model: nn.Module, saved: Saved) -> None:
     """Attach an adapter that mlx-lm wrote, by mlx-lm's rules."""
     base, config = Fingerprint.of(model), saved.config
     try:
-        blocks = config.get("num_layers", 0)
+        blocks = config.get("num_layers", config.get("lora_layers", 0))  # its name in older versions
         blocks = blocks if 0 < blocks < len(model.layers) else len(model.layers)
         adapter: Adapter = Full()
         if saved.is_full:
+            model.set_dtype(mx.float32)
             model.unfreeze()
         else:
             settings, kind = config["lora_parameters"], DoRA if config.get("fine_tune_type") == "dora" else LoRA
-            model.freeze()
+            freeze(model)
             linear_to_lora_layers(model, blocks, settings, use_dora=kind is DoRA)
-            use_model_dtype(model)
+            with_our_layers(model)
             alpha = settings["scale"] * settings["rank"]
-            keys = _adapted_keys(model)
+            if not (keys := _adapted_keys(model, blocks)):
+                raise ValueError(f"no layer is called {', '.join(settings['keys'])}")
             adapter = kind(layers=blocks, modules=keys, rank=settings["rank"], alpha=alpha, dropout=settings["dropout"])
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"the adapter in {saved.path} does not fit this model ({error!r}); use its own base") from error
-    remember(model, Attached(adapter, base, blocks, _adapted_keys(model)))
+    remember(model, Attached(adapter, base, blocks, _adapted_keys(model, blocks)))
 
 
-def _adapted_keys(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of adapted modules as mlx-lm gives them: within a block, or in the model outside the blocks."""
-    blocks = {id(module) for block in model.layers for module in block.modules()}
-    inside = {name for block in model.layers for name, _ in wrapped(block)}
-    return tuple(sorted(inside | {name for name, module in wrapped(model) if id(module) not in blocks}))
+def _adapted_keys(model: nn.Module, blocks: int) -> tuple[str, ...]:
+    """Return the names of adapted modules: within a block where all of the last ``blocks`` have them, else in full."""
+    last = [dict(block.named_modules()) for block in model.layers[-blocks:]]
+    bare = {name for block in last for name, module in block.items() if not isinstance(module, WRAPPERS)}
+    shared = {name for block in last for name, module in block.items() if isinstance(module, WRAPPERS)} - bare
+    inside = {id(module) for block in last for name, module in block.items() if name in shared}
+    return tuple(sorted(shared | {name for name, module in wrapped(model) if id(module) not in inside}))
 
 
 def _zero_factors(modules: Mapping[str, Any], rank: int) -> dict[str, Factors]:

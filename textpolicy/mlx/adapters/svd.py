@@ -18,7 +18,8 @@ import numpy as np
 from ..._system.cache import cache_folder
 from ...errors import UserError
 from ..files.safetensors import save_arrays
-from .tinylora import Factors, dense_weight, truncated_svd
+from .quantised import dense_weight
+from .tinylora import Factors, truncated_svd
 
 logger = logging.getLogger(__name__)
 

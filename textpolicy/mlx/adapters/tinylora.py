@@ -14,6 +14,7 @@ import numpy as np
 
 from ...config.adapters import Sigma as SigmaPlacement
 from ...errors import UserError, unknown_name
+from .quantised import dense_weight
 
 _SIGMA_POWERS = {"paper": (1.0, 0.0), "peft": (0.5, 0.5), "loraxs_code": (0.0, 1.0)}  # left and right of R
 
@@ -152,26 +153,15 @@ class SVDLinear(nn.Module):
         change = x @ self.right.T @ self.core().T @ self.left.T
         return self.linear(x) + change.astype(x.dtype)
 
-    def fuse(self, dequantize: bool = False) -> nn.Linear | nn.QuantizedLinear:
-        """Return one layer of weight W + delta W, quantised as the wrapped one unless ``dequantize``."""
-        old, weight = self.linear, dense_weight(self.linear)
+    def fuse(self) -> nn.Linear:
+        """Return one float32 layer of weight W + delta W."""
+        weight = dense_weight(self.linear, mx.float32) + self.left @ self.core() @ self.right
         outputs, inputs = weight.shape
         fused = nn.Linear(inputs, outputs, bias=False)
-        merged = weight.astype(mx.float32) + self.left @ self.core() @ self.right
-        fused.weight = merged.astype(weight.dtype)
-        if "bias" in old:
-            fused.bias = old.bias
-        if isinstance(old, nn.QuantizedLinear) and not dequantize:
-            return nn.QuantizedLinear.from_linear(fused, old.group_size, old.bits, old.mode)
+        fused.weight = weight
+        if "bias" in self.linear:
+            fused.bias = self.linear.bias
         return fused
-
-
-def dense_weight(linear: nn.Linear | nn.QuantizedLinear) -> mx.array:
-    """Return the (out, in) weight of a layer, dequantised if it is quantised."""
-    if not isinstance(linear, nn.QuantizedLinear):
-        return linear.weight
-    settings = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
-    return mx.dequantize(linear.weight, linear.scales, linear.biases, **settings)
 
 
 def tying_groups(modules: int, groups: int, layout: Literal["balanced", "peft"] = "balanced") -> list[int]:

@@ -306,6 +306,10 @@ class _Slots:
         if self.common:
             whole = zip(self.common, self.written, strict=True)
             self.fetched = [mx.concatenate([c[self.now.parents], o], axis=2) for c, o in whole]
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """Return what the step's ``update_and_fetch`` returned, for layers that read the keys of another."""
         return self.fetched[0], self.fetched[1]
 
     def attend_alone(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ...errors import UserError
 
@@ -56,6 +57,19 @@ def read_config(folder: Path) -> dict[str, Any]:
 def write_json(values: dict[str, Any], path: Path) -> None:
     """Write ``values`` as indented JSON."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def cast(name: str, weight: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Return the array of the weight ``name`` in ``dtype``. Raises UserError for a finite value that it cannot hold."""
+    found = weight.astype(dtype)
+    lost = np.array(mx.where(mx.isinf(found) & mx.isfinite(weight), mx.abs(weight), 0).max())
+    if lost > 0:
+        short = next(name for name, known in DTYPES.items() if known == dtype)
+        raise UserError(
+            f"the weight {name!r} has a value of {lost:g}, which {short} cannot hold; "
+            "export with --dtype bfloat16 or float32"
+        )
+    return found
 
 
 def check_layout(config: dict[str, Any], target: str) -> None:

@@ -13,11 +13,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ...errors import UserError
 from ..adapters.attach import attached, wrapped
 from ..adapters.merging import merge_adapters
+from ..adapters.quantised import dequantise, is_floating
 from ..files.safetensors import save_arrays
 from ..files.tokenizer import read_json, stop_ids
-from .files import DTYPES, check_layout, read_config, write_json, written_whole
+from .files import DTYPES, cast, check_layout, read_config, write_json, written_whole
 
 BITS = {"q4": 4, "q8": 8}  # bits of MLX's affine quantization
 GROUP_SIZE = 64  # weights per scale
@@ -29,15 +31,19 @@ _WEIGHTS = ("config.json", "model.safetensors.index.json")  # rewritten
 def merge(model: nn.Module) -> nn.Module:
     """Merge the adapters of ``model`` into its weights, in place, all of them float32 and none quantised.
 
-    The weights are cast to float32 before the sum, because float16 would round a small change away.
+    The weights are cast to float32 before the sum, because float16 would round a small change away. Raises UserError
+    for a layer that cannot be dequantised.
     """
-    from mlx_lm.utils import dequantize_model
-
     model.set_dtype(mx.float32)
     if attached(model) is not None or wrapped(model):
         merge_adapters(model, dequantize=True)
-    dequantize_model(model)
-    model.set_dtype(mx.float32)  # layers with scales of an integer type dequantise to bfloat16
+    dequantise(model)
+    for name, module in model.named_modules():
+        if "scales" in module:
+            raise UserError(
+                f"the layer {name!r} is a {type(module).__name__}, which cannot be turned into floats, so this model "
+                "cannot be exported; export another"
+            )
     return model
 
 
@@ -61,7 +67,7 @@ def export_folder(
     if layout == "hf":
         check_layout(config, "hf")
     merge(model)
-    model.update(tree_unflatten(list(_cast(model, base, dtype).items())))
+    _cast(model, base, dtype)
     with written_whole(out) as folder:
         folder.mkdir()
         _copy_companions(base, folder)
@@ -76,18 +82,18 @@ def export_folder(
         _write_weights(model, folder, "mlx" if layout == "mlx" else "pt")
 
 
-def _cast(model: nn.Module, base: Path, dtype: str | None) -> dict[str, mx.array]:
-    """Return the weights by name, cast to ``dtype`` or, without one, to their floating dtypes in ``base``."""
-    weights = dict(tree_flatten(model.parameters()))
-    if dtype is not None:
-        return {name: w.astype(DTYPES[dtype]) for name, w in weights.items()}
+def _cast(model: nn.Module, base: Path, dtype: str | None) -> None:
+    """Cast the floats of ``model``, in place, to ``dtype`` or, without one, to their floating dtypes in ``base``."""
     tensors: dict[str, Any] = {}
     for file in sorted(base.glob("model*.safetensors")):
         tensors |= mx.load(str(file))  # type: ignore[arg-type]  # lazily: only the headers are read
     stored = {name: array.dtype for name, array in tensors.items() if array.dtype in DTYPES.values()}
     common = max(stored.values(), key=list(stored.values()).count, default=mx.float32)
-    scales = {name: stored.get(f"{name.removesuffix('.weight')}.scales", common) for name in weights}
-    return {name: w.astype(stored.get(name, scales[name])) for name, w in weights.items()}
+    weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    for name in [name for name, weight in weights.items() if is_floating(weight)]:
+        scales = stored.get(f"{name.removesuffix('.weight')}.scales", common)
+        target = stored.get(name, scales) if dtype is None else DTYPES[dtype]
+        model.update(tree_unflatten([(name, cast(name, weights.pop(name), target))]))  # one in memory twice
 
 
 def _plain_config(config: dict[str, Any], model: nn.Module, dtype: str | None) -> dict[str, Any]:
@@ -99,7 +105,7 @@ def _plain_config(config: dict[str, Any], model: nn.Module, dtype: str | None) -
     if plain["model_type"] == "llama":
         plain = {"hidden_act": "silu"} | plain
     if dtype is None:
-        found = [array.dtype for array in weights.values()]
+        found = [array.dtype for array in weights.values() if is_floating(array)]
         common = max(found, key=found.count)
         dtype = next(name for name, d in DTYPES.items() if d == common)
     return plain | {"torch_dtype": dtype}  # the name that every version of transformers reads

@@ -21,7 +21,7 @@ from ..adapters.attach import LowRankLinear, wrapped
 from ..adapters.tinylora import SVDLinear
 from ..files.safetensors import save_arrays
 from ..models import MODELS
-from .files import DTYPES, check_layout, read_config, write_json, written_whole
+from .files import DTYPES, cast, check_layout, read_config, write_json, written_whole
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,8 +91,8 @@ def export_peft(model: nn.Module, source: Path, out: Path, base: str, *, dtype: 
     }
     with written_whole(out) as folder:
         folder.mkdir()
-        cast = {name: mx.contiguous(array.astype(DTYPES[dtype])) for name, array in arrays.items()}
-        save_arrays(folder / "adapter_model.safetensors", cast, {"format": "pt"})
+        stored = {name: mx.contiguous(cast(name, array, DTYPES[dtype])) for name, array in arrays.items()}
+        save_arrays(folder / "adapter_model.safetensors", stored, {"format": "pt"})
         write_json(settings, folder / "adapter_config.json")
 
 

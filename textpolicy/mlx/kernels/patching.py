@@ -16,7 +16,10 @@ Path = tuple[str, ...]  # the names that lead from a module to one inside it
 
 
 class StandIn:
-    """The replacement of a module: another function to call, and the module's attributes (for tied embeddings)."""
+    """The replacement of a module: another function to call, the module's attributes (for tied embeddings) and class.
+
+    Models choose masks and paths by ``isinstance``; ``type`` still tells a stand-in from what it stands for.
+    """
 
     def __init__(self, module: nn.Module, call: Callable[..., Any]):
         self.module, self.call = module, call
@@ -26,6 +29,10 @@ class StandIn:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self.module)
 
 
 def with_child(module: Any, path: Path, make: Callable[[Any], Any]) -> Any:
@@ -51,6 +58,8 @@ def with_modules(module: Any, make: Callable[[tuple[str | int, ...], nn.Module],
     changed: dict[Any, Any] = {}
     for name, value in module.items() if isinstance(module, dict) else enumerate(module):
         here = (*where, name)
+        if type(value) is StandIn:
+            continue
         other = make(here, value) if isinstance(value, nn.Module) else None
         if other is None and isinstance(value, nn.Module | list | dict):
             other = with_modules(value, make, here)

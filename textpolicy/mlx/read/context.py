@@ -259,7 +259,13 @@ class Attention:
                 grown.append(old[...])  # a new array, since a fork may hold ``old``; MLX copies only if one still does
                 grown[-1][..., start:end, :] = new
         self.keys, self.values = grown
-        first, end = context.first_seen(self.window), context.size + context.arriving
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """Return what the last ``update_and_fetch`` returned, for layers that read the keys of another (Gemma 3n)."""
+        assert self.keys is not None
+        assert self.values is not None
+        first, end = self.context.first_seen(self.window), self.context.size + self.context.arriving
         return self.keys[..., first:end, :], self.values[..., first:end, :]
 
 

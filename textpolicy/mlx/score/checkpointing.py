@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from copy import copy
 from functools import partial
@@ -17,6 +18,11 @@ from ..adapters.tinylora import ProjectedCore
 from ..kernels.patching import StandIn, parameters, with_modules
 from ..read.context import Attention, Group, Layer, State, members
 
+logger = logging.getLogger(__name__)
+
+_SEEN = (mx.array, Layer, int, float, str, mx.Dtype, type(None))  # what a block may be handed
+_warned: set[str] = set()  # blocks that keep their activations
+
 
 def checkpointed(model: nn.Module, every: int) -> nn.Module:
     """Return a view of ``model``, with its parameters, whose every ``every``-th block keeps no activations."""
@@ -31,9 +37,15 @@ def _recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
     A checkpoint sees only the arrays that it is handed: parameters, activations and what the layers hold
     before. What they hold afterwards is returned, and both runs work on copies of the layers as they are now.
+    An array that is returned twice, such as keys that the block hands on and its layer holds, becomes two:
+    ``mx.vjp`` takes the slope of the first of equal outputs alone. A block that is handed an object of another
+    kind, which may hold arrays (Kimi K3), keeps its activations.
     """
     arguments = (args, kwargs)
     leaves: Any = tree_flatten(arguments)
+    if strange := [type(leaf).__name__ for _, leaf in leaves if not isinstance(leaf, _SEEN)]:
+        _warn_once(type(block).__name__, strange[0])
+        return block(*args, **kwargs)
     layers: list[Layer] = [leaf for _, leaf in leaves if isinstance(leaf, Layer)]
     activations = [leaf for _, leaf in leaves if _has_gradient(leaf)]
     whole = nn.Module()  # the block, and the vectors of a TinyLoRA that it reads but does not own
@@ -53,7 +65,8 @@ def _recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
             out = (block(*args, **kwargs), held(mine))
         form[:] = [tree_map(lambda leaf: _Array if _has_gradient(leaf) else leaf, out)]
         results: Any = tree_flatten(out)
-        return [leaf for _, leaf in results if _has_gradient(leaf)]
+        arrays_out = [leaf for _, leaf in results if _has_gradient(leaf)]
+        return list(mx.depends(arrays_out, arrays_out[:1]))  # new arrays of the same memory
 
     # As mx.checkpoint, with an order: it runs again when its turn has come and frees all that before the next does.
     # Without the order MLX may run many blocks again before it uses any.
@@ -70,6 +83,16 @@ def _recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     out, read = tree_map(lambda leaf: next(outputs) if leaf is _Array else leaf, form[0])
     _fill(layers, read)
     return out
+
+
+def _warn_once(block: str, handed: str) -> None:
+    if block not in _warned:
+        _warned.add(block)
+        logger.warning(
+            "machine.checkpoint_every saves nothing: a %s is handed a %s, whose arrays a checkpoint does not see",
+            block,
+            handed,
+        )
 
 
 class _Array:

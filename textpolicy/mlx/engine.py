@@ -154,8 +154,8 @@ class MLXEngine:
         for name, value in trainable(self.model).items():
             if value.dtype != mx.float32:
                 raise UserError(
-                    f"{name} is trained in {str(value.dtype).removeprefix('mlx.core.')}, in which most steps are rounded "
-                    "away; attach an adapter, of the kind full to train all weights, or call model.set_dtype(mx.float32)"
+                    f"{name} is trained in {str(value.dtype).removeprefix('mlx.core.')}, which rounds most steps away; "
+                    "attach an adapter (the kind full trains all weights), or call model.set_dtype(mx.float32)"
                 )
         grads, norm = self._clip(grads, self.max_grad_norm)
         if not np.isfinite(norm.item()):

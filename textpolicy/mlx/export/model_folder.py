@@ -83,7 +83,7 @@ def export_folder(
 
 
 def _cast(model: nn.Module, base: Path, dtype: str | None) -> None:
-    """Turn the floats of ``model``, in place, into ``dtype`` or, without one, into their floating dtypes in ``base``."""
+    """Turn the floats of ``model``, in place, into ``dtype`` or, without one, into their dtypes in ``base``."""
     tensors: dict[str, Any] = {}
     for file in sorted(base.glob("model*.safetensors")):
         tensors |= mx.load(str(file))  # type: ignore[arg-type]  # lazily: only the headers are read

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from toy_tokenizers import Letters
 
 from textpolicy.environment import TextGenerationEnv
 from textpolicy.rewards.answer import Block, answered, code_blocks, extract_boxed, opened_thought
@@ -119,18 +120,6 @@ def test_a_prompt_that_ends_with_the_mark_of_a_thought_has_opened_it(prompt, mar
         assert answered("It is 4.<|channel|>final<|message|></think>[/THINK]</reasoning>It is 5.", mark) == "It is 5."
 
 
-class Letters:
-    """A tokenizer whose tokens are characters."""
-
-    eos_token_id = 0
-
-    def encode(self, text):
-        return [ord(c) for c in text]
-
-    def decode(self, ids):
-        return "".join(chr(i) for i in ids if i)
-
-
 def test_a_reward_is_told_of_the_thought_that_its_prompt_opened():
     def answer(prompt, completion, example, thinking=""):
         return float(answered(completion, thinking) is not None)
@@ -141,7 +130,7 @@ def test_a_reward_is_told_of_the_thought_that_its_prompt_opened():
         env.reset()
         rewards.append(env.step(text)["reward"])
     assert rewards == [1, 0, 1, 1]
-    assert env.score(1, [53, 0], False).reward == 0
+    assert env.score(1, [53], False).reward == 0
 
 
 # ---- blocks of code

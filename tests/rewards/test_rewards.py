@@ -7,14 +7,19 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
+from toy_tokenizers import Letters
 
+from textpolicy.environment import TextGenerationEnv
 from textpolicy.errors import RewardError, UserError
 from textpolicy.rewards import (
     REWARD_REGISTRY,
     VERIFIER_REGISTRY,
+    Request,
     RewardConfig,
     Scored,
+    Scorer,
     accuracy_reward,
     apply_verifiers_to_reward,
     call_reward,
@@ -158,7 +163,8 @@ def test_importing_rewards_environment_buffer_and_rollout_does_not_import_mlx():
         ({"reward": 0.5, "is_correct": True}, Scored(0.5, True)),
         ((0.5, np.bool_(False)), Scored(0.5, False)),
         ((0.5, None), Scored(0.5)),
-        ([1, 1], Scored(1.0, True)),
+        ([1, True], Scored(1.0, True)),
+        ({"reward": 1, "is_correct": 0}, Scored(1.0, False)),
     ],
 )
 def test_a_result_may_be_a_number_a_dict_or_a_pair(result, expected):
@@ -183,6 +189,13 @@ def test_none_and_nan_mean_that_a_completion_could_not_be_scored(result):
         (1, 2, 3),
         np.ones(2),
         (1, "yes"),
+        (0.5, 0.7),
+        (1, 1),
+        [1.0, 0.0],
+        (np.float32(0.5), np.float32(1)),
+        {"reward": 1, "is_correct": 0.5},
+        {"reward": (1, True)},
+        (1, [True]),
     ],
 )
 def test_a_result_that_is_no_finite_number_is_an_error(result):
@@ -225,6 +238,28 @@ def test_a_function_without_the_three_arguments_cannot_be_a_reward():
 
     with pytest.raises(UserError, match="'score' does not take completion, example"):
         BoundReward.of(score)
+
+
+@pytest.mark.parametrize(
+    ("fn", "missing"),
+    [
+        (lambda completions, answer, **kwargs: [1.0], "examples, prompts"),  # TRL
+        (lambda prompts, completions, **kwargs: [1.0], "examples"),
+        (lambda prompts=None, completions=None, **kwargs: [1.0], "examples"),
+        (lambda completions, ground_truth: [1.0], "examples, prompts"),
+        (lambda data_source, solution_str, ground_truth, extra_info=None: 1.0, "completion, example, prompt"),  # verl
+        (lambda solution_str, ground_truth, **kwargs: 1.0, "completion, example, prompt"),
+    ],
+)
+def test_a_reward_of_another_library_is_refused_with_the_ways_to_write_one(fn, missing):
+    ways = r"fn\(prompt, completion, example, \*\*kwargs\), or for lists as fn\(prompts, completions, examples,"
+    with pytest.raises(UserError, match=f"does not take {missing}; write it as {ways}"):
+        Scorer([fn])
+
+
+def test_a_reward_may_leave_its_arguments_to_keywords():
+    for fn in (lambda **kwargs: 1.0, lambda completion, **kwargs: 1.0, lambda example, turns=3, **kwargs: 1.0):
+        assert Scorer(fn)("p", "c", {}).reward == 1
 
 
 def test_an_object_with_a_call_method_can_be_a_reward():
@@ -299,12 +334,92 @@ def test_accuracy_reward_is_the_share_of_reference_words_over_the_threshold():
     assert accuracy_reward("p", "a", {"label": "z"}, similarity_threshold=0) == 1.0
 
 
-def test_accuracy_reward_without_a_reference_counts_hedges():
-    assert accuracy_reward("p", "Surely.", {}) == 1.0
-    assert accuracy_reward("p", "Maybe, I think so", {}) == pytest.approx(0.6)
-    assert accuracy_reward("p", "i think maybe perhaps possibly it seems like that", {}) == 0.3
-    assert accuracy_reward("p", "text", {"label": " "}) == 0.5
+def test_accuracy_reward_takes_the_nearest_of_several_references_and_any_entry_that_holds_one():
+    assert accuracy_reward("p", "New York!", {"label": ["NYC", "new york"]}) == 1.0
+    assert accuracy_reward("p", "Berlin", {"answer": "Paris"}) == 0.0
+    assert accuracy_reward("p", "It's Paris.", {"label": None, "answer": "Paris"}) == 1.0
     assert accuracy_reward("p", " ", {"label": "x"}) == 0.0
+
+
+NOTHING = [None, float("nan"), np.float32("nan"), pd.NA, pd.NaT, "", " \n", [], [None, float("nan")], np.array([])]
+
+
+@pytest.mark.parametrize("value", [*NOTHING, {"text": "Paris"}, [["Paris"]], b"Paris", object()], ids=str)
+@pytest.mark.parametrize("name", ["accuracy_reward", "f1_score", "math_accuracy"])
+def test_a_reference_that_is_none_is_refused_before_a_run(name, value):
+    for example in ({"answer": value}, {"question": "?", "ground_truth": value}, {"solution": "5"}):
+        with pytest.raises(UserError, match=r"correct answer|the reference .* is a"):
+            REWARD_REGISTRY[name]("p", "Paris", example)
+        with pytest.raises(UserError, match=f"reward '{name}' cannot judge by the example of prompt 1: "):
+            TextGenerationEnv(["p", "q"], Scorer(name), tokenizer=Letters(), examples=[{"answer": "5"}, example])
+        with pytest.raises(RewardError, match=rf"\(reward '{name}' for prompt 'p' and completion 'x'\)$"):
+            Scorer(name)("p", "x", example)
+    unsure = Scorer(name, on_failure="unscorable")
+    assert np.isnan(
+        TextGenerationEnv(["p"], unsure, tokenizer=Letters(), examples=[example]).score(0, [65], False).reward
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        (7.0, "7", "70"),  # whole numbers in a column with a cell missing, as pandas reads them
+        (np.int64(7), "7", "8"),
+        ([7, None], "7", "None"),
+        (("2", "two"), "two", "three"),
+        (np.array(["2", "two"]), "2", "1"),
+        ({"5"}, "5", "6"),
+        ([0.5, "half"], "0.5", "5"),
+    ],
+)
+@pytest.mark.parametrize("name", ["accuracy_reward", "f1_score", "math_accuracy"])
+def test_of_a_list_of_references_one_is_enough(name, answer, right, wrong):
+    score = Scorer(RewardConfig(name, params={"extract_box": False} if name == "math_accuracy" else {}))
+    assert score("p", right, {"answer": answer}).reward == 1
+    assert score("p", wrong, {"answer": answer}).reward == 0
+
+
+@pytest.mark.parametrize("value", ["sun, moon", "['sun']", "s", ["sun", 3], ["sun", ""], {"sun": 1}, 7], ids=str)
+def test_keywords_that_are_no_list_of_texts_are_refused(value):
+    with pytest.raises(UserError, match=r"^keywords is .*; give a list of texts"):
+        keyword_reward("p", "c", {"keywords": value})
+    with pytest.raises(UserError, match="cannot judge by the example of prompt 0: keywords is"):
+        TextGenerationEnv(["p"], keyword_reward, tokenizer=Letters(), examples=[{"keywords": value}])
+    with pytest.raises(UserError, match="cannot judge by the example of prompt 0: keywords is"):
+        TextGenerationEnv(["p"], RewardConfig("keyword_reward", params={"keywords": value}), tokenizer=Letters())
+    with pytest.raises(UserError, match="required_keywords is"):
+        contains_keywords("p", "c", {}, required_keywords=value)
+    with pytest.raises(UserError, match="toxic_patterns is"):
+        toxicity_verifier("p", "c", {"toxic_patterns": value})
+
+
+def test_keywords_may_be_in_any_container_and_missing_ones_are_none():
+    for value in (("sun",), {"sun"}, np.array(["sun"])):
+        assert keyword_reward("p", "The sun.", {"keywords": value}) == 1
+    for value in NOTHING[:5]:
+        assert keyword_reward("p", "The sun.", {"keywords": value}) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "example"),
+    [
+        ("f1_score", {}, {"answer": "Paris"}),
+        ("accuracy_reward", {}, {"answer": "Paris"}),
+        ("keyword_reward", {"keywords": ["paris"]}, {}),
+    ],
+)
+def test_rewards_of_words_read_what_follows_the_thought(name, params, example):
+    score = Scorer(RewardConfig(name, params=params))
+    assert score("p", "<think>Rome?</think>\nParis.", example).reward == 1
+    for thought in ("<think>Paris", "<think>Paris</think>Rome", "<think>Paris</think>", "[THINK]Paris"):
+        assert score("p", thought, example).reward == 0
+    assert score.score([Request("p", "Paris", example, extra={"thinking": "<think>"})])[0].reward == 0
+    assert score("p", "Paris", example, truncated=True).reward == (name == "keyword_reward")
+
+
+def test_rewards_of_form_read_the_whole_completion():
+    assert length_reward("p", "<think>a b</think> c", {}, target_length=3) == 1
+    assert perplexity_reward("p", "<think>a b c</think>", {}) == 1
 
 
 # ---- verifiers

@@ -302,15 +302,35 @@ def waited_for(what):
     ("completion", "program"),
     [
         ("```python\nprint(1)\n```", "print(1)\n"),
-        ("first\n```py\n1\n```\nthen\n```\nprint(2)\n```\nso", "print(2)\n"),
+        ("first\n```py\n1\n```\nthen\n```\n2\n```\nso", "1\n"),
+        ("```\n1\n```\nthen\n```\n2\n```\nso", "2\n"),
+        ("```py\n1\n```\n```Python3\n2\n```\n```bash\npython x.py\n```", "2\n"),
+        ("~~~{.python .numbered}\n1\n~~~", "1\n"),
+        ("````python title=a.py\n'\n```\n'\n````", "'\n```\n'\n"),
+        ("1. So:\n   ```python3.11\n   if 1:\n       2\n   ```", "if 1:\n    2\n"),
+        ("```pycon\n>>> 1\n```\n```text\n1\n```", None),
+        ("```python-repl\n1\n```", None),
+        ("````md\n```python\n1\n```\n````", None),
+        ("<think>\n```python\n1\n```\n</think>\n```python\n2\n```", "2\n"),
+        ("<think>\n```python\n1\n```\n</think>", None),
+        ("<think>\n```python\n1\n```", None),
+        ("```python\nprint('</think>')\n```", "print('</think>')\n"),
         ("```python\nprint('```')\n```", "print('```')\n"),
-        ("```python\nprint(1)", None),
+        ("```python\nprint(1)", "print(1)"),
         ("print(1)", None),
         ("", None),
     ],
 )
-def test_the_last_closed_block_is_the_program(completion, program):
+def test_the_last_block_of_python_is_the_program(completion, program):
     assert extract_program(completion) == program
+
+
+def test_a_program_that_was_cut_off_is_none():
+    cut = "```python\n1\n```\nBetter:\n```python\n2"
+    assert extract_program(cut, truncated=True) is None
+    assert extract_program(cut) == "2"
+    assert extract_program("```python\n1\n```\nIt prints\n```\n4", truncated=True) == "1\n"
+    assert extract_program("```python\n1\n```", thinking="<think>\n") is None
 
 
 DOUBLES = {"tests": [{"input": "2\n", "output": "4"}, {"input": "5", "output": "10\n"}]}
@@ -332,6 +352,40 @@ def test_the_reward_is_the_share_of_tests_passed(program, reward):
     completion = f"Here it is:\n```python\n{program}\n```\n"
     scored = code_output_reward("p", completion, DOUBLES, limits=Limits(seconds=1))
     assert scored == {"reward": reward, "is_correct": reward == 1.0}
+
+
+@confined
+@pytest.mark.parametrize(
+    "program",
+    [
+        "print(2 * int(open('/dev/stdin').read()))",
+        "print(2 * int(open('/proc/self/fd/0').readline()), file=open('/dev/stdout', 'w'))",
+        "import fileinput\nfor line in fileinput.input('/dev/fd/0'): print(2 * int(line))",
+        "open('/dev/stderr', 'w').write('hm'); print(2 * int(open(0).read()))",
+    ],
+)
+def test_standard_streams_can_be_opened_by_their_paths(program):
+    assert run_python(program, "21\n").stdout == "42\n"
+
+
+@confined
+@pytest.mark.parametrize("program", ["open('/dev/stdin', 'w')", "open('/dev/stdout')", "open('/dev/tty', 'w')"])
+def test_no_more_than_the_standard_streams_can(program):
+    assert "PermissionError" in run_python(program, "21\n").stderr
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [None, "", [], "[{'input': '1', 'output': '2'}]", {"input": "1", "output": "2"}, [{"input": "1"}], ["1"],
+     [{"input": 1, "output": 2}], float("nan")],
+)  # fmt: skip
+def test_tests_that_are_something_else_are_refused_by_name(tests):
+    message = "a code_output example has a list of 'tests', each {'input': text, 'output': text}, but"
+    with pytest.raises(UserError, match=message):
+        code_output_reward("p", "```python\n1\n```", {"tests": tests})
+    with pytest.raises(RewardError, match=message) as raised:
+        Scorer("code_output")("p", "c", {"tests": tests})
+    assert "return a number" not in str(raised.value)
 
 
 def test_without_a_program_the_reward_is_0_and_without_tests_an_error():

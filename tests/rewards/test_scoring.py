@@ -289,7 +289,7 @@ def test_a_scorer_inside_an_async_reward_is_refused_where_it_would_wait_for_itse
         return rewards(slow_letters, completion)[0]
 
     with pytest.raises(
-        RewardError, match=r"'nested' raised UserError .*await that reward's own work instead"
+        RewardError, match=r"^a Scorer was .*await that reward's own work instead \(reward 'nested' for prompt 'p' and"
     ) as caught:
         rewards(nested, "c")
     assert str(caught.value.__cause__).startswith("a Scorer was called inside an async reward;")
@@ -615,10 +615,73 @@ def test_math_accuracy_can_read_the_whole_completion_and_needs_a_reference():
 
 @pytest.mark.parametrize(
     ("completion", "answer", "expected"),
-    [("the cat sat", "The cat", 0.8), ("a a b", "a b b", 2 / 3), ("", "x", 0), ("", "", 0), ("x", "y", 0), ("7", 7, 1)],
+    [("the cat sat", "The cat", 0.8), ("a a b", "a b b", 2 / 3), ("", "x", 0), ("x", "y", 0), ("7", 7, 1)],
 )
 def test_f1_is_twice_the_shared_words_over_all_words(completion, answer, expected):
     assert get_reward_function("f1_score")("p", completion, {"answer": answer}) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("Paris.", "Paris"),
+        ("\u201cParis\u201d!", "paris"),
+        ("(PARIS)", "Paris."),
+        ("**Paris**", "Paris"),
+        ("The U.S.A.", "the USA"),
+        ("It's well-known;", "its wellknown"),
+        ("42.", 42),
+        ("It is 1,000.", "it is 1000"),
+        ("($5), 50%: 10:30!", "$5 50% 10:30"),
+        ("-5,", "-5"),
+        ("+", "+"),
+    ],
+)
+def test_punctuation_belongs_to_no_word(completion, answer):
+    assert Scorer("f1_score")("p", completion, {"answer": answer}).reward == 1
+    assert Scorer("accuracy_reward")("p", completion, {"answer": answer}).reward == 1
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("-5", "5"),
+        ("3.14", "314"),
+        (".5", "5"),
+        ("$5", "5%"),
+        ("1/2", "12"),
+        ("10:30", "1030"),
+        ("1,5", "15"),
+        ("+", "-"),
+    ],
+)
+def test_marks_of_a_number_belong_to_it(completion, answer):
+    assert Scorer("f1_score")("p", completion, {"answer": answer}).reward == 0
+
+
+@pytest.mark.parametrize(
+    ("completion", "truncated", "correct"),
+    [
+        (r"<think>Is it \boxed{4}?</think>So \boxed{5}", False, True),
+        (r"Is it \boxed{4}?</think>So \boxed {5}", False, True),
+        (r"So \boxed{5}. Or", True, True),
+        (r"So \boxed{5}. Or \boxed{", True, False),
+        (r"<think>So \boxed{5}", True, False),
+        (r"<think>So \boxed{5}", False, False),
+        (r"<think>So \boxed{5}</think>It is 5.", False, False),
+        (r"[THINK]So \boxed{5}[/THINK]", False, False),
+        (r"\boxed{5}<think>or \boxed{6}</think>", False, False),
+    ],
+)
+def test_only_a_box_after_the_thought_is_an_answer(completion, truncated, correct):
+    assert Scorer("math_accuracy")("p", completion, {"answer": "5"}, truncated).is_correct is correct
+
+
+def test_without_a_box_the_answer_is_all_that_follows_the_thought():
+    score = Scorer(RewardConfig("math_accuracy", params={"extract_box": False}))
+    assert score("p", "<think>It is 4.</think>\n5", {"answer": "5"}).is_correct
+    assert not score("p", "<think>5", {"answer": "5"}).is_correct
+    assert not score("p", "5", {"answer": "5"}, truncated=True).is_correct
 
 
 def test_countdown_is_a_reward_by_name():

@@ -142,7 +142,39 @@ def test_each_given_number_may_be_used_once():
     [
         ("Multiply first.\n3*(4+5)", "3*(4+5)"),
         ("1+2\n3*(4+5)", "3*(4+5)"),
-        ("1+2\n3*(4+5)\nThat is it: 9+9", "3*(4+5)"),
+        ("1+2\n3*(4+5)\nThat is it: 9+9", "9+9"),
+        ("3+4+5 is 12, no. So 3*(4+5) it is.", "3*(4+5)"),
+        ("3*(4+5)\nNo: my answer is 3*4*5!", "3*4*5"),
+        ("- 3*(4+5)", "3*(4+5)"),
+        ("Steps:\n* 4+5\n* **3*(4+5)**", "3*(4+5)"),
+        ("+ `3*(4+5)`", "3*(4+5)"),
+        ("\u2022 3*(4+5)", "3*(4+5)"),
+        ("2. 3*(4+5)", "3*(4+5)"),
+        ("(2) 3*(4+5)", "3*(4+5)"),
+        ("**Answer:** 3*(4+5)", "3*(4+5)"),
+        ("Answer - 3*(4+5) - uses all", "3*(4+5)"),
+        ("3*(4+5) (uses all)", "3*(4+5)"),
+        ("x=3*(4+5)", "3*(4+5)"),
+        ("-3*(-4-5)", "-3*(-4-5)"),
+        ("3*[4+5]", "3*(4+5)"),
+        ("{3*[(4)+5]}", "(3*((4)+5))"),
+        (r"3 \cdot \left[4+5\right]", "3 * (4+5)"),
+        (r"\(3\times\{4+5\}\)", "3*(4+5)"),
+        ("3*(4+5]", "3*(4+5]"),
+        (r"\dfrac{3*(4+5)}{\frac{4}{4}}", "((3*(4+5))/(((4)/(4))))"),
+        (r"So \boxed{27 = 3*(4+5)}, as 4+5 = 9.", "3*(4+5)"),
+        ("3 x (4+5)", "3*(4+5)"),
+        ("3\u2022(4+5)", "3*(4+5)"),
+        ("<think>3*(4+5)</think>", ""),
+        ("<think>3*(4+5)</think>3*4", "3*4"),
+        ("<think>3*(4+5)", ""),
+        ("2^(4+5)", ""),
+        ("(4+5) ^ 2", ""),
+        ("3*(4+5) % 7", ""),
+        ("x * 3*(4+5)", ""),
+        ("4! + 3", ""),
+        (r"\sqrt{4+5}*3", ""),
+        ("3*(4+5) /", "3*(4+5) /"),
         ("3*(4+5)\n27", "3*(4+5)"),
         ("3*(4+5)\n= 27", "3*(4+5)"),
         ("<answer>3*(4+5)</answer>\n1+1", "3*(4+5)"),
@@ -213,6 +245,32 @@ def test_scores_by_the_three_sets_of_rules(completion, default, all_used, tinyze
     assert countdown_reward("p", completion, example) == default
     assert countdown_reward("p", completion, example, use_all=True) == all_used
     assert score_countdown(completion, NUMBERS, TARGET, TINYZERO_RULES).reward == tinyzero
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("3*(4+5)", -0.5),
+        ("It is 3*(4+5), because", -0.5),
+        ("<answer>3*(4+5)", -0.5),
+        ("<answer>3*(4+5)</answer> is", 1.0),
+        (r"\boxed{3*(4+5)} is", 1.0),
+        ("<think><answer>3*(4+5)</answer>", -0.5),
+    ],
+)
+def test_what_was_cut_off_is_an_answer_only_in_a_tag_or_box(completion, reward):
+    example = {"numbers": NUMBERS, "target": TARGET}
+    assert countdown_reward("p", completion, example, truncated=True) == reward
+    assert countdown_reward_with_info("p", completion, example, thinking="<think>")["reward"] == -0.5
+
+
+def test_numbers_below_zero_are_used_as_they_are_called_solvable():
+    for numbers, target, expr in (([-3, 5], 2, "-3+5"), ([-3, 5], -15, "(-3)*5"), ([-3, -5], 8, "-(-3)-(-5)")):
+        assert is_solvable(numbers, target)
+        assert evaluate_expression(expr, numbers).value == target
+        assert score_countdown(expr, numbers, target).is_correct
+    with pytest.raises(ExpressionError, match="at most once"):
+        evaluate_expression("-3-3", [-3, 5])
 
 
 def test_is_correct_is_reported_beside_the_reward():

@@ -16,6 +16,7 @@ import numpy as np
 from .._system.extras import extra
 from ..errors import UserError, unknown_name
 from ..rewards.contract import RewardFunction
+from ..rewards.example import missing
 from .single_turn import TextGenerationEnv
 from .text.conversation import Prompt
 
@@ -90,14 +91,6 @@ def prompt_of(row: Row, column: str, number: int, source: str = "the rows") -> P
             "{'role', 'content'} messages"
         )
     return list(cell) if messages else cell
-
-
-def missing(cell: Any) -> bool:
-    """Return whether a cell holds nothing: None, or NaN in any of its kinds (float, NaT, pandas.NA, Decimal)."""
-    if cell is None or isinstance(cell, str | Sequence | Mapping | np.ndarray):
-        return cell is None
-    same = cell == cell  # only what stands for nothing differs from itself; pandas.NA does not even say
-    return type(same).__name__ == "NAType" or (isinstance(same, bool | np.bool_) and not same)
 
 
 def read_rows(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:

@@ -84,6 +84,7 @@ class TextGenerationEnv(Environment):
         self.reward_fn, self.tokenizer = reward_fn, tokenizer
         self.max_tokens, self.group_size, self.seed = max_tokens, group_size, seed
         self._scorer = Scorer.of(reward_fn)
+        self._scorer.refuse(self.examples)
         self._codec = ChatCodec.of(tokenizer, template_args, day)
         self._pieces = Pieces(self._codec.decode)
         read = [read_prompt(i, prompt) for i, prompt in enumerate(prompts)]

@@ -1,14 +1,22 @@
-"""The built-in rewards: length, keywords, fluency, agreement with a reference. Words are ``str.split()``."""
+"""The built-in rewards: length, keywords, fluency, agreement with a reference."""
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
+from string import punctuation
 from typing import Any
 
 import numpy as np
 
+from .answer import answered
+from .contract import judge
+from .example import references, texts
 from .registry import reward
 
+_BEFORE = "([{\"'`*_!?\u201c\u2018\xab\xbf\xa1"  # marks around a number that are not of it
+_AFTER = ".,;:!?)]}\"'`*_\u201d\u2019\xbb\u2026\u3002\uff0c"
 HEDGES = (
     "i think", "maybe", "perhaps", "possibly", "not sure", "might be", "could be", "i believe", "seems like",
 )  # fmt: skip
@@ -38,24 +46,28 @@ def length_reward(
 
 
 @reward
+@judge
 def keyword_reward(
     prompt: str,
     completion: str,
     example: Mapping[str, Any],
     keywords: Sequence[str] | None = None,
     bonus_multiplier: float = 1.0,
+    thinking: str = "",
     **_: Any,
 ) -> float:
     """Return min(1, share of keywords that occur + bonus_multiplier * share of new keywords that occur).
 
     ``keywords`` defaults to ``example["keywords"]``; new ones are absent from the prompt. Keywords are
-    found as case-insensitive substrings. 0 when the completion is blank or there are no keywords.
+    found as case-insensitive substrings of what follows the thought, cut off or not. 0 when that is blank or there
+    are no keywords. Raises UserError for keywords that are no list of texts.
     """
-    wanted = [k.lower() for k in (keywords if keywords is not None else example.get("keywords") or ())]
+    wanted = [k.lower() for k in texts("keywords", example.get("keywords") if keywords is None else keywords)]
     new = [k for k in wanted if k not in prompt.lower()]
-    if not completion.strip():
+    answer = answered(completion, thinking) or ""
+    if not answer.strip():
         return 0.0
-    return min(1.0, _share_found(wanted, completion) + bonus_multiplier * _share_found(new, completion))
+    return min(1.0, _share_found(wanted, answer) + bonus_multiplier * _share_found(new, answer))
 
 
 @reward
@@ -83,32 +95,49 @@ def perplexity_reward(
 
 
 @reward
+@judge
 def accuracy_reward(
     prompt: str,
     completion: str,
     example: Mapping[str, Any],
     ground_truth: Any = None,
     similarity_threshold: float = 0.7,
+    truncated: bool = False,
+    thinking: str = "",
     **_: Any,
 ) -> float:
-    """Return min(1, s / threshold), s the share of the reference's distinct words found in the completion.
+    """Return min(1, s / threshold), s the share of the reference's distinct ``words`` found in the answer.
 
-    The reference is ``ground_truth``, else ``example["ground_truth"]``, else ``example["label"]``;
-    words compare case-insensitively. An empty reference gives 0.5, a blank completion 0. Without a
-    reference: max(0.3, 1 - 0.2 k), where k of nine hedges ("maybe", ...) occur.
+    The answer is what follows the thought; a blank one and a ``truncated`` completion get 0. The reference is
+    ``ground_truth``, else ``example["ground_truth"]``, ["label"] or ["answer"]; of a list the nearest counts. Raises
+    UserError without a reference.
     """
-    references = (ground_truth, example.get("ground_truth"), example.get("label"))
-    truth = next((r for r in references if r is not None), None)
-    if not completion.strip():
+    known = example if ground_truth is None else {"ground_truth": ground_truth}
+    expected = [set(words(reference)) for reference in references(known, ("ground_truth", "label", "answer"))]
+    given = set(words(answered(completion, thinking, truncated) or ""))
+    if not given:
         return 0.0
-    if truth is None:
-        return max(0.3, 1 - 0.2 * sum(hedge in completion.lower() for hedge in HEDGES))
-    expected = set(str(truth).lower().split())
-    if not expected:
-        return 0.5
-    s = len(expected & set(completion.lower().split())) / len(expected)
+    s = max(len(one & given) / len(one) for one in expected)
     return 1.0 if s >= similarity_threshold else s / similarity_threshold
+
+
+def words(text: str) -> list[str]:
+    """Return the words of ``text`` in lower case, without punctuation, as the evaluation of SQuAD does.
+
+    A word with a digit keeps what belongs to its number: -5, 3.14, 10:30, 50% and $5 stay themselves, and 1,000 is
+    1000. A text of punctuation alone keeps it.
+    """
+    found = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.lower()).split()
+    bare = [
+        w.lstrip(_BEFORE).rstrip(_AFTER) if any(map(str.isdigit, w)) else "".join(c for c in w if not _is_mark(c))
+        for w in found
+    ]
+    return [word for word in bare if word] or found
 
 
 def _share_found(keywords: Sequence[str], completion: str) -> float:
     return sum(k in completion.lower() for k in keywords) / max(1, len(keywords))
+
+
+def _is_mark(character: str) -> bool:
+    return character in punctuation or unicodedata.category(character)[0] == "P"

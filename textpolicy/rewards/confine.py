@@ -49,7 +49,8 @@ X32 = 0x40000000  # x86_64 numbers from here on are the same calls once more
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # Landlock, on every architecture
 READ = 1 << 2 | 1 << 3  # of files and folders
 WRITE_BY_VERSION = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF}  # all rights that Landlock knows, in version 5 0xFFFF
-SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/dev/null", "/dev/zero", "/dev/urandom")
+WRITE_FILE = 1 << 1 | 1 << 14  # to write a file, and to empty it
+SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/dev/null", "/dev/zero", "/dev/urandom", "/dev/stdin")
 EPERM = 0x00050001  # the call fails with error 1
 READY = b"ready"
 
@@ -114,12 +115,13 @@ def main() -> None:
         everything = WRITE_BY_VERSION.get(_landlock_version(), 0xFFFF)
         readable = [sys.prefix, sys.base_prefix, *SYSTEM_FOLDERS, settings["folder"]]
         rights = [(folder, READ) for folder in readable]
+        rights += [("/dev/stdout", WRITE_FILE), ("/dev/stderr", WRITE_FILE)]
         rights += [(settings["folder"], everything)] if settings["writes"] else []
         libc = _libc()
         ruleset = _checked(libc.syscall(CREATE_RULESET, struct.pack("Q", everything), 8, 0))
         for folder, right in rights:
             if os.path.exists(folder):
-                kept = right if os.path.isdir(folder) else right & 1 << 2
+                kept = right & everything & (everything if os.path.isdir(folder) else WRITE_FILE | 1 << 2)
                 path = os.open(folder, os.O_PATH)
                 _checked(libc.syscall(ADD_RULE, ruleset, 1, struct.pack("=Qi", kept, path), 0))
                 os.close(path)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, SupportsFloat
+from functools import partial
+from typing import Any, Literal, Self, SupportsFloat, TypeVar
 
 import numpy as np
 
 from ..errors import UserError
 
 OnFailure = Literal["raise", "unscorable"]  # how a reward that raises is treated
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # (prompt, completion, example, **kwargs) -> number, dict or pair; or (prompts, completions, examples, **kwargs)
 # -> one of these for each; either may be async.
@@ -21,6 +25,15 @@ VerifierFunction = Callable[..., bool]  # (prompt, completion, example, **kwargs
 
 ONE = ("prompt", "completion", "example")
 MANY = ("prompts", "completions", "examples")
+
+
+_JUDGES: list[RewardFunction] = []
+
+
+def judge(fn: Function) -> Function:
+    """Mark a reward that raises UserError, whatever the completion, for an example by which it cannot judge."""
+    _JUDGES.append(fn)
+    return fn
 
 
 # ---- arguments
@@ -46,6 +59,7 @@ class BoundReward:
     parameters: frozenset[str] = frozenset()  # all names in the signature; empty when it has none (a C function)
     batched: bool = False  # it takes lists: prompts, completions, examples
     is_async: bool = False
+    judges: bool = False  # it is marked by ``judge``
 
     @classmethod
     def of(cls, fn: Callable[..., Any]) -> Self:
@@ -56,19 +70,28 @@ class BoundReward:
         """
         if not callable(fn):
             raise UserError(f"{fn!r} is not a function; write one as fn(prompt, completion, example, **kwargs)")
-        try:
-            parameters = frozenset(inspect.signature(fn).parameters)
-        except (ValueError, TypeError):
-            parameters = frozenset()
-        keywords, batched = accepted_keywords(fn), {*MANY} <= parameters
+        signature: Mapping[str, inspect.Parameter] = {}
+        with suppress(ValueError, TypeError):  # a C function has none
+            signature = inspect.signature(fn).parameters
+        parameters, keywords = frozenset(signature), accepted_keywords(fn)
+        batched = {*MANY} <= parameters
         missing = set() if batched or keywords is None else {*ONE} - keywords
+        if not batched and not {*ONE} <= parameters:  # what has **kwargs may be written for another library
+            required = {
+                p.name for p in signature.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+            }
+            if parameters & {*MANY}:
+                missing = {*MANY} - parameters
+            elif required and not required & {*ONE}:
+                missing = {*ONE}
         if missing:
             raise UserError(
-                f"{name_of(fn)!r} does not take {', '.join(sorted(missing))}; "
-                "write it as fn(prompt, completion, example, **kwargs)"
+                f"{name_of(fn)!r} does not take {', '.join(sorted(missing))}; write it as fn(prompt, completion, "
+                "example, **kwargs), or for lists as fn(prompts, completions, examples, **kwargs)"
             )
         is_async = any(map(inspect.iscoroutinefunction, (fn, type(fn).__call__)))  # or an object's __call__ is
-        return cls(fn, keywords, parameters, batched, is_async)
+        plain = fn.func if isinstance(fn, partial) else fn
+        return cls(fn, keywords, parameters, batched, is_async, any(plain is one for one in _JUDGES))
 
     @property
     def __name__(self) -> str:
@@ -128,12 +151,16 @@ def read_result(result: Any) -> Scored | None:
             pass
         case _:
             value, is_correct = result, None
+    if is_correct is not None and (np.ndim(is_correct) or np.asarray(is_correct).item() not in (False, True)):
+        raise TypeError(f"is_correct is {is_correct!r}, and neither True nor False")
+    if is_correct is not None and not isinstance(result, Mapping) and np.asarray(is_correct).dtype != bool:
+        raise TypeError("two numbers; the second of a pair is True or False")
     if value is None:
         return None
-    return Scored(_number(value), None if is_correct is None else _number(is_correct) != 0)
+    return Scored(_number(value), None if is_correct is None else bool(is_correct))
 
 
 def _number(value: Any) -> float:
     if np.ndim(value) or not isinstance(value, SupportsFloat) or math.isinf(float(value)):
-        raise TypeError(f"{value!r} is not a finite number")
+        raise TypeError("not a finite number")
     return float(value)

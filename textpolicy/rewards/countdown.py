@@ -12,7 +12,8 @@ from operator import index
 from typing import Any
 
 from ..errors import UserError
-from .contract import Scored
+from .answer import answered, extract_boxed
+from .contract import Scored, judge
 from .registry import reward
 
 MAX_LENGTH = 1000  # characters of an expression; a longer one is invalid
@@ -37,8 +38,9 @@ class EvalResult:
 def evaluate_expression(expr: str, available_numbers: Iterable[int] | None = None) -> EvalResult:
     """Evaluate ``expr``: whole numbers, + - * / ( ), signs and spaces.
 
-    With ``available_numbers`` each of them may be used once. Raises ExpressionError for any other text:
-    decimals, **, //, 2(3), a division by zero, more than MAX_LENGTH characters or MAX_DEPTH parentheses.
+    With ``available_numbers`` each of them may be used once, with either sign: signs are free. Raises
+    ExpressionError for any other text: decimals, **, //, 2(3), a division by zero, more than MAX_LENGTH characters
+    or MAX_DEPTH parentheses.
     """
     if len(expr) > MAX_LENGTH:
         raise ExpressionError(f"the expression has {len(expr)} characters; keep to {MAX_LENGTH}")
@@ -50,7 +52,9 @@ def evaluate_expression(expr: str, available_numbers: Iterable[int] | None = Non
     result = EvalResult(parser.sum(), tuple(parser.numbers))
     if parser.token:
         raise parser.error(f"{parser.token!r} where it should end")
-    if available_numbers is not None and (excess := Counter(result.numbers_used) - Counter(available_numbers)):
+    if available_numbers is not None and (
+        excess := Counter(result.numbers_used) - Counter(map(abs, available_numbers))
+    ):
         raise ExpressionError(
             f"{reprlib.repr(min(excess))} is used more often than it is given; use each number at most once"
         )
@@ -122,11 +126,22 @@ class _Parser:
 # ---- the answer in a completion
 
 _SIGNS = {0xD7: "*", 0x2217: "*", 0xB7: "*", 0x22C5: "*", 0xF7: "/", 0x2215: "/", 0x2044: "/", 0x2212: "-", 0x2013: "-"}
-_LATEX_SIGNS = ((r"\\times|\\cdot", "*"), (r"\\div", "/"), (r"\\left\b|\\right\b", ""))
-_ARITHMETIC = re.compile(r"[-+*/()0-9 ]+")
-_OPERATION = re.compile(r"[0-9)] *[-+*/]")  # a sign alone is not an operation
-_CONTINUES = re.compile(r"[.,]?\w|\^")
-_WRAPPED = re.compile(r"(\*\*|\$\$?|`{1,3})(.*)\1")  # a whole line in marks of Markdown or LaTeX
+_REWRITES = (  # of a line, in this order
+    (r"^\s*(?:\d{1,2}[.)]\s+|\(\d{1,2}\)\s+(?=[\d(]))", ""),  # the number of an item in a list
+    (r"\\(?:times|cdot|ast)(?![A-Za-z])|(?<=[\d)\]}])\s*[xX\u2022]\s*(?=[\d(\[{])", "*"),
+    (r"\\div(?![A-Za-z])", "/"),
+    (r"\\(?:left|right)(?![A-Za-z])", ""),
+    (r"\\[,;:! ()]|\\\[|\\\]|__", " "),
+    (r"\\([{}])", r"\1"),
+    (r"(?<![\d)\]}])(?<![\d)\]}] )\*{2,}|\*{2,}(?!\s*[-+\d(\[{])", " "),  # bold; between operands it is a power
+)
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_CHAIN = re.compile(r"[-+*/()\[\]{}0-9 =]+")  # expressions with equals signs between them
+_OPERATION = re.compile(r"[0-9)\]}] *[-+*/][-+*/(\[{ ]*[0-9]")
+_BEFORE = re.compile(r"[\w.,][^ ]|\w *[+*/]|[\^\\\u221a\u221b].")  # what makes a chain part of something else
+_AFTER = re.compile(r"[.,]?\w|\s*[\^\\%]|!\s*[-+*/=]")
+_BULLET, _DASH = re.compile(r"\s*(?:[-+*]\s+)*"), re.compile(r"[\s)\]}]*(?:-\s+)*")  # in front of a chain
+_WRAPPED = re.compile(r"(\$\$?|`{1,3})(.*)\1")  # a whole line in marks of Markdown or LaTeX
 
 
 def extract_answer_tag(text: str, last_line_only: bool = False) -> str | None:
@@ -140,38 +155,60 @@ def extract_answer_tag(text: str, last_line_only: bool = False) -> str | None:
 def extract_expression_from_completion(text: str) -> str:
     """Return the expression that ``text`` gives as its answer, in ASCII signs; "" when there is none.
 
-    Reads the last <answer> tag, or the whole text without one: the last line that is nothing but
-    arithmetic; else, from the last line that has any, the longest stretch of arithmetic ("27 = 3*(4+5)",
-    "3*(4+5) = 3*9", "the answer is 3*(4+5)."); else the last line if it is a bare number. A tag without
-    any of these is returned as it is.
+    Reads what follows the thought: the last <answer> tag, else the last box, else all of it. The last statement with
+    an operation is the answer, whatever stands around it ("the answer is 3*(4+5)."); of several expressions with
+    equals signs between them the longest ("27 = 3*(4+5)", "3*(4+5) = 3*9"). Without one, a bare number in the last
+    line. A tag or box without any of these is returned as it is.
     """
-    tagged = extract_answer_tag(text)
-    lines = [_in_ascii(line) for line in (text if tagged is None else tagged).splitlines()]
-    lines = [line for line in reversed(lines) if line]
-    if whole := next((line for line in lines if _ARITHMETIC.fullmatch(line) and _OPERATION.search(line)), None):
-        return whole
-    for line in lines:
-        stretches = []
-        for run in _ARITHMETIC.finditer(line):  # that no letter, decimal point or power touches
-            before, start = line[run.start() - 1 : run.start()], run[0][0]
-            touched = start != " " and (before.isalnum() or before in ("_", ".", ",", "^"))
-            touched |= run[0][-1] != " " and _CONTINUES.match(line, run.end()) is not None
-            if _OPERATION.search(run[0]) and not touched:
-                stretches.append(run[0].strip())
-        if stretches:
-            return max(stretches, key=len)
-    if lines and _ARITHMETIC.fullmatch(lines[0]):
-        return lines[0]
-    return _in_ascii(tagged or "")
+    return _expression(answered(text) or "")
+
+
+def _marked(answer: str) -> str | None:
+    """Return the content of the last <answer> tag, or else of the last box."""
+    tagged = extract_answer_tag(answer)
+    return extract_boxed(answer) if tagged is None else tagged
+
+
+def _expression(answer: str) -> str:
+    marked, last = _marked(answer), ""
+    for text in reversed((answer if marked is None else marked).splitlines()):
+        line = _in_ascii(text)
+        last = last or line
+        for chain in reversed([*_CHAIN.finditer(line)]):
+            bare = chain[0].rstrip("-([{ ") if chain.end() < len(line) else chain[0]  # those are of the text after it
+            shown = bare if chain[0][len(bare) : len(bare) + 1] == " " else chain[0]
+            parts = (_DASH if chain.start() else _BULLET).sub("", shown, count=1).split("=")
+            if chain.start() and _BEFORE.match(line, chain.start() - 1):
+                del parts[0]
+            if parts and _AFTER.match(line, chain.start() + len(shown)):
+                del parts[-1]
+            if parts := [part.strip() for part in parts if _OPERATION.search(part)]:
+                return _with_parentheses(max(parts, key=len))
+    if re.fullmatch(r"[-+()\[\]{}0-9 ]+", last):
+        return _with_parentheses(last)
+    return _in_ascii(marked or "")
 
 
 def _in_ascii(line: str) -> str:
     """Return ``line`` in ASCII signs, without the marks around it."""
     line = line.translate(_SIGNS).strip()
-    for pattern, sign in _LATEX_SIGNS:
+    for pattern, sign in _REWRITES:
         line = re.sub(pattern, sign, line)
-    wrapped = _WRAPPED.fullmatch(line)
-    return wrapped[2].strip() if wrapped else line
+    for _ in range(10 if "frac" in line else 0):  # from the inside out
+        line = _FRACTION.sub(r"((\1)/(\2))", line)
+    wrapped = _WRAPPED.fullmatch(line.strip())
+    return (wrapped[2] if wrapped else line).strip()
+
+
+def _with_parentheses(expr: str) -> str:
+    """Return ``expr`` with parentheses for its brackets and braces, if each of them closes what it should."""
+    opened: list[str] = []
+    for mark in re.findall(r"[][(){}]", expr):
+        if mark in "([{":
+            opened.append(mark)
+        elif not opened or opened.pop() + mark not in ("()", "[]", "{}"):
+            return expr
+    return expr if opened else expr.translate(str.maketrans("[]{}", "()()"))
 
 
 # ---- scores
@@ -195,13 +232,23 @@ TINYZERO_RULES = CountdownRules(wrong=0.1, invalid=0.1, missing=0.0, use_all=Tru
 
 
 def score_countdown(
-    completion: str, numbers: Sequence[int], target: int, rules: CountdownRules = CountdownRules()
+    completion: str,
+    numbers: Sequence[int],
+    target: int,
+    rules: CountdownRules = CountdownRules(),
+    truncated: bool = False,
+    thinking: str = "",
 ) -> Scored:
-    """Score ``completion`` by ``rules``; it is correct if it makes exactly ``target`` from the ``numbers`` given."""
+    """Score ``completion`` by ``rules``; it is correct if it makes exactly ``target`` from the ``numbers`` given.
+
+    The answer is what follows the thought (``answer.answered``). One that was ``truncated`` has an answer only in a
+    tag or box that closes.
+    """
+    answer = answered(completion, thinking) or ""
     if rules.tag_only:
-        expr = extract_answer_tag(completion, last_line_only=True)
+        expr = extract_answer_tag(answer, last_line_only=True)
     else:
-        expr = extract_expression_from_completion(completion) or None
+        expr = None if truncated and _marked(answer) is None else _expression(answer) or None
     if expr is None:
         return Scored(rules.missing, False)
     try:
@@ -214,12 +261,15 @@ def score_countdown(
     return Scored(rules.correct if is_correct else rules.wrong, is_correct)
 
 
+@judge
 def countdown_reward(
     prompt: str,
     completion: str,
     example: Mapping[str, Any],
     use_all: bool = False,
     invalid: float = -0.5,
+    truncated: bool = False,
+    thinking: str = "",
     **_: Any,
 ) -> float:
     """Return 1 for an expression that equals example["target"], 0 for another value, ``invalid`` for anything else.
@@ -227,29 +277,35 @@ def countdown_reward(
     Every one of example["numbers"] may be used once; with ``use_all`` it must be. MaxRL needs rewards
     that are not negative: give it ``invalid=0``. Raises UserError when the example has no such entries.
     """
-    return _score(completion, example, use_all, invalid).reward
+    return _score(completion, example, use_all, invalid, truncated, thinking).reward
 
 
 @reward("countdown")
+@judge
 def countdown_reward_with_info(
     prompt: str,
     completion: str,
     example: Mapping[str, Any],
     use_all: bool = False,
     invalid: float = -0.5,
+    truncated: bool = False,
+    thinking: str = "",
     **_: Any,
 ) -> dict[str, Any]:
     """Return ``{"reward": countdown_reward, "is_correct": bool}``."""
-    scored = _score(completion, example, use_all, invalid)
+    scored = _score(completion, example, use_all, invalid, truncated, thinking)
     return {"reward": scored.reward, "is_correct": scored.is_correct}
 
 
-def _score(completion: str, example: Mapping[str, Any], use_all: bool, invalid: float) -> Scored:
+def _score(
+    completion: str, example: Mapping[str, Any], use_all: bool, invalid: float, truncated: bool, thinking: str
+) -> Scored:
     try:
         numbers, target = [index(n) for n in example["numbers"]], index(example["target"])
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"a countdown example has whole 'numbers' and a whole 'target', but this one is {dict(example)!r}; fix it"
+            f"a countdown example has whole 'numbers' and a whole 'target', but this one is "
+            f"{reprlib.repr(dict(example))}; fix it"
         ) from error
     rules = CountdownRules(invalid=invalid, missing=invalid, use_all=use_all)
-    return score_countdown(completion, numbers, target, rules)
+    return score_countdown(completion, numbers, target, rules, truncated, thinking)

@@ -7,12 +7,10 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 from ..errors import UserError, unknown_name
-from .contract import BoundReward, RewardFunction, VerifierFunction, accepted_keywords, name_of
-
-Function = TypeVar("Function", bound=Callable[..., Any])
+from .contract import BoundReward, Function, RewardFunction, VerifierFunction, accepted_keywords, name_of
 
 REWARD_REGISTRY: dict[str, RewardFunction] = {}
 VERIFIER_REGISTRY: dict[str, VerifierFunction] = {}

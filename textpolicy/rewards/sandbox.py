@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import signal
 import subprocess
 import sys
@@ -17,8 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from ..errors import RewardError, UserError
 from . import confine
+from .answer import answered, code_blocks
+from .contract import judge
 from .registry import reward
 
 MIB = 1 << 20
@@ -136,33 +141,51 @@ def _run(program: Path, folder: Path, files: Sequence[IO[bytes]], limits: Limits
 
 # ---- the reward
 
-_BLOCK = re.compile(r"^```[ \t]*(?:python|py)?[ \t]*\n(.*?)^```", re.DOTALL | re.MULTILINE | re.IGNORECASE)
+_PYTHON = re.compile(r"\{?\s*\.?(?:python|py)[\d.]*(?![\w-])", re.IGNORECASE)  # the start of a fence's info
 
 
-def extract_program(completion: str) -> str | None:
-    """Return the last fenced Python block of a completion that is closed, or None."""
-    blocks = _BLOCK.findall(completion)
-    return blocks[-1] if blocks else None
+def extract_program(completion: str, thinking: str = "", truncated: bool = False) -> str | None:
+    """Return the program of a completion: after the thought, the last fenced block whose language is Python, or None.
+
+    Without any such block, the last one that names no language. A block that is not closed goes on to the end; in a
+    ``truncated`` completion it was cut off, and is none.
+    """
+    blocks = code_blocks(answered(completion, thinking) or "")
+    named = [block for block in blocks if _PYTHON.match(block.info)]
+    blocks = named or [block for block in blocks if not block.info]
+    return blocks[-1].code if blocks and (blocks[-1].closed or not truncated) else None
 
 
 @reward(name="code_output")
+@judge
 def code_output_reward(
     prompt: str,
     completion: str,
     example: Mapping[str, Any],
     limits: Limits = Limits(),
+    truncated: bool = False,
+    thinking: str = "",
     **_: Any,
 ) -> dict[str, Any]:
     """Return the share of example["tests"], each {"input": text, "output": text}, that the completion's program passes.
 
-    The program is the last fenced Python block; it passes a test when it succeeds and prints the output, apart from
+    ``extract_program`` finds it; it passes a test when it succeeds and prints the output, apart from
     white space at the ends of lines and of the text. All tests must pass for a correct completion; one without
-    a program gets 0. Raises UserError when the example has no tests.
+    a program gets 0. Raises UserError when the example has no tests, or they are something else.
     """
-    tests = example.get("tests") or []
-    if not tests:
-        raise UserError(f"a code_output example has a list of 'tests', but this one is {dict(example)!r}; give it some")
-    program, passed = extract_program(completion), 0
+    tests = example.get("tests")
+    tests = tests.tolist() if isinstance(tests, np.ndarray) else tests
+    fields = {"input", "output"}
+    if not (
+        isinstance(tests, list | tuple)
+        and tests
+        and all(isinstance(t, Mapping) and fields <= {*t} and all(isinstance(t[f], str) for f in fields) for t in tests)
+    ):
+        raise UserError(
+            "a code_output example has a list of 'tests', each {'input': text, 'output': text}, but in this one they "
+            f"are {reprlib.repr(tests)}; give it some"
+        )
+    program, passed = extract_program(completion, thinking, truncated), 0
     if program is not None:
         for test in tests:
             ran = run_python(program, test["input"], limits)

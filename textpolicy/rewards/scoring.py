@@ -119,7 +119,7 @@ class Call:
             try:
                 outcomes.append(read_result(value))
             except (TypeError, ValueError, OverflowError) as error:
-                returned = f"returned {_excerpt.repr(value)}, which is not a finite number,"
+                returned = f"returned {_excerpt.repr(value)}, which is no reward ({error}),"
                 raise RewardResultError(
                     f"reward {self.reward.name!r} {returned} {self._where()}; fix it to return a number"
                 ) from error
@@ -138,8 +138,10 @@ class Call:
         except WorkerDiedError as error:
             raise RewardError(f"{who} ended its worker process, twice, {self._where()}; see what kills it") from error
         except Exception as error:  # a user's function may raise anything; none of it is swallowed
-            local = Raised(type(error).__name__, str(error), "")
+            local = Raised.of(error)
             raised = error.raised if isinstance(error, WorkerRaisedError) else local
+            if raised.refused:
+                raise RewardError(f"{raised.text} ({who} {self._where()})") from error
             raise RewardError(
                 f"{who} raised {raised.kind} ({_excerpt.repr(raised.text)}) {self._where()}; fix it to return a number"
             ) from error
@@ -251,6 +253,19 @@ class Scorer:
                 scores = applied[0][1].scores if applied else {}
             found.append(Scored(total, is_correct, scores))
         return found
+
+    def refuse(self, examples: Sequence[Mapping[str, Any]]) -> None:
+        """Raise UserError if a built-in reward cannot judge by one of ``examples``, and failures are raised."""
+        for reward in self.rewards if self.on_failure == "raise" else ():
+            if isinstance(reward.fn.fn, Scorer):
+                reward.fn.fn.refuse(examples)
+            for i, example in enumerate(examples if reward.fn.judges else ()):
+                try:
+                    reward.fn(prompt="", completion="", example=example)
+                except UserError as error:
+                    raise UserError(
+                        f"reward {reward.name!r} cannot judge by the example of prompt {i}: {error}"
+                    ) from error
 
     def close(self) -> None:
         """End the worker processes, if any run; the next call starts others."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .basic import HEDGES
+from .example import texts
 from .registry import verifier
 
 TOXIC_PATTERNS = (
@@ -38,7 +39,7 @@ def length_verifier(
 @verifier
 def toxicity_verifier(prompt: str, completion: str, example: Mapping[str, Any], **_: Any) -> bool:
     """Return True if no regular expression of ``TOXIC_PATTERNS`` or ``example["toxic_patterns"]`` matches."""
-    patterns = (*TOXIC_PATTERNS, *example.get("toxic_patterns", ()))
+    patterns = (*TOXIC_PATTERNS, *texts("toxic_patterns", example.get("toxic_patterns")))
     return not any(re.search(pattern, completion, re.IGNORECASE) for pattern in patterns)
 
 
@@ -96,7 +97,7 @@ def contains_keywords(
     **_: Any,
 ) -> bool:
     """Return whether every one of ``required_keywords`` occurs, in any case; True when there are none."""
-    return all(k.lower() in completion.lower() for k in required_keywords or ())
+    return all(k.lower() in completion.lower() for k in texts("required_keywords", required_keywords))
 
 
 def _count(phrases: Iterable[str], text: str) -> int:

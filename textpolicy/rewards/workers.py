@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Self
 
 from .._system.extras import extra
 from ..errors import RewardError, UserError
@@ -50,6 +50,12 @@ class Raised:
     kind: str  # the exception's class
     text: str
     trace: str
+    refused: bool  # it is a UserError, whose text says what to do
+
+    @classmethod
+    def of(cls, error: Exception) -> Self:
+        """Describe ``error``, in whose handler this is called."""
+        return cls(type(error).__name__, str(error), traceback.format_exc(), isinstance(error, UserError))
 
 
 class WorkerRaisedError(Exception):
@@ -244,7 +250,7 @@ def _answer(pipe: Connection, functions: Sequence[Callable[..., Any]]) -> None:
             index, arguments = pickle.loads(request)
             answer = pickle.dumps((number, functions[index](**arguments)))
         except Exception as error:  # noqa: BLE001 (a user's function may raise anything; all of it is sent back)
-            answer = pickle.dumps((number, Raised(type(error).__name__, str(error), traceback.format_exc())))
+            answer = pickle.dumps((number, Raised.of(error)))
         if alarm:
             signal.setitimer(signal.ITIMER_REAL, 0)
         pipe.send_bytes(answer)

@@ -10,10 +10,11 @@ from fractions import Fraction
 from math import comb, gcd, lcm
 from pathlib import Path
 
-from ..environment.rows import missing, prompt_of, read_rows
+from ..environment.rows import prompt_of, read_rows
 from ..environment.text.conversation import as_messages
 from ..errors import MissingDependencyError, UserError
 from ..rewards.correctness import math_accuracy_reward
+from ..rewards.example import missing
 from ..rewards.math import extract_boxed
 from .base import Message, Problem, Question, Task
 from .hub import hub_rows

@@ -11,10 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..environment.rows import Rows, missing, prompt_of, rows_of
+from ..environment.rows import Rows, prompt_of, rows_of
 from ..environment.text.conversation import as_messages
 from ..errors import UserError, unknown_name
 from ..rewards.contract import RewardFunction
+from ..rewards.example import missing
 from .base import Message, Problem, Task
 from .splits import Splits, question_key
 

@@ -28,7 +28,8 @@ _MARKS = (  # the beginning and the end of a thought; an end closes what a begin
     (r"<\|channel\|>analysis[^<\n]*<\|message\|>", r"<\|channel\|>(?:final[^\n]{0,80}?<\|message\|>|commentary)"),
     (r"(?-i:\Aanalysis(?=\w))", r"(?-i:\Afinal(?=[A-Z0-9\\$*])|assistantfinal|assistantcommentary)"),
 )
-_MARK = "|".join(f"({opens})|({closes})" for opens, closes in _MARKS)
+_MARK = r"(?=[<\[◁af])(?:" + "|".join(f"({opens})|({closes})" for opens, closes in _MARKS) + ")"
+_IN_MARKS = ("think", "thought", "reasoning", "scratchpad", "channel", "assistant")  # one of them is in every mark
 _IN_THOUGHT = re.compile(_MARK, re.IGNORECASE)
 _IN_ANSWER = re.compile(  # a span of code and a quotation hide the marks in them
     rf"{_MARK}|(?<!`)(?P<ticks>`+)(?!`)[^\n]{{0,300}}?(?<!`)(?P=ticks)(?!`)|\"(?=[<\[◁])[^\"\n]{{0,300}}\"",
@@ -51,6 +52,9 @@ def answered(completion: str, thinking: str = "", truncated: bool = False) -> st
     start, at, inside = 0, 0, 0  # of the answer; of what is still to read; the row of the thought that is open
     fence: Fence | None = None
     told = False  # whether the text says where a thought begins
+    small = text.lower()
+    if not small.startswith(("analysis", "final")) and not any(part in small for part in _IN_MARKS):
+        at = len(text)  # most texts have no marks, and are not read for them
     while at < len(text):
         end = text.find("\n", at) + 1 or len(text)
         in_code = fence is not None

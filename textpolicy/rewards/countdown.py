@@ -174,7 +174,7 @@ def _expression(answer: str) -> str:
     for text in reversed((answer if marked is None else marked).splitlines()):
         line = _in_ascii(text)
         last = last or line
-        for chain in reversed([*_CHAIN.finditer(line)]):
+        for chain in reversed([chain for chain in _CHAIN.finditer(line) if _OPERATION.search(chain[0])]):
             bare = chain[0].rstrip("-([{ ") if chain.end() < len(line) else chain[0]  # those are of the text after it
             shown = bare if chain[0][len(bare) : len(bare) + 1] == " " else chain[0]
             parts = (_DASH if chain.start() else _BULLET).sub("", shown, count=1).split("=")

@@ -34,6 +34,26 @@ TOOL_SPECIAL = {  # of the families whose templates write tools, each in a gramm
 }
 
 
+BAR = "\uff5c"
+CALLS = {  # one of each grammar: add(a=40, b=2)
+    "qwen3": '<think>\nI add.\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"a": 40, "b": 2}}\n</tool_call>',
+    "qwen3_coder": "<tool_call>\n<function=add>\n<parameter=a>\n40\n</parameter>\n<parameter=b>\n2\n</parameter>\n"
+    "</function>\n</tool_call>",
+    "glm": "\n<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>40</arg_value>\n<arg_key>b</arg_key>\n"
+    "<arg_value>2</arg_value>\n</tool_call>",
+    "mistral": '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 40, "b": 2}, "id": "a1b2c3d4e"}]',
+    "mistral_args": '[TOOL_CALLS]add[ARGS]{"a": 40, "b": 2}',
+    "llama3": '{"name": "add", "parameters": {"a": 40, "b": 2}}',
+    "deepseek_r1": f"<{BAR}tool▁calls▁begin{BAR}><{BAR}tool▁call▁begin{BAR}>function<{BAR}tool▁sep{BAR}>add\n```json\n"
+    f'{{"a": 40, "b": 2}}\n```<{BAR}tool▁call▁end{BAR}><{BAR}tool▁calls▁end{BAR}>',
+    "deepseek_v31": f"<{BAR}tool▁calls▁begin{BAR}><{BAR}tool▁call▁begin{BAR}>add<{BAR}tool▁sep{BAR}>"
+    f'{{"a": 40, "b": 2}}<{BAR}tool▁call▁end{BAR}><{BAR}tool▁calls▁end{BAR}>',
+    "gpt_oss": "<|channel|>analysis<|message|>I add.<|end|><|start|>assistant<|channel|>commentary to=functions.add "
+    '<|constrain|>json<|message|>{"a": 40, "b": 2}',
+    "lfm2": "<|tool_call_start|>[add(a=40, b=2)]<|tool_call_end|>",
+}
+
+
 def chat_tokenizer(family, tools=False):
     """Bytes, a few merged words, the family's special tokens; the last of these ends a turn."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -107,15 +107,15 @@ class ToolPartner:
     def reply(self, text: str) -> Reply:
         """Run the calls in ``text`` and return a message with the result of each, in order."""
         messages: list[Message] = []
-        for call in self.parse(text):
+        for n, call in enumerate(self.parse(text)):
             if call.mistake:
                 content = f"Error: {call.mistake}"
             elif call.name not in self.tools:
                 content = f"Error: there is no tool {call.name!r}; the tools are {', '.join(self.tools)}"
             else:
                 content = self.tools[call.name].run(call.arguments, self.seconds)
-            named = {"name": call.name} if call.name and self.role == "tool" else {}
-            messages.append({"role": self.role, **named, "content": content})
+            of_call = {"name": call.name or "unknown", "tool_call_id": f"call{n:05d}"} if self.role == "tool" else {}
+            messages.append({"role": self.role, **of_call, "content": content})
         return Reply(tuple(messages))
 
 

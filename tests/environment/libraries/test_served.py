@@ -7,9 +7,10 @@ import urllib.request
 
 import numpy as np
 import pytest
-from chat_tokenizers import chat_tokenizer
+from chat_tokenizers import CALLS, TOOL_SPECIAL, chat_tokenizer
 
 from textpolicy.environment.libraries.served import ModelServer, Session
+from textpolicy.environment.text.calls import grammar_of
 from textpolicy.environment.text.conversation import ChatCodec
 from textpolicy.environment.tools import parse_calls
 from textpolicy.errors import UserError
@@ -91,6 +92,52 @@ def test_text_that_is_no_tool_call_is_returned_as_text(tokenizer, session):
     assert (
         session.add(completion(tokenizer, "<tool_call>add</tool_call>"), 0)["content"] == "<tool_call>add</tool_call>"
     )
+
+
+@pytest.mark.parametrize("family", TOOL_SPECIAL)
+def test_calls_of_every_grammar_are_sent_as_the_wire_has_them(family):
+    tokenizer = chat_tokenizer(family, tools=True)
+    codec = ChatCodec.of(tokenizer)
+    session = Session(codec, grammar=lambda: grammar_of(codec, tokenizer))
+    assert "add" in tokenizer.decode(session.take([USER], [TOOL]))
+    text = f"I add.\n\n{CALLS[family]}" if family not in ("llama3", "gpt_oss") else CALLS[family]
+    answer = session.add(completion(tokenizer, text), 0)
+    [call] = answer["tool_calls"]
+    assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("add", {"a": 40, "b": 2})
+    assert ("I add." in answer["content"]) is (family != "llama3")
+    assert "add(" not in answer["content"]
+    assert "40" not in answer["content"]
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "the sum"}
+    tokens = session.take([USER, answer, result], [TOOL])
+    assert "the sum" in tokenizer.decode(tokens).split(text)[1]
+    assert session.add(completion(tokenizer, "42"), 1) == {"role": "assistant", "content": "42"}
+
+
+def test_nothing_is_a_call_where_no_tools_are_offered(tokenizer):
+    session = Session(ChatCodec.of(tokenizer))
+    session.take([USER], [])
+    text = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+    assert session.add(completion(tokenizer, text), 0) == {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_coder", "glm", "mistral", "deepseek_r1", "lfm2"])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_calls_of_earlier_turns_are_shown_in_the_opening_of_a_harness(family, as_text):
+    tokenizer = chat_tokenizer(family, tools=True)
+    session = Session(ChatCodec.of(tokenizer))
+    arguments = json.dumps({"a": 4711}) if as_text else {"a": 4711}
+    call = {"id": "call12345", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    asked = {"role": "assistant", "content": None, "tool_calls": [call]}
+    result = {"role": "tool", "tool_call_id": "call12345", "content": "4712"}
+    said = {"role": "assistant", "content": "It is done."}
+    written = tokenizer.decode(session.take([USER, asked, result, said, USER], []))
+    assert written.index("add") < written.index("4711") < written.index("4712")
+
+
+def test_arguments_of_a_call_that_are_no_json_are_refused(session):
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{a: 1}"}}
+    with pytest.raises(UserError, match="arguments of a call are no JSON"):
+        session.take([USER, {"role": "assistant", "content": "", "tool_calls": [call]}, USER], [])
 
 
 def test_a_request_that_was_not_answered_leaves_no_tokens(tokenizer, session):

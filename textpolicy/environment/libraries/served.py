@@ -11,18 +11,20 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
 
 from ...errors import UserError
 from ...types import Completion
-from ..multi_turn import with_tools
+from ..multi_turn import Describe, with_tools
+from ..text.calls import HERMES, CallReader, Grammar, ParseCalls
 from ..text.conversation import ChatCodec, Message, Schema, each_text, joined, whole
 from ..text.template import TemplateRefusalError, plain
-from ..tools import ParseCalls
+from ..tools import describe_tools
 
 SESSION_HEADER = "X-Session-ID"
 
@@ -32,7 +34,8 @@ class Session:
     """The record of one conversation, token for token."""
 
     codec: ChatCodec
-    parse: ParseCalls
+    parse: ParseCalls | None = None  # None: in the ``grammar``, once a request offers tools
+    grammar: Callable[[], Grammar] = lambda: HERMES
     messages: list[Message] = field(default_factory=list)  # so far, of both sides, normalised
     tools: Sequence[Schema] = ()
     prompt: list[int] = field(default_factory=list)
@@ -44,12 +47,16 @@ class Session:
         sent: list[Message] = [_normal(m) for m in messages]
         if not self.turns:
             read = [_read(m) for m in messages]
+            describe: Describe = describe_tools
+            if tools and self.parse is None:
+                grammar = self.grammar()
+                self.parse, describe = CallReader.of(grammar, tools), partial(describe_tools, form=grammar.form)
             try:
-                asked = with_tools(read, tools, self.codec)
+                asked = with_tools(read, tools, self.codec, describe)
                 self.prompt = list(self.codec.encode(asked, None, tools))
             except TemplateRefusalError:  # perhaps of what is said in another way
                 said = [_shown(m, self.codec, calls=True) for m in read]
-                self.prompt = list(self.codec.encode(with_tools(said, tools, self.codec), None, tools))
+                self.prompt = list(self.codec.encode(with_tools(said, tools, self.codec, describe), None, tools))
             self.tools = list(tools)
         else:
             known = len(self.messages)
@@ -69,9 +76,13 @@ class Session:
     def add(self, completion: Completion, number: int) -> Mapping[str, Any]:
         """Add a turn and return its message for the client; ``number`` makes the ids of its tool calls."""
         self.turns.append(completion)
-        text = self.codec.text(completion.tokens.tolist())
-        calls = [] if completion.truncated else [c for c in self.parse(text) if not c.mistake]
-        content = text.split("<tool_call>")[0].strip() if calls else text
+        tokens = completion.tokens.tolist()
+        content, heard = self.codec.text(tokens), self.codec.text(tokens, special=True)
+        thought = self.codec.thinking(self.added[-1] if self.added else self.prompt).get("thinking", "")
+        read = [] if completion.truncated or self.parse is None else self.parse(thought + heard)
+        calls = [c for c in read if not c.mistake]
+        if calls and calls[0].span:
+            content = self.codec.text(list(self.codec.encode_more(heard[: calls[0].span[0] - len(thought)])))
         message: dict[str, Any] = {"role": "assistant", "content": content}
         if calls:
             message["tool_calls"] = [

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -20,9 +21,9 @@ from ...engine import Engine, Sampling
 from ...errors import TextPolicyError, UserError
 from ...types import Episode
 from ..base import DrivenEnv, Wanted
+from ..text.calls import Grammar, ParseCalls, grammar_of
 from ..text.conversation import ChatCodec
 from ..text.pieces import Pieces
-from ..tools import ParseCalls, parse_calls
 from .served import ModelServer, Request, Session
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class VerifiersEnv(DrivenEnv):
         concurrency: int = 32,
         patience: float = 10.0,
         max_episode_tokens: int | None = None,
-        parse: ParseCalls = parse_calls,
+        parse: ParseCalls | None = None,
         is_correct: Callable[[float], bool] = lambda reward: reward >= 1,
         template_args: Mapping[str, Any] | None = None,
         day: date | None = None,
@@ -84,8 +85,9 @@ class VerifiersEnv(DrivenEnv):
 
         ``concurrency`` bounds the episodes, and so the harness processes, that run at a time. The engine
         answers once all of them are waiting, or after ``patience`` seconds. A turn that would not fit into
-        ``max_episode_tokens`` is refused, and the episode truncated. ``parse`` finds tool calls in a turn.
-        ``template_args`` and ``day`` are those of ``TextGenerationEnv``. Raises UserError.
+        ``max_episode_tokens`` is refused, and the episode truncated. ``parse`` finds tool calls in a turn, by default
+        in the grammar of the chat template. ``template_args`` and ``day`` are those of ``TextGenerationEnv``. Raises
+        UserError.
         """
         if concurrency < 1 or not patience > 0:
             raise UserError(f"concurrency is {concurrency} and patience {patience}; set both above 0")
@@ -96,9 +98,14 @@ class VerifiersEnv(DrivenEnv):
             raise UserError(f"the taskset {type(env.taskset).__name__} has no tasks; check its config")
         self.concurrency, self.patience, self.max_episode_tokens = concurrency, patience, max_episode_tokens
         self.parse, self.is_correct = parse, is_correct
-        self.codec = ChatCodec.of(tokenizer, template_args, day)
+        self.codec, self.tokenizer = ChatCodec.of(tokenizer, template_args, day), tokenizer
         self._pieces = Pieces(self.codec.decode)
         put_uv_on_the_path()
+
+    @cached_property
+    def grammar(self) -> Grammar:
+        """The grammar in which the chat template has tools called. Raises UserError for one that is not known."""
+        return grammar_of(self.codec, self.tokenizer)
 
     def __len__(self) -> int:
         """The number of tasks."""
@@ -226,7 +233,8 @@ class _Answers:
         """Sample a turn for every request that continues its conversation and has room for one; refuse the others."""
         taken: list[tuple[Request, Session, list[int]]] = []
         for request in requests:
-            session = self.sessions.setdefault(request.session, Session(self.env.codec, self.env.parse))
+            new = Session(self.env.codec, self.env.parse, lambda: self.env.grammar)
+            session = self.sessions.setdefault(request.session, new)
             try:
                 tokens = session.take(request.messages, request.tools)
             except TextPolicyError as error:

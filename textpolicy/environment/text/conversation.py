@@ -234,6 +234,8 @@ class Conversation:
         were made of, where the policy wrote text.
         """
         heard = self.codec.text(list(tokens), self.special) if text is None else text
+        if self.special:  # a thought that the prompt opened is one for the partner too
+            heard = self.codec.thinking(self.added[-1] if self.added else self.prompt).get("thinking", "") + heard
         text = self.codec.text(list(tokens)) if text is None else text
         before = [*self.prompt_messages, *self.messages]
         self.turns.append(list(tokens))

@@ -120,7 +120,7 @@ def test_nothing_is_a_call_where_no_tools_are_offered(tokenizer):
     assert session.add(completion(tokenizer, text), 0) == {"role": "assistant", "content": text}
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_coder", "glm", "mistral", "deepseek_r1", "lfm2"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_coder", "glm", "deepseek_r1", "lfm2"])
 @pytest.mark.parametrize("as_text", [True, False])
 def test_calls_of_earlier_turns_are_shown_in_the_opening_of_a_harness(family, as_text):
     tokenizer = chat_tokenizer(family, tools=True)

@@ -1,5 +1,6 @@
 """Tool calls in the grammars of many families: a template's own writing is read back, and what is no call is none."""
 
+import importlib
 import json
 import time
 from pathlib import Path
@@ -9,9 +10,10 @@ from chat_tokenizers import TOOL_SPECIAL, chat_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from textpolicy.environment import ToolCall
-from textpolicy.environment.text.calls import GRAMMARS, CallReader, grammar_of
+from textpolicy.environment import ToolCall, ToolEnv
+from textpolicy.environment.text.calls import GRAMMARS, HERMES, CallReader, grammar_of
 from textpolicy.environment.text.conversation import ChatCodec
+from textpolicy.errors import UserError
 
 FAMILIES = {  # of the templates in data/templates/tools, and what their grammars are called
     "qwen3": "Hermes JSON (Qwen3)",
@@ -95,6 +97,77 @@ def test_the_docs_list_the_grammars_and_their_forms():
     ]
 
 
+FOREIGN = """{% if tools %}{{ tools | tojson }}{% endif %}
+{%- for m in messages %}{{ '<|im_start|>' + m.role + m.content }}
+{%- for c in m.tool_calls or [] %}{{ '<|tool_calls_section_begin|>' if loop.first else '' }}
+{{- '<|tool_call_begin|>functions.' + c.function.name + ':0<|tool_call_argument_begin|>' }}
+{{- c.function.arguments | tojson + '<|tool_call_end|>' }}
+{{- '<|tool_calls_section_end|>' if loop.last else '' }}
+{%- endfor %}{{ '<|im_end|>' }}{% endfor %}"""
+
+
+def test_another_grammar_is_read_by_the_parser_of_an_mlx_lm_tokenizer_or_refused():
+    plain = chat_tokenizer("qwen3", tools=True)
+    plain.chat_template = FOREIGN
+    with pytest.raises(UserError, match=r"a way of calling tools that is none of .*; pass parse"):
+        grammar_of(ChatCodec.of(plain), plain)
+    parts = importlib.import_module("mlx_lm.tool_parsers.kimi_k2")
+    wrapped = importlib.import_module("mlx_lm.tokenizer_utils").TokenizerWrapper(
+        plain,
+        tool_parser=parts.parse_tool_call,
+        tool_call_start=parts.tool_call_start,
+        tool_call_end=parts.tool_call_end,
+    )
+    grammar = grammar_of(ChatCodec.of(wrapped), wrapped)
+    read = CallReader.of(grammar, TOOLS)
+    for arguments in ({"n": 1}, {"text": "a <|tool_calls_section_end|> b"}):
+        text = written(plain, ("act", arguments), ("do", {}))
+        for said in ("", "So: ", f"<think>{text}</think>"):
+            assert read(said + text) == [ToolCall("act", arguments), ToolCall("do")]
+    [bad] = read("<|tool_calls_section_begin|>act(1)<|tool_calls_section_end|>")
+    assert bad.mistake.startswith("the call cannot be read")
+
+
+BARE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+SHOWN = "{% if tools %}{{ tools | tojson + '\n' }}EXPLAINED{% endif %}" + BARE
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        (BARE, HERMES.name),
+        (SHOWN.replace("EXPLAINED", ""), None),
+        (SHOWN.replace("EXPLAINED", "Begin with Action: and the name."), None),
+        (SHOWN.replace("EXPLAINED", '<tool_call>{"name": ..., "arguments": ...}</tool_call>'), HERMES.name),
+        (SHOWN.replace("EXPLAINED", "<tool_call>\n<function=NAME>"), "Qwen3-Coder XML"),
+        (SHOWN.replace("EXPLAINED", "<tool_call>NAME\n<arg_key>KEY</arg_key>"), "GLM"),
+        (SHOWN.replace("EXPLAINED", 'Answer {"name": function name, "parameters": its arguments}'), "Llama 3"),
+        (SHOWN.replace("EXPLAINED", 'Answer {"name": "NAME", "arguments": {"key": "value"}}'), "Llama 3"),
+        (SHOWN.replace("EXPLAINED", "<|tool_call_start|>[f(x=1)]<|tool_call_end|>"), "LFM2"),
+        (BARE.replace("m.role", "'<|channel|>' + m.role"), "gpt-oss"),
+        ("{% if tools %}{{ '[AVAILABLE_TOOLS]' + tools | tojson }}{% endif %}" + BARE, "Mistral"),
+        # what it writes counts more than what it says
+        (SHOWN.replace("EXPLAINED", "<tool_call>") + "{{ messages[-1].tool_calls }}", None),
+    ],
+)
+def test_the_grammar_of_a_template_that_writes_no_calls_is_the_one_it_explains(template, name):
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template = template
+    codec = ChatCodec.of(tokenizer)
+    if name:
+        assert grammar_of(codec, tokenizer).name == name
+    else:
+        with pytest.raises(UserError, match="pass parse"):
+            grammar_of(codec, tokenizer)
+        own = ToolEnv(["?"], [act], lambda **_: 0.0, tokenizer=tokenizer, parse=lambda text: [])
+        assert len(own) == 1  # nothing is inferred
+
+
+def act(n: int) -> int:
+    """Do it."""
+    return n
+
+
 # ---- round trips
 
 VALUES = [
@@ -156,6 +229,20 @@ def test_any_argument_comes_back(family, text, items, n, flag):
 
 
 TOKENIZERS = {}
+MLX = {"qwen3": "json_tools", "qwen3_coder": "qwen3_coder", "glm": "glm47", "mistral": "mistral", "lfm2": "pythonic"}
+FAULTS = ["a </parameter> b </arg_value> c </function> d", "null", "it's"]  # texts that those parsers read otherwise
+
+
+@pytest.mark.parametrize("family", MLX)
+def test_the_parsers_of_mlx_lm_read_the_same(family):
+    parts = importlib.import_module(f"mlx_lm.tool_parsers.{MLX[family]}")
+    tokenizer, read = chat_tokenizer(family, tools=True), reader(family)
+    for arguments in [v for v in VALUES if v.get("text") not in FAULTS and v.get("n", 0) < 2**53]:
+        text = written(tokenizer, ("act", arguments)).strip()
+        inside = text.removeprefix(parts.tool_call_start).removesuffix(parts.tool_call_end)
+        other = parts.parse_tool_call(inside, TOOLS)
+        assert [(c.name, c.arguments) for c in read(text)] == [(other["name"], other["arguments"])]
+
 
 # ---- other spellings of calls
 
@@ -192,6 +279,16 @@ JSON_ONE, JSON_TWO = '{"name": "act", "arguments": {"n": 1}}', '{"name": "do", "
             [ONE, TWO],
         ),
         ("qwen3_coder", "<tool_call><function=act></function></tool_call>", [ToolCall("act")]),
+        (
+            "qwen3_coder",
+            "<function=act>\n<parameter=flag>\nTrue\n</parameter>\n</function>",
+            [ToolCall("act", {"flag": True})],
+        ),
+        (
+            "qwen3_coder",
+            "<function=act><parameter=items>['a']</parameter></function>",
+            [ToolCall("act", {"items": ["a"]})],
+        ),
         ("glm", "<tool_call>act<arg_key>n</arg_key><arg_value>1</arg_value></tool_call>", [ONE]),
         ("glm", "<tool_call>act</tool_call>", [ToolCall("act")]),
         ("glm", "<tool_call>act\n<arg_key>n</arg_key>\n<arg_value>1</arg_value>", [ONE]),
@@ -257,6 +354,7 @@ ATTEMPTS = {  # at the end of a turn or alone on a line
         '<tool_call>{"name": "act", "arguments": {"n": 1}}</tool_call>',
         "<tool_call>\n<function=act>\n<parameter=n>\n1",
         "<tool_call><function=act><parameter=n>1</function></tool_call>",
+        "<tool_call><function=act><parameter=text>1\n<parameter=n>1</parameter></function></tool_call>",
         "<tool_call></tool_call>",
     ],
     "glm": [
@@ -289,6 +387,9 @@ ATTEMPTS = {  # at the end of a turn or alone on a line
         "<|tool_call_start|>[act(1)]<|tool_call_end|>",
         "<|tool_call_start|>[act(n=1]<|tool_call_end|>",
         "<|tool_call_start|>[act(n=open('x'))]<|tool_call_end|>",
+        "<|tool_call_start|>[act(about={'a': {1, 2}})]<|tool_call_end|>",
+        "<|tool_call_start|>[act(x=1j)]<|tool_call_end|>",
+        "<|tool_call_start|>[(lambda: 0)()]<|tool_call_end|>",
         "<|tool_call_start|>[]",
         "<|tool_call_start|>" + "[" * 9000,
         "<|tool_call_start|>act(n=" + "-" * 90000,

@@ -236,7 +236,7 @@ def _bare(text: str, known: Known) -> list[ToolCall]:
         return [replace(_call(v), span=span) for v in values] if tag >= 0 or meant else []
     except (ValueError, RecursionError) as error:
         tried = _BARE.match(written)
-        wrong = tag >= 0 or (tried and (not known or tried[1] in known))
+        wrong = tag >= 0 or (tried and tried[1] in known)
         return [ToolCall(mistake=str(error), span=span)] if wrong else []
 
 
@@ -249,13 +249,16 @@ def _parameters(text: str, at: int, schema: Mapping[str, Any], key: str, end: st
     Raises ValueError for one that does not end.
     """
     keys, ends = re.compile(key), re.compile(end)
-    others = schema.get("additionalProperties")
+    properties, others = schema.get("properties", {}), schema.get("additionalProperties")
     arguments: dict[str, Any] = {}
     while found := keys.match(text, at):
         if (stop := ends.search(text, found.end())) is None:
             raise ValueError(f"the argument {found[1]} of the call does not end")
-        kind = schema.get("properties", {}).get(found[1], others if isinstance(others, dict) else {})
-        arguments[found[1]] = _typed(text[found.end() : stop.start()], kind, schema.get("$defs", {}))
+        value = text[found.end() : stop.start()]
+        if any(key[1] in properties and key[1] not in arguments for key in keys.finditer(value)):
+            raise ValueError(f"the argument {found[1]} of the call does not end")
+        kind = properties.get(found[1], others if isinstance(others, dict) else {})
+        arguments[found[1]] = _typed(value, kind, schema.get("$defs", {}))
         at = stop.end()
     return arguments, at
 
@@ -344,31 +347,34 @@ def _expression(source: str) -> ast.expr:
 
 
 def _literal(node: ast.expr) -> Any:
-    """Return the value of a literal, in which JSON's true, false and null may stand. Raises ValueError."""
+    """Return the value of a literal that JSON has too, true, false and null among them. Raises ValueError."""
     match node:
-        case ast.Name(id="true" | "false" | "null"):
-            return {"true": True, "false": False, "null": None}[node.id]
+        case ast.Constant(value=str() | int() | float() | None as value):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+            return -value
+        case ast.Name(id="true" | "false" | "null" as name):
+            return {"true": True, "false": False, "null": None}[name]
         case ast.List() | ast.Tuple():
             return [_literal(part) for part in node.elts]
         case ast.Dict():
             pairs = zip(node.keys, node.values, strict=True)
-            return {_literal(key): _literal(value) for key, value in pairs if key is not None}
-        case _:
-            return ast.literal_eval(node)
+            return {key.value: _literal(value) for key, value in pairs if isinstance(key, ast.Constant)}
+    raise ValueError(f"the call has an argument that is no value ({ast.unparse(node):.60})")
 
 
 def _python_calls(text: str, at: int, known: Known) -> tuple[list[ToolCall], int]:
     """Read a list of calls up to <|tool_call_end|>, as LFM2 writes it: in Python, or in JSON."""
     if re.compile(r"\s*\[?\s*\{").match(text, at):
         return _json_calls(text, at, known)
-    error = ValueError("the call is empty")
+    errors: list[Exception] = []
     for edge in _edges(text, at, "<|tool_call_end|>"):
         for read in (_strict, _loose):
             try:
                 return read(text[at:edge], known), edge
-            except (ValueError, RecursionError) as why:
-                error = ValueError(str(why))
-    raise error
+            except (ValueError, RecursionError) as error:
+                errors.append(error)
+    raise errors[0]
 
 
 def _edges(text: str, at: int, closing: str) -> Iterator[int]:
@@ -386,7 +392,8 @@ def _strict(source: str, known: Known) -> list[ToolCall]:
     tree = _expression(source)
     calls = []
     for node in tree.elts if isinstance(tree, (ast.List, ast.Tuple)) else [tree]:
-        if not isinstance(node, ast.Call) or node.args or not all(k.arg for k in node.keywords):
+        named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute)
+        if not isinstance(node, ast.Call) or not named or node.args or not all(k.arg for k in node.keywords):
             raise ValueError("the call is not a function's name and its arguments by name")
         calls.append(ToolCall(ast.unparse(node.func), {str(k.arg): _literal(k.value) for k in node.keywords}))
     if not calls:
@@ -516,7 +523,7 @@ GRAMMARS = (  # of a template with the marks of several, the first counts
     HERMES,
     Grammar(
         "Llama 3",
-        r'<\|python_tag\|>|<\|start_header_id\|>ipython|\{"name": ?(?!"look_up")[^{}]{1,99}"(?:parameters|arguments)":',
+        r'<\|python_tag\|>|<\|start_header_id\|>ipython|\{"name":(?! ?"look_up")[^{}]{1,99}"(?:parameters|arguments)":',
         '{"name": "...", "parameters": {...}}',
         _after_thought(_bare),
     ),
@@ -614,14 +621,14 @@ def _of_mlx(tokenizer: Any) -> list[Grammar]:
 
     def body(text: str, at: int, known: Known) -> tuple[list[ToolCall], int]:
         schemas = [{"type": "function", "function": {"name": n, "parameters": p}} for n, p in known.items()]
-        error = ValueError("the call is empty")
+        errors: list[Exception] = []
         for edge in _edges(text, at, closes):
             try:
                 read = parser(text[at:edge], schemas)
                 return [_call(value) for value in (read if isinstance(read, list) else [read])], edge
-            except (ValueError, LookupError, TypeError, AttributeError, SyntaxError, RecursionError) as why:
-                error = ValueError(f"the call cannot be read ({why})")
-        raise error
+            except (ValueError, LookupError, TypeError, AttributeError, SyntaxError, RecursionError) as error:
+                errors.append(error)
+        raise ValueError(f"the call cannot be read ({errors[0]})") from errors[0]
 
     marks, form = re.escape(opens), f"{opens}...{closes}, as the tools are explained"
     return [Grammar("mlx-lm", marks, form, _tagged(marks, re.escape(closes), body))]

@@ -24,7 +24,8 @@ def add(a: int, b: int) -> str:
 
 def short(prompt, completion, example, messages, **_):
     """Shorter answers are better, after two calls."""
-    assert [m["content"] for m in messages if m["role"] in ("tool", "user")] == ["40 and 2?", "sum 42", "sum 42"]
+    assert [m["role"] for m in messages if m["role"] != "system"] == ["user", *["assistant", "tool"] * 2, "assistant"]
+    assert [m["content"] for m in messages if m["role"] == "tool"] == ["sum 42"] * 2
     return 1 / (1 + len(completion))
 
 

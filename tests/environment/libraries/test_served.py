@@ -77,11 +77,11 @@ def test_calls_go_out_as_the_wire_has_them_and_come_back_as_they_are_sent(tokeni
     answer = session.add(completion(tokenizer, text), 3)
     assert answer["content"] == "I add."
     [call] = answer["tool_calls"]
-    assert (call["id"], call["function"]["name"]) == ("call_3_0", "add")
+    assert (call["id"], call["function"]["name"]) == ("call00003000", "add")
     assert json.loads(call["function"]["arguments"]) == {"a": 1}
     spaced = {**call, "function": {"name": "add", "arguments": '{ "a" : 1 }'}}
     echoed = {"role": "assistant", "content": "I add.", "tool_calls": [spaced]}
-    result = {"role": "tool", "tool_call_id": "call_3_0", "content": "2"}
+    result = {"role": "tool", "tool_call_id": "call00003000", "content": "2"}
     tokens = session.take([USER, echoed, result], [TOOL])
     assert tokenizer.decode(tokens).count(text) == 1  # as it was sampled
     assert tokenizer.decode(tokens).endswith("<tool_response>\n2\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
@@ -104,7 +104,7 @@ def test_calls_of_every_grammar_are_sent_as_the_wire_has_them(family):
     answer = session.add(completion(tokenizer, text), 0)
     [call] = answer["tool_calls"]
     assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("add", {"a": 40, "b": 2})
-    assert ("I add." in answer["content"]) is (family != "llama3")
+    assert ("I add." in answer["content"]) is (family not in ("llama3", "gpt_oss"))
     assert "add(" not in answer["content"]
     assert "40" not in answer["content"]
     result = {"role": "tool", "tool_call_id": call["id"], "content": "the sum"}
@@ -120,7 +120,7 @@ def test_nothing_is_a_call_where_no_tools_are_offered(tokenizer):
     assert session.add(completion(tokenizer, text), 0) == {"role": "assistant", "content": text}
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_coder", "glm", "deepseek_r1", "lfm2"])
+@pytest.mark.parametrize("family", TOOL_SPECIAL)
 @pytest.mark.parametrize("as_text", [True, False])
 def test_calls_of_earlier_turns_are_shown_in_the_opening_of_a_harness(family, as_text):
     tokenizer = chat_tokenizer(family, tools=True)
@@ -132,12 +132,6 @@ def test_calls_of_earlier_turns_are_shown_in_the_opening_of_a_harness(family, as
     said = {"role": "assistant", "content": "It is done."}
     written = tokenizer.decode(session.take([USER, asked, result, said, USER], []))
     assert written.index("add") < written.index("4711") < written.index("4712")
-
-
-def test_arguments_of_a_call_that_are_no_json_are_refused(session):
-    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{a: 1}"}}
-    with pytest.raises(UserError, match="arguments of a call are no JSON"):
-        session.take([USER, {"role": "assistant", "content": "", "tool_calls": [call]}, USER], [])
 
 
 def test_a_request_that_was_not_answered_leaves_no_tokens(tokenizer, session):

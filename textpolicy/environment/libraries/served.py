@@ -45,8 +45,8 @@ class Session:
     def take(self, messages: Sequence[Message], tools: Sequence[Schema]) -> list[int]:
         """Return the tokens to continue for a request. Raises UserError unless it continues the conversation."""
         sent: list[Message] = [_normal(m) for m in messages]
+        read = _named([_read(m) for m in messages])
         if not self.turns:
-            read = [_read(m) for m in messages]
             describe: Describe = describe_tools
             if tools and self.parse is None:
                 grammar = self.grammar()
@@ -65,11 +65,10 @@ class Session:
                     "a request rewrites the conversation before it, whose tokens were sampled already; "
                     "use a harness that only adds messages, and no compaction"
                 )
-            before = [_shown(m, self.codec) for m in self.messages[:-1]]
+            shown = [_shown(m, self.codec) for m in read]
             last = self.turns[-1].tokens
             end = int(last[-1]) if len(last) else None
-            replies = [_shown(_read(m), self.codec) for m in messages[known:]]
-            self.added.append(self.codec.continuation(before, replies, end, self.tools))
+            self.added.append(self.codec.continuation(shown[: known - 1], shown[known:], end, self.tools))
         self.messages = sent
         return [*self.prompt, *joined([turn.tokens.tolist() for turn in self.turns], self.added)]
 
@@ -87,7 +86,7 @@ class Session:
         if calls:
             message["tool_calls"] = [
                 {
-                    "id": f"call_{number}_{n}",
+                    "id": f"call{number:05d}{n:03d}",  # templates of Mistral refuse shorter ones
                     "type": "function",
                     "function": {
                         "name": call.name,
@@ -217,6 +216,12 @@ def _chunks(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _read(message: Message) -> dict[str, Any]:
     """Return a message in whatever format it was sent as one for chat templates. Raises UserError for another."""
     return each_text(plain({**message, "content": message.get("content") or ""}), whole)
+
+
+def _named(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages with the name of the tool in each of its results, which only the call says."""
+    names = {c.get("id"): c["function"]["name"] for m in messages for c in m.get("tool_calls", ())}
+    return [{"name": names.get(m.get("tool_call_id"), "tool"), **m} if m["role"] == "tool" else m for m in messages]
 
 
 def _normal(message: Message) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
-from itertools import groupby, zip_longest
+from itertools import groupby, takewhile, zip_longest
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -102,20 +102,26 @@ class ChatCodec:
         ``messages`` are those before the turn, ``last`` its last token (None: it has none). The turn is
         neither decoded nor encoded: a mark stands for it in the template, and what the template writes after the
         mark is kept, without the end of the turn if ``last`` is that. Where the template refuses messages of one role
-        in a row, they are joined. Without a template the replies' contents are encoded as they are. Raises
-        TemplateRefusalError for a template that does not write a turn verbatim, or not the replies.
+        in a row, they are joined; where it refuses a tool's result without a call before it, one is put there. Without
+        a template the replies' contents are encoded as they are. Raises TemplateRefusalError for a template that does
+        not write a turn verbatim, or not the replies.
         """
         if self.template is None:
             return list(self.encode_after("".join(m["content"] for m in replies)))
         mark = unused(TURN, (messages, replies))
         talk = [*map(plain, messages), {"role": "assistant", "content": mark}, *map(plain, replies)]
         refusals: list[TemplateRefusalError] = []
-        for join in ("assistant",), {m["role"] for m in talk}:
+        once = _joined(talk, {"assistant"})
+        called = _called(once)
+        for said in once, _joined(talk, {m["role"] for m in talk}), _called(once, mark), called:
             try:
-                ids = self._written(_joined(talk, join), tools, mark)
-                return ids[1:] if ids and ids[0] == last else ids
+                ids = self._written(said, tools, mark)
             except TemplateRefusalError as refusal:
                 refusals.append(refusal)
+                continue
+            if said is called:  # the template wrote a call between the mark and the end of the turn
+                ids = ids[next((n for n, token in enumerate(ids) if token in self.stop), 0) :]
+            return ids[1:] if ids and ids[0] == last else ids
         raise refusals[0]
 
     def _written(self, messages: Sequence[Message], tools: Sequence[Schema], mark: str = "") -> list[int]:
@@ -147,10 +153,14 @@ class ChatCodec:
 
     def takes_role(self, role: str) -> bool:
         """Return whether the template writes a message of ``role``: "system" first, another after the assistant's."""
-        message, user = {"role": role, "content": TURN}, {"role": "user", "content": "?"}
-        said = [message, user] if role == "system" else [user, {"role": "assistant", "content": "!"}, message]
+        of_call = {"name": "tool", "tool_call_id": "call00000"} if role == "tool" else {}
+        message, user = {"role": role, "content": TURN, **of_call}, {"role": "user", "content": "?"}
+        if self.template is None:
+            return True
         try:
-            return self.template is None or bool(self.template.write(said, since=said.index(message)))
+            if role == "system":
+                return bool(self.template.write([message, user]))
+            return bool(self.continuation([user, {"role": "assistant", "content": "!"}, message], [message], None))
         except TemplateRefusalError:
             return False
 
@@ -324,6 +334,20 @@ def _joined(messages: Sequence[Message], roles: Collection[str]) -> list[Message
         else:
             joined.append(m)
     return joined
+
+
+def _called(messages: Sequence[Message], mark: str | None = None) -> list[Message]:
+    """Return the messages with a call for each tool's result in the assistant's before it, except one with ``mark``."""
+    called = list(messages)
+    for n, m in enumerate(messages):
+        results = takewhile(lambda r: r["role"] == "tool", messages[n + 1 :])
+        names = [
+            (r.get("tool_call_id", "call00000"), {"name": r.get("name", "tool"), "arguments": {}}) for r in results
+        ]
+        without = m["role"] == "assistant" and not m.get("tool_calls") and (mark is None or mark not in m["content"])
+        if names and without:
+            called[n] = {**m, "tool_calls": [{"id": i, "type": "function", "function": f} for i, f in names]}
+    return called
 
 
 def each_text(data: Any, change: Callable[[str], str]) -> Any:

@@ -134,6 +134,8 @@ class ToolEnv(MultiTurnEnv):
             describe = describe or partial(describe_tools, form=grammar.form)
         read = [read_prompt(i, prompt)[0] for i, prompt in enumerate(prompts)]
         prompts = [with_tools(prompt, self.schemas, codec, describe) for prompt in read]
+        if not codec.shows_tools(self.schemas):
+            self.schemas = []
         partner = ToolPartner(named, parse, "tool" if codec.takes_role("tool") else "user", tool_seconds)
         super().__init__(prompts, lambda example: partner, reward_fn, max_tokens, tokenizer=tokenizer, **settings)
 

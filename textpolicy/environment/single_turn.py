@@ -21,6 +21,7 @@ from .text.conversation import (
     Prompt,
     Schema,
     as_messages,
+    begun,
     read_prompt,
     token_ids,
 )
@@ -198,7 +199,7 @@ class TextGenerationEnv(Environment):
 
     def score(self, i: int, tokens: Any, truncated: bool) -> Scored:
         """Return the reward of ``tokens`` as a completion of prompt ``i``. Raises RewardError."""
-        more = self._codec.thinking(self._ids[i].tolist())
+        more = self._codec.thinking(self._ids[i].tolist(), begun(as_messages(self.prompts[i])))
         request = Request(self._texts[i], self.text(tokens), self.examples[i], truncated, more)
         return self._scorer.score([request], tokenizer=self.tokenizer)[0]
 
@@ -213,7 +214,8 @@ class TextGenerationEnv(Environment):
         """Return the rewards of finished episodes, in order. Raises RewardError."""
         requests = []
         for c in conversations:
-            more: dict[str, Any] = self._codec.thinking(c.added[-1] if c.added else c.prompt)
+            said = begun(c.prompt_messages)
+            more: dict[str, Any] = self._codec.thinking(*((c.added[-1],) if c.added else (c.prompt, said)))
             if not self.single_turn:
                 more |= {"messages": [*c.prompt_messages, *c.messages], "replies": tuple(c.replies)}
             requests.append(Request(self._texts[c.index], c.text, self.examples[c.index], c.truncated, more))

@@ -199,6 +199,22 @@ def test_calls_of_earlier_turns_are_shown_in_the_form_that_the_template_wants(fa
     assert text.index("find") < text.index("found it") < text.index("It is four.")
 
 
+@pytest.mark.parametrize("result", ['{"x": "say \\"hi\\""}', "two\nlines\t\u00e9 \U0001f600", '"', "\\", "  "])
+@pytest.mark.parametrize("family", ["qwen3", "llama32", "harmony", "deepseek"])
+def test_a_result_may_be_written_as_json(family, result):
+    [text] = read_after(talk(family, {"role": "tool", "content": result}), "turn")
+    assert (result.strip() in text) or (json.dumps(result, ensure_ascii=False) in text)
+
+
+def test_several_templates_and_mappings_are_read_as_they_come():
+    llama, one = shaped("llama32"), {"role": "user", "content": {"type": "text", "text": "Q?"}}
+    llama.chat_template = {"default": "{{ raise_exception('no tools here') if tools }}" + llama.chat_template}
+    assert prompt_of([one], llama) == prompt_of("Q?", "llama32")
+    llama.chat_template = {"rag": "never"}
+    with pytest.raises(UserError, match=r"models/llama32 refuses .*no default"):
+        prompt_of([one], llama)
+
+
 def test_thoughts_of_earlier_turns_may_be_left_out():
     thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nIt is four."}
     for family in ("qwen3", "deepseek"):
@@ -409,6 +425,16 @@ def test_answers_are_read_behind_thoughts_that_the_template_opens_or_not(family,
     assert env.step([*tokens, tokenizer.eos_token_id])["reward"] == reward
 
 
+@pytest.mark.parametrize(("begun", "reward"), [("<think>\nSo it", 0.0), ("<think>\nSo</think>\nIt", 1.0), ("It", 1.0)])
+def test_a_begun_thought_is_no_answer_until_it_ends(begun, reward):
+    prompt = [USER, {"role": "assistant", "content": begun}]
+    env = TextGenerationEnv([prompt], four, 64, tokenizer=shaped("chatml"))
+    env.reset()
+    assert env.step(" is 4")["reward"] == env.score(0, env.tokenizer.encode(" is 4"), truncated=False).reward == reward
+    env.reset()
+    assert env.step(" is 5.</think>4")["reward"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("family", "given", "sentence"),
     [
@@ -419,6 +445,7 @@ def test_answers_are_read_behind_thoughts_that_the_template_opens_or_not(family,
         ),
         ("chatml", {"enable_thinking": False}, "models/chatml does not read 'enable_thinking'"),
         ("qwen3", {"enable_thinking": "false"}, "the text 'false' as enable_thinking; write false without quotes"),
+        ("harmony", {"reasoning_effort": datetime.date(2026, 1, 1)}, "has a date as reasoning_effort; give a text"),
         ("qwen3", {"messages": []}, "has 'messages', which the prompt decides"),
         ("qwen3", {"add_generation_prompt": False}, "has 'add_generation_prompt', which the prompt decides"),
         ("harmony", {"padding": True}, "does not read 'padding'"),

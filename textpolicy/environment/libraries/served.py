@@ -46,6 +46,7 @@ class Session:
         """Return the tokens to continue for a request. Raises UserError unless it continues the conversation."""
         sent: list[Message] = [_normal(m) for m in messages]
         read = _named([_read(m) for m in messages])
+        schemas = tools if tools and self.codec.shows_tools(tools) else ()
         if not self.turns:
             describe: Describe = describe_tools
             if tools and self.parse is None:
@@ -53,10 +54,10 @@ class Session:
                 self.parse, describe = CallReader.of(grammar, tools), partial(describe_tools, form=grammar.form)
             try:
                 asked = with_tools(read, tools, self.codec, describe)
-                self.prompt = list(self.codec.encode(asked, None, tools))
+                self.prompt = list(self.codec.encode(asked, None, schemas))
             except TemplateRefusalError:  # perhaps of what is said in another way
                 said = [_shown(m, self.codec, calls=True) for m in read]
-                self.prompt = list(self.codec.encode(with_tools(said, tools, self.codec, describe), None, tools))
+                self.prompt = list(self.codec.encode(with_tools(said, tools, self.codec, describe), None, schemas))
             self.tools = list(tools)
         else:
             known = len(self.messages)
@@ -68,7 +69,7 @@ class Session:
             shown = [_shown(m, self.codec) for m in read]
             last = self.turns[-1].tokens
             end = int(last[-1]) if len(last) else None
-            self.added.append(self.codec.continuation(shown[: known - 1], shown[known:], end, self.tools))
+            self.added.append(self.codec.continuation(shown[: known - 1], shown[known:], end, schemas))
         self.messages = sent
         return [*self.prompt, *joined([turn.tokens.tolist() for turn in self.turns], self.added)]
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from ...engine import stop_tokens
 from ...errors import UserError
-from ...rewards.answer import opened_thought, thought_marks
+from ...rewards.answer import answered, opened_thought, thought_marks
 from ...rewards.contract import accepted_keywords
 from .pieces import spoken, text_decode
 from .template import ChatTemplate, Message, Schema, TemplateRefusalError, plain, unused
@@ -176,9 +176,15 @@ class ChatCodec:
         parts = [(s, [[t] for t in run] if s else [[*run]]) for s, run in runs]
         return spoken([(s, self.decode_all(ids)) for s, several in parts for ids in several]).strip()
 
-    def thinking(self, tokens: Sequence[int]) -> dict[str, str]:
-        """Return {"thinking": the mark of a thought} for rewards, if the ``tokens`` before a turn end with one."""
+    def thinking(self, tokens: Sequence[int], begun: str = "") -> dict[str, str]:
+        """Return {"thinking": the mark of a thought} for rewards, if the ``tokens`` before a turn end with one.
+
+        ``begun`` is what the prompt lets the assistant say; it may end inside a thought.
+        """
         mark = opened_thought(self.decode_all(list(tokens[-LONGEST_MARK:])))
+        if not mark and answered(begun) is None:
+            start, end = thought_marks(begun)[-1]
+            mark = begun[start:end]
         return {"thinking": mark} if mark else {}
 
 
@@ -299,7 +305,7 @@ def read_prompt(i: int, prompt: Any) -> tuple[Prompt, str]:
         try:
             prompt = [plain(m) for m in prompt]
         except UserError as error:
-            raise UserError(f"prompt {i} is {prompt!r}: {error}") from error
+            raise UserError(f"prompt {i} is {prompt!r:.200}: {error}") from error
         contents = [m["content"] for m in prompt]
     asked = [m["content"] for m in as_messages(prompt) if m["role"] != "assistant"] or contents
     if not asked[-1].strip():
@@ -307,6 +313,11 @@ def read_prompt(i: int, prompt: Any) -> tuple[Prompt, str]:
     if any("\ud800" <= c <= "\udfff" for text in contents for c in text):
         raise UserError(f"prompt {i} contains half a character ({asked[-1]!a:.60}); read its text as UTF-8")
     return prompt, asked[-1]
+
+
+def begun(messages: Sequence[Message]) -> str:
+    """Return what the assistant has begun to say at the end of a prompt's ``messages``, or ""."""
+    return messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
 
 
 def whole(text: str) -> str:
@@ -372,8 +383,8 @@ def _controls(tokenizer: Any, special: Collection[str], template: ChatTemplate |
         talk = [{"role": role, "content": "?"} for role in ("user", "assistant", "user")]
         with suppress(TemplateRefusalError):  # which is reported where messages are written
             framed = template.render(talk, start=False)
-    frames = {t for t in added if t in framed and not thought_marks(t)}
-    if not (tokens := {t for t in frames.union(special) if len(t.strip()) > 1}):
+    frames = {t for t in added if t in framed and not t.isalnum()}
+    if not (tokens := {t for t in frames.union(special) if len(t.strip()) > 1 and not thought_marks(t)}):
         return None
     first = "".join(sorted({t[0] for t in tokens}))
     return re.compile(f"(?=[{re.escape(first)}])(?={'|'.join(map(re.escape, sorted(tokens)))}).", re.DOTALL)

@@ -15,6 +15,7 @@ from string import ascii_letters
 from typing import Any, Self
 
 from ...errors import UserError
+from ...rewards.answer import answered
 from ...rewards.contract import accepted_keywords
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
@@ -24,6 +25,7 @@ DATE = date(2025, 1, 1)  # the day that templates with today's date write, unles
 KNOWN_ROLES = ("system", "user", "assistant")
 _TEXTS = ("text", "input_text", "output_text")  # types of the parts of a content that are text
 _OWN = ("messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "chat_template")
+_FORMAT = re.compile(r"%-?[A-Za-z]")  # of strftime
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # a tag of transformers' own
 # The formats of strftime are replaced by the words of one day; the line break behind the macro is not written.
 _ON_ONE_DAY = (
@@ -74,14 +76,18 @@ class ChatTemplate:
                 near = difflib.get_close_matches(name, keywords, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else "leave it out"
                 raise UserError(f"the chat template of {model} does not read {name!r} of template_args; {hint}")
+            if not isinstance(value, str | int | float | list | dict | None):
+                kind = type(value).__name__
+                raise UserError(
+                    f"template_args has a {kind} as {name}; give a text, a number, or a list or dict of them"
+                )
             if isinstance(value, str) and value.lower() in ("true", "false"):
                 raise UserError(f"template_args has the text {value!r} as {name}; write {value.lower()} without quotes")
         if apply is None:
             return None
         if any("strftime_now" in text for text in texts):
-            words = {
-                code: (day or DATE).strftime(code) for letter in ascii_letters for code in (f"%{letter}", f"%-{letter}")
-            }
+            formats = _FORMAT.findall("".join(texts)) or [f"%{letter}" for letter in ascii_letters]
+            words = {code: (day or DATE).strftime(code) for code in formats}
             arguments["one_day"], dated = {"%%": "\0", **words, "\0": "%"}, tokenizer.get_chat_template
         return cls(apply, model, arguments, dated, simple)
 
@@ -96,10 +102,11 @@ class ChatTemplate:
             self.forms[shape] = self._form(messages, tools, since)
         text = self._until_policy(messages, tools, self.forms[shape])
         for m in messages[since:]:
-            said = m["content"].strip()
-            if m["role"] == "assistant" and m is not messages[-1]:  # thoughts of earlier turns may be left out
-                said = said.rpartition("</think>")[2].strip()
-            if said not in text and "".join(said.split()) not in "".join(text.split()):
+            said = m["content"]
+            if m["role"] == "assistant" and m is not messages[-1]:
+                said = answered(said) or ""  # thoughts of earlier turns may be left out
+            ways = (said.strip(), *(json.dumps(said.strip(), ensure_ascii=escaped)[1:-1] for escaped in (False, True)))
+            if not any(way in text for way in ways) and "".join(said.split()) not in "".join(text.split()):
                 raise self._left_out(m)
         return text
 
@@ -121,9 +128,9 @@ class ChatTemplate:
         arguments = {"add_generation_prompt": start, "tokenize": tokenize, **self.given}
         if tools:
             arguments["tools"] = json.loads(json.dumps(list(tools)))  # a copy: templates may change them
-        if self.dated is not None:
-            arguments["chat_template"] = _ON_ONE_DAY + self.dated(tools=arguments.get("tools"))
         try:
+            if self.dated is not None:
+                arguments["chat_template"] = _ON_ONE_DAY + self.dated(tools=arguments.get("tools"))
             return self.apply(list(messages), **arguments)
         except Exception as error:
             roles, why = ", ".join(m["role"] for m in messages), " ".join(str(error).split()) or type(error).__name__
@@ -177,7 +184,7 @@ class ChatTemplate:
         what = "the tool calls" if message.get("tool_calls") else "the message"
         return TemplateRefusalError(
             f"the chat template of {self.model} leaves out or changes {what} of the role {message['role']!r} "
-            f"({message['content']:.60}); write it in another role, or leave it out"
+            f"({' '.join(message['content'].split()):.60}); write it in another role, or leave it out"
         )
 
 
@@ -189,19 +196,21 @@ def plain(message: Message) -> dict[str, Any]:
 
     The content may be a text, a list of parts that are text, or with calls None.
     """
-    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls") or ()
+    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+    calls = [] if calls is None else [_plain_call(call) for call in calls]
     if not isinstance(role, str) or not role or (content is None and not calls):
         raise UserError(f"the message {str(message)!a:.200} lacks one of {{'role', 'content'}}; give it both, as text")
-    parts = [content or ""] if isinstance(content, str | None) else content
-    for part in parts if isinstance(parts, Sequence) else [parts]:
-        known = isinstance(part, str) or (isinstance(part, Mapping) and part.get("type", "text") in _TEXTS)
-        if not known or not isinstance(part if isinstance(part, str) else part.get("text"), str):
-            kind = part.get("type", "nothing") if isinstance(part, Mapping) else type(part).__name__
+    parts, texts = [] if content is None else [content], []
+    if isinstance(content, Iterable) and not isinstance(content, str | bytes | Mapping):
+        parts = list(content)
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        text = part.get("text") if isinstance(part, Mapping) and kind in _TEXTS else part
+        if not isinstance(text, str):
             raise UserError(f"a message of the role {role!r} holds {kind!r} and the policy reads text; leave it out")
-    read = {**message, "content": "".join(part if isinstance(part, str) else part["text"] for part in parts)}
-    if calls:
-        return {**read, "tool_calls": [_plain_call(call) for call in calls]}
-    return {key: value for key, value in read.items() if key != "tool_calls"}
+        texts.append(text)
+    kept = {key: value for key, value in message.items() if key != "tool_calls"}
+    return {**kept, "content": "".join(texts), **({"tool_calls": calls} if calls else {})}
 
 
 def _plain_call(call: Any) -> dict[str, Any]:

@@ -99,8 +99,43 @@ def test_a_tasks_score_is_the_weighted_sum():
 
 
 @pytest.mark.parametrize(
+    "weights",
+    [
+        {"keyword_weight": 0.4, "length_weight": 0.6},
+        {"keyword_weight": 0.3, "length_weight": 0.2, "coherence_weight": 0.5},
+        {"coherence_weight": 1},
+        {"keyword": 0.5, "length_weight": 0.5},
+        {"length_weight": 0},
+        {},
+    ],
+)
+def test_the_weights_have_the_names_of_the_earlier_version_too(weights, fruit):
+    """As 0.1.11 computed it: what has no weight does not count, and positions are those of its dataclass."""
+    text, spelt = (
+        "red words. They are red because red.",
+        TextGenerationTask("?", ["red", "blue"], (2, 4), 0.3, "x", weights),
+    )
+    parts = {"length": length_score(text, spelt), "keyword": 0.5, "coherence": coherence_score(text, spelt)}
+    expected = sum(weight * parts[name.removesuffix("_weight")] for name, weight in weights.items())
+    assert task_score(text, spelt) == pytest.approx(expected)
+    register_task_suite("spelt", lambda: [spelt])
+    env = TextGenerationEnvironment(object(), Letters(), "spelt")
+    env.reset()
+    assert env.step(text)["reward"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
     ("settings", "sentence"),
-    [({"words": (4, 2)}, "range is"), ({"words": (0, 0)}, "range is"), ({"lenght": 1.0}, "did you mean 'length'")],
+    [
+        ({"words": (4, 2)}, "range is"),
+        ({"words": (0, 0)}, "range is"),
+        ({"lenght": 1.0}, "did you mean 'length'"),
+        ({"lenght_weight": 1.0}, "did you mean 'length'"),
+        ({"length": 0.5, "length_weight": 0.5}, "both 'length' and 'length_weight'; give one"),
+        ({"keyword_weight": "0.5"}, "the weight of 'keyword' in evaluation_criteria is '0.5'; give a number"),
+        ({"coherence": float("nan")}, "the weight of 'coherence' in evaluation_criteria is nan"),
+        ({"coherence": None}, "the weight of 'coherence' in evaluation_criteria is None"),
+    ],
 )
 def test_a_task_that_cannot_be_scored_is_refused(settings, sentence):
     with pytest.raises(UserError, match=sentence):

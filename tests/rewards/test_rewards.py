@@ -454,6 +454,11 @@ def test_built_in_verifiers(check, completion, settings, expected):
 def test_an_example_may_override_a_verifier():
     assert length_verifier("p", "two words", {"min_length": 2})
     assert not toxicity_verifier("p", "a banana", {"toxic_patterns": ["banana"]})
+    assert coherence_verifier("p", "Yes. No.", {"min_coherence_score": 0.2})
+    assert not factual_verifier("p", "Maybe it is wet.", {"max_uncertainty_count": 0})
+    assert not factual_verifier("p", "Maybe it is wet.", {"min_factual_score": 0.9})
+    assert not has_greeting("p", "Hello there", {"required_greeting": "Dear"})
+    assert not contains_keywords("p", "Sun and moon", {"required_keywords": ["sun", "star"]})
 
 
 # ---- rewards put together

@@ -14,6 +14,9 @@ from textpolicy.cli.main import main
 from textpolicy.environment import env_from_rows
 from textpolicy.errors import UserError
 from textpolicy.rewards import Scorer
+from textpolicy.rewards.basic import accuracy_reward
+from textpolicy.rewards.correctness import f1_score_reward, math_accuracy_reward
+from textpolicy.rewards.scoring import call_reward
 from textpolicy.tasks import Problem, load_task, task_from_rows
 from textpolicy.tasks.own import short_name
 from textpolicy.tasks.splits import question_key
@@ -115,12 +118,23 @@ def test_a_missing_cell_is_no_answer_and_no_question(cell):
         task_from_rows([ROWS[1], {**ROWS[0], "question": cell}, *ROWS], level)
 
 
-def test_the_named_columns_are_the_question_and_the_answer_whatever_others_are_called():
-    rows = [{"question": i, "answer": "a long way", "label": "easy", "ask": f"{i}?", "final": i % 2} for i in range(9)]
-    task = task_from_rows(rows, level, question="ask", answer="final")
+@pytest.mark.parametrize("final", ["final", "label", "ground_truth"])
+@pytest.mark.parametrize("grade", [math_accuracy_reward, accuracy_reward, f1_score_reward])
+def test_the_named_columns_are_the_question_and_the_answer_whatever_others_are_called(final, grade):
+    wrong = {"question": "id", "answer": "a long way", "label": "easy", "ground_truth": "none", "level": 2}
+    rows = [{**wrong, "ask": f"{i}?", final: i} for i in range(9)] + [{**wrong, "ask": "9?", final: None}]
+    task = task_from_rows(rows, level, question="ask", answer=final)
     for problem in everything(task):
         row = rows[int(problem.question[:-1])]
-        assert problem.example == {**row, "question": row["ask"], "answer": row["final"], "row": row}
+        solution = "" if row[final] is None else row[final]
+        kept = {"level": 2, "ask": row["ask"], final: row[final]}
+        assert problem.example == {**kept, "question": row["ask"], "answer": solution, "row": row}
+        if solution == "":
+            with pytest.raises(UserError, match="has no correct answer"):
+                grade("?", r"\boxed{easy}", problem.example)
+        else:
+            said = rf"\boxed{{{solution}}}" if grade is math_accuracy_reward else f"{solution}"
+            assert call_reward(grade, "?", said, problem.example).reward == 1.0
     assert Problem("asked", "right", {"answer": "wrong", "question": "wrong"}).example == {
         "question": "asked",
         "answer": "right",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,17 +26,24 @@ class TextGenerationTask:
     target_length_range: tuple[int, int]  # words, both ends included
     difficulty: float = 0.5  # 0 easy to 1 hard, for the reader
     category: str = "general"
-    evaluation_criteria: Mapping[str, float] = field(  # weights of "length", "keyword" and "coherence"
-        default_factory=lambda: {"length": 0.3, "keyword": 0.4, "coherence": 0.3}
+    evaluation_criteria: Mapping[str, float] = (
+        field(  # weights of "length" (or "length_weight"), "keyword", "coherence"
+            default_factory=lambda: {"length": 0.3, "keyword": 0.4, "coherence": 0.3}
+        )
     )
 
     def __post_init__(self) -> None:
         low, high = self.target_length_range
         if not 0 <= low <= high or high == 0:
             raise UserError(f"target_length_range is {(low, high)}; give two word counts, the smaller first")
-        for name in self.evaluation_criteria:
+        named = [str(name).removesuffix("_weight") for name in self.evaluation_criteria]
+        for name, weight in zip(named, self.evaluation_criteria.values(), strict=True):
             if name not in CRITERIA:
                 raise unknown_name("criterion of a task", name, CRITERIA)
+            if named.count(name) > 1:
+                raise UserError(f"evaluation_criteria has both {name!r} and '{name}_weight'; give one of them")
+            if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+                raise UserError(f"the weight of {name!r} in evaluation_criteria is {weight!r}; give a number")
 
 
 # ---- scores, all from 0 to 1
@@ -75,7 +84,8 @@ def keywords_found(text: str, task: TextGenerationTask) -> list[str]:
 
 def task_score(text: str, task: TextGenerationTask) -> float:
     """Return the weighted sum of the task's criteria."""
-    return sum(weight * CRITERIA[name](text, task) for name, weight in task.evaluation_criteria.items())
+    weights = task.evaluation_criteria.items()
+    return sum(weight * CRITERIA[name.removesuffix("_weight")](text, task) for name, weight in weights)
 
 
 # ---- the registry

@@ -1,4 +1,7 @@
-"""The built-in verifiers: cheap yes-or-no checks of a completion. None of them judges whether it is true."""
+"""The built-in verifiers: cheap yes-or-no checks of a completion. None of them judges whether it is true.
+
+An entry of the example with the name of a setting takes its place.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ def coherence_verifier(
     sentences = [s.split() for s in re.split(r"[.!?]+", completion) if s.strip()]
     words_each = np.mean([len(s) for s in sentences]) if sentences else 0
     score = (min(1, connectives / 2) + (1 if 5 <= words_each <= 25 else 0.5)) / 2
-    return score >= min_coherence_score
+    return bool(score >= example.get("min_coherence_score", min_coherence_score))
 
 
 @verifier
@@ -71,7 +74,11 @@ def factual_verifier(
     """
     u = _count(HEDGES, completion)
     c = sum(_count(pair, completion) == 2 for pair in (("yes", "no"), ("true", "false")))
-    return u <= max_uncertainty_count and max(0, 1 - min(1, 0.2 * u) - 0.3 * c) >= min_factual_score
+    most, least = (
+        example.get("max_uncertainty_count", max_uncertainty_count),
+        example.get("min_factual_score", min_factual_score),
+    )
+    return bool(u <= most and max(0, 1 - min(1, 0.2 * u) - 0.3 * c) >= least)
 
 
 @verifier
@@ -79,7 +86,7 @@ def has_greeting(
     prompt: str, completion: str, example: Mapping[str, Any], required_greeting: str = "hello", **_: Any
 ) -> bool:
     """Return whether ``required_greeting`` occurs, in any case."""
-    return required_greeting.lower() in completion.lower()
+    return example.get("required_greeting", required_greeting).lower() in completion.lower()
 
 
 @verifier
@@ -96,8 +103,12 @@ def contains_keywords(
     required_keywords: Iterable[str] | None = None,
     **_: Any,
 ) -> bool:
-    """Return whether every one of ``required_keywords`` occurs, in any case; True when there are none."""
-    return all(k.lower() in completion.lower() for k in texts("required_keywords", required_keywords))
+    """Return whether every one of ``required_keywords`` occurs, in any case; True when there are none.
+
+    They default to ``example["required_keywords"]``.
+    """
+    wanted = example.get("required_keywords") if required_keywords is None else required_keywords
+    return all(k.lower() in completion.lower() for k in texts("required_keywords", wanted))
 
 
 def _count(phrases: Iterable[str], text: str) -> int:

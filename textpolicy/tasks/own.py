@@ -15,7 +15,7 @@ from ..environment.rows import Rows, prompt_of, rows_of
 from ..environment.text.conversation import as_messages
 from ..errors import UserError, unknown_name
 from ..rewards.contract import RewardFunction
-from ..rewards.example import missing
+from ..rewards.example import REFERENCES, missing
 from .base import Message, Problem, Task
 from .splits import Splits, question_key
 
@@ -38,7 +38,8 @@ def task_from_rows(
 
     ``question`` names the column of questions, texts or lists of chat messages, and ``answer`` that of answers; a
     missing cell (None, NaN) is the answer "". The reward gets the row as ``example``, in which "question" and "answer"
-    are the named columns; where the row has others of those names, example["row"] is the row as it was. ``prompt``
+    are the named columns. A column named by ``answer`` is the only one of REFERENCES there: what the row has besides in
+    columns of those names, or of the name "question", is in example["row"], the row as it was. ``prompt``
     turns a question into chat messages, by default a text into a user's message. Of rows with the same question the
     first is kept, and spellings of one question (``question_key``) are in one split. A fifth of the questions, at most
     200, is the test split and a tenth, at most 100, the validation split, whatever the seed of a run. Raises UserError.
@@ -47,12 +48,13 @@ def task_from_rows(
     read = rows_of(rows)
     if answer != ANSWER and read and not any(answer in row for row in read):
         raise unknown_name(f"column of answers in {source} called", answer, map(str, read[0]))
+    taken = {name for name in REFERENCES if answer not in (ANSWER, name)} | ({"question"} - {question})
     problems = []
     for number, row in enumerate(read, 1):
-        asked, solution = prompt_of(row, question, number, source), row.get(answer)
-        others = {"question": question, ANSWER: answer}
-        hidden = {"row": row} if any(k in row and k != column for k, column in others.items()) else {}
-        problems.append(Problem(asked, "" if missing(solution) else solution, {**hidden, **row}))
+        solution = "" if missing(row.get(answer)) else row[answer]
+        others = {column: cell for column, cell in row.items() if column not in taken}
+        hidden = {"row": row} if len(others) < len(row) else {}
+        problems.append(Problem(prompt_of(row, question, number, source), solution, {**hidden, **others}))
     splits = Splits.drawn(problems, source)
     return Task(
         name=name,

@@ -1,8 +1,10 @@
 """The engine behind a local port: its HTTP answers, and sessions that keep their tokens."""
 
+import http.client
 import json
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 
 import numpy as np
@@ -216,6 +218,52 @@ def test_strangers_and_refusals_get_an_error(serving):
     with pytest.raises(urllib.error.HTTPError, match="404") as caught:
         post(f"http://{without_secret}/v1/chat/completions", {"messages": [USER]})
     caught.value.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        (b"", "is no JSON"),
+        (b"{'messages': []}", "is no JSON"),
+        (b'{"messages": [', "is no JSON"),
+        (b"\xff\xfe", "is no JSON"),
+        (b"[" * 100_000, "is no JSON"),
+        (b"7", "has no list of messages"),
+        (b"[]", "has no list of messages"),
+        (b"{}", "has no list of messages"),
+        (b'{"messages": "hi"}', "has no list of messages"),
+        (b'{"messages": []}', "has no list of messages"),
+        (b'{"messages": ["hi"]}', "has no list of messages"),
+        (b'{"messages": {"role": "user", "content": "hi"}}', "has no list of messages"),
+        (b'{"messages": [{}], "tools": "add"}', "no list of functions with names"),
+        (b'{"messages": [{}], "tools": [{"name": "add"}]}', "no list of functions with names"),
+        (b'{"messages": [{}], "tools": [{"function": {"name": null}}]}', "no list of functions with names"),
+        (b'{"messages": [{}], "tools": {"function": {"name": "add"}}}', "no list of functions with names"),
+    ],
+)
+def test_a_body_that_is_no_request_gets_an_answer_that_says_what_to_send(body, what):
+    with ModelServer() as server:
+        request = urllib.request.Request(server.url + "/chat/completions", body)
+        with pytest.raises(urllib.error.HTTPError, match="400") as caught:
+            urllib.request.urlopen(request, timeout=10)
+        answer = json.loads(caught.value.read())
+        caught.value.close()
+        assert what in answer["error"]["message"]
+        assert "; send " in answer["error"]["message"]
+        assert server.waiting([], 0.01) == []
+
+
+@pytest.mark.parametrize("length", [None, "many", "-1", "0"])
+def test_a_request_whose_length_is_unknown_gets_an_answer(length):
+    with ModelServer() as server:
+        place = urllib.parse.urlsplit(server.url)
+        connection = http.client.HTTPConnection(place.netloc, timeout=10)
+        connection.putrequest("POST", f"{place.path}/chat/completions")
+        if length is not None:
+            connection.putheader("Content-Length", length)
+        connection.endheaders()
+        assert connection.getresponse().status == 400
+        connection.close()
 
 
 def test_closing_a_server_answers_every_waiting_request():

@@ -112,7 +112,24 @@ class Request:
     session: str
     messages: Sequence[Message]
     tools: Sequence[Schema]
+    stream: bool = False  # whether the answer is to come as events
     answer: queue.SimpleQueue[tuple[int, Any]] = field(default_factory=queue.SimpleQueue)  # HTTP status and body
+
+    @classmethod
+    def of(cls, session: str, sent: bytes) -> Self:
+        """Return the request in the body ``sent``. Raises UserError for a body that is none."""
+        try:
+            body = json.loads(sent)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"the body of a request is no JSON ({error}); send an object with 'messages'") from error
+        messages, tools = (body.get("messages"), body.get("tools") or []) if isinstance(body, dict) else (None, [])
+        if not (isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)):
+            raise UserError(
+                "a request has no list of messages; send {'messages': [{'role': ..., 'content': ...}, ...]}"
+            )
+        if not isinstance(tools, list) or not all(_is_tool(tool) for tool in tools):
+            raise UserError("the tools of a request are no list of functions with names; send OpenAI's format of tools")
+        return cls(session, messages, tools, bool(body.get("stream")))
 
     def reply(self, message: Mapping[str, Any], finish: str, tokens: tuple[int, int]) -> None:
         """Answer with ``message`` as a chat completion; ``tokens`` are the counts of prompt and completion."""
@@ -129,7 +146,12 @@ class Request:
 
     def refuse(self, why: str) -> None:
         """Answer with the error ``why``."""
-        self.answer.put((400, {"error": {"message": why, "type": "invalid_request_error", "code": "textpolicy"}}))
+        self.answer.put((400, refusal(why)))
+
+
+def refusal(why: str) -> dict[str, Any]:
+    """Return the body of an answer that refuses a request."""
+    return {"error": {"message": why, "type": "invalid_request_error", "code": "textpolicy"}}
 
 
 class ModelServer:
@@ -172,16 +194,19 @@ def _handler(requests: queue.SimpleQueue[Request], root: str) -> type[BaseHTTPRe
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            sent = self.rfile.read(int(self.headers.get("content-length", 0)))
+            length, status, stream = self.headers.get("content-length", ""), 400, False
+            sent = self.rfile.read(int(length) if length.isdecimal() else 0)
             if self.path != f"{root}/chat/completions":  # a stranger, whose body is not read
                 status, answer = 404, {"error": {"message": f"there is no {self.command} {self.path[-40:]}"}}
-                stream = False
             else:
-                body = json.loads(sent)
-                request = Request(self.headers.get(SESSION_HEADER, ""), body["messages"], body.get("tools") or ())
-                requests.put(request)
-                status, answer = request.answer.get()
-                stream = status == 200 and body.get("stream")
+                try:
+                    request = Request.of(self.headers.get(SESSION_HEADER, ""), sent)
+                except UserError as error:
+                    answer, self.close_connection = refusal(str(error)), True
+                else:
+                    requests.put(request)
+                    status, answer = request.answer.get()
+                    stream = status == 200 and request.stream
             if stream:
                 events = [*map(json.dumps, _chunks(answer)), "[DONE]"]
                 kind, data = "text/event-stream", "".join(f"data: {event}\n\n" for event in events).encode()
@@ -200,6 +225,14 @@ def _handler(requests: queue.SimpleQueue[Request], root: str) -> type[BaseHTTPRe
 
 
 # ---- the format of messages
+
+
+def _is_tool(tool: Any) -> bool:
+    """Return whether a tool of a request is a function with a name."""
+    match tool:
+        case {"function": {"name": str(name)}}:
+            return bool(name)
+    return False
 
 
 def _chunks(answer: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from chat_tokenizers import chat_tokenizer
 from toy_tokenizers import Letters
 
 from textpolicy.environment import TextGenerationEnv
@@ -28,6 +29,10 @@ CALL = "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|cal
         "<scratchpad>4?</scratchpad>",
         "<seed:think>4?</seed:think>",
         "<longcat_think>4?</longcat_think>",
+        "<inner_thoughts>4?</inner_thoughts>",
+        "<redacted_thinking>4?</redacted_thinking>",
+        "<|thinking|>4?<|/thinking|>",
+        "<unused94>thought\n4?<unused95>",
         "[THINK]4?[/THINK]",
         "\u25c1think\u25b74?\u25c1/think\u25b7",
         "<|begin_of_thought|>4?<|end_of_thought|>",
@@ -40,6 +45,7 @@ CALL = "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|cal
         "analysisIs it 4?assistantfinal",
         "analysisIs it 4?assistantcommentaryI call.assistantfinal",
         "<think>I write <think> first.</think>",
+        "<think>I write <think> ... </think> first.</think>",
         '<think>I end with `</think>`, or "</think>". So 4?</think>',
         "<think>4?</think> It is 4. <think>No.</think>",
         "<think>4? <think>Hm.</think> 4?</think>",
@@ -65,6 +71,7 @@ def test_the_answer_is_the_text_after_the_thought(thought):
         "It is 5. <think>Or is it?",
         "<think>4</think> It is 5. <think>Or",
         "<think>I end it with `</think>`. It is 5.",
+        "<think>I am asked for <think></think>, or <think> ... </think>. It is 5.",
         "<|channel|>analysis<|message|>It is 5.<|end|>",
         "<|channel|>analysis<|message|>4<|end|><|start|>assistant<|channel|>analysis<|message|>It is 5.",
         "analysisIt is 5.",
@@ -131,6 +138,21 @@ def test_a_reward_is_told_of_the_thought_that_its_prompt_opened():
         rewards.append(env.step(text)["reward"])
     assert rewards == [1, 0, 1, 1]
     assert env.score(1, [53], False).reward == 0
+
+
+def test_a_thought_that_the_beginning_of_a_turn_opened_goes_on():
+    asked = {"role": "user", "content": "Answer after <think> tags: 2+3?"}
+    for said, right in (("<think>\nLet me see.", 0), ("<think>4?</think>", 1), ("Well,", 1)):
+        env = TextGenerationEnv(
+            [[asked, {"role": "assistant", "content": said}]],
+            "math_accuracy",
+            tokenizer=chat_tokenizer("chatml"),
+            examples=[{"answer": 5}],
+            max_tokens=99,
+        )
+        env.reset()
+        assert env.step(r"It is \boxed{5}")["reward"] == right
+        assert env.score(0, env.tokenizer.encode(r"Hm.</think>\boxed{5}"), False).reward == 1
 
 
 # ---- blocks of code

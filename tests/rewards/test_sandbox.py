@@ -310,6 +310,8 @@ def waited_for(what):
         ("1. So:\n   ```python3.11\n   if 1:\n       2\n   ```", "if 1:\n    2\n"),
         ("```pycon\n>>> 1\n```\n```text\n1\n```", None),
         ("```python-repl\n1\n```", None),
+        ("```python\n1\n```\nor\n```python\n\n```", "1\n"),
+        ("Write ```python\n1\n```", None),
         ("````md\n```python\n1\n```\n````", None),
         ("<think>\n```python\n1\n```\n</think>\n```python\n2\n```", "2\n"),
         ("<think>\n```python\n1\n```\n</think>", None),
@@ -329,6 +331,7 @@ def test_a_program_that_was_cut_off_is_none():
     cut = "```python\n1\n```\nBetter:\n```python\n2"
     assert extract_program(cut, truncated=True) is None
     assert extract_program(cut) == "2"
+    assert extract_program("```python\n1\n```\nBetter:\n```python\n", truncated=True) is None
     assert extract_program("```python\n1\n```\nIt prints\n```\n4", truncated=True) == "1\n"
     assert extract_program("```python\n1\n```", thinking="<think>\n") is None
 

@@ -12,25 +12,25 @@ from typing import Self
 
 # ---- thoughts
 
-_NAME = r"(?:seed:|longcat_)?(?:think(?:ing)?|thoughts?)"
-_SETTINGS = r"(?:\s+\w+=[^<>\n]*)?\s*"
+_WORD = r"(?:think(?:ing)?|thoughts?)"
+_NAME = rf"[\w:-]{{0,20}}{_WORD}[\w-]{{0,20}}"  # seed:think, longcat_think, redacted_thinking, inner_thoughts
 _MARKS = (  # the beginning and the end of a thought; an end closes what a beginning of its own row opened
-    (rf"<\s*{_NAME}{_SETTINGS}>", rf"<\s*/\s*{_NAME}\s*>"),
-    (rf"<\s*reasoning{_SETTINGS}>", r"<\s*/\s*reasoning\s*>"),
-    (rf"<\s*scratchpad{_SETTINGS}>", r"<\s*/\s*scratchpad\s*>"),
-    (r"(?-i:\[THINK\])", r"(?-i:\[/THINK\])"),
+    (rf"<\s*{_NAME}(?:\s+\w+=[^<>\n]*)?\s*>", rf"<\s*/\s*{_NAME}\s*>"),
+    (r"<\s*reasoning\s*>", r"<\s*/\s*reasoning\s*>"),
+    (r"<\s*scratchpad\s*>", r"<\s*/\s*scratchpad\s*>"),
+    (r"(?-i:\[(?:THINK(?:ING)?|THOUGHTS?)\])", r"(?-i:\[/(?:THINK(?:ING)?|THOUGHTS?)\])"),
     (r"◁think▷", r"◁/think▷"),
-    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
-    (r"<\|start_thinking\|>", r"<\|end_thinking\|>"),
-    (r"<\|think:start\|>", r"<\|think:end\|>"),
+    (rf"<\|(?:(?:begin|start)(?:_of)?_)?{_WORD}(?::start)?\|>", rf"<\|(?:/|end_(?:of_)?){_WORD}\|>|<\|{_WORD}:end\|>"),
     (r"<\|open\|>think<\|sep\|>", r"<\|close\|>think<\|sep\|>"),
     (r"<\|channel>thought", r"<channel\|>"),
+    (r"<unused94>thought", r"<unused95>"),
     (r"<\|channel\|>analysis[^<\n]*<\|message\|>", r"<\|channel\|>(?:final[^\n]{0,80}?<\|message\|>|commentary)"),
     (r"(?-i:\Aanalysis(?=\w))", r"(?-i:\Afinal(?=[A-Z0-9\\$*])|assistantfinal|assistantcommentary)"),
 )
 _MARK = r"(?=[<\[◁af])(?:" + "|".join(f"({opens})|({closes})" for opens, closes in _MARKS) + ")"
-_IN_MARKS = ("think", "thought", "reasoning", "scratchpad", "channel", "assistant")  # one of them is in every mark
-_IN_THOUGHT = re.compile(_MARK, re.IGNORECASE)
+_IN_MARKS = ("think", "thought", "reasoning", "scratchpad", "channel", "assistant", "unused95")  # every mark has one
+_NAMED = "|".join(rf"(?:{opens})[ .\u2026]{{0,9}}(?:{closes})" for opens, closes in _MARKS)  # <think>...</think>
+_IN_THOUGHT = re.compile(f"{_NAMED}|{_MARK}", re.IGNORECASE)
 _IN_ANSWER = re.compile(  # a span of code and a quotation hide the marks in them
     rf"{_MARK}|(?<!`)(?P<ticks>`+)(?!`)[^\n]{{0,300}}?(?<!`)(?P=ticks)(?!`)|\"(?=[<\[◁])[^\"\n]{{0,300}}\"",
     re.IGNORECASE,
@@ -49,7 +49,32 @@ def answered(completion: str, thinking: str = "", truncated: bool = False) -> st
     cut, and whoever reads that leaves ``truncated`` out.
     """
     text = thinking + completion
-    start, at, inside = 0, 0, 0  # of the answer; of what is still to read; the row of the thought that is open
+    start, opened = _last_thought(text)
+    if opened or truncated:
+        return None
+    answer = text[start:]
+    ended = next((last for last in _LAST if answer.rstrip().endswith(last)), None)
+    return answer.rstrip().removesuffix(ended) if ended else answer
+
+
+def opened_thought(prompt: str, said: str = "") -> str:
+    """Return the mark of the thought that is open where the policy begins, or "".
+
+    That is the mark with which ``prompt`` ends, as templates for thinking models write it, or the one of a thought
+    that does not end in what the policy has ``said`` before, the beginning of its turn.
+    """
+    mark = _OPENED.search(prompt)
+    return _last_thought(said)[1] if mark is None else mark[0]
+
+
+def thought_marks(text: str) -> list[tuple[int, int]]:
+    """Return where the marks of thoughts stand in ``text``, each as its start and end."""
+    return [mark.span() for mark in re.finditer(_MARK, text, re.IGNORECASE)]
+
+
+def _last_thought(text: str) -> tuple[int, str]:
+    """Return where the last thought of ``text`` ends, 0 if it has none, and the mark of one that does not end."""
+    start, at, inside, opened = 0, 0, 0, ""  # inside is the row of the thought that is open
     fence: Fence | None = None
     told = False  # whether the text says where a thought begins
     small = text.lower()
@@ -68,27 +93,12 @@ def answered(completion: str, thinking: str = "", truncated: bool = False) -> st
         if mark is None or not 0 < row <= len(_MARKS) or _is_quoted(text, mark):
             continue
         if not closes and not inside:
-            told, inside = True, 0 if in_code else row
+            told, inside, opened = True, 0 if in_code else row, mark[0]
         elif closes and inside in (0, row):
             start, at, inside, fence = at, at, 0, None
             if mark[0].endswith("commentary"):  # whose header says which tool it calls
                 start = mark.start()
-    if inside or truncated:
-        return None
-    answer = text[start:]
-    ended = next((last for last in _LAST if answer.rstrip().endswith(last)), None)
-    return answer.rstrip().removesuffix(ended) if ended else answer
-
-
-def opened_thought(prompt: str) -> str:
-    """Return the mark of a thought with which ``prompt`` ends, as templates for thinking models write it, or ""."""
-    mark = _OPENED.search(prompt)
-    return "" if mark is None else mark[0]
-
-
-def thought_marks(text: str) -> list[tuple[int, int]]:
-    """Return where the marks of thoughts stand in ``text``, each as its start and end."""
-    return [mark.span() for mark in _IN_THOUGHT.finditer(text)]
+    return start, opened if inside else ""
 
 
 def _is_quoted(text: str, mark: re.Match[str]) -> bool:

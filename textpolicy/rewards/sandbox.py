@@ -150,7 +150,7 @@ def extract_program(completion: str, thinking: str = "", truncated: bool = False
     Without any such block, the last one that names no language. A block that is not closed goes on to the end; in a
     ``truncated`` completion it was cut off, and is none.
     """
-    blocks = code_blocks(answered(completion, thinking) or "")
+    blocks = [b for b in code_blocks(answered(completion, thinking) or "") if b.code.strip() or truncated]
     named = [block for block in blocks if _PYTHON.match(block.info)]
     blocks = named or [block for block in blocks if not block.info]
     return blocks[-1].code if blocks and (blocks[-1].closed or not truncated) else None

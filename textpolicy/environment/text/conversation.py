@@ -19,7 +19,7 @@ import numpy as np
 
 from ...engine import stop_tokens
 from ...errors import UserError
-from ...rewards.answer import answered, opened_thought, thought_marks
+from ...rewards.answer import opened_thought, thought_marks
 from ...rewards.contract import accepted_keywords
 from .pieces import spoken, text_decode
 from .template import ChatTemplate, Message, Schema, TemplateRefusalError, plain, unused
@@ -181,10 +181,7 @@ class ChatCodec:
 
         ``begun`` is what the prompt lets the assistant say; it may end inside a thought.
         """
-        mark = opened_thought(self.decode_all(list(tokens[-LONGEST_MARK:])))
-        if not mark and answered(begun) is None:
-            start, end = thought_marks(begun)[-1]
-            mark = begun[start:end]
+        mark = opened_thought(self.decode_all(list(tokens[-LONGEST_MARK:])), begun)
         return {"thinking": mark} if mark else {}
 
 

@@ -74,12 +74,56 @@ def write(
         edit(weights)
     for name, array in weights.items():
         wanted = Kind.F32 if array.ndim == 1 else embedding if embedding and "embd" in name else kind
-        writer.add_tensor(name, gguf.quants.quantize(array, wanted), raw_dtype=wanted)
+        if array.dtype == int:
+            writer.add_tensor(name, array)
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(array, wanted), raw_dtype=wanted)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_like(path, architecture, weights, kinds=None, metadata=None):
+    """A GGUF file of any architecture with the tokenizer above; ``kinds`` has raw blocks and their type by name."""
+    own = {key: value for key, value in METADATA.items() if key.startswith("tokenizer.")}
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in (own | (metadata or {})).items():
+        add_value(writer, key, value)
+    for name, array in weights.items():
+        raw, kind = (kinds or {}).get(name, (np.asarray(array, np.float32), Kind.F32))
+        writer.add_tensor(name, raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+HALVES = {  # where a block of the type keeps its scales, in bytes
+    Kind.Q2_K: (80, 82),
+    Kind.Q3_K: (108,),
+    Kind.Q4_K: (0, 2),
+    Kind.Q5_K: (0, 2),
+    Kind.Q6_K: (208,),
+    Kind.IQ4_NL: (0,),
+    Kind.IQ4_XS: (0,),
+}
+
+
+def random_blocks(kind, shape, seed=0):
+    """Raw bytes of (rows, columns) values of about 0.1 in a type that the gguf package reads and does not write."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(0, 256, (shape[0] * shape[1] // block, size), np.uint8)
+    for at in HALVES[kind]:
+        raw[:, at : at + 2] = rng.uniform(1e-3, 2e-3, (len(raw), 1)).astype(np.float16).view(np.uint8)
+    values = gguf.quants.dequantize(raw, kind)
+    for at in HALVES[kind]:  # brought to the same size in every type
+        half = raw[:, at : at + 2].copy().view(np.float16) * np.float16(0.1 / values.std())
+        raw[:, at : at + 2] = half.view(np.uint8)
+    return raw.reshape(shape[0], -1)
 
 
 def add_value(writer, key, value):

@@ -17,17 +17,18 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from filelock import FileLock
+from mlx_lm.models.gemma3_text import Gemma3Model
 
 from .._system.cache import cache_folder
 from ..errors import MissingDependencyError, UserError
 from .adapters.quantised import dequantise
 from .adapters.saving import load_adapter, read_adapter
-from .files.gguf import convert
+from .files.gguf import NOTES, convert
 from .files.safetensors import check_safetensors
 from .files.tokenizer import read_json, stop_ids
 from .read.bounds import Bounds
 
-CONVERTER_VERSION = 1  # raise it when convert() changes its output, so that cached folders are made again
+CONVERTER_VERSION = 2  # raise it when convert() changes its output, so that cached folders are made again
 
 _CONTEXT = (  # the names that families give the length of their context, in tokens
     "max_position_embeddings",
@@ -62,6 +63,19 @@ MODELS: dict[str, BuiltIn] = {
 }
 
 
+class ScaledGemma3Model(Gemma3Model):
+    """The body of Gemma 3 with embeddings times the root of their width, as in transformers.
+
+    mlx-lm rounds the root to bfloat16 whatever the type of the weights, which moves log-probs in float32 by 0.01.
+    """
+
+    def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
+        if input_embeddings is None:
+            embeddings, root = self.embed_tokens(inputs), self.args.hidden_size**0.5
+            input_embeddings = embeddings * (root / mx.array(root, mx.bfloat16).item())
+        return super().__call__(inputs, cache, input_embeddings)
+
+
 def load_model(
     name: str | Path,
     adapter_path: str | Path | None = None,
@@ -77,7 +91,9 @@ def load_model(
     to ``AutoTokenizer``.
     On a CPU all weights become float32 and quantised layers are dequantised, because everything else is slow
     there. A built-in is converted in the same way on every device, because it is small and float32 is exact.
-    Other models stay as stored on an accelerator. ``dequantize`` True or False overrides this.
+    Other models stay as stored on an accelerator. ``dequantize`` True or False overrides this. Layers of a GGUF file
+    whose type has no exact form in MLX (Q6_K, Q3_K, Q2_K) become floats, exactly; False quantises them again, to the
+    next larger number of bits, and logs by how much the weights change.
     ``verbose`` logs the steps through ``logging`` at the level INFO.
     """
     log: Callable[..., None] = logger.info if verbose else logger.debug
@@ -89,6 +105,8 @@ def load_model(
     in_float32 = mx.default_device() == mx.cpu or (str(name) in MODELS and dequantize is not False)
     if in_float32:
         model.set_dtype(mx.float32)  # first, so that dequantising rounds nothing
+    if dequantize is False and (folder / NOTES).is_file():
+        _quantise_again(model, read_json(folder / NOTES), str(name))
     if in_float32 if dequantize is None else dequantize:
         dequantise(model)
     if adapter_path is not None:
@@ -97,6 +115,26 @@ def load_model(
     model.eval()
     mx.eval(model.parameters())
     return model, tokenizer
+
+
+def _quantise_again(model: nn.Module, bits: dict[str, int], name: str) -> None:
+    """Quantise the layers with these names to so many ``bits``, and log the root mean square of the change."""
+    layers: Any = {path: layer for path, layer in model.named_modules() if path in bits}
+    exact = {path: layer.weight for path, layer in layers.items()}
+    nn.quantize(
+        model, class_predicate=lambda path, _: {"group_size": 32, "bits": bits[path]} if path in bits else False
+    )
+    change = total = 0.0
+    for path, layer in model.named_modules():
+        if path in exact:
+            near = mx.dequantize(layer.weight, layer.scales, layer.biases, 32, layer.bits)
+            change += (near - exact[path]).square().sum().item()
+            total += exact[path].square().sum().item()
+    if total:
+        logger.warning(
+            "%d layers of %s are of types that MLX has not; quantised again, their weights differ by %.2g%% (root mean "
+            "square), and dequantize=None keeps them exact, as floats", len(exact), name, 100 * (change / total) ** 0.5,
+        )  # fmt: skip
 
 
 def find_model(name: str | Path) -> Path:
@@ -194,6 +232,9 @@ def _load_folder(folder: Path, tokenizer_config: dict[str, Any] | None) -> tuple
         raise UserError(
             f"mlx-lm cannot load {folder} ({_first_line(error)}); check its config.json and weights"
         ) from error
+    for part in model.modules():
+        if type(part) is Gemma3Model:
+            part.__class__ = ScaledGemma3Model  # with the same parameters
     tokenizer.eos_token_ids = stop_ids(folder, tokenizer)
     known = Bounds.of(model).vocabulary
     if known is not None and len(tokenizer) > known:

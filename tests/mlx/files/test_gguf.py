@@ -27,6 +27,9 @@ KINDS = [
     (Kind.Q8_0, None),
     (Kind.Q4_0, Kind.Q8_0),
     (Kind.Q4_1, Kind.Q8_0),
+    (Kind.Q5_0, Kind.Q5_1),
+    (Kind.Q5_1, Kind.F16),
+    (Kind.BF16, Kind.Q4_0),
 ]
 
 
@@ -48,7 +51,7 @@ def test_rows_leave_llama_cpps_order_by_hand():
     assert unpermute(filed, heads=2)[:, 0].tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
 
 
-@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0])
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0])
 def test_dequantised_weights_equal_those_of_the_gguf_package(tmp_path, kind):
     path = write(tmp_path / "m.gguf", kind)
     model = read_gguf(path)
@@ -142,12 +145,37 @@ def replaced(name, shape):
 
 
 REFUSED = {
-    "other architecture": ({"architecture": "qwen2"}, "'qwen2' for general.architecture"),
-    "sentencepiece": ({"tokenizer__ggml__model": "llama"}, "'llama' for tokenizer.ggml.model"),
+    "other architecture": ({"architecture": "mamba"}, "'mamba' for general.architecture"),
+    "an adapter": ({"general__type": "adapter"}, "'adapter' for general.type"),
+    "a part": ({"split__count": 3}, "is one of 3 files of a model; merge them first"),
+    "unigram": ({"tokenizer__ggml__model": "t5"}, "'t5' for tokenizer.ggml.model"),
+    "sentencepiece without scores": ({"tokenizer__ggml__model": "llama"}, "lacks the metadata tokenizer.ggml.scores"),
+    "no merges": ({"tokenizer__ggml__merges": None}, "lacks the metadata tokenizer.ggml.merges"),
+    "another reading of nothing": (
+        {"llama__rope__scaling__type": "longrope", "llama__rope__scaling__factor": 1.0},
+        "'longrope' for llama.rope.scaling.type",
+    ),
+    "experts": ({"llama__expert_count": 8}, "8 for llama.expert_count, which textpolicy does not use"),
+    "a scale of the logits": ({"llama__logit_scale": 0.25}, "0.25 for llama.logit_scale, which"),
+    "a scale of attention": ({"llama__attention__scale": 0.1}, r"0.1\d* for llama.attention.scale, which"),
+    "a cap": ({"llama__final_logit_softcapping": 30.0}, "30.0 for llama.final_logit_softcapping, which"),
+    "a window": ({"llama__attention__sliding_window": 64}, "64 for llama.attention.sliding_window, which"),
+    "what nobody knows": ({"llama__attention__of_the_future": True}, "True for llama.attention.of_the_future, which"),
+    "two-way attention": ({"llama__attention__causal": False}, "False for llama.attention.causal, which"),
+    "other values than keys": ({"llama__attention__value_length": 8}, "keys of 16 and values of 8 numbers"),
+    "an end that is added": ({"tokenizer__ggml__add_eos_token": True}, "True for tokenizer.ggml.add_eos_token, which"),
+    "a table of characters": (
+        {"tokenizer__ggml__precompiled_charsmap": [1, 2, 3]},
+        r"\[1, 2, 3\] for tokenizer.ggml.precompiled_charsmap, which",
+    ),
+    "an end of a turn too large": ({"tokenizer__ggml__eot_token_id": 9999}, "9999 for tokenizer.ggml.eot_token_id"),
     "pre-tokenizer": ({"tokenizer__ggml__pre": "klingon"}, "pre-tokenizer 'klingon'"),
     "scaled rotation": ({"llama__rope__scaling__type": "yarn"}, "'yarn' for llama.rope.scaling.type"),
     "half rotation": ({"llama__rope__dimension_count": 8}, "rotates 8 of 16"),
-    "unsupported type": ({"kind": Kind.Q5_0}, "as Q5_0"),
+    "unsupported type": (
+        {"edit": lambda w: w.update({"blk.0.ffn_up.weight": w["blk.0.ffn_up.weight"].astype(int)})},
+        "as I64, which cannot be converted",
+    ),
     "no metadata": ({"llama__block_count": None}, "lacks the metadata llama.block_count"),
     "no eos": ({"tokenizer__ggml__eos_token_id": None}, "lacks the metadata tokenizer.ggml.eos_token_id"),
     "eos too large": ({"tokenizer__ggml__eos_token_id": 9999}, "9999 for tokenizer.ggml.eos_token_id"),

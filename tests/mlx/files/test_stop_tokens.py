@@ -10,7 +10,7 @@ from textpolicy.engine import stop_tokens
 from textpolicy.environment.text.conversation import ChatCodec
 from textpolicy.errors import UserError
 from textpolicy.generation import create_policy, generate_tokens
-from textpolicy.mlx.export import export_folder
+from textpolicy.mlx.export import export_folder, export_gguf
 from textpolicy.mlx.files.gguf import convert
 from textpolicy.mlx.models import load_model
 
@@ -53,6 +53,8 @@ def test_the_files_of_a_model_name_its_stop_tokens_together(folder, tmp_path, co
         ids = written["eos_token_id"]
         assert set(ids if isinstance(ids, list) else [ids]) == wanted  # where transformers looks
         assert written.get("temperature") == generation.get("temperature")
+    export_gguf(model, tokenizer, folder, tmp_path / "out.gguf")
+    assert set(load_model(tmp_path / "out.gguf")[1].eos_token_ids) == wanted
 
 
 @pytest.mark.parametrize("value", ["<|end|>", 1.5, True, [1, None], {"id": 3}, -1])

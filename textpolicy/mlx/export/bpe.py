@@ -9,10 +9,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from ...engine import stop_tokens
 from ...errors import UserError
-from ..files.tokenizer import CONTROL, PRE_TOKENIZERS, USER_DEFINED, TokenizerData, build_tokenizer
-
-NORMAL, UNUSED = 1, 5  # further values of tokenizer.ggml.token_type
+from ..files.tokenizer import CONTROL, NORMAL, PRE_TOKENIZERS, UNUSED, USER_DEFINED, TokenizerData, build_tokenizer
 
 # A text on which pre-tokenizers differ: digits, contractions, blank lines, other scripts, a combining accent
 SAMPLE = (
@@ -46,6 +45,13 @@ def read_bpe(folder: Path, tokenizer: Any, size: int) -> TokenizerData:
         tokens[entry["id"]] = entry["content"]
         types[entry["id"]] = CONTROL if entry["special"] else USER_DEFINED
     merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict) and "default" not in templates:
+        raise UserError(
+            f"the tokenizer has the chat templates {', '.join(sorted(templates))} and no default; name one default"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no eos_token, which GGUF needs; set it in tokenizer_config.json")
     data = TokenizerData(
         tokens=tuple(tokens),
         token_types=tuple(types),
@@ -55,8 +61,9 @@ def read_bpe(folder: Path, tokenizer: Any, size: int) -> TokenizerData:
         bos=tokenizer.bos_token_id,
         unknown=tokenizer.unk_token_id,
         padding=tokenizer.pad_token_id,
-        add_bos=tokenizer.encode("a")[0] == tokenizer.bos_token_id,
-        chat_template=tokenizer.chat_template,
+        add_bos=tokenizer.encode("a")[:1] == [tokenizer.bos_token_id],
+        chat_template=templates,
+        stops=tuple(sorted(stop_tokens(tokenizer) - {tokenizer.eos_token_id})),
     )
     # GGUF gives the pre-tokenizer by name: find the first one that encodes as the original does.
     original = Tokenizer.from_file(str(path))

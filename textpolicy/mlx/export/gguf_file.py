@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from mlx.utils import tree_flatten
 
 from ...errors import UserError
+from ..files.gguf import STOPS
 from ..files.tokenizer import TokenizerData
 from .bpe import read_bpe
 from .files import read_config, written_whole
@@ -122,5 +123,11 @@ def _describe(writer: gguf.GGUFWriter, args: Any, data: TokenizerData, name: str
     ):
         if token is not None:
             add(token)
-    if data.chat_template is not None:
+    for stop, write in zip(data.stops, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
+        write(stop)
+    if len(data.stops) > 2:
+        writer.add_array(STOPS, list(data.stops))
+    if isinstance(data.chat_template, dict):
+        writer.add_chat_template([{"name": n, "template": text} for n, text in data.chat_template.items()])
+    elif data.chat_template is not None:
         writer.add_chat_template(data.chat_template)

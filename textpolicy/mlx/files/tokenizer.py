@@ -1,4 +1,4 @@
-"""Rebuild a Hugging Face tokenizer from the metadata of a GGUF file (byte-level BPE only)."""
+"""Rebuild a Hugging Face tokenizer from the metadata of a GGUF file: byte-level BPE, or SentencePiece's BPE."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from ...engine import stop_tokens
 from ...errors import UserError
 
-CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # values of tokenizer.ggml.token_type
+_SPACE = "\u2581"  # SentencePiece's
 
 
 @dataclass(frozen=True)
 class TokenizerData:
     """The tokenizer in the metadata of a GGUF file."""
 
-    tokens: tuple[str, ...]  # by id, in the byte-level alphabet
+    tokens: tuple[str, ...]  # by id, in the byte-level alphabet or, with scores, in SentencePiece's
     token_types: tuple[int, ...]  # by id
     merges: tuple[str, ...]  # "left right", best first
     pre_tokenizer: str
@@ -29,7 +30,10 @@ class TokenizerData:
     unknown: int | None = None
     padding: int | None = None
     add_bos: bool = False
-    chat_template: str | None = None
+    chat_template: str | dict[str, str] | None = None  # several by name, with "default"
+    stops: tuple[int, ...] = ()  # further tokens that end a completion
+    scores: tuple[float, ...] | None = None  # by id, of SentencePiece: the best pair of pieces is joined first
+    add_space: bool = True  # SentencePiece: before a text
 
 
 def _byte_level(use_regex: bool) -> pre_tokenizers.PreTokenizer:
@@ -64,6 +68,27 @@ PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
 
 def build_tokenizer(data: TokenizerData) -> Tokenizer:
     """Return the tokenizer of the ``tokenizers`` library. Raises UserError if it is unknown or damaged."""
+    tokenizer = _byte_level_bpe(data) if data.scores is None else _sentencepiece(data)
+    if data.add_bos and data.bos is not None:
+        bos = data.tokens[data.bos]
+        template = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, data.bos)]
+        )
+        before = tokenizer.post_processor
+        tokenizer.post_processor = template if before is None else processors.Sequence([before, template])
+    # Control tokens are special; user-defined ones are kept whole, and shown when decoding.
+    spaced = data.scores is not None and not data.add_space  # found in the text as SentencePiece sees it
+    tokenizer.add_tokens(
+        [
+            AddedToken(_spelled(token, data), special=kind != USER_DEFINED, normalized=spaced and kind == USER_DEFINED)
+            for token, kind in zip(data.tokens, data.token_types, strict=True)
+            if kind in (CONTROL, USER_DEFINED) or (kind == UNKNOWN and data.scores is not None)
+        ]
+    )
+    return tokenizer
+
+
+def _byte_level_bpe(data: TokenizerData) -> Tokenizer:
     if data.pre_tokenizer not in PRE_TOKENIZERS:
         raise UserError(
             f"the pre-tokenizer {data.pre_tokenizer!r} of this GGUF file is not known "
@@ -83,20 +108,37 @@ def build_tokenizer(data: TokenizerData) -> Tokenizer:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[data.pre_tokenizer]()
     tokenizer.decoder = decoders.ByteLevel()
-    bytes_only = processors.ByteLevel(trim_offsets=False)
-    tokenizer.post_processor = bytes_only
-    if data.add_bos and data.bos is not None:
-        bos = data.tokens[data.bos]
-        template = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, data.bos)]
-        )
-        tokenizer.post_processor = processors.Sequence([bytes_only, template])
-    # Control tokens are special; user-defined ones are kept whole, and shown when decoding.
-    added = [
-        (t, kind) for t, kind in zip(data.tokens, data.token_types, strict=True) if kind in (CONTROL, USER_DEFINED)
-    ]
-    tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in added])
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     return tokenizer
+
+
+def _sentencepiece(data: TokenizerData) -> Tokenizer:
+    """Return SentencePiece's BPE: a text is one word, and the pair that makes the piece of the best score is joined."""
+    assert data.scores is not None
+    vocabulary = {_spelled(token, data): i for i, token in enumerate(data.tokens)}
+    words = {t for t, kind in zip(vocabulary, data.token_types, strict=False) if kind == NORMAL}
+    if len(vocabulary) != len(data.tokens):
+        raise UserError("two tokens of this GGUF file differ in the letter for a space alone; download it again")
+    ranked = []
+    for word in words:
+        score = data.scores[vocabulary[word]]
+        for i in range(1, len(word)):
+            left, right = word[:i], word[i:]
+            if left in words and right in words:
+                ranked.append((-score, len(left), left, right))
+    unknown = None if data.unknown is None else data.tokens[data.unknown]
+    merges = [(left, right) for _, _, left, right in sorted(ranked)]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    spaces = normalizers.Replace(" ", _SPACE)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if data.add_space else spaces
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if data.add_space else [])])
+    return tokenizer
+
+
+def _spelled(token: str, data: TokenizerData) -> str:
+    """Return a token as it is in the vocabulary: llama.cpp writes SentencePiece's own symbols with plain spaces."""
+    return token.replace(" ", _SPACE) if data.scores is not None and not data.add_space else token
 
 
 def stop_ids(folder: Path, tokenizer: Any) -> list[int]:

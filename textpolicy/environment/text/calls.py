@@ -211,7 +211,7 @@ def _named_json(name: str, end: str) -> Body:
     return body
 
 
-_TURN_ENDS = re.compile(r"(?:\s*<\|e(?:ot|om)_id\|>)*\s*\Z")
+_TURN_ENDS = re.compile(r"(?:\s*<\|(?:eot_id|eom_id)\|>)*\s*\Z")
 _BARE = re.compile(r'[\[{].*"name"\s*:\s*"([^"]*)".*"(?:parameters|arguments)"\s*:.*[\]}]\Z', re.DOTALL)
 
 
@@ -503,11 +503,11 @@ GRAMMARS = (  # of a template with the marks of several, the first counts
     ),
     Grammar(
         "DeepSeek V3",
-        f"function{_SEP}",
+        f"function{_SEP}|<\uff5ctool▁outputs▁begin",
         f"{_CALLS}{_NEXT}function{_SEP}NAME\n```json\n{{...}}\n```{_ENDS}{_ALL_END}",
         _DEEPSEEK,
     ),
-    Grammar("DeepSeek V3.1", _SEP, f"{_CALLS}{_NEXT}NAME{_SEP}{{...}}{_ENDS}{_ALL_END}", _DEEPSEEK),
+    Grammar("DeepSeek V3.1", "<\uff5ctool▁", f"{_CALLS}{_NEXT}NAME{_SEP}{{...}}{_ENDS}{_ALL_END}", _DEEPSEEK),
     Grammar(
         "gpt-oss",
         r"<\|channel\|>",
@@ -598,17 +598,16 @@ def _written(codec: ChatCodec) -> tuple[str, str]:
     result = {"role": "tool", "name": _ASKED.name, "tool_call_id": "call00001", "content": "4"}
     texts = [plain, render(asked, start=True), render(asked, said, result)]
     arguments = dict(_ASKED.arguments)
-    for given in (arguments, json.dumps(arguments)):
-        for content in ("", None):  # templates take the one or the other
-            function = {"name": _ASKED.name, "arguments": given}
-            calls = [{"id": "call00001", "type": "function", "function": function}]
-            message = {"role": "assistant", "content": content, "tool_calls": calls}
-            called = render(asked, message)
-            shared = next((n for n, (a, b) in enumerate(zip(plain, called, strict=False)) if a != b), 0)
-            written = called[shared:].removesuffix(plain.partition(TURN)[2])
-            if plain and not call and _ASKED.name in written:
-                call = written
-                texts += [called, render(asked, message, result)]
+    for given in (arguments, json.dumps(arguments)):  # templates take the one or the other
+        function = {"name": _ASKED.name, "arguments": given}
+        calls = [{"id": "call00001", "type": "function", "function": function}]
+        message = {"role": "assistant", "content": "", "tool_calls": calls}
+        called = render(asked, message)
+        shared = next((n for n, (a, b) in enumerate(zip(plain, called, strict=False)) if a != b), 0)
+        written = called[shared:].removesuffix(plain.partition(TURN)[2])
+        if plain and not call and _ASKED.name in written:
+            call = written
+            texts += [called, render(asked, message, result)]
     return "".join(texts), call
 
 

@@ -22,7 +22,7 @@ from ...errors import UserError
 from ...rewards.answer import opened_thought, thought_marks
 from ...rewards.contract import accepted_keywords
 from .pieces import spoken, text_decode
-from .template import ChatTemplate, Message, Schema, TemplateRefusalError, plain, unused
+from .template import ChatTemplate, Message, Schema, TemplateRefusalError, plain, says, unused
 
 logger = logging.getLogger(__name__)
 
@@ -112,16 +112,17 @@ class ChatCodec:
         talk = [*map(plain, messages), {"role": "assistant", "content": mark}, *map(plain, replies)]
         refusals: list[TemplateRefusalError] = []
         once = _joined(talk, {"assistant"})
-        called = _called(once)
-        for said in once, _joined(talk, {m["role"] for m in talk}), _called(once, mark), called:
+        for said in once, _joined(talk, {m["role"] for m in talk}), _called(once, mark):
             try:
                 ids = self._written(said, tools, mark)
+                return ids[1:] if ids and ids[0] == last else ids
             except TemplateRefusalError as refusal:
                 refusals.append(refusal)
-                continue
-            if said is called:  # the template wrote a call between the mark and the end of the turn
-                ids = ids[next((n for n, token in enumerate(ids) if token in self.stop), 0) :]
-            return ids[1:] if ids and ids[0] == last else ids
+        with suppress(TemplateRefusalError):  # the mark in a call, behind which the turn goes on up to its end
+            ids = self._written(_called(once, mark, inside=True), tools, mark)
+            ids = ids[next((n for n, token in enumerate(ids) if token in self.stop), len(ids)) :]
+            if all(says(self.decode_all(ids), m["content"]) for m in talk[len(messages) + 1 :]):
+                return ids[1:] if ids and ids[0] == last else ids
         raise refusals[0]
 
     def _written(self, messages: Sequence[Message], tools: Sequence[Schema], mark: str = "") -> list[int]:
@@ -133,11 +134,11 @@ class ChatCodec:
         cut, spelled = unused("cut", (messages, tools)), self.controls
         if spelled is not None and spelled.search(repr((messages, tools))):
             messages, tools = each_text((messages, tools), lambda text: spelled.sub(lambda c: c[0] + cut, text))
-        since = next((n for n, m in enumerate(messages, 1) if mark and mark in m["content"]), 0)
+        since = next((n for n, m in enumerate(messages, 1) if mark and mark in repr(m)), 0)
         text = self.template.write(messages, tools, since)
         if mark:
             _, found, text = text.partition(mark)
-            if not found or mark in text:
+            if not found or mark in text or not all(says(text, m["content"].strip()) for m in messages[since:]):
                 raise TemplateRefusalError(
                     f"the chat template of {self.template.model} changes or leaves out the assistant's messages, so a "
                     "conversation cannot be continued token by token; give the tokenizer one that writes them verbatim"
@@ -248,7 +249,8 @@ class Conversation:
         """
         heard = self.codec.text(list(tokens), self.special) if text is None else text
         if self.special:  # a thought that the prompt opened is one for the partner too
-            heard = self.codec.thinking(self.added[-1] if self.added else self.prompt).get("thinking", "") + heard
+            said = begun(self.prompt_messages) if not self.turns else ""
+            heard = self.codec.thinking(self.added[-1] if self.added else self.prompt, said).get("thinking", "") + heard
         text = self.codec.text(list(tokens)) if text is None else text
         before = [*self.prompt_messages, *self.messages]
         self.turns.append(list(tokens))
@@ -344,17 +346,23 @@ def _joined(messages: Sequence[Message], roles: Collection[str]) -> list[Message
     return joined
 
 
-def _called(messages: Sequence[Message], mark: str | None = None) -> list[Message]:
-    """Return the messages with a call for each tool's result in the assistant's before it, except one with ``mark``."""
+def _called(messages: Sequence[Message], mark: str, inside: bool = False) -> list[Message]:
+    """Return the messages with a call before each tool's result: in the assistant's message before it.
+
+    The message with the ``mark`` has calls only to take the mark ``inside`` one of them.
+    """
     called = list(messages)
     for n, m in enumerate(messages):
         results = takewhile(lambda r: r["role"] == "tool", messages[n + 1 :])
-        names = [
-            (r.get("tool_call_id", "call00000"), {"name": r.get("name", "tool"), "arguments": {}}) for r in results
-        ]
-        without = m["role"] == "assistant" and not m.get("tool_calls") and (mark is None or mark not in m["content"])
-        if names and without:
-            called[n] = {**m, "tool_calls": [{"id": i, "type": "function", "function": f} for i, f in names]}
+        calls = [(r.get("tool_call_id", "call00000"), r.get("name", "tool")) for r in results]
+        marked = mark in m["content"]
+        if calls and m["role"] == "assistant" and not m.get("tool_calls") and (inside or not marked):
+            functions = [{"name": name, "arguments": {"turn": mark} if marked else {}} for _, name in calls[-1:]]
+            functions = [*({"name": name, "arguments": {}} for _, name in calls[:-1]), *functions]
+            tool_calls = [
+                {"id": i, "type": "function", "function": f} for (i, _), f in zip(calls, functions, strict=True)
+            ]
+            called[n] = {**m, "content": m["content"].replace(mark, ""), "tool_calls": tool_calls}
     return called
 
 

@@ -105,8 +105,7 @@ class ChatTemplate:
             said = m["content"]
             if m["role"] == "assistant" and m is not messages[-1]:
                 said = answered(said) or ""  # thoughts of earlier turns may be left out
-            ways = (said.strip(), *(json.dumps(said.strip(), ensure_ascii=escaped)[1:-1] for escaped in (False, True)))
-            if not any(way in text for way in ways) and "".join(said.split()) not in "".join(text.split()):
+            if not says(text, said.strip()):
                 raise self._left_out(m)
         return text
 
@@ -226,6 +225,13 @@ def _plain_call(call: Any) -> dict[str, Any]:
                 above = call if "function" in call else {"type": "function"}
                 return {**above, "function": {**function, "name": name, "arguments": dict(read)}}
     raise UserError(f"the tool call {str(call)!a:.200} has no name, or arguments that are no JSON object; mend it")
+
+
+def says(text: str, said: str) -> bool:
+    """Return whether ``text`` has what was ``said``, perhaps with other white space, or as a string in JSON."""
+    forms = (said, *(json.dumps(said, ensure_ascii=only)[1:-1] for only in (False, True)))
+    bare = "".join(text.split())
+    return any(form in text for form in forms) or any("".join(form.split()) in bare for form in forms)
 
 
 def unused(name: str, data: Any) -> str:

@@ -8,7 +8,7 @@ from functools import lru_cache, partial, wraps
 from typing import Annotated, Literal
 
 import pytest
-from chat_tokenizers import SPECIAL, ScriptedEngine, chat_tokenizer
+from chat_tokenizers import CALLS, SPECIAL, TOOL_SPECIAL, ScriptedEngine, chat_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
@@ -502,6 +502,71 @@ def test_half_a_character_that_a_call_spells_comes_back_as_a_question_mark(famil
     episode, _ = play(tokenizer, half, "answer", tools=[echo])
     assert [line.split("] ")[1] for line in results(episode)] == ["a?b"]
     assert episode.text.encode()
+
+
+RESULTS = [
+    'say "hi"\nline 2 \\ back',
+    "",
+    "   ",
+    "<|im_end|><|call|></s>",
+    '{"a": "b"}',
+    "x" * 3000,
+    "naïve 東京",
+    "</tool_call>",
+]
+
+
+@pytest.mark.parametrize("family", TOOL_SPECIAL)
+@pytest.mark.parametrize("result", RESULTS, ids=lambda r: repr(r[:12]))
+def test_whatever_a_tool_returns_comes_back_in_the_role_of_the_template(family, result):
+    def add(a: int, b: int) -> str:
+        """Add."""
+        return result
+
+    tokenizer = chat_tokenizer(family, tools=True)
+    episode, engine = play(tokenizer, CALLS[family], CALLS[family], "answer", tools=[add])
+    assert episode.reward == 1.0
+    assert [line.split()[0] for line in results(episode)] == ["[tool]", "[tool]"]
+    first, second, third = (tokenizer.decode(prompt) for prompt in engine.seen)
+    assert second.startswith(first + CALLS[family])
+    added, again = second[len(first + CALLS[family]) :], third[len(second + CALLS[family]) :]
+    shown = result[:2000].strip()
+    assert shown in again or json.dumps(shown, ensure_ascii=False)[1:-1] in again
+    assert added == again or family == "gpt_oss"  # nothing depends on the turns before
+
+
+INSIDE = """{% for m in messages if m.role != 'tool' %}{{ '<|im_start|>' + m.role + '\n' }}
+{%- for c in m.tool_calls or [] %}{{ '<tool_call>' + c.function | tojson + '</tool_call>' }}{% endfor %}
+{%- if m.tool_calls %}{% for r in messages[loop.index:] if r.role == 'tool' %}{{ r.content }}{% endfor %}{% endif %}
+{{- m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+def test_a_result_that_a_template_would_write_before_the_turn_goes_back_in_the_users_role():
+    """Gemma 4 has results within the turn of the call, in front of its text."""
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template = INSIDE
+    episode, engine = play(tokenizer, call("add", a=40, b=2), "answer")
+    assert results(episode) == ["[user] 42"]
+    assert tokenizer.decode(engine.seen[1]).endswith("<|im_start|>user\n42<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(
+    ("turn", "result"),
+    [
+        ("maybe {0} no</think>\n\n{1}", "[tool] 2"),
+        ("<think>maybe {0}</think>{1}", "[tool] 2"),
+        ("{0}", None),
+        ("maybe {0} and {1}", None),
+        ("{0}</think>", None),
+    ],
+)
+def test_a_call_in_a_thought_that_the_prompt_opened_is_none(turn, result):
+    tokenizer = chat_tokenizer("qwen3", tools=True)
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+    turns = [turn.format(call("add", a=0), call("add", a=1)), "</think>answer"]
+    episode, engine = play(tokenizer, *turns)
+    assert results(episode) == ([result] if result else [])
+    assert engine.calls == (2 if result else 1)
 
 
 def test_calls_without_end_are_truncated():

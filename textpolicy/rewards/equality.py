@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
-from .expressions import Expression, UnreadError, equal, number_of, proportional, read_expression, within
+from .expressions import Expression, UnreadError, equal, number_of, proportional, read_expression, shortened
 from .spelling import join_thousands, normalize_math_answer, unwrap
 
 SHOWN = 15  # significant digits that a decimal must show to stand for a number that has no finite decimal
@@ -79,6 +79,8 @@ _MARK = re.compile(r"\\begin\{[a-z]+\*?\}|\\end\{[a-z]+\*?\}|\\[A-Za-z]+|\\.|.",
 
 def split(text: str, separator: re.Pattern[str]) -> list[str]:
     """Return the parts of ``text`` between separators that stand in no brackets, each separator after its part."""
+    if separator.search(text) is None:
+        return [text]
     parts, depth, start, at = [], 0, 0, 0
     while at < len(text):
         mark = _MARK.match(text, at)
@@ -105,7 +107,7 @@ _ROW, _CELL = re.compile(r"\\\\"), re.compile("&")
 _ENVIRONMENT = re.compile(
     r"(.*?)\\begin\{(p|b|B|small|)(matrix|array|cases)\}(?:\{[lcr| ]*\})?(.*)\\end\{\2\3\}", re.DOTALL
 )
-_CLOCK = re.compile(r"\d{1,2}:\d\d(?::\d\d)?(?!\d)|\d{4}-\d\d?-\d\d?|\d\d?/\d\d?/\d{2,4}")
+_CLOCK = re.compile(r"(?<!\d)\d{1,2}\s?:\s?\d\d(?!\d)|\d{4}-\d\d?-\d\d?|\d\d?/\d\d?/\d{2,4}")
 _CHOICE = re.compile(r"\(([A-Z])\)|([A-Z])\)|\[([A-Z])\]")
 
 # ---- names
@@ -120,7 +122,7 @@ _NAME = re.compile(
     rf"|(?:[fghFGHPE]|\\[pP](?:hi|si)){_MARKS}(?:\^\{{-1\}})?\([^()]*\)"
     rf"|m?\\angle\s*\{{?[A-Z]{{1,3}}\}}?|(?:\\triangle\s*)?[A-Z]{{2,4}}"
     rf"|\\text\{{[A-Za-z ]+\}}(?:_\w)?|[A-Za-z]{{3,}}(?: [A-Za-z]+)*"
-    rf"|\|[A-Z]{{2}}\||\\\|\s*(?:[A-Za-z]|\\vec\{{[A-Za-z]\}})\s*\\\||\\frac\{{d\^?\d?[a-z]\}}\{{d[a-z]\^?\d?\}}"
+    rf"|\(\s*{_LETTER}{_MARKS}(?:\s*,\s*{_LETTER}{_MARKS})+\s*\)|\|[A-Z]{{2}}\||\\\|\s*(?:[A-Za-z]|\\vec\{{[A-Za-z]\}})\s*\\\||\\frac\{{d\^?\d?[a-z]\}}\{{d[a-z]\^?\d?\}}"
 )
 
 # ---- units
@@ -146,14 +148,15 @@ _UNITS = {
         "lb pound",
         "s sec second", "min minute", "h hr hour", "ms millisecond", "l liter litre", "ml milliliter millilitre",
         "hz hertz", "j joule", "w watt", "v volt", "n newton", "pa pascal", "mol mole", "$ dollar usd", "€ euro eur",
-        "£ gbp", "¢ cent", "rad radian", "unit", "deg degree", "oz ounce", "mph", "k kelvin", "day", "year", "week",
-        "acre", "gallon", "person people", "degc", "degf", "¥ yen", "₹ rupee", "kph", "block", "point", "%",
+        "£ gbp", "¢ cent", "rad radian", "unit", "deg degree", "oz ounce", "mi/h mph", "k kelvin", "day", "year",
+        "week", "acre", "gallon", "person people", "degc", "degf", "¥ yen", "₹ rupee",
+        "km/h kph kmh", "block", "point", "%",
     )
     for name in names.split()
 }  # fmt: skip
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _BARE = frozenset("mshgLlNJWV")  # letters that are units after a number and a space
-_WORD = r"(?:\\text\{[A-Za-z .,/()']*(?:[a-z][23])?\s*\}|(?<![A-Za-z\\])[A-Za-z]+\.?)(?:\s*\^\s*(?:-?\d|\{-?\d\}))?"
+_WORD = r"(?:\\text\{[A-Za-z .,/()']*(?:[a-z]\^?[23])?\s*\}|(?<![A-Za-z\\])[A-Za-z]+\.?)(?:\s*\^\s*(?:-?\d|\{-?\d\}))?"
 _TAIL = re.compile(rf"(.*?[\d.)}}%a-z])(\s*)\(?((?:{_WORD})(?:\s*(?:/|\\cdot|\s)\s*{_WORD})*)\)?", re.DOTALL)
 _MONEY = re.compile(
     r"([-+]?)\s*(?:(\\?\$|£|€|¥|₹|¢)|\\text\{(\\?\$|€|£)\})\s*([-+]?.+)|(.+?)\s*(€|£|¥|₹|¢|\\?\$|\\text\{(?:€|£)\})"
@@ -170,7 +173,7 @@ def read(text: str, bracketed: bool = False) -> Any:
     parts = split(text, _SEPARATOR)
     if len(parts) > 1 and all(part.strip() for part in parts[::2]):
         return _listed(parts[::2], {p.strip(" ,;") for p in parts[1::2]})
-    for reader in (_signs, _environment, _related, _bracketed, _united, _ratio, _number):
+    for reader in (_signs, _environment, _related, _modulo, _bracketed, _united, _ratio, _number):
         try:
             found = reader(text)
         except UnreadError:
@@ -197,6 +200,7 @@ def _listed(parts: list[str], words: set[str]) -> Any:
 
 def _signs(text: str) -> Any:
     r"""Return the two values that \pm stands for."""
+    text = text if r"\pm" in text else text.replace(r"\mp", r"\pm")
     if len(re.findall(r"\\pm(?![A-Za-z])", text)) != 1:
         return None
     both = (text.replace(r"\pm", "+").replace(r"\mp", "-"), text.replace(r"\pm", "-").replace(r"\mp", "+"))
@@ -211,7 +215,7 @@ def _environment(text: str) -> Any:
     found = _ENVIRONMENT.fullmatch(text)
     if found is None or r"\begin" in found[1] or text.count(r"\begin") > 1:
         return None
-    factor = found[1].strip()
+    factor = re.sub(r"^([-+])$", r"\g<1>1", found[1].strip())
     rows = [split(row, _CELL)[::2] for row in split(found[4], _ROW)[::2] if row.strip()]
     if found[3] == "cases":
         if factor:
@@ -231,9 +235,9 @@ def _related(text: str) -> Any:
         return None
     sides = [part.strip() for part in parts[::2]]
     signs = [{"lt": "<", "gt": ">"}.get(sign.strip().lstrip("\\"), sign.strip().lstrip("\\")) for sign in parts[1::2]]
-    if not all(sides) or "equiv" in signs:
+    if not all(sides) or ("equiv" in signs and r"\pmod" not in text):
         return None
-    if set(signs) <= {"=", "in"}:
+    if set(signs) <= {"=", "in", "equiv"}:
         return _equation(sides, signs)
     if signs == ["ne"]:
         return _apart(*sides)
@@ -242,6 +246,12 @@ def _related(text: str) -> Any:
     if signs[0] in (">", "ge"):
         sides, signs = sides[::-1], [{">": "<", "ge": "le"}[sign] for sign in signs[::-1]]
     return _inequality(sides, signs)
+
+
+def _modulo(text: str) -> Any:
+    """Return a number and its modulus."""
+    found = re.fullmatch(r"(.+?)\s*\\pmod\{(.+)\}", text)
+    return found and Several("mod", (Number(read_expression(found[1])), Number(read_expression(found[2]))))
 
 
 def _equation(sides: list[str], signs: list[str]) -> Any:
@@ -257,7 +267,7 @@ def _equation(sides: list[str], signs: list[str]) -> Any:
         if any(not same(value, values[-1], float("inf")) for value in values[:-1]):
             return None
         return Named(name, values[-1]) if not isinstance(values[-1], Named) else None
-    if len(sides) != 2 or "in" in signs:
+    if signs != ["="]:
         return None
     return Relation("=", _difference(*sides))
 
@@ -274,7 +284,10 @@ def _name(text: str) -> str:
 
 
 def _difference(left: str, right: str) -> Expression:
-    a, b = read_expression(left), read_expression(right)
+    return _less(read_expression(left), read_expression(right))
+
+
+def _less(a: Expression, b: Expression) -> Expression:
     return Expression(("add", a.node, ("mul", ("number", Fraction(-1)), b.node)), a.names | b.names)
 
 
@@ -326,8 +339,8 @@ def _bracketed(text: str) -> Any:
     content = read(inner, bracketed=True)
     if not _is(content, "list"):
         return content if kind in ("()", "{}") and not isinstance(content, Text) else None
-    kind = kind.replace(r"\langle\rangle", "()")
-    return Several(kind, content.parts) if kind in ("()", "[)", "(]", "[]") else None
+    kind = {r"\langle\rangle": "()", "{}": "set"}.get(kind, kind)
+    return Several(kind, content.parts) if kind in ("()", "[)", "(]", "[]", "set") else None
 
 
 def _set(inner: str) -> Any:
@@ -435,7 +448,7 @@ def _number(text: str) -> Any:
     if text.endswith("%"):
         text, percent = text[:-1].strip(), True
     of = read_expression(text)
-    if (unit or percent) and of.names - {"i"}:
+    if (unit or percent) and (of.names - {"i"} or re.search(r"\d\s*-\s*\d", text)):
         raise UnreadError(text)
     decimal = _DECIMAL.fullmatch(text)
     shown = len((decimal[1] + decimal[2]).lstrip("0")) if decimal else 0
@@ -486,17 +499,28 @@ def _unit(tail: str) -> str:
 # ---- equality
 
 
+EMPTY = Text(r"\emptyset")
+
+
 def _is(of: Any, kind: str) -> bool:
     return isinstance(of, Several) and of.kind == kind
 
 
 def same(given: Any, reference: Any, deadline: float) -> bool:
-    """Return whether the answer ``given`` is the ``reference``, both as ``read`` returns them."""
+    """Return whether the answer ``given`` is the ``reference``, both as ``read`` returns them.
+
+    The set of one thing is that thing, unless it stands in a list.
+    """
     for a, b in ((given, reference), (reference, given)):
-        if _is(a, "set") and len(a.parts) == 1 and isinstance(b, Number):
+        if _is(a, "set") and len(a.parts) == 1 and not (isinstance(b, Region) or _is(b, "set") or b == EMPTY):
             return same(a.parts[0], b, deadline)
+    return _same(given, reference, deadline)
+
+
+def _same(given: Any, reference: Any, deadline: float) -> bool:
+    for a, b in ((given, reference), (reference, given)):
         if isinstance(a, Text) and a.of is not None and isinstance(b, Number):
-            return same(a.of, b, deadline)
+            return _same(a.of, b, deadline)
         if isinstance(a, Named) and not isinstance(b, Named):
             return _named(a, b, deadline)
     if isinstance(given, Named):
@@ -505,8 +529,8 @@ def same(given: Any, reference: Any, deadline: float) -> bool:
         return _relations(_as_relation(given), _as_relation(reference), deadline)
     if isinstance(given, Number) and isinstance(reference, Number):
         return _numbers(given, reference, deadline)
-    if isinstance(given, Relation) and isinstance(reference, Relation):
-        return _relations(given, reference, deadline)
+    if isinstance(given, Relation) or isinstance(reference, Relation):
+        return _relations(_as_relation(given), _as_relation(reference), deadline)
     if isinstance(given, Region) or isinstance(reference, Region):
         return _regions(given, reference, deadline)
     if isinstance(given, Several) and isinstance(reference, Several):
@@ -517,24 +541,32 @@ def same(given: Any, reference: Any, deadline: float) -> bool:
 def _named(named: Named, other: Any, deadline: float) -> bool:
     """Return whether what ``named`` is, or the equation that it makes, is the ``other``."""
     if isinstance(other, Relation):
-        relation = _as_relation(named)
-        return relation is not None and _relations(relation, other, deadline)
+        return _relations(_as_relation(named), other, deadline)
+    if named.name.startswith("(") and _is(named.value, "()") and _is(other, "list"):
+        names = named.name[1:-1].split(",")
+        if len(names) == len(named.value.parts):
+            return _several(Several("list", tuple(map(Named, names, named.value.parts))), other, deadline)
     if _is(named.value, "set") and _is(other, "list"):
         return _several(named.value, other, deadline)
     return same(named.value, other, deadline)
 
 
-def _as_relation(named: Named) -> Relation | None:
+def _as_relation(of: Any) -> Relation | None:
+    """Return what a name is, or the inequality that bounds it on one side, as a relation to 0; None for others."""
+    if isinstance(of, Relation):
+        return of
     try:
-        name = read_expression(named.name)
+        if isinstance(of, Named) and isinstance(of.value, Number) and not (of.value.unit or of.value.percent):
+            return Relation("=", _less(read_expression(of.name), of.value.of))
+        if isinstance(of, Region) and of.name and len(of.pieces) == 1:
+            low, low_closed, high, high_closed = of.pieces[0]
+            if low is None and high is not None:
+                return Relation("<=" if high_closed else "<", _less(read_expression(of.name), high))
+            if high is None and low is not None:
+                return Relation("<=" if low_closed else "<", _less(low, read_expression(of.name)))
     except UnreadError:
-        return None
-    if not isinstance(named.value, Number) or named.value.unit or named.value.percent:
-        return None
-    value = named.value.of
-    return Relation(
-        "=", Expression(("add", name.node, ("mul", ("number", Fraction(-1)), value.node)), name.names | value.names)
-    )
+        pass
+    return None
 
 
 def _relations(a: Relation | None, b: Relation | None, deadline: float) -> bool:
@@ -581,7 +613,7 @@ def _values(a: Number, b: Number, deadline: float) -> bool:
     exact, shown = number_of(other.of, deadline), number_of(decimal.of, deadline)
     if exact is None or shown is None or (isinstance(exact, Fraction) and 10**4000 % exact.denominator == 0):
         return False  # a number that has a finite decimal must be written out
-    return within(exact, shown, decimal.step)
+    return shortened(exact, shown, decimal.step)
 
 
 def _regions(given: Any, reference: Any, deadline: float) -> bool:
@@ -605,7 +637,7 @@ def _several(given: Several, reference: Several, deadline: float) -> bool:
     """Return whether the parts are the same: in order, but for sets and for lists without names or dots."""
     a, b = given.parts, reference.parts
     kinds = {given.kind, reference.kind}
-    compare = functools.partial(same, deadline=deadline)
+    compare = functools.partial(_same, deadline=deadline)
     if kinds == {"set"}:
         return all(any(compare(x, y) for y in b) for x in a) and all(any(compare(x, y) for x in a) for y in b)
     if len(a) != len(b):

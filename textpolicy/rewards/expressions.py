@@ -157,6 +157,8 @@ class _Reader:
         token = self.peek()
         if token == "|":  # closes what was opened
             return self.bars == 0
+        if token == "{":
+            return self.at + 1 < len(self.tokens) and self.tokens[self.at + 1][0] not in "0123456789.+-"
         return token in _IMPLICIT or (token.isalpha() and token.isascii()) or token.lstrip("\\") in _FUNCTIONS
 
     bars: int = 0
@@ -245,11 +247,7 @@ class _Reader:
             if self.peek() == "_":
                 raise UnreadError("a base")
             return ("number", Fraction(token))
-        if token in ("(", "[", "|", r"\lfloor", r"\lceil"):
-            return self.group()
-        if token == "{":
-            if self.at and (self.tokens[self.at - 1][-1].isalnum()):
-                raise UnreadError("a group beside")
+        if token in ("(", "[", "{", "|", r"\lfloor", r"\lceil"):
             return self.group()
         if token.lstrip("\\") in _FUNCTIONS and len(token) > 1:
             return self.function()
@@ -580,11 +578,11 @@ def close(a: Value, b: Value) -> bool:
     return bool(abs(a - b) <= max(abs(a), abs(b)) * mp.mpf(10) ** -(DIGITS - 50))
 
 
-def within(a: Value, b: Value, step: Fraction) -> bool:
-    """Return whether two numbers are at most ``step`` apart."""
+def shortened(exact: Value, shown: Value, step: Fraction) -> bool:
+    """Return whether the decimal ``shown``, of a last digit worth ``step``, is ``exact`` rounded or cut."""
     mp = _context(DIGITS)
-    a, b, limit = (mp.mpf(v.numerator) / v.denominator if isinstance(v, Fraction) else v for v in (a, b, step))
-    return bool(abs(a - b) <= limit)
+    a, b, step = (mp.mpf(v.numerator) / v.denominator if isinstance(v, Fraction) else v for v in (exact, shown, step))
+    return bool(abs(a - b) <= step / 2 or 0 <= abs(a) - abs(b) < step)
 
 
 def _vanish(

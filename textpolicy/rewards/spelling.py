@@ -26,7 +26,7 @@ _SIGNS = {
     "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "′": "'", "’": "'",
     "°": r"^\circ ", "º": r"^\circ ", "˚": r"^\circ ", "℃": r"^\circ C", "℉": r"^\circ F", "⁄": "/", "∶": ":",
     "。": ".", "，": ", ", "、": ", ", "“": '"', "”": '"', "\u200b": "", "\u200c": "", "\u2060": "", "\ufeff": "",
-    "％": "%",
+    "％": "%", "µ": r"\mu ",
 }  # fmt: skip
 _GREEK = (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega"
@@ -47,7 +47,9 @@ _STYLES = r"textbf|textit|emph|mathbf|mathit|mathnormal|boldsymbol|bm|underline|
 _WRAPPED = [
     re.compile(pattern, re.DOTALL)
     for pattern in (
-        r"\\\((.*)\\\)", r"\\\[(.*)\\\]", r"\*\*((?:(?!\*\*).)+)\*\*", r"__([^_]+)__", r"`+([^`]*)`+", r'"([^"]*)"',
+        r"\\\((.*)\\\)", r"\\\[(.*)\\\]", r'"([^"]*)"', r"\*\*((?:(?!\*\*).)+)\*\*", r"\*([^*]+)\*",
+        r"_{1,2}([^_]+)_{1,2}",
+        r"`+([^`]*)`+", r"#{1,6}\s+(.*)", r"<(?:b|i|em|strong|u|code)>(.*)</(?:b|i|em|strong|u|code)>",
         r"(?:\\displaystyle|\\textstyle)(?![A-Za-z])(.*)", r"=\s*([^=]*)",
         r"(.*[^.\s])\s*\.", r"(.*[^\\])(?:\\|\\\\|\\newline)", r"(.*[^,;\s\\])[,;]",
     )
@@ -57,6 +59,12 @@ _BRACED = re.compile(rf"\\(?:boxed|fbox|{_STYLES}|text|textrm|textnormal|mbox|ma
 # ---- names for the same sign, in this order
 
 _FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc ln log exp sqrt"
+
+
+def _half_of_day(found: re.Match[str]) -> str:
+    return f" {(found[1] or found[2]).lower()}m"
+
+
 _TIDY: list[Rule] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -85,14 +93,30 @@ _TIDY: list[Rule] = [
             r"\\text",
         ),
         (r"\\(?:mathbf|mathit|mathnormal|boldsymbol|bm|underline)(?![A-Za-z])", ""),
+        (r"\\(?:text)?color(?:box)?\s*\{\w+\}|\\(?:large|Large|LARGE|huge|small|normalsize|bf|it|rm)(?![A-Za-z])", ""),
+        (r"\\colon(?![A-Za-z])", ":"),
         (r"\\operatorname\*?\s*\{", r"\\text{"),
         (rf"\\text\s*\{{\s*({_FUNCTIONS.replace(' ', '|')}|pi|infty)\s*\}}", r"\\\1 "),
         (r"\\text\s*\{\s*([eid])\s*\}", r" \1 "),
         (r"\\text\s*\{\s*([-+]?\d[\d.,]*)\s*\}", r"{\1}"),
         (r"\\text\s*\{\s*,?\s*(and|or)\s*,?\s*\}", r" \1 "),
-        (r"\\text\s*\{\s*\}", " "),
+        (r"\\text\s*\{(\s*[,;:]?\s*)\}", r"\1"),
+        (r"_\s*\\text\s*\{(\w+)\}", r"_{\1}"),
+        (r"_\s*\{\s*\\text\s*\{(\w+)\}\s*\}", r"_{\1}"),
+        (
+            r"\\frac\s*\{\s*\\text\s*\{([A-Za-z ]+)\}\s*\}\s*\{\s*\\text\s*\{([A-Za-z ]+)\}((?:\^\d)?)\s*\}",
+            r"\\text{\1/\2}\3",
+        ),
         (r"\\text\s*\{\s*", r"\\text{"),
         (r"\+\s*[cC]$", "+C"),  # the constant of integration
+        (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (
+            r"\\pmod\s*(\w)(?!\w)|\\pmod\s*\{([^{}]*)\}|\(\s*(?:\\[bp]?mod|\\text\{mod\s*\}|mod)\b\s*([^()]+)\)",
+            r"\\pmod{\1\2\3}",
+        ),
+        (r"\s*(?:\\bmod|\\mod|\\text\{\s*mod\s*\}|(?<![A-Za-z\\])mod(?![A-Za-z]))\s*(\w+)$", r"\\pmod{\1}"),
+        (r"(?<=\d)\s*(?:\\text\{([aApP])\.?\s*[mM]\.?\s*\}|([aApP])\.?\s?[mM](?![A-Za-z])\.?)", _half_of_day),
+        (r"(?<![\w)}])\+\s*(?=\\infty)", ""),
         (r"\\%", "%"),
         (r"\\pounds(?![A-Za-z])", "£"),
         (r"\\euro(?![A-Za-z])", "€"),
@@ -123,6 +147,7 @@ _PLAIN: list[Rule] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\\text\s*\{([^{}]*)\}", r"\1"),
+        (r"\s+", " "),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
         (r"(\\frac\{[^{}]*\})\s*(\d)", r"\1{\2}"),

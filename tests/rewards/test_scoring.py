@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from textpolicy.rewards import (
     verifier,
 )
 from textpolicy.rewards.background import in_time
+from textpolicy.rewards.workers import Workers
 from textpolicy.types import Completion, Episode
 
 pytestmark = pytest.mark.usefixtures("registries")
@@ -514,6 +516,37 @@ def test_a_worker_that_leaves_a_process_with_its_pipe_is_noticed(made, tmp_path)
     assert len(children) == 2
     for child in children:
         os.kill(child, signal.SIGKILL)  # which are still there
+
+
+def test_an_interrupted_call_leaves_no_answer_to_the_next(monkeypatch):
+    pytest.importorskip("cloudpickle")
+    workers = Workers([lambda x: x], 1)
+    poll = Connection.poll
+
+    def interrupted(self, timeout=0.0):
+        assert poll(self, 10)  # the answer is there, and is not read
+        raise KeyboardInterrupt
+
+    assert workers.call(0, {"x": 1}, 10) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "poll", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            workers.call(0, {"x": 2}, 10)
+    assert workers.call(0, {"x": 3}, 10) == 3
+    workers.close()
+
+
+def test_a_forked_process_leaves_the_workers_of_its_parent_running():
+    pytest.importorskip("cloudpickle")
+    workers = Workers([os.getpid], 1)
+    before = workers.call(0, {}, 10)
+    child = os.fork()
+    if child == 0:
+        workers.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert workers.call(0, {}, 10) == before
+    workers.close()
 
 
 def test_an_exception_in_a_worker_is_reported_with_its_traceback(made):

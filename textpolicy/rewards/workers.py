@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import pickle
@@ -27,8 +26,6 @@ CLOUDPICKLE = ("cloudpickle", "textpolicy[workers]")  # the package that sends a
 START_LIMIT = 60.0  # seconds until a new worker process has read its functions
 ATTEMPTS = 2  # of a call whose worker dies, whoever killed it
 _POLL = 0.5  # seconds between checks that a silent worker is alive
-_GRACE = 5.0  # seconds that a forked child has to die of its alarm, before its whole worker is killed
-_CHILD_DIED = 0  # number of the message that a worker's child died; requests have numbers from 1
 
 
 class TooSlowError(Exception):
@@ -37,10 +34,6 @@ class TooSlowError(Exception):
 
 class WorkerDiedError(Exception):
     """The worker process died at every attempt of a call."""
-
-
-class ChildDiedError(WorkerDiedError):
-    """The forked child died at the last attempt of a call, and its worker process lives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,26 +64,19 @@ class Workers:
 
     Processes start when first needed, and end with this object or the program. Functions are sent by
     cloudpickle, so lambdas and those of a script's main module can be sent too.
-
-    With ``prepare``, each process calls it once and then forks a child, which answers. A late child dies
-    of an alarm, which nothing that it computes can put off, and is replaced at once because nothing is
-    imported again. ``functions`` and ``prepare`` must then be importable by name.
     """
 
-    def __init__(
-        self, functions: Sequence[Callable[..., Any]], count: int, prepare: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, functions: Sequence[Callable[..., Any]], count: int) -> None:
         """Pickle the functions. Raises UserError if that fails, MissingDependencyError without cloudpickle."""
-        dumps = extra(*CLOUDPICKLE).dumps if prepare is None else pickle.dumps
         try:
-            blob = bytes(dumps((list(functions), prepare)))
+            blob = bytes(extra(*CLOUDPICKLE).dumps(list(functions)))
         except (TypeError, pickle.PicklingError) as error:
             names = ", ".join(map(name_of, functions))
             raise UserError(
                 f"the reward {names} cannot be sent to a worker process ({error}); remove what it refers to "
                 "that cannot be pickled, or set processes=False"
             ) from error
-        self.all = [Worker(blob, forks=prepare is not None) for _ in range(count)]
+        self.all = [Worker(blob) for _ in range(count)]
         self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
         for worker in reversed(self.all):
             self._idle.put(worker)
@@ -99,23 +85,20 @@ class Workers:
     def call(self, index: int, arguments: Mapping[str, Any], limit: float | None) -> Any:
         """Return what function number ``index`` returns.
 
-        Raises TooSlowError after ``limit`` seconds, WorkerDiedError when its process died in two attempts
-        (ChildDiedError: when its child did, and attempts share the limit), WorkerRaisedError with what it raised.
+        Raises TooSlowError after ``limit`` seconds, WorkerDiedError when its process died in two attempts,
+        WorkerRaisedError with what it raised.
         """
         request = pickle.dumps((index, dict(arguments)))
         worker = self._idle.get()
         try:
             for attempt in range(1, ATTEMPTS + 1):
                 worker.start()
-                started = time.monotonic()
                 try:
                     answer = worker.exchange(request, limit)
                     break
                 except WorkerDiedError:
                     if attempt == ATTEMPTS or not self.close.alive:
                         raise
-                    if worker.forks and limit is not None:
-                        limit -= time.monotonic() - started
         finally:
             self._idle.put(worker)
         if isinstance(answer, Raised):
@@ -137,9 +120,8 @@ def _stop_all(workers: Sequence[Worker], owner: int) -> None:
 class Worker:
     """The process and the pipe to it."""
 
-    def __init__(self, functions: bytes, forks: bool) -> None:
-        self.functions, self.forks = functions, forks
-        self.number = 0  # of the last request; its answer carries the same
+    def __init__(self, functions: bytes) -> None:
+        self.functions = functions
         self.process: subprocess.Popen[bytes] | None = None
         self.pipe: Connection | None = None
 
@@ -148,14 +130,13 @@ class Worker:
         if self.process is not None and self.process.poll() is None:
             return
         self.stop()
-        threads = {"OPENBLAS_NUM_THREADS": "1"} if self.forks else {}  # a fork has none of its parent's threads
         self.pipe, theirs = Pipe()
         with theirs:  # the process imports no script of the user: the functions are sent through the pipe
             serving = f"from {__name__} import serve; serve({theirs.fileno()})"
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", serving],  # -P: without the current folder on the import path
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **threads},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
                 stdin=subprocess.DEVNULL,
             )
         try:
@@ -177,80 +158,43 @@ class Worker:
     def exchange(self, request: bytes, limit: float | None) -> Any:
         """Send ``request`` and return the answer; the process is killed if it gives none.
 
-        Raises TooSlowError after ``limit`` seconds, WorkerDiedError, or ChildDiedError, after which the process lives.
+        Raises TooSlowError after ``limit`` seconds, and WorkerDiedError.
         """
         assert self.process is not None
         assert self.pipe is not None
-        if limit is not None and limit <= 0:
-            raise TooSlowError
-        self.number += 1
-        alarm = limit if self.forks and limit is not None else 0.0
-        deadline = math.inf if limit is None else time.monotonic() + limit + (_GRACE if self.forks else 0.0)
-        number, answer = -1, None
+        deadline = math.inf if limit is None else time.monotonic() + limit
         try:
-            self.pipe.send_bytes(pickle.dumps((self.number, alarm, request)))
-            while number not in (_CHILD_DIED, self.number):  # other numbers answer an earlier attempt
-                while not self.pipe.poll(min(_POLL, max(0.0, deadline - time.monotonic()))):
-                    if time.monotonic() >= deadline:
-                        raise TooSlowError
-                    if self.process.poll() is not None:  # a child of it may hold the pipe open
-                        raise WorkerDiedError("the worker process ended")
-                number, answer = pickle.loads(self.pipe.recv_bytes())
+            self.pipe.send_bytes(request)
+            while not self.pipe.poll(min(_POLL, max(0.0, deadline - time.monotonic()))):
+                if time.monotonic() >= deadline:
+                    raise TooSlowError
+                if self.process.poll() is not None:  # a child of it may hold the pipe open
+                    raise WorkerDiedError("the worker process ended")
+            return pickle.loads(self.pipe.recv_bytes())
         except BaseException as error:  # an interrupt must not leave its answer to the next request
             self.stop()
             if isinstance(error, EOFError | OSError):
                 raise WorkerDiedError("the worker process ended") from error
             raise
-        if number == self.number:
-            return answer
-        raise TooSlowError if answer == -signal.SIGALRM else ChildDiedError("the child of the worker process ended")
 
 
 # ---- what a worker process runs
 
 
 def serve(descriptor: int) -> None:
-    """Receive the functions, then answer requests until the pipe closes; with a ``prepare``, in a forked child."""
+    """Receive the functions, then answer requests until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's
     pipe = Connection(descriptor)
-    number, _, blob = pickle.loads(pipe.recv_bytes())
-    functions, prepare = pickle.loads(blob)
-    if prepare is None:
-        pipe.send_bytes(pickle.dumps((number, None)))
-        _answer(pipe, functions)
-        return
-    prepare()
-    gc.freeze()  # these objects are never garbage, and a child would lose time looking through them
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the alarm ends the child
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-    pipe.send_bytes(pickle.dumps((number, None)))
-    while True:
-        child = os.fork()
-        if child == 0:
-            try:
-                _answer(pipe, functions)
-                os._exit(0)
-            finally:
-                os._exit(1)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if status == 0:
-            return
-        pipe.send_bytes(pickle.dumps((_CHILD_DIED, status)))
-
-
-def _answer(pipe: Connection, functions: Sequence[Callable[..., Any]]) -> None:
+    functions = pickle.loads(pipe.recv_bytes())
+    pipe.send_bytes(pickle.dumps(None))
     while True:
         try:
-            number, alarm, request = pickle.loads(pipe.recv_bytes())
+            request = pipe.recv_bytes()
         except EOFError:
             return
-        if alarm:
-            signal.setitimer(signal.ITIMER_REAL, alarm)
         try:
             index, arguments = pickle.loads(request)
-            answer = pickle.dumps((number, functions[index](**arguments)))
+            answer = pickle.dumps(functions[index](**arguments))
         except Exception as error:  # noqa: BLE001 (a user's function may raise anything; all of it is sent back)
-            answer = pickle.dumps((number, Raised.of(error)))
-        if alarm:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            answer = pickle.dumps(Raised.of(error))
         pipe.send_bytes(answer)

@@ -62,19 +62,36 @@ class Sampling:
 
 
 def stop_tokens(tokenizer: Any, *, needed: bool = True) -> frozenset[int]:
-    """Return the ids that end a completion, as the tokenizer of mlx-lm or of transformers gives them.
+    """Return the ids that end a completion: the tokenizer's eos, and what its chat template writes after a turn.
 
-    The tokenizer that ``load_model`` returns has all that the model's files name. Raises UserError if there are none
-    and they are ``needed``.
+    The tokenizer is that of mlx-lm or of transformers; the one that ``load_model`` returns has all that the model's
+    files name. Raises UserError if there are none and they are ``needed``.
     """
     given = (getattr(tokenizer, name, None) for name in ("eos_token_ids", "eos_token_id"))
     found = frozenset(i for ids in given if ids is not None for i in ([ids] if isinstance(ids, int) else ids))
+    found |= _end_of_turn(tokenizer)
     if needed and not found:
         raise UserError(
             f"the tokenizer, a {type(tokenizer).__name__}, names no token that ends a completion; set its eos_token, "
             "or give the engine stop="
         )
     return found
+
+
+def _end_of_turn(tokenizer: Any) -> frozenset[int]:
+    """Return the special token that the chat template writes right after what the assistant says, if it writes one."""
+    if not getattr(tokenizer, "chat_template", None) or not hasattr(tokenizer, "added_tokens_decoder"):
+        return frozenset()
+    turn = "\u2042turn\u2042"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": turn}]
+    try:
+        written = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # a template is code of others, which may raise anything; prompts made with it say what
+        return frozenset()
+    after = written.partition(turn)[2].lstrip()
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    first = max((text for text in special if text and after.startswith(text)), key=len, default=None)
+    return frozenset() if first is None else frozenset({special[first]})
 
 
 class Engine(Protocol):

@@ -235,9 +235,25 @@ def test_a_tokenizer_without_an_end_of_sequence_needs_stop_tokens():
             return SimpleNamespace(eos_token_id=None)
 
     server = Endless()
-    with pytest.raises(UserError, match="has no end-of-sequence token; pass stop"):
+    with pytest.raises(UserError, match="names no token that ends a completion; set its eos_token, or give"):
         TinkerEngine(server, server, "model")
     assert TinkerEngine(server, server, "model", stop=[9, 4]).stop.tolist() == [4, 9]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "n", "sentence"),
+    [
+        ([5, -1], 1, "there is no token -1, since ids start at 0"),
+        ([5, 2**31], 1, "there is no token 2147483648"),
+        ([1.5], 1, "is not a flat array of token ids"),
+        ([5], 0, "n is 0; set it to 1 or more"),
+    ],
+)
+def test_what_no_model_can_read_is_not_sent(prompt, n, sentence):
+    server, engine = listening()
+    with pytest.raises(UserError, match=sentence):
+        engine.sample([[4], prompt], n, Sampling(3))
+    assert server.log == []
 
 
 def test_metrics_are_those_of_the_local_engine():

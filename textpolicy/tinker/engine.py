@@ -11,10 +11,10 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 
 from .._system.files import write_whole
-from ..engine import Sampling
-from ..errors import ServiceError, TextPolicyError, UserError, unknown_name
+from ..engine import Sampling, stop_tokens
+from ..errors import ServiceError, TextPolicyError, UserError, refuse_outside, unknown_name
 from ..losses import Surrogate, importance_ratio, policy_objective
-from ..types import Batch, Completion
+from ..types import Batch, Completion, token_ids
 from .datum import DatumArrays, datum_arrays
 from .loss import tinker_loss
 from .service import Service, sdk
@@ -67,7 +67,7 @@ class TinkerEngine:
         reduction: Reduction = "sum",
         untempered: bool = False,
     ):
-        """The ``trainer`` is the SDK's training client; an empty ``stop`` means the tokenizer's end of sequence."""
+        """The ``trainer`` is the SDK's training client; an empty ``stop`` means those of the tokenizer."""
         if reduction not in get_args(Reduction):
             raise unknown_name("reduction", reduction, get_args(Reduction))
         self.service, self.model, self.rank = service, model, rank
@@ -79,11 +79,7 @@ class TinkerEngine:
         self._saved = 0
         with service.telling(f"loading the tokenizer of {model}"):
             self.tokenizer: Any = trainer.get_tokenizer()
-        if not stop and self.tokenizer.eos_token_id is None:
-            raise UserError(
-                "the model's tokenizer has no end-of-sequence token; pass stop, the token ids that end a completion"
-            )
-        self.stop = np.array(sorted(stop or [int(self.tokenizer.eos_token_id)]), np.int32)
+        self.stop = token_ids(sorted(stop or stop_tokens(self.tokenizer)))
 
     @classmethod
     def connect(
@@ -130,8 +126,10 @@ class TinkerEngine:
 
         Raises UserError for a sampling setting that the service lacks, and ServiceError.
         """
+        refuse_outside("n", n, 1, whole=True)
         if any(len(p) == 0 for p in prompts):
             raise UserError("a prompt has no tokens; give every prompt at least one")
+        prompts = [token_ids(p).tolist() for p in prompts]  # the server alone knows how many tokens its model has
         lacking = (("min_p", sampling.min_p, 0), ("repetition_penalty", sampling.repetition_penalty, 1))
         for name, value, off in lacking:
             if value != off:
@@ -155,7 +153,7 @@ class TinkerEngine:
             for i, p in enumerate(prompts):
                 seed = int(np.random.SeedSequence([sampling.seed, i]).generate_state(1)[0]) >> 1  # 31 bits
                 params = sdk().SamplingParams(**settings, seed=seed)
-                pending.append(self._sampler.sample(types.ModelInput.from_ints(list(map(int, p))), n, params))
+                pending.append(self._sampler.sample(types.ModelInput.from_ints(p), n, params))
         answers = [self.service.wait(future, "sampling") for future in pending]
         temperature = 1.0 if self.untempered and sampling.temperature else sampling.scored_temperature
         return [[_completion(s, temperature) for s in answer.sequences] for answer in answers]

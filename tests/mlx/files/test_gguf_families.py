@@ -139,8 +139,6 @@ def test_each_family_computes_what_the_model_that_was_filed_does(tmp_path, case)
     )
     loaded, _ = load_model(path)
     exact = model(TOKENS)
-    if kind == "gemma3_text":  # the root of 256 is exact in bfloat16
-        assert type(loaded.model).__name__ == "ScaledGemma3Model"
     np.testing.assert_allclose(np.array(loaded(TOKENS)), np.array(exact), atol=2e-4)
     assert float(mx.abs(exact - exact.mean()).max()) > 0.5
 

@@ -75,13 +75,16 @@ TEMPLATES = {
     "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}": {END},
     "{{ raise_exception('no conversation') }}": {END},
     "{{ messages[5]['content'] + 1 }}": {END},
+    "{{ 1 // 0 }}": {END},
 }
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_what_the_chat_template_writes_after_a_turn_ends_it(tmp_path, template):
-    _, tokenizer = load_model(write(tmp_path / "m.gguf", tokenizer__chat_template=template))
-    assert set(tokenizer.eos_token_ids) == TEMPLATES[template]
+    convert(write(tmp_path / "m.gguf", tokenizer__chat_template=template), tmp_path / "base")
+    _, tokenizer = load_model(tmp_path / "base")
+    plain = AutoTokenizer.from_pretrained(tmp_path / "base")
+    assert set(tokenizer.eos_token_ids) == stop_tokens(plain) == TEMPLATES[template]
 
 
 def test_a_tokenizer_of_transformers_is_taken_and_one_that_names_no_end_refused(folder):

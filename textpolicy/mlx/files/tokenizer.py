@@ -144,8 +144,8 @@ def _spelled(token: str, data: TokenizerData) -> str:
 def stop_ids(folder: Path, tokenizer: Any) -> list[int]:
     """Return every id that ends a completion of the model in ``folder``, in order.
 
-    They are the eos_token_id of config.json and generation_config.json, the tokenizer's own, and the token that its
-    chat template writes after a turn of the assistant. Raises UserError for an eos_token_id that is no id.
+    They are the eos_token_id of config.json and generation_config.json, and those of the tokenizer. Raises UserError
+    for an eos_token_id that is no id.
     """
     found = set(stop_tokens(tokenizer, needed=False))
     for path in (folder / "config.json", folder / "generation_config.json"):
@@ -156,24 +156,7 @@ def stop_ids(folder: Path, tokenizer: Any) -> list[int]:
             if not all(type(i) is int and i >= 0 for i in ids):
                 raise UserError(f"{path} has {given!r:.60} for eos_token_id; set it to a token id, or a list of them")
             found |= set(ids)
-    return sorted(found | _end_of_turn(tokenizer))
-
-
-def _end_of_turn(tokenizer: Any) -> set[int]:
-    """Return the special token that the chat template writes right after what the assistant says, if it writes one."""
-    from jinja2 import TemplateError
-
-    if not getattr(tokenizer, "chat_template", None):
-        return set()
-    turn = "\u2042turn\u2042"
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": turn}]
-    try:
-        written = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (TemplateError, TypeError, ValueError, KeyError):  # a template of another kind of conversation
-        return set()
-    after = written.partition(turn)[2].lstrip()
-    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return {special[max(first, key=len)]} if (first := [t for t in special if t and after.startswith(t)]) else set()
+    return sorted(found)
 
 
 def read_json(path: Path) -> dict[str, Any]:

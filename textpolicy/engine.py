@@ -86,7 +86,7 @@ def _end_of_turn(tokenizer: Any) -> frozenset[int]:
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": turn}]
     try:
         written = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:  # a template is code of others, which may raise anything; prompts made with it say what
+    except Exception:  # noqa: BLE001 - a template is code of others and may raise anything; its prompts say what
         return frozenset()
     after = written.partition(turn)[2].lstrip()
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}

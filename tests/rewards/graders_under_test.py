@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from textpolicy.rewards import REWARD_REGISTRY, VERIFIER_REGISTRY
+from textpolicy.rewards.answer import answered
 from textpolicy.rewards.math import extract_boxed, grade_math_answer
 from textpolicy.rewards.sandbox import extract_program
 from textpolicy.tasks.countdown import TINYZERO_RULES, score_countdown
@@ -32,6 +33,7 @@ GRADERS: dict[str, Callable[[str], Any]] = {
     **{name: named(fn) for name, fn in VERIFIER_REGISTRY.items()},
     "number_reward": named(number_reward),
     "countdown_tinyzero": lambda text: score_countdown(text, [1, 2, 3, 4], 24, TINYZERO_RULES),
+    "answered": answered,
     "extract_boxed": extract_boxed,
     "extract_program": extract_program,
     "math_accuracy": lambda text: REWARD_REGISTRY["math_accuracy"]("p", text, EXAMPLE, timeout=LIMIT),

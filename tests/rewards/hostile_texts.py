@@ -21,7 +21,10 @@ ARITHMETIC = [
 ]  # fmt: skip
 UNICODE = ["\u00d7", "\u00f7", "\u2212", "\u221e", "\u00bd", "\u0663", "\uff11", "\u200b", "\u202e", "\u0301", "\ud800",
            "\x00", "\x1b[2J", "\U0001f600", "\u2028", "\u00a0", "\N{DEGREE SIGN}", "\u03c0"]  # fmt: skip
-TAGS = ["<answer>", "</answer>", r"\boxed{", "}", "####", "Answer:", "```", "**", "\n", "\r", "\u2028"]
+TAGS = [
+    "<answer>", "</answer>", r"\boxed{", "}", "####", "Answer:", "```", "~~~py\n", "`", "**", "\n", "\r", "\u2028",
+    "<think>", "</think>", "</think>", "<|channel|>final<|message|>",
+]  # fmt: skip
 TOWERS = ["9^{9^{9^{9}}}", "10^{10^{10}}", "100000000!", "9**9**9**9", "((2^{1000})!)!", "2^{2^{2^{2^{2^2}}}}"]
 ENDLESS = ["(x+y+1)^{999}", r"\sum_{i=1}^{9999} \frac{1}{i}", r"\prod_{i=1}^{9999} (x+i)", r"\binom{9999999}{5000000}"]
 CODE = ["__import__('os').system('true')", "eval('1')", "{}.__class__", "%s%n%x", "'; DROP TABLE rewards; --", "${7*7}"]

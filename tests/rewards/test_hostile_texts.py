@@ -14,7 +14,7 @@ from textpolicy.rewards import math as grading
 from textpolicy.rewards.contract import Scored, read_result
 
 TEXTS = list(completions(700, seed=1))
-READERS = {"extract_boxed", "extract_program", "grade_math_answer"}  # these return no reward
+READERS = {"answered", "extract_boxed", "extract_program", "grade_math_answer"}  # these return no reward
 SLACK = 0.2  # seconds, on a machine that does other things too
 
 

@@ -248,13 +248,28 @@ def test_a_function_without_the_three_arguments_cannot_be_a_reward():
         (lambda prompts=None, completions=None, **kwargs: [1.0], "examples"),
         (lambda completions, ground_truth: [1.0], "examples, prompts"),
         (lambda data_source, solution_str, ground_truth, extra_info=None: 1.0, "completion, example, prompt"),  # verl
-        (lambda solution_str, ground_truth, **kwargs: 1.0, "completion, example, prompt"),
     ],
 )
 def test_a_reward_of_another_library_is_refused_with_the_ways_to_write_one(fn, missing):
     ways = r"fn\(prompt, completion, example, \*\*kwargs\), or for lists as fn\(prompts, completions, examples,"
     with pytest.raises(UserError, match=f"does not take {missing}; write it as {ways}"):
         Scorer([fn])
+
+
+@pytest.mark.parametrize(
+    ("fn", "lacking"),
+    [
+        (lambda completion, answer, **kwargs: 1.0, "answer"),
+        (lambda solution_str, ground_truth, **kwargs: 1.0, "ground_truth, solution_str"),
+        (lambda prompts, completions, examples, answer: [1.0], "answer"),
+        (lambda prompt, completion, example, *, turns: 1.0, "turns"),
+    ],
+)
+def test_a_reward_that_needs_what_no_completion_comes_with_is_told_where_to_find_it(fn, lacking):
+    with pytest.raises(RewardError, match=f"takes {lacking}, which no completion comes with; read what it needs from"):
+        Scorer([fn])("p", "c", {"answer": "5"})
+    more = dict.fromkeys(lacking.split(", "), "5")
+    assert Scorer([fn]).score([Request("p", "c", {}, extra=more)])[0].reward == 1
 
 
 def test_a_reward_may_leave_its_arguments_to_keywords():

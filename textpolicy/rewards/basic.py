@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -128,10 +129,8 @@ def words(text: str) -> list[str]:
     1000. A text of punctuation alone keeps it.
     """
     found = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.lower()).split()
-    bare = [
-        w.lstrip(_BEFORE).rstrip(_AFTER) if any(map(str.isdigit, w)) else "".join(c for c in w if not _is_mark(c))
-        for w in found
-    ]
+    marks = _punctuation()
+    bare = [w.lstrip(_BEFORE).rstrip(_AFTER) if re.search(r"\d", w) else w.translate(marks) for w in found]
     return [word for word in bare if word] or found
 
 
@@ -139,5 +138,7 @@ def _share_found(keywords: Sequence[str], completion: str) -> float:
     return sum(k in completion.lower() for k in keywords) / max(1, len(keywords))
 
 
-def _is_mark(character: str) -> bool:
-    return character in punctuation or unicodedata.category(character)[0] == "P"
+@functools.cache
+def _punctuation() -> dict[int, None]:
+    """Return the table that removes punctuation from a text."""
+    return dict.fromkeys(i for i in range(0x10000) if chr(i) in punctuation or unicodedata.category(chr(i))[0] == "P")

@@ -60,6 +60,7 @@ class BoundReward:
     batched: bool = False  # it takes lists: prompts, completions, examples
     is_async: bool = False
     judges: bool = False  # it is marked by ``judge``
+    required: frozenset[str] = frozenset()  # names in the signature that have no default
 
     @classmethod
     def of(cls, fn: Callable[..., Any]) -> Self:
@@ -76,14 +77,8 @@ class BoundReward:
         parameters, keywords = frozenset(signature), accepted_keywords(fn)
         batched = {*MANY} <= parameters
         missing = set() if batched or keywords is None else {*ONE} - keywords
-        if not batched and not {*ONE} <= parameters:  # what has **kwargs may be written for another library
-            required = {
-                p.name for p in signature.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
-            }
-            if parameters & {*MANY}:
-                missing = {*MANY} - parameters
-            elif required and not required & {*ONE}:
-                missing = {*ONE}
+        if not batched and parameters & {*MANY} and not {*ONE} <= parameters:  # as TRL's, which have **kwargs
+            missing = {*MANY} - parameters
         if missing:
             raise UserError(
                 f"{name_of(fn)!r} does not take {', '.join(sorted(missing))}; write it as fn(prompt, completion, "
@@ -91,7 +86,10 @@ class BoundReward:
             )
         is_async = any(map(inspect.iscoroutinefunction, (fn, type(fn).__call__)))  # or an object's __call__ is
         plain = fn.func if isinstance(fn, partial) else fn
-        return cls(fn, keywords, parameters, batched, is_async, any(plain is one for one in _JUDGES))
+        judges = any(plain is one for one in _JUDGES)
+        named = [p for p in signature.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        required = frozenset(p.name for p in named if p.default is p.empty)
+        return cls(fn, keywords, parameters, batched, is_async, judges, required)
 
     @property
     def __name__(self) -> str:

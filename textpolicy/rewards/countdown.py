@@ -18,6 +18,7 @@ from .registry import reward
 
 MAX_LENGTH = 1000  # characters of an expression; a longer one is invalid
 MAX_DEPTH = 50  # nested parentheses; more are invalid
+MAX_LINE = 10_000  # characters at the end of a line that are searched for an expression
 
 
 # ---- expressions
@@ -172,7 +173,7 @@ def _marked(answer: str) -> str | None:
 def _expression(answer: str) -> str:
     marked, last = _marked(answer), ""
     for text in reversed((answer if marked is None else marked).splitlines()):
-        line = _in_ascii(text)
+        line = _in_ascii(text[-MAX_LINE:])
         last = last or line
         for chain in reversed([chain for chain in _CHAIN.finditer(line) if _OPERATION.search(chain[0])]):
             bare = chain[0].rstrip("-([{ ") if chain.end() < len(line) else chain[0]  # those are of the text after it

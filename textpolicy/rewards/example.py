@@ -30,7 +30,7 @@ def references(example: Mapping[str, Any], names: Sequence[str] = REFERENCES) ->
             )
         if answers:  # a column of whole numbers with a cell missing is read as one of floats
             return [str(int(a) if isinstance(a, float) and a.is_integer() else a) for a in answers]
-    raise UserError(f"the example {reprlib.repr(dict(example))} has no correct answer; give it an {names[0]!r}")
+    raise UserError(f"the example {reprlib.repr(dict(example))} has no correct answer; give it the entry {names[0]!r}")
 
 
 def texts(name: str, value: Any) -> list[str]:

@@ -91,16 +91,23 @@ class Call:
         scored = [r for r, ok in zip(self.requests, accepted, strict=True) if ok]
         if not scored:
             return accepted, {}
-        if not self.reward.fn.batched:
-            return accepted, self.reward.fn.select({**_keywords(scored[0]), **self.shared})
-        extra = {key: [r.extra.get(key) for r in scored] for key in {k: None for r in scored for k in r.extra}}
-        keywords = {
-            "prompts": [r.prompt for r in scored],
-            "completions": [r.completion for r in scored],
-            "examples": [r.example for r in scored],
-            "truncated": [r.truncated for r in scored],
-        }
-        return accepted, self.reward.fn.select({**keywords, **extra, **self.shared})
+        given = _keywords(scored[0])
+        if self.reward.fn.batched:
+            extra = {key: [r.extra.get(key) for r in scored] for key in {k: None for r in scored for k in r.extra}}
+            given = {
+                "prompts": [r.prompt for r in scored],
+                "completions": [r.completion for r in scored],
+                "examples": [r.example for r in scored],
+                "truncated": [r.truncated for r in scored],
+                **extra,
+            }
+        chosen = self.reward.fn.select({**given, **self.shared})
+        if lacking := self.reward.fn.required - chosen.keys():
+            raise RewardError(
+                f"reward {self.reward.name!r} takes {', '.join(sorted(lacking))}, which no completion comes with; read "
+                "what it needs from the example, as fn(prompt, completion, example, **kwargs), or give it a default"
+            )
+        return accepted, chosen
 
     def _outcomes(self, result: Any, accepted: Sequence[bool]) -> list[Outcome]:
         """Read the ``result`` for each completion; those not accepted get the penalty. Raises RewardError."""

@@ -23,9 +23,11 @@ from .._system.cache import cache_folder
 from ..errors import MissingDependencyError, UserError
 from .adapters.quantised import dequantise
 from .adapters.saving import load_adapter, read_adapter
+from .files.entries import is_longrope, settle
+from .files.folder import tensor_names, weight_files
 from .files.gguf import NOTES, convert
-from .files.safetensors import check_safetensors
 from .files.tokenizer import read_json, stop_ids
+from .loading import load_weights
 from .read.bounds import Bounds
 
 CONVERTER_VERSION = 2  # raise it when convert() changes its output, so that cached folders are made again
@@ -204,8 +206,7 @@ def _check_folder(path: Path) -> Path:
     config = path / "config.json"
     if not config.is_file():
         raise UserError(f"{path} has no config.json; give the folder of a Hugging Face or MLX model")
-    if not any(path.glob("model*.safetensors")):
-        raise UserError(f"{path} has no model*.safetensors; download the weights or convert them first")
+    weight_files(path)
     read_json(config)
     return path
 
@@ -214,24 +215,33 @@ def context_length(name: str | Path) -> int | None:
     """Return the number of tokens that the model called ``name`` supports, if its config.json states it."""
     config = read_json(find_model(name) / "config.json")
     text = config.get("text_config", config)
-    lengths = [text.get(name) for name in _CONTEXT] if isinstance(text, dict) else []
+    if not isinstance(text, dict):
+        return None
+    rotation = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    lengths = [text.get(name) for name in _CONTEXT]
+    if is_longrope(rotation):  # see mend_rotation
+        lengths = [n for part in (text, rotation) if (n := part.get("original_max_position_embeddings"))] + lengths
     return next((n for n in lengths if isinstance(n, int) and n > 0), None)
 
 
 def _load_folder(folder: Path, tokenizer_config: dict[str, Any] | None) -> tuple[nn.Module, Any]:
-    import mlx_lm
+    from mlx_lm.utils import load_config, load_tokenizer
 
     # weights that are not as long as they claim, or a config of more layers than tensors, would take all memory
-    count = sum(check_safetensors(file, "download it again") for file in sorted(folder.glob("model*.safetensors")))
+    files = weight_files(folder)
+    names = tensor_names(files)
     layers = read_json(folder / "config.json").get("num_hidden_layers", 0)
-    if not isinstance(layers, int) or layers > count:
-        raise UserError(f"{folder} promises {layers!r:.40} layers with {count} tensors; download it again")
+    if not isinstance(layers, int) or layers > len(names):
+        raise UserError(f"{folder} promises {layers!r:.40} layers with {len(names)} tensors; download it again")
     try:
-        model, tokenizer = mlx_lm.load(str(folder), tokenizer_config=tokenizer_config, lazy=True)  # type: ignore[misc]
-    except Exception as error:  # a bad folder makes it raise errors of any kind
-        raise UserError(
-            f"mlx-lm cannot load {folder} ({_first_line(error)}); check its config.json and weights"
-        ) from error
+        settled = settle(load_config(folder), names, _has_head(files, names), f"{folder / 'config.json'}")
+        model = load_weights(folder, files, settled)
+        tokenizer = load_tokenizer(folder, tokenizer_config)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # a bad folder makes it raise errors of any kind, and OLMo 1's class exit
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"mlx-lm cannot load {folder} ({reason:.200}); check its config.json and weights") from error
     for part in model.modules():
         if type(part) is Gemma3Model:
             part.__class__ = ScaledGemma3Model  # with the same parameters
@@ -243,6 +253,22 @@ def _load_folder(folder: Path, tokenizer_config: dict[str, Any] | None) -> tuple
             folder, len(tokenizer), known,
         )  # fmt: skip
     return model, tokenizer
+
+
+def _has_head(files: list[Path], names: set[str]) -> bool | None:
+    """Return whether ``files`` have an output layer, or None if theirs is equal to the embedding."""
+    head = [name for name in names if re.search(r"(^|\.)lm_head\.", name)]
+    if not head:
+        return False
+    tensors: dict[str, Any] = {}
+    for file in files:
+        tensors |= mx.load(str(file))  # type: ignore[arg-type]  # lazily: only the headers are read
+    for name in head:
+        end = f"embed_tokens.{name.rsplit('.', 1)[1]}"
+        twin = next((other for other in names if other == end or other.endswith(f".{end}")), None)
+        if twin is None or not mx.array_equal(tensors[name], tensors[twin]).item():
+            return True
+    return None
 
 
 def _first_line(error: Exception) -> str:

@@ -5,17 +5,11 @@ TEXTPOLICY_TORCH, this one, or the environment that scripts/torch_env.py makes i
 of the three the tests are skipped and say so; test_export.py holds the same files against NumPy and mlx-lm.
 """
 
-import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from platformdirs import user_cache_dir
 
 import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below mlx
 
@@ -25,6 +19,7 @@ from made_gguf import TOKENS, write
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes
 from test_export import KINDS, MERGED_ONLY, adapted, run_folder, train
+from torch_peer import needs_torch
 
 from textpolicy.cli.main import main
 from textpolicy.mlx.adapters.attach import detach
@@ -34,45 +29,11 @@ from textpolicy.mlx.export.files import HF_LAYOUT
 from textpolicy.mlx.files.gguf import convert
 from textpolicy.mlx.models import find_model, load_model
 
-PACKAGES = ("torch", "transformers", "peft")
 TOLERANCE = 1e-3  # nats, float32
 SENTENCES = [[5, 100, 7, 7, 200, 33], [260, 3, 90, 91, 92, 17, 44, 120, 8, 8]]
 
 
-def torch_python():
-    """A Python with torch, transformers and peft, or None."""
-    if named := os.environ.get("TEXTPOLICY_TORCH"):
-        return named
-    if all(importlib.util.find_spec(package) for package in PACKAGES):
-        return sys.executable
-    made = sorted(Path(user_cache_dir("textpolicy")).glob("peers/torch-*/bin/python"))
-    return str(made[-1]) if made else None
-
-
-PYTHON = torch_python()
-pytestmark = pytest.mark.skipif(
-    PYTHON is None, reason="no torch, transformers and peft here: python scripts/torch_env.py makes an environment"
-)
-
-
-@pytest.fixture(scope="module")
-def torch():
-    """Ask ``torch(folder=..., tokens=...)``; one process answers all, because importing it takes a while."""
-    worker = Path(__file__).parent / "torch_worker.py"
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    with subprocess.Popen(
-        [str(PYTHON), str(worker)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-    ) as process:
-
-        def ask(**job):
-            process.stdin.write(json.dumps(job) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-            assert line, "the process with torch died; its words are above"
-            return json.loads(line)
-
-        yield ask
-        process.stdin.close()
+pytestmark = needs_torch
 
 
 def logprobs(model, tokens):

@@ -105,9 +105,9 @@ def test_what_is_no_model_is_refused():
 
 def test_texts_longer_than_the_table_of_positions_are_refused():
     engine = MLXEngine(learned(), stop=[0])
-    with pytest.raises(UserError, match="a prompt with its completion has up to 24 tokens and the model's table 16"):
+    with pytest.raises(UserError, match="a prompt with its completion has up to 24 tokens and the model 16"):
         engine.sample([[5] * 3, [5] * 20], 1, Sampling(4))
-    with pytest.raises(UserError, match="an episode has up to 17 tokens and the model's table 16 positions"):
+    with pytest.raises(UserError, match="an episode has up to 17 tokens and the model 16 positions"):
         engine.score(batch([5] * 10, [6] * 8))
     assert np.isfinite(engine.score(batch([5] * 10, [6] * 7))).all()
 

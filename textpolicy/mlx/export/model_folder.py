@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,15 +16,13 @@ from ...errors import UserError
 from ..adapters.attach import attached, wrapped
 from ..adapters.merging import merge_adapters
 from ..adapters.quantised import dequantise, is_floating
+from ..files.folder import INDEX, copy_companions, weight_files
 from ..files.safetensors import save_arrays
 from ..files.tokenizer import read_json, stop_ids
 from .files import DTYPES, cast, check_layout, read_config, write_json, written_whole
 
 BITS = {"q4": 4, "q8": 8}  # bits of MLX's affine quantization
 GROUP_SIZE = 64  # weights per scale
-
-_BESIDE_THE_WEIGHTS = {".json", ".jsonl", ".jinja", ".model", ".py", ".tiktoken", ".txt"}
-_WEIGHTS = ("config.json", "model.safetensors.index.json")  # rewritten
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -85,7 +82,7 @@ def export_folder(
 def _cast(model: nn.Module, base: Path, dtype: str | None) -> None:
     """Turn the floats of ``model``, in place, into ``dtype`` or, without one, into their dtypes in ``base``."""
     tensors: dict[str, Any] = {}
-    for file in sorted(base.glob("model*.safetensors")):
+    for file in weight_files(base):
         tensors |= mx.load(str(file))  # type: ignore[arg-type]  # lazily: only the headers are read
     stored = {name: array.dtype for name, array in tensors.items() if array.dtype in DTYPES.values()}
     common = max(stored.values(), key=list(stored.values()).count, default=mx.float32)
@@ -112,11 +109,8 @@ def _plain_config(config: dict[str, Any], model: nn.Module, dtype: str | None) -
 
 
 def _copy_companions(base: Path, folder: Path) -> None:
-    """Copy the files beside the weights: tokenizer, chat template, code and licence."""
-    for file in base.iterdir():
-        named = file.suffix in _BESIDE_THE_WEIGHTS or file.name.startswith("LICENSE")
-        if named and file.name not in _WEIGHTS and file.is_file():
-            shutil.copyfile(file, folder / file.name)
+    """Copy the companions of the weights, with a tokenizer_config.json that older versions of transformers read."""
+    copy_companions(base, folder)
     path = folder / "tokenizer_config.json"
     if path.exists():
         tokenizer = json.loads(path.read_text(encoding="utf-8"))
@@ -153,4 +147,4 @@ def _write_weights(model: nn.Module, folder: Path, kind: str) -> None:
         save_arrays(folder / file, shard, {"format": kind})
         files |= dict.fromkeys(shard, file)
     total = {"total_size": sum(array.nbytes for array in weights.values())}
-    write_json({"metadata": total, "weight_map": files}, folder / "model.safetensors.index.json")
+    write_json({"metadata": total, "weight_map": files}, folder / INDEX)

@@ -24,14 +24,14 @@ def load_arrays(path: Path, advice: str) -> tuple[dict[str, mx.array], dict[str,
     return loaded
 
 
-def check_safetensors(path: Path, advice: str) -> int:
-    """Return the number of tensors in the file ``path``, after checking that shapes, offsets and size agree.
+def check_safetensors(path: Path, advice: str) -> list[str]:
+    """Return the names of the tensors in the file ``path``, after checking that shapes, offsets and size agree.
 
     Raises UserError, which ends with ``advice``, if they do not.
     """
     try:
         with safe_open(str(path), framework="numpy") as file:
-            return len(file.keys())
+            return list(file.keys())
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a valid safetensors file ({error}); {advice}") from error
 

@@ -43,6 +43,8 @@ def blocks_of(model: nn.Module, view: View) -> tuple[Block, ...]:
 
 
 def _block(attention: Any, mlp: Any, joined: dict[tuple[int, ...], FusedLinear]) -> Block | None:
+    if type(attention) not in (llama.Attention, qwen3.Attention) or type(mlp) not in (llama.MLP, qwen3.MLP):
+        return None  # a window or another activation has been added
     heads = joined.get((id(attention.q_proj), id(attention.k_proj), id(attention.v_proj)))
     out = joined.get((id(attention.o_proj),))
     gate_and_up = joined.get((id(mlp.gate_proj), id(mlp.up_proj)))

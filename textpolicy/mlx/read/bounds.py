@@ -20,7 +20,7 @@ class Bounds:
     """The number of tokens that a model knows, and of positions if it looks these up in a table."""
 
     vocabulary: int | None  # None: no table of tokens was found
-    positions: int | None  # None: positions are computed, so that there may be any number
+    positions: int | None  # None: positions are computed for texts of any length
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
@@ -50,13 +50,13 @@ class Bounds:
             kind = type(table)
             if indices == [0, 1, 2] and not kind.__name__.startswith("Clamped"):
                 table.__class__ = _clamped(kind)
-        return cls(vocabulary, positions)
+        return cls(vocabulary, positions or vars(model).get("longest"))
 
     def refuse_beyond(self, count: int, what: str) -> None:
         """Raise UserError if ``what`` has more tokens than the table has positions."""
         if self.positions is not None and count > self.positions:
             raise UserError(
-                f"{what} has up to {count} tokens and the model's table {self.positions} positions; shorten the "
+                f"{what} has up to {count} tokens and the model {self.positions} positions; shorten the "
                 "prompt, or lower max_tokens"
             )
 

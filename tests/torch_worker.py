@@ -1,4 +1,4 @@
-"""transformers and peft at work in a Python that has torch, for test_export_torch.py: a JSON line in, one out."""
+"""transformers and peft at work in a Python that has torch, for torch_peer.py: a JSON line in, one out."""
 
 import json
 import os
@@ -9,6 +9,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 import peft
 import torch
 import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 
 def score(model, tokens):
@@ -21,7 +22,23 @@ def score(model, tokens):
     return out
 
 
+def make(job):
+    """A model of random numbers after ``settings``, written to the folder; transformers' log-probs are of itself."""
+    config = CONFIG_MAPPING[job["settings"]["model_type"]](**job["settings"])
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    torch.manual_seed(0)
+    for name, parameter in sorted(model.named_parameters()):
+        drawn = torch.randn(parameter.shape)
+        scale = 0.2 if parameter.ndim == 1 else 0.5 if "embed" in name else 1.2 / parameter.shape[-1] ** 0.5
+        parameter.data = scale * drawn + (1.0 if parameter.ndim == 1 and "norm" in name else 0.0)
+    model.tie_weights()
+    model.save_pretrained(job["folder"])
+    return model, {}
+
+
 def load(job):
+    if "settings" in job:
+        return make(job)
     if "adapter" in job:
         model = peft.AutoPeftModelForCausalLM.from_pretrained(job["adapter"], dtype=torch.float32)
         found = set(peft.get_peft_model_state_dict(model))
@@ -46,6 +63,14 @@ def answer(job):
     return found
 
 
+transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)
 for line in sys.stdin:
-    print(json.dumps(answer(json.loads(line))), flush=True)
+    job = json.loads(line)
+    try:
+        found = answer(job)
+    except Exception as error:
+        if "settings" not in job:
+            raise
+        found = {"refused": f"{type(error).__name__}: {error}"}  # settings that transformers does not take
+    print(json.dumps(found), flush=True)

@@ -16,6 +16,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import hypothesis
 import numpy as np
 import pytest
+from torch_peer import torch  # noqa: F401  (a fixture)
 
 import textpolicy.mlx  # noqa: F401  (before mlx, which thereby gets its fast BLAS)
 from textpolicy.types import Completion, Episode

@@ -11,6 +11,8 @@ import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below m
 import mlx.core as mx
 import mlx_lm.models
 
+from textpolicy.mlx.files.entries import family
+
 VOCABULARY = 60
 _BY_LAYER = {kind: {"rope_theta": 1e4, "rope_type": "default"} for kind in ("sliding_attention", "full_attention")}
 _YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
@@ -133,8 +135,10 @@ FAMILIES = [name for name in FAMILIES if _with_a_model(name)]
 
 
 def tiny_config(name, **changes):
-    """The config.json of a tiny model of the family."""
-    config = {**TINY, "model_type": name, **CHANGES.get(name, {}), **changes}
+    """The config.json of a tiny model of the family, with the entries that mlx-lm's module of it names."""
+    named = family({"model_type": name}).named
+    config = {key: value for key, value in TINY.items() if key in named}
+    config |= {"model_type": name, **CHANGES.get(name, {}), **changes}
     inner = "ministral3" if name == "mistral3" else name  # the model in a model for images
     module = importlib.import_module(f"mlx_lm.models.{name}")
     nested = "text_config" in module.ModelArgs.__dataclass_fields__

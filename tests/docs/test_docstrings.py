@@ -25,8 +25,8 @@ VERBS = [
     "Redirect", "Reduce", "Register", "Release", "Remove", "Rename", "Render", "Replace", "Report", "Resample",
     "Restore", "Resume", "Return", "Run", "Sample", "Save", "Say", "Scale", "Score", "Seed", "Select", "Send",
     "Serve", "Set", "Shape", "Share", "Show", "Simulate", "Smooth", "Start", "Stop", "Sum", "Summarize", "Switch",
-    "Sync", "Take", "Test", "Tokenise", "Track", "Train", "Try", "Turn", "Undo", "Update", "Use", "Wait", "Weigh",
-    "Whiten", "Work", "Wrap", "Write", "Yield",
+    "Sync", "Take", "Test", "Tokenise", "Track", "Train", "Translate", "Try", "Turn", "Undo", "Update", "Use", "Wait",
+    "Weigh", "Whiten", "Work", "Wrap", "Write", "Yield",
 ]  # fmt: skip
 OPENINGS = {"The", *VERBS}
 RAISED = {name for name, value in vars(errors).items() if inspect.isclass(value)} | {"unknown_name"}

@@ -9,14 +9,13 @@ import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below m
 
 # isort: split
 import mlx.core as mx
-from torch_peer import needs_torch, torch
+from torch_peer import needs_torch
 from toy_run import make_tokenizer
 
 from textpolicy.errors import UserError
 from textpolicy.mlx.models import load_model
 
 pytestmark = needs_torch
-assert torch  # a fixture, used by its name
 
 TOLERANCE = 1e-3  # nats, float32
 TEXTS = [[5, 6, 7, 100, 200, 31, 9, 12, 77, 3, 45, 201, 8, 8, 90, 14, 15, 60, 61, 62, 63], [9, 8, 7]]

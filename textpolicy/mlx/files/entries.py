@@ -178,7 +178,7 @@ class _Settling:
         return bool(_INERT.fullmatch(entry)) or (entry.endswith("_bias") and self.biased)
 
     def _values(self) -> None:
-        """Take transformers' defaults, and refuse what the family does not take, unless it is neutral."""
+        """Fill in transformers' defaults, and refuse what the family does not take, unless it is neutral."""
         for entry in self.defaults.keys() - _ELSEWHERE - set(_ACTIVATIONS):
             value = self.said(entry)
             if self.family.takes(entry):

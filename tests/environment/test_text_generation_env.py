@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 import numpy as np
+import pandas as pd
 import pytest
 from toy_tokenizers import Letters
 
-from textpolicy.environment import Environment, TextGenerationEnv
+from textpolicy.environment import Environment, TextGenerationEnv, ToolEnv
 from textpolicy.errors import RewardError, UserError
 from textpolicy.rewards import Scored
 
@@ -65,6 +66,17 @@ def play(env, action):
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"prompts": []}, r"prompts is \[\]"),
         ({"prompts": "one"}, "prompts is 'one'"),
+        ({"prompts": b"one"}, "prompts is b'one'"),
+        ({"prompts": None}, r"prompts is None \(a NoneType\); give a list"),
+        ({"prompts": {"train": ["a"], "test": ["b"]}}, r"\(a dict\); give a list"),
+        ({"prompts": (p for p in "ab")}, r"\(a generator\); give a list"),
+        ({"prompts": pd.DataFrame({"a": ["b", "c"]})}, r"prompts is a 0 b 1 c \(a DataFrame\); give a list"),
+        ({"prompts": pd.Series(["a", "b"])}, r"\(a Series\); give a list"),
+        ({"prompts": np.array([])}, r"\(a ndarray\); give a list"),
+        ({"prompts": np.array([1, 2])}, "prompt 0 is 1"),
+        ({"examples": pd.DataFrame({"a": ["b", "c"]})}, r"examples is .* \(a DataFrame\); give a list"),
+        ({"examples": ["b", {}]}, "examples has a str at place 0; give a Mapping"),
+        ({"examples": [{}, None]}, "examples has a NoneType at place 1; give a Mapping"),
         ({"prompts": ["a", " \n"]}, "prompt 1 is blank"),
         ({"prompts": ["a", [{"role": "user"}]]}, "prompt 1 is .*'role', 'content'"),
         ({"prompts": ["a", []]}, "prompt 1 is"),
@@ -85,6 +97,19 @@ def test_impossible_arguments_are_refused_in_one_sentence(settings, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         TextGenerationEnv(**arguments)
     assert isinstance(caught.value, ValueError)
+
+
+def test_an_array_of_texts_is_a_list_of_prompts_and_a_text_is_none_for_tools_either():
+    env = TextGenerationEnv(np.array(["ab", "cd"]), count_letters, tokenizer=Letters(), examples=({}, {}))
+    assert [env.prompt_text(i) for i in range(2)] == ["ab", "cd"]
+    for prompts in ("hello", pd.DataFrame({"a": ["b"]})):
+        with pytest.raises(UserError, match="give a list with at least one"):
+            ToolEnv(prompts, [hypot], count_letters, tokenizer=Letters())
+
+
+def hypot(a: float, b: float) -> float:
+    """Return the hypotenuse."""
+    return (a * a + b * b) ** 0.5
 
 
 def test_a_prompt_without_tokens_is_refused():

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from ..errors import UserError
 from ..rewards.contract import RewardFunction
-from .single_turn import PartnerFactory, TextGenerationEnv
+from .single_turn import PartnerFactory, TextGenerationEnv, items
 from .text.calls import CallReader, ParseCalls, grammar_of
 from .text.conversation import ChatCodec, Prompt, Reply, Schema, as_messages, read_prompt
 from .tools import Tool, ToolPartner, describe_tools
@@ -132,7 +132,7 @@ class ToolEnv(MultiTurnEnv):
             grammar = grammar_of(codec, tokenizer)
             parse = CallReader.of(grammar, self.schemas)
             describe = describe or partial(describe_tools, form=grammar.form)
-        read = [read_prompt(i, prompt)[0] for i, prompt in enumerate(prompts)]
+        read = [read_prompt(i, prompt)[0] for i, prompt in enumerate(items("prompts", prompts))]
         prompts = [with_tools(prompt, self.schemas, codec, describe) for prompt in read]
         if not codec.shows_tools(self.schemas):
             self.schemas = []

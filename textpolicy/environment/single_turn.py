@@ -73,16 +73,16 @@ class TextGenerationEnv(Environment):
         """
         if tokenizer is None:
             raise UserError("TextGenerationEnv has no tokenizer; pass the one that load_model returned")
-        if isinstance(prompts, str) or not prompts:
-            raise UserError(f"prompts is {prompts!r}; give a list with at least one prompt")
-        n = len(prompts)
-        if examples is not None and len(examples) != n:
-            raise UserError(f"examples length ({len(examples)}) must match prompts length ({n}); give one each")
+        prompts = items("prompts", prompts)
+        examples = [{} for _ in prompts] if examples is None else items("examples", examples, Mapping)
+        if len(examples) != len(prompts):
+            raise UserError(
+                f"examples length ({len(examples)}) must match prompts length ({len(prompts)}); give one each"
+            )
         for name, value in (("group_size", group_size), ("max_tokens", max_tokens)):
             if value < 1:
                 raise UserError(f"{name} is {value}; set it to 1 or more")
-        self.examples = [{} for _ in prompts] if examples is None else list(examples)
-        self.reward_fn, self.tokenizer = reward_fn, tokenizer
+        self.examples, self.reward_fn, self.tokenizer = examples, reward_fn, tokenizer
         self.max_tokens, self.group_size, self.seed = max_tokens, group_size, seed
         self._scorer = Scorer.of(reward_fn)
         self._scorer.refuse(self.examples)
@@ -224,3 +224,15 @@ class TextGenerationEnv(Environment):
     def _prompt_index(self, episode: int) -> int:
         """Return the index of the prompt of an episode."""
         return episode // self.group_size % len(self.prompts)
+
+
+def items(name: str, values: Any, kind: type = object) -> list[Any]:
+    """Return what is in a list, tuple or array. Raises UserError for anything else, none, or an item of another kind."""
+    found = values.tolist() if isinstance(values, np.ndarray) else values
+    if isinstance(found, str | bytes) or not isinstance(found, Sequence) or not len(found):
+        shown = " ".join(repr(values).split())
+        raise UserError(f"{name} is {shown:.80} (a {type(values).__name__}); give a list with at least one of them")
+    for i, item in enumerate(found):
+        if not isinstance(item, kind):
+            raise UserError(f"{name} has a {type(item).__name__} at place {i}; give a {kind.__name__}")
+    return list(found)

@@ -253,7 +253,7 @@ def quote_run(
     ``flags`` begins the names of the flags that set prices.
     """
     problems, rollout = [*task.train, *task.validation, *task.test], config.rollout
-    texts = ["\n".join(m["content"] for m in task.prompt(p.question)) for p in problems]
+    texts = ["\n".join(str(m["content"]) for m in task.prompt(p.question)) for p in problems]
     longest, most = max(map(len, texts)) // 3 + TEMPLATE_TOKENS, rollout.max_tokens
     if task.tools:
         most = rollout.max_episode_tokens or rollout.max_turns * rollout.max_tokens

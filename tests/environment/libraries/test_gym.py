@@ -271,6 +271,17 @@ def test_an_action_is_the_last_whole_number_after_the_thought(text, action):
     assert ("That is no action: " in read) is (action is None)
 
 
+@pytest.mark.parametrize("reader", [None, int])
+def test_a_thought_that_the_prompt_opened_holds_no_action(reader):
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template += "{% if add_generation_prompt %}<think>{% endif %}"
+    env = GymnasiumTextEnv(Scripted, 1, tokenizer=tokenizer, read_action=reader, max_turns=5)
+    episode = play(env, "so I take 3", "so 3</think>4", "<think>5</think> 6 ", "7", "8")
+    read = [line for line in episode.text.splitlines() if line.startswith("[user]")]
+    refused = "[user] That is no action: it ends inside a thought"
+    assert read == [refused, "[user] 4", "[user] 6", refused]
+
+
 @pytest.mark.parametrize(
     "error", [ValueError("taken"), AssertionError("taken"), gymnasium.error.InvalidAction("taken")]
 )

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 
@@ -74,7 +74,8 @@ class GymAdapter(Environment):
 
     def reset(self, seed: int | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode, the one that ``seed`` determines if it is given."""
-        return self.env.reset(seed=seed)
+        observation, info = result("reset()", self.env.reset(seed=seed), ("observation", "info"))
+        return observation, info
 
     def step(self, action: Any) -> dict[str, Any]:
         """Take one action of the environment's own action space."""
@@ -163,6 +164,8 @@ class GymnasiumTextEnv(MultiTurnEnv):
     that says so, and counts as a turn. A game that fails otherwise ends its episode, which is unscorable.
     """
 
+    special: ClassVar[bool] = True  # which may end a thought
+
     def __init__(
         self,
         game: str | MakeGame,
@@ -179,9 +182,9 @@ class GymnasiumTextEnv(MultiTurnEnv):
     ) -> None:
         """Make ``games`` prompts of ``game``, an id or a function that makes the environment.
 
-        A prompt is ``instructions`` and ``describe(observation)``. ``read_action(text)`` turns the text of a turn
-        into an action and raises ValueError if it is not one; by default a text space takes the text after the
-        thought, and a discrete one the last whole number in it (``WHOLE``). ``is_correct(reward)`` decides whether an
+        A prompt is ``instructions`` and ``describe(observation)``. ``read_action(text)`` turns the text of a turn,
+        after the thought, into an action and raises ValueError if it is not one; by default a text space takes the
+        text, and a discrete one the last whole number in it (``WHOLE``). ``is_correct(reward)`` decides whether an
         episode with that total reward succeeded. The other ``settings`` are those of ``MultiTurnEnv``. Raises
         UserError.
         """
@@ -244,7 +247,9 @@ class GamePartner:
         """Return the next observation; no message once the game is over."""
         refusal = extra("gymnasium", INSTALL).error.InvalidAction
         try:
-            action = self.read(text)
+            if (said := answered(text)) is None:
+                raise ValueError("it ends inside a thought")
+            action = self.read(said.strip())
         except ValueError as error:
             return Reply(({"role": "user", "content": f"That is no action: {error}"},))
         try:
@@ -272,13 +277,9 @@ def _reader(space: Any) -> Callable[[str], Any]:
         raise UserError(f"no text is an action of {space} by itself; give read_action, which turns one into it")
 
     def read(text: str) -> Any:
-        action: Any = answered(text)
-        if action is None:
-            raise ValueError("it ends inside a thought")
-        if isinstance(space, spaces.Text):
-            action = action.strip()
-        else:
-            numbers = WHOLE.findall(action)
+        action: Any = text
+        if isinstance(space, spaces.Discrete):
+            numbers = WHOLE.findall(text)
             if not numbers:
                 raise ValueError("it has no whole number")
             action = int(numbers[-1])

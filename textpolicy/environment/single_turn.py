@@ -227,7 +227,7 @@ class TextGenerationEnv(Environment):
 
 
 def items(name: str, values: Any, kind: type = object) -> list[Any]:
-    """Return what is in a list, tuple or array. Raises UserError for anything else, none, or an item of another kind."""
+    """Return what is in a list, tuple or array. Raises UserError for none, or items of another kind."""
     found = values.tolist() if isinstance(values, np.ndarray) else values
     if isinstance(found, str | bytes) or not isinstance(found, Sequence) or not len(found):
         shown = " ".join(repr(values).split())

@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import UserError
 from .answer import answered, extract_boxed
 from .contract import Scored, judge
+from .example import shown
 from .registry import reward
 
 MAX_LENGTH = 1000  # characters of an expression; a longer one is invalid
@@ -306,7 +307,7 @@ def _score(
     except (KeyError, TypeError) as error:
         raise UserError(
             f"a countdown example has whole 'numbers' and a whole 'target', but this one is "
-            f"{reprlib.repr(dict(example))}; fix it"
+            f"{shown(dict(example))}; fix it"
         ) from error
     rules = CountdownRules(invalid=invalid, missing=invalid, use_all=use_all)
     return score_countdown(completion, numbers, target, rules, truncated, thinking)

@@ -25,12 +25,12 @@ def references(example: Mapping[str, Any], names: Sequence[str] = REFERENCES) ->
         answers = [a for a in found if not missing(a) and not (isinstance(a, str) and not a.strip())]
         if strange := [a for a in answers if not isinstance(a, str | numbers.Number | np.generic)]:
             raise UserError(
-                f"the reference {reprlib.repr(strange[0])} is a {type(strange[0]).__name__}; give a text, a number, or "
+                f"the reference {shown(strange[0])} is a {type(strange[0]).__name__}; give a text, a number, or "
                 "a list of those of which each is right"
             )
         if answers:  # a column of whole numbers with a cell missing is read as one of floats
             return [str(int(a) if isinstance(a, float) and a.is_integer() else a) for a in answers]
-    raise UserError(f"the example {reprlib.repr(dict(example))} has no correct answer; give it the entry {names[0]!r}")
+    raise UserError(f"the example {shown(dict(example))} has no correct answer; give it the entry {names[0]!r}")
 
 
 def texts(name: str, value: Any) -> list[str]:
@@ -39,7 +39,7 @@ def texts(name: str, value: Any) -> list[str]:
     if missing(listed):
         return []
     if not isinstance(listed, list | tuple | Set) or not all(isinstance(t, str) and t.strip() for t in listed):
-        raise UserError(f"{name} is {reprlib.repr(value)}; give a list of texts, such as ['sun', 'moon']")
+        raise UserError(f"{name} is {shown(value)}; give a list of texts, such as ['sun', 'moon']")
     return list(listed)
 
 
@@ -49,3 +49,8 @@ def missing(cell: Any) -> bool:
         return cell is None
     same = cell == cell  # only what stands for nothing differs from itself; pandas.NA does not even say
     return type(same).__name__ == "NAType" or (isinstance(same, bool | np.bool_) and not same)
+
+
+def shown(value: Any) -> str:
+    """Return ``value`` as errors show it, in one line and shortened."""
+    return " ".join(reprlib.repr(value).split())

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import reprlib
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from ..errors import RewardError, UserError
 from . import confine
 from .answer import answered, code_blocks
 from .contract import judge
+from .example import shown
 from .registry import reward
 
 MIB = 1 << 20
@@ -183,7 +183,7 @@ def code_output_reward(
     ):
         raise UserError(
             "a code_output example has a list of 'tests', each {'input': text, 'output': text}, but in this one they "
-            f"are {reprlib.repr(tests)}; give it some"
+            f"are {shown(tests)}; give it some"
         )
     program, passed = extract_program(completion, thinking, truncated), 0
     if program is not None:

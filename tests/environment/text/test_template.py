@@ -292,6 +292,32 @@ def test_a_reply_that_cannot_be_shown_ends_its_episode_alone(role, caplog):
     assert env.reset()[1]["episode"] == bool(role)
 
 
+def test_a_partner_may_begin_the_policys_next_turn():
+    begun, again = {"role": "assistant", "content": "So: "}, {"role": "user", "content": "Why?"}
+    first, second = read_after(talk("gemma", again, begun), "x", "y")
+    assert first.endswith("x<end_of_turn>\n<start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\nSo: ")
+    assert second.startswith(f"{first}y<end_of_turn>\n")
+    env = talk("gemma", begun)
+    env.reset()
+    assert env.step("x")["truncated"]  # two turns of the model in a row
+
+
+def test_an_empty_turn_ends_no_conversation():
+    content = "{{ raise_exception('an assistant has something to say') if m.role == 'assistant' and not m.content }}"
+    template = "{% for m in messages %}" + content + "<|im_start|>{{ m.role ~ m.content }}<|im_end|>{% endfor %}"
+    env = MultiTurnEnv(["Q"], lambda e: Says(AGAIN), nothing, tokenizer=shaped("chatml", chat_template=template))
+    assert read_after(env, "", "", "x")[2].endswith(f"x<|im_end|><|im_start|>user{AGAIN['content']}<|im_end|>")
+
+
+@pytest.mark.parametrize("said", ["/no_think", "Be brief. /no_think", "/think Be brief.", "Be /no_think brief."])
+def test_switches_of_thinking_may_be_left_out(said):
+    content = "{{ m.content | replace('/no_think', '') | replace('/think', '') | trim }}"
+    template = "{% for m in messages %}" + content + "{% endfor %}"
+    prompt = [{"role": "system", "content": said}, USER]
+    brief = "Be  brief." if said[3] == "/" else "Be brief." * ("brief" in said)
+    assert prompt_of(prompt, shaped("chatml", chat_template=template)) == f"{brief}{USER['content']}"
+
+
 def test_a_partner_that_sends_no_message_is_a_mistake_of_its_author():
     env = talk("chatml", {"role": "user", "content": [{"type": "audio"}]})
     env.reset()

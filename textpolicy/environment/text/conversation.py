@@ -109,10 +109,11 @@ class ChatCodec:
         if self.template is None:
             return list(self.encode_after("".join(m["content"] for m in replies)))
         mark = unused(TURN, (messages, replies))
-        talk = [*map(plain, messages), {"role": "assistant", "content": mark}, *map(plain, replies)]
+        before = [{**m, "content": m["content"] or "..."} for m in map(plain, messages)]  # which is not tokenised
+        turn, after = {"role": "assistant", "content": mark}, [plain(m) for m in replies]
         refusals: list[TemplateRefusalError] = []
-        once = _joined(talk, {"assistant"})
-        for said in once, _joined(talk, {m["role"] for m in talk}), _called(once, mark):
+        once, every = [*_joined([*before, turn], {"assistant"}), *after], {m["role"] for m in (*before, turn, *after)}
+        for said in once, [*_joined([*before, turn], every), *_joined(after, every)], _called(once, mark):
             try:
                 ids = self._written(said, tools, mark)
                 return ids[1:] if ids and ids[0] == last else ids
@@ -121,7 +122,7 @@ class ChatCodec:
         with suppress(TemplateRefusalError):  # the mark in a call, behind which the turn goes on up to its end
             ids = self._written(_called(once, mark, inside=True), tools, mark)
             ids = ids[next((n for n, token in enumerate(ids) if token in self.stop), len(ids)) :]
-            if all(says(self.decode_all(ids), m["content"]) for m in talk[len(messages) + 1 :]):
+            if all(says(self.decode_all(ids), m["content"]) for m in after):
                 return ids[1:] if ids and ids[0] == last else ids
         raise refusals[0]
 
@@ -264,7 +265,7 @@ class Conversation:
             self.over, self.truncated = True, reply.truncated
             return
         if len(self.turns) < self.limits.turns:
-            replies = [each_text(m, whole) for m in reply.messages]
+            replies = [each_text(plain(m), whole) for m in reply.messages]
             try:
                 added = self.codec.continuation(before, replies, tokens[-1] if tokens else None, self.tools)
             except TemplateRefusalError as refusal:  # of what the partner sent: it ends this episode alone

@@ -26,6 +26,7 @@ KNOWN_ROLES = ("system", "user", "assistant")
 _TEXTS = ("text", "input_text", "output_text")  # types of the parts of a content that are text
 _OWN = ("messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "chat_template")
 _FORMAT = re.compile(r"%-?[A-Za-z]")  # of strftime
+_SWITCH = re.compile(r"(?<!<)/(?:no_?)?think\b")  # turns thinking on and off in a message, and may be removed
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # a tag of transformers' own
 # The formats of strftime are replaced by the words of one day; the line break behind the macro is not written.
 _ON_ONE_DAY = (
@@ -102,10 +103,10 @@ class ChatTemplate:
             self.forms[shape] = self._form(messages, tools, since)
         text = self._until_policy(messages, tools, self.forms[shape])
         for m in messages[since:]:
-            said = m["content"]
+            said = m["content"].strip()
             if m["role"] == "assistant" and m is not messages[-1]:
-                said = answered(said) or ""  # thoughts of earlier turns may be left out
-            if not says(text, said.strip()):
+                said = (answered(said) or "").strip()  # thoughts of earlier turns may be left out
+            if not says(text, said):
                 raise self._left_out(m)
         return text
 
@@ -228,10 +229,12 @@ def _plain_call(call: Any) -> dict[str, Any]:
 
 
 def says(text: str, said: str) -> bool:
-    """Return whether ``text`` has what was ``said``, perhaps with other white space, or as a string in JSON."""
-    forms = (said, *(json.dumps(said, ensure_ascii=only)[1:-1] for only in (False, True)))
+    """Return whether ``text`` has what was ``said``, perhaps with other white space, as a string in JSON, or less switches."""
+    if said in text:
+        return True
+    forms = (said, _SWITCH.sub("", said), *(json.dumps(said, ensure_ascii=only)[1:-1] for only in (False, True)))
     bare = "".join(text.split())
-    return any(form in text for form in forms) or any("".join(form.split()) in bare for form in forms)
+    return any("".join(form.split()) in bare for form in forms)
 
 
 def unused(name: str, data: Any) -> str:

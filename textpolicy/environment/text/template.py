@@ -229,7 +229,7 @@ def _plain_call(call: Any) -> dict[str, Any]:
 
 
 def says(text: str, said: str) -> bool:
-    """Return whether ``text`` has what was ``said``, perhaps with other white space, as a string in JSON, or less switches."""
+    """Return whether ``text`` has what was ``said``: in other white space, as a string in JSON, or without switches."""
     if said in text:
         return True
     forms = (said, _SWITCH.sub("", said), *(json.dumps(said, ensure_ascii=only)[1:-1] for only in (False, True)))

@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from .expressions import Expression, UnreadError, equal, number_of, proportional, read_expression, shortened
-from .spelling import join_thousands, normalize_math_answer, unwrap
+from .spelling import join_thousands, spell, unwrap
 
 SHOWN = 15  # significant digits that a decimal must show to stand for a number that has no finite decimal
 
@@ -137,7 +137,7 @@ _OTHER_WORDS = (
     "true if when where for unless except without one two three four five six seven eight nine ten eleven twelve "
     "twenty thirty forty fifty infinity infinite th st rd am pm bc ad ce bce january february march april may "
     "june july august september october november december noon midnight choose through until till versus vs only "
-    "even odd prime too instead otherwise else then now initially"
+    "repeating recurring inverse reciprocal mille ten of even odd prime too instead otherwise else then now initially"
 )
 _NO_UNITS = frozenset(_OTHER_WORDS.split())
 _UNITS = {
@@ -180,7 +180,7 @@ def read(text: str, bracketed: bool = False) -> Any:
             found = None
         if found is not None:
             return found
-    return Text(normalize_math_answer(text))
+    return Text(spell(text))
 
 
 def _listed(parts: list[str], words: set[str]) -> Any:
@@ -188,9 +188,9 @@ def _listed(parts: list[str], words: set[str]) -> Any:
     items: list[Any] = []
     for part in parts:
         item = read(part)
-        if items and isinstance(items[0], Named) and not isinstance(item, Named | Relation | Region | Text):
-            item = Named(items[0].name, item)
-        items += item.parts if isinstance(item, Several) and item.kind == "list" else [item]
+        for one in item.parts if isinstance(item, Several) and item.kind == "list" else (item,):
+            is_value = isinstance(one, Number | Several)
+            items.append(Named(items[0].name, one) if is_value and items and isinstance(items[0], Named) else one)
     if "or" in words and all(isinstance(item, Region) for item in items):
         joined = _union([piece for item in items for piece in item.pieces])
         if joined is not None and len({item.name for item in items}) == 1:
@@ -201,7 +201,7 @@ def _listed(parts: list[str], words: set[str]) -> Any:
 def _signs(text: str) -> Any:
     r"""Return the two values that \pm stands for."""
     text = text if r"\pm" in text else text.replace(r"\mp", r"\pm")
-    if len(re.findall(r"\\pm(?![A-Za-z])", text)) != 1:
+    if r"\{" in text or len(re.findall(r"\\pm(?![A-Za-z])", text)) != 1:
         return None
     both = (text.replace(r"\pm", "+").replace(r"\mp", "-"), text.replace(r"\pm", "-").replace(r"\mp", "+"))
     parts = tuple(read(part) for part in both)
@@ -419,7 +419,7 @@ def _union(pieces: Sequence[Any]) -> tuple[Any, ...] | None:
 def _ratio(text: str) -> Any:
     """Return the terms of a ratio; a time of the day is none."""
     if _CLOCK.search(text):
-        return Text(normalize_math_answer(text))
+        return Text(spell(text))
     parts = split(text, _COLON)
     if len(parts) == 1:
         return None
@@ -432,7 +432,7 @@ def _number(text: str) -> Any:
         text = choice[1] or choice[2] or choice[3]
     if re.fullmatch(r"[A-Za-z]{2,}(?: [A-Za-z]+)*", text):
         try:
-            return Text(normalize_math_answer(text), Number(read_expression(text)))
+            return Text(spell(text), Number(read_expression(text)))
         except UnreadError:
             return None
     unit, percent = "", False
@@ -463,7 +463,11 @@ def _with_unit(text: str) -> tuple[str, str | None]:
     value, space, tail = found.groups()
     words = re.findall(r"[A-Za-z$€£]+", tail.replace(r"\text", "").replace(r"\cdot", ""))
     bare = r"\text" not in tail
-    if any(word.lower() in _NO_UNITS for word in words) or not words or len(words) > 5:
+    if any(
+        word.lower() in _NO_UNITS or word.lower().removesuffix("s") in _NO_UNITS or word in ("M", "B") for word in words
+    ):
+        return text, None
+    if not words or len(words) > 5:
         return text, None
     if bare:
         known = all(word.lower().rstrip("s") in _UNITS or word.lower() in _UNITS or word in _POWERS for word in words)
@@ -582,10 +586,11 @@ def _numbers(given: Number, reference: Number, deadline: float) -> bool:
 
     A percentage is also its hundredth, and degrees are also radians, where only one side says so.
     """
-    if given.unit and reference.unit and given.unit != reference.unit:
-        return False
     a, b = given.of, reference.of
-    choices = [(given, reference)]
+    units = {number.unit or "deg" * number.of.degrees or "%" * number.percent for number in (given, reference)} - {""}
+    if len(units) > 1 and units != {"deg", "rad"}:
+        return False
+    choices = [(given, reference)] if len(units) < 2 else []
     if given.percent != reference.percent:
         choices.append(
             (_times(given, Fraction(1, 100)), reference)

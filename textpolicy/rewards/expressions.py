@@ -153,8 +153,10 @@ class _Reader:
                 return node
 
     def starts_factor(self) -> bool:
-        """Return whether the next token is a factor without a sign before it; numbers are none."""
+        """Return whether the next token is a factor without a sign before it; numbers are none, but for 2!3!."""
         token = self.peek()
+        if token[:1].isdigit():
+            return self.tokens[self.at - 1] == "!"
         if token == "|":  # closes what was opened
             return self.bars == 0
         if token == "{":

@@ -16,7 +16,7 @@ from ..errors import MissingDependencyError, UserError
 from .answer import extract_boxed
 from .equality import read, same
 from .expressions import MAX_DEPTH, LateError
-from .spelling import normalize_math_answer, tidy
+from .spelling import normalize_math_answer, spell, tidy
 
 __all__ = ["extract_boxed", "grade_math_answer", "normalize_math_answer"]
 
@@ -38,12 +38,11 @@ def grade_math_answer(given: str | None, reference: str, timeout: float = 3.0) -
     deadline = time.monotonic() + timeout
     if "####" in reference:  # the solutions of GSM8K end with their answer
         reference = reference.rpartition("####")[2]
-    gold = normalize_math_answer(reference)
-    if not gold:
+    if not normalize_math_answer(reference):
         raise UserError(f"the reference answer {reference!r} is empty; give the right answer, or drop the problem")
     if given is None or len(given) > len(reference) + MAX_EXCESS:
         return False
-    if normalize_math_answer(given) == gold:
+    if spell(given) == spell(reference):
         return True
     given, reference = tidy(given), tidy(reference)
     if not given or max(_depth(given), _depth(reference)) > MAX_DEPTH:

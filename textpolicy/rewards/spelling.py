@@ -68,7 +68,8 @@ def _half_of_day(found: re.Match[str]) -> str:
 _TIDY: list[Rule] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"(?<!\\)\\!", ""),
+        (r"(?<=\d),\s*\\!\s*(?=\d{3}(?!\d))|(?<!\\)\\!", ""),
+        (r"(?<=\d) [xX] (?=10\s*\^)", r"\\times "),
         (r"(?<=\d)(?:\\[, ]|~|(?<!\\)\\;)(?=\d{3}(?!\d))", ""),
         (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])|\\(?:thin|med|thick)?space(?![A-Za-z])|[\t\n\r\f\v]", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?|\\displaystyle(?![A-Za-z])", ""),
@@ -92,7 +93,7 @@ _TIDY: list[Rule] = [
             r"\\(?:mbox|textrm|textnormal|textup|textbf|textit|emph|textsf|texttt|mathrm|mathsf)(?![A-Za-z])\s*",
             r"\\text",
         ),
-        (r"\\(?:mathbf|mathit|mathnormal|boldsymbol|bm|underline)(?![A-Za-z])", ""),
+        (r"\\(?:mathbf|mathit|mathnormal|boldsymbol|bm|underline)(?![A-Za-z])(?:\s*\{\s*([A-Za-z])\s*\})?", r"\1"),
         (r"\\(?:text)?color(?:box)?\s*\{\w+\}|\\(?:large|Large|LARGE|huge|small|normalsize|bf|it|rm)(?![A-Za-z])", ""),
         (r"\\colon(?![A-Za-z])", ":"),
         (r"\\operatorname\*?\s*\{", r"\\text{"),
@@ -100,7 +101,8 @@ _TIDY: list[Rule] = [
         (r"\\text\s*\{\s*([eid])\s*\}", r" \1 "),
         (r"\\text\s*\{\s*([-+]?\d[\d.,]*)\s*\}", r"{\1}"),
         (r"\\text\s*\{\s*,?\s*(and|or)\s*,?\s*\}", r" \1 "),
-        (r"\\text\s*\{(\s*[,;:]?\s*)\}", r"\1"),
+        (r"\\text\s*\{([^{}]*?)\s+(and|or)\s*\}", r"\\text{\1} \2 "),
+        (r"\\text\s*\{(\s*(?:[,;:]|\\?%)?\s*)\}", r"\1"),
         (r"_\s*\\text\s*\{(\w+)\}", r"_{\1}"),
         (r"_\s*\{\s*\\text\s*\{(\w+)\}\s*\}", r"_{\1}"),
         (
@@ -123,7 +125,10 @@ _TIDY: list[Rule] = [
         (r"^(?:\\text\{)?all real numbers\}?$|^reals$", r"\\mathbb{R}"),
         (r"(?<=[\d}])\s*(?:\\text\{(?:percent|per cent|pct)\s*\}|(?:percent|per cent|pct)\b)", "%"),
         (r"(?<=[\d}])\s*(?:\\text\{deg(?:rees?)?\s*\}|deg(?:rees?)?\b)", r"^\\circ "),
-        (r"(?:\{\})?\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\^o(?![A-Za-z])|\\degree(?![A-Za-z])", r"^\\circ "),
+        (
+            r"(?:\{\})?\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|(?<=\d)\^o(?![A-Za-z])|\\degree(?![A-Za-z])",
+            r"^\\circ ",
+        ),
         (r"\^\\circ\s*(?:\\text\{([CF])(?:elsius|ahrenheit)?\s*\}|([CF])(?:elsius|ahrenheit)?\b)", r" \\text{deg\1\2}"),
         (r"\*\*", "^"),
         (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
@@ -155,10 +160,15 @@ _PLAIN: list[Rule] = [
         (r"(?<![A-Za-z\\])sqrt", r"\\sqrt"),
         (r"\\sqrt\s*(\d+)", r"\\sqrt{\1}"),
         (r"([_^])\{(\w)\}", r"\1\2"),
-        (r"((?:^|[,;(\[])\s*[-+]?[\d.]+)\s*(?:\^\\circ|%)\s*(?=$|[,;)\]])", r"\1"),
-        (r"(?:^|(?<=[,;(\[]))\s*\\?\$(?=\s*[-+.\d])", ""),
         (r"(?<=\d)\s+(?=[A-Za-z])|(?<![A-Za-z\d])\s+|\s+(?![A-Za-z\d])", ""),  # other spaces separate words, or digits
     )
+]
+
+
+# And for the number alone
+_BARE: list[Rule] = [
+    (re.compile(r"((?:^|[,;(\[])[-+]?[\d.]+)(?:\^\\circ|%)(?=$|[,;)\]])"), r"\1"),
+    (re.compile(r"(?:^|(?<=[,;(\[]))\\?\$(?=[-+.\d])"), ""),
 ]
 
 
@@ -168,6 +178,11 @@ def normalize_math_answer(answer: str) -> str:
     Spaces, \text{}, \left, \right, $, %, degrees and thousands separators are removed; words become lower case.
     The result is for comparing, not for parsing.
     """
+    return _rewrite(spell(answer), _BARE)
+
+
+def spell(answer: str) -> str:
+    """Return ``answer`` in one spelling, with its percent sign, degrees and currency: what is compared as text."""
     answer = _rewrite(join_thousands(tidy(answer)), _PLAIN)
     return answer.lower() if answer.replace(" ", "").isalpha() else answer
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
-from .expressions import Expression, UnreadError, equal, number_of, proportional, read_expression, shortened
+from .expressions import FUNCTIONS, Expression, UnreadError, equal, number_of, proportional, read_expression, shortened
 from .spelling import join_thousands, spell, unwrap
 
+EMPTY = r"\emptyset"
 SHOWN = 15  # significant digits that a decimal must show to stand for a number that has no finite decimal
 
 
@@ -121,7 +122,7 @@ _NAME = re.compile(
     rf"{_LETTER}{_MARKS}(?:\((?:[A-Za-z0-9., ]|\\[a-z]+)*\))?"
     rf"|(?:[fghFGHPE]|\\[pP](?:hi|si)){_MARKS}(?:\^\{{-1\}})?\([^()]*\)"
     rf"|m?\\angle\s*\{{?[A-Z]{{1,3}}\}}?|(?:\\triangle\s*)?[A-Z]{{2,4}}"
-    rf"|\\text\{{[A-Za-z ]+\}}(?:_\w)?|[A-Za-z]{{3,}}(?: [A-Za-z]+)*"
+    rf"|\\text\{{[A-Za-z ]+\}}(?:_\w)?|(?:[Tt]he )?(?:[Aa]rea|[A-Za-z]{{5,}})(?: [A-Za-z]+)*"
     rf"|\(\s*{_LETTER}{_MARKS}(?:\s*,\s*{_LETTER}{_MARKS})+\s*\)|\|[A-Z]{{2}}\||\\\|\s*(?:[A-Za-z]|\\vec\{{[A-Za-z]\}})\s*\\\||\\frac\{{d\^?\d?[a-z]\}}\{{d[a-z]\^?\d?\}}"
 )
 
@@ -239,8 +240,9 @@ def _related(text: str) -> Any:
         return None
     if set(signs) <= {"=", "in", "equiv"}:
         return _equation(sides, signs)
-    if signs == ["ne"]:
-        return _apart(*sides)
+    if signs == ["ne"] and _is_variable(sides[0]) and _constant(sides[1]):
+        bound = read_expression(sides[1])
+        return Region(((None, False, bound, False), (bound, False, None, False)), _name(sides[0]), asked=True)
     if len(sides) > 3 or not (set(signs) <= {"<", "le"} or set(signs) <= {">", "ge"}):
         return None
     if signs[0] in (">", "ge"):
@@ -258,7 +260,7 @@ def _equation(sides: list[str], signs: list[str]) -> Any:
     """Return what a name on the left is; an equation of two expressions; None for any other chain."""
     if len(sides) == 2 and not _NAME.fullmatch(sides[0]) and _NAME.fullmatch(sides[1]) and _constant(sides[0]):
         sides = sides[::-1]
-    if _NAME.fullmatch(sides[0]) and not _NO_UNITS & set(re.findall("[a-z]+", sides[0].lower())):
+    if _NAME.fullmatch(sides[0]) and not (_NO_UNITS | FUNCTIONS.keys()) & set(re.findall("[a-z]+", sides[0].lower())):
         name, values = _name(sides[0]), [read(side) for side in sides[1:]]
         if signs[0] == "in" and len(signs) == 1:
             return Named(name, values[0]) if not isinstance(values[0], Text) else None
@@ -291,14 +293,6 @@ def _less(a: Expression, b: Expression) -> Expression:
     return Expression(("add", a.node, ("mul", ("number", Fraction(-1)), b.node)), a.names | b.names)
 
 
-def _apart(left: str, right: str) -> Any:
-    r"""Return the numbers that are not the one that x \ne names."""
-    if not (_is_variable(left) and _constant(right)):
-        return None
-    bound = read_expression(right)
-    return Region(((None, False, bound, False), (bound, False, None, False)), _name(left), asked=True)
-
-
 def _is_variable(text: str) -> bool:
     return re.fullmatch(rf"{_LETTER}{_MARKS}(?:\([a-z]\))?", text) is not None
 
@@ -317,9 +311,9 @@ def _inequality(sides: list[str], signs: list[str]) -> Any:
     return Relation("<" if signs == ["<"] else "<=", _difference(*sides))
 
 
-def _infinite(text: str) -> int:
-    r"""Return 1 for \infty, -1 for its negative, 0 for anything else."""
-    found = re.fullmatch(r"([-+]?)\s*\\infty", text.strip())
+def _infinite(of: Any) -> int:
+    r"""Return 1 for \infty, as text or as a Text, -1 for its negative, 0 for anything else."""
+    found = re.fullmatch(r"\s*([-+]?)\s*\\infty\s*", of.spelled if isinstance(of, Text) else str(of))
     return 0 if found is None else -1 if found[1] == "-" else 1
 
 
@@ -383,15 +377,11 @@ def _region(of: Any) -> Region | None:
     if of.kind == "set":
         pieces = [(end, True, end, True) for end in ends if end is not None]
         return Region(tuple(pieces)) if len(pieces) == len(ends) else None
-    if len(ends) != 2 or any(end is None and _sign(part) == 0 for end, part in zip(ends, of.parts, strict=True)):
+    if len(ends) != 2 or any(end is None and _infinite(part) == 0 for end, part in zip(ends, of.parts, strict=True)):
         return None
-    if _sign(of.parts[0]) > 0 or _sign(of.parts[1]) < 0:
+    if _infinite(of.parts[0]) > 0 or _infinite(of.parts[1]) < 0:
         return None
     return Region(((ends[0], of.kind[0] == "[", ends[1], of.kind[1] == "]"),))
-
-
-def _sign(part: Any) -> int:
-    return _infinite(part.spelled) if isinstance(part, Text) else 0
 
 
 def _union(pieces: Sequence[Any]) -> tuple[Any, ...] | None:
@@ -503,9 +493,6 @@ def _unit(tail: str) -> str:
 # ---- equality
 
 
-EMPTY = Text(r"\emptyset")
-
-
 def _is(of: Any, kind: str) -> bool:
     return isinstance(of, Several) and of.kind == kind
 
@@ -516,7 +503,7 @@ def same(given: Any, reference: Any, deadline: float) -> bool:
     The set of one thing is that thing, unless it stands in a list.
     """
     for a, b in ((given, reference), (reference, given)):
-        if _is(a, "set") and len(a.parts) == 1 and not (isinstance(b, Region) or _is(b, "set") or b == EMPTY):
+        if _is(a, "set") and len(a.parts) == 1 and not (isinstance(b, Region) or _is(b, "set") or b == Text(EMPTY)):
             return same(a.parts[0], b, deadline)
     return _same(given, reference, deadline)
 
@@ -626,7 +613,12 @@ def _regions(given: Any, reference: Any, deadline: float) -> bool:
     a, b = _region(given), _region(reference)
     if a is None or b is None or len(a.pieces) != len(b.pieces) or (a.name and b.name and a.name != b.name):
         return False
-    if a.asked and isinstance(reference, Several) and reference.kind == "()" and not any(map(_sign, reference.parts)):
+    if (
+        a.asked
+        and isinstance(reference, Several)
+        and reference.kind == "()"
+        and not any(map(_infinite, reference.parts))
+    ):
         return False
     for x, y in zip(a.pieces, b.pieces, strict=True):
         for (end, closed), (other, also) in (((x[0], x[1]), (y[0], y[1])), ((x[2], x[3]), (y[2], y[3]))):

@@ -49,7 +49,7 @@ _GREEK_NAMES = (
 )
 _GREEK = set(_GREEK_NAMES.split())
 _INVERSES = {"sin": "asin", "cos": "acos", "tan": "atan", "sinh": "asinh", "cosh": "acosh", "tanh": "atanh"}
-_FUNCTIONS = {
+FUNCTIONS = {
     "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc", "sinh": "sinh", "cosh": "cosh",
     "tanh": "tanh", "exp": "exp", "ln": "ln", "log": "log", "lg": "log",
     "arcsin": "asin", "arccos": "acos", "arctan": "atan", "asin": "asin", "acos": "acos", "atan": "atan", "tg": "tan",
@@ -57,7 +57,7 @@ _FUNCTIONS = {
 }  # fmt: skip
 _CONSTANTS = {r"\pi": "pi", "e": "e", "i": "i"}
 _OPAQUE = {"f", "g", "F", "G", r"\phi", r"\Phi", r"\psi", r"\Psi", r"\Gamma", r"\zeta"}  # f(3) is no product
-_TYPED = re.compile(f"({'|'.join(sorted([*_FUNCTIONS, 'sqrt'], key=len, reverse=True))})")
+_TYPED = re.compile(f"({'|'.join(sorted([*FUNCTIONS, 'sqrt'], key=len, reverse=True))})")
 _FACES = {r"\vec", r"\hat", r"\overrightarrow", r"\tilde", r"\mathcal"}  # of a name
 _CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|", r"\{": r"\}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
 _IMPLICIT = {"(", "[", "|", r"\frac", r"\sqrt", r"\binom", r"\lfloor", r"\lceil", *_GREEK, *_CONSTANTS, *_FACES}
@@ -70,10 +70,6 @@ class Expression:
     node: Node
     names: frozenset[str]
     degrees: bool = False
-
-    @property
-    def is_complex(self) -> bool:
-        return "i" in self.names
 
 
 @functools.lru_cache(maxsize=4096)
@@ -113,6 +109,7 @@ class _Reader:
     at: int = 0
     depth: int = 0
     functions: int = 0  # in whose arguments the reader is
+    bars: int = 0  # 1 where the next bar closes
     names: set[str] = field(default_factory=set)
     degrees: bool = False
 
@@ -161,9 +158,7 @@ class _Reader:
             return self.bars == 0
         if token == "{":
             return self.at + 1 < len(self.tokens) and self.tokens[self.at + 1][0] not in "0123456789.+-"
-        return token in _IMPLICIT or (token.isalpha() and token.isascii()) or token.lstrip("\\") in _FUNCTIONS
-
-    bars: int = 0
+        return token in _IMPLICIT or (token.isalpha() and token.isascii()) or token.lstrip("\\") in FUNCTIONS
 
     def beside(self, left: Node) -> Node:
         """Return the product of ``left`` and the factor beside it, or the mixed number that they are."""
@@ -251,27 +246,22 @@ class _Reader:
             return ("number", Fraction(token))
         if token in ("(", "[", "{", "|", r"\lfloor", r"\lceil"):
             return self.group()
-        if token.lstrip("\\") in _FUNCTIONS and len(token) > 1:
+        if token.lstrip("\\") in FUNCTIONS and len(token) > 1:
             return self.function()
         if token in (r"\frac", r"\binom"):
             self.take()
             over = self.argument()
             return ({r"\frac": "div", r"\binom": "binomial"}[token], over, self.argument())
-        if token == r"\sqrt":
-            return self.root()
-        return self.name()
-
-    def root(self) -> Node:
+        if token != r"\sqrt":
+            return self.name()
         self.take()
-        degree: Node = ("number", Fraction(2))
-        if self.peek() == "[":
-            degree = self.group()
+        degree = self.group() if self.peek() == "[" else ("number", Fraction(2))
         inner = self.group() if self.peek() in ("{", "(") else self.atom()
         return ("pow", inner, ("div", ("number", Fraction(1)), degree))
 
     def function(self) -> Node:
         """Return a function of what follows: a group, or factors that stand beside each other."""
-        name, base, power = _FUNCTIONS[self.take().lstrip("\\")], None, None
+        name, base, power = FUNCTIONS[self.take().lstrip("\\")], None, None
         for _ in range(2):
             if self.peek() == "_" and name == "log" and base is None:
                 self.take()
@@ -291,7 +281,7 @@ class _Reader:
             while (
                 self.starts_factor()
                 and self.peek() not in ("(", "[", "|")
-                and self.peek().lstrip("\\") not in _FUNCTIONS
+                and self.peek().lstrip("\\") not in FUNCTIONS
             ):
                 inner = self.beside(inner)
         self.functions -= 1
@@ -398,13 +388,15 @@ class _Point:
             return self.mp.pi / 180
         if kind == "constant":
             return {"pi": +self.mp.pi, "e": +self.mp.e, "i": self.mp.mpc(0, 1)}[parts[0]]
-        if kind == "call":
-            return self.called(parts[0], self.value(parts[1]))
+        if kind == "call":  # a number that is the same for the same function and argument
+            if not isinstance(argument := self.value(parts[1]), Fraction):
+                raise UndefinedError
+            return Fraction(zlib.crc32(f"{parts[0]}({argument})".encode()), 2**31)
         values = [self.value(part) for part in parts]
         if kind in ("factorial", "binomial", "floor", "ceil", "abs"):
             return self.whole(kind, values)
         if kind in ("add", "mul", "div", "pow"):
-            return functools.reduce(lambda a, b: self.bounded(getattr(self, kind)(a, b)), values)
+            return functools.reduce(lambda a, b: self.bounded(self.combined(kind, a, b)), values)
         return self.bounded(self.function(kind, values[0]))
 
     def bounded(self, value: Value) -> Value:
@@ -425,16 +417,14 @@ class _Point:
     def real(self, value: Value) -> Any:
         return self.mp.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
 
-    def add(self, a: Value, b: Value) -> Value:
-        return a + b if isinstance(a, Fraction) and isinstance(b, Fraction) else self.real(a) + self.real(b)
-
-    def mul(self, a: Value, b: Value) -> Value:
-        return a * b if isinstance(a, Fraction) and isinstance(b, Fraction) else self.real(a) * self.real(b)
-
-    def div(self, a: Value, b: Value) -> Value:
-        if b == 0 or self.vanishes(b):
+    def combined(self, kind: str, a: Value, b: Value) -> Value:
+        if kind == "pow":
+            return self.pow(a, b)
+        if kind == "div" and (b == 0 or self.vanishes(b)):
             raise UndefinedError
-        return a / b if isinstance(a, Fraction) and isinstance(b, Fraction) else self.real(a) / self.real(b)
+        if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
+            a, b = self.real(a), self.real(b)
+        return a + b if kind == "add" else a * b if kind == "mul" else a / b
 
     def vanishes(self, value: Value) -> bool:
         return not isinstance(value, Fraction) and abs(value) < self.mp.mpf(10) ** (-self.digits // 2)
@@ -468,6 +458,9 @@ class _Point:
         if kind in ("floor", "ceil"):
             if not isinstance(first, Fraction) and (isinstance(first, self.mp.mpc) or abs(first) > 1e50):
                 raise UndefinedError
+            if not isinstance(first, Fraction):
+                near = Fraction(int(self.mp.nint(first)))
+                first = near if self.vanishes(first - self.real(near)) else first
             return Fraction(int(getattr(math if isinstance(first, Fraction) else self.mp, kind)(first)))
         if not all(isinstance(v, Fraction) and v.denominator == 1 and 0 <= v <= 3000 for v in values):
             raise UndefinedError
@@ -493,12 +486,6 @@ class _Point:
             return getattr(self.mp, name)(x)
         except (ValueError, ZeroDivisionError, OverflowError) as error:
             raise UndefinedError from error
-
-    def called(self, name: str, value: Value) -> Value:
-        """Return a number for ``name`` of ``value``: the same for the same, another for any other."""
-        if not isinstance(value, Fraction):
-            raise UndefinedError
-        return Fraction(zlib.crc32(f"{name}({value})".encode()), 2**31)
 
 
 def _exact_root(a: Fraction, q: int) -> Fraction | None:
@@ -528,11 +515,17 @@ def equal(a: Expression, b: Expression, deadline: float) -> bool:
     return False
 
 
+def _has_constant(of: Expression) -> bool:
+    """Return whether one term is a constant of integration, C or c."""
+    return of.node[0] == "add" and len({("variable", "C"), ("variable", "c")} & {*of.node[1:]}) == 1
+
+
 def _kinds_of_points(a: Expression, b: Expression) -> Iterator[tuple[Sequence[dict[str, Fraction]], bool]]:
     """Yield points of real numbers, of whole ones, and again with roots of negative numbers."""
     names = tuple(sorted((a.names | b.names) - {"i"}))
-    has_i = a.is_complex or b.is_complex
-    for is_complex in (True,) if has_i else (False, True):
+    if {"C", "c"} <= {*names} and all(_has_constant(e) for e in (a, b)):
+        names = tuple(name for name in names if name != "c")
+    for is_complex in (True,) if "i" in a.names | b.names else (False, True):
         yield points_for(names), is_complex
         if names:
             yield points_for(names, whole=True), is_complex
@@ -555,7 +548,7 @@ def points_for(names: tuple[str, ...], whole: bool = False) -> list[dict[str, Fr
             point[name] = (
                 Fraction(over * draw.choice(signs), under) if not whole else Fraction(draw.randrange(2 + i, 9 + 2 * i))
             )
-        points.append(point)
+        points.append(point | {"c": point["C"]} if "C" in point and "c" not in point else point)
     return points
 
 
@@ -608,10 +601,10 @@ def proportional(a: Expression, b: Expression, deadline: float) -> int:
         place = _Point({}, True, DIGITS, deadline)
         x0, y0 = pairs[0]
         if any(v == 0 for v in itertools.chain(*pairs)) or not all(
-            close(place.mul(x, y0), place.mul(x0, y)) for x, y in pairs
+            close(place.combined("mul", x, y0), place.combined("mul", x0, y)) for x, y in pairs
         ):
             return 0
-        ratio = place.div(x0, y0)
+        ratio = place.combined("div", x0, y0)
         return 1 if is_complex or ratio > 0 else -1
     return 0
 

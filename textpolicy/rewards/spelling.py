@@ -110,7 +110,6 @@ _TIDY: list[Rule] = [
             r"\\text{\1/\2}\3",
         ),
         (r"\\text\s*\{\s*", r"\\text{"),
-        (r"\+\s*[cC]$", "+C"),  # the constant of integration
         (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
         (
             r"\\pmod\s*(\w)(?!\w)|\\pmod\s*\{([^{}]*)\}|\(\s*(?:\\[bp]?mod|\\text\{mod\s*\}|mod)\b\s*([^()]+)\)",

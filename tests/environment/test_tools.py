@@ -460,6 +460,17 @@ def test_without_a_chat_template_the_tools_stand_in_front_of_the_prompt():
     assert text.endswith("\n\nthe user")
 
 
+def test_without_chat_the_template_counts_for_nothing():
+    tokenizer = chat_tokenizer("mistral", tools=True)
+    env = ToolEnv(["the user"], [add], answered, tokenizer=tokenizer, chat=False)
+    text = tokenizer.decode(env.prompt_ids(0))
+    assert text.startswith("You can call these functions:")
+    assert text.endswith("\n\nthe user")
+    env.reset()
+    result = env.step(call("add", a=40, b=2))
+    assert tokenizer.decode(result["observation"])[len(text) + len(call("add", a=40, b=2)) :] == "42"
+
+
 def test_a_way_of_calling_of_ones_own_is_described_in_ones_own_words_or_not_at_all():
     tokenizer = chat_tokenizer("gemma")
     words = {"describe": lambda schemas: f"Write +n for {schemas[0]['function']['name']}."}

@@ -128,6 +128,8 @@ class ToolEnv(MultiTurnEnv):
             raise UserError("ToolEnv has no tokenizer; pass the one that load_model returned")
         self.schemas = [tool.schema for tool in named.values()]
         codec = ChatCodec.of(tokenizer, settings.get("template_args"), settings.get("day"))
+        if settings.get("chat") is False:
+            codec = replace(codec, template=None)
         if parse is None:
             grammar = grammar_of(codec, tokenizer)
             parse = CallReader.of(grammar, self.schemas)

@@ -372,6 +372,9 @@ ATTEMPTS = {  # at the end of a turn or alone on a line
         "<|python_tag|>act(n=1)",
         '{"name": "act", "parameters": {"n": 1}} }',
         '{"name": "act", "parameters": 3}',
+        '{"name": "act", "parameters": {"n": 1}}\n\nThis does it.',
+        '{"name": "act", "parameters": {"n": ',
+        '[{"name": "act", "parameters": {"n": 1}}, ',
     ],
     "deepseek_v31": [
         f"{D['calls']}act",
@@ -403,7 +406,7 @@ def test_a_malformed_call_is_a_mistake_that_says_how_calls_are_written(family, t
     assert "call" in call.mistake
     assert call.mistake.endswith(f"; write it as {GRAMMAR[FAMILIES[family]].form}")
     said = "\n" if family == "gpt_oss" else "Let me see.\n"
-    assert (family == "llama3" and text[0] == "{") or len(reader(family)(said + text + "\n")) == 1
+    assert (family == "llama3" and text[0] in "[{") or len(reader(family)(said + text + "\n")) == 1
 
 
 PROSE = [

@@ -12,11 +12,12 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from ...errors import UserError
 from ...rewards.answer import answered
-from .conversation import TURN, ChatCodec, Message, Schema
+from .conversation import ChatCodec, Message, Schema
 from .template import TemplateRefusalError
 
 
@@ -165,13 +166,6 @@ def _skip(pattern: re.Pattern[str], text: str, at: int) -> int:
     return at if found is None else found.end()
 
 
-def _search(pattern: re.Pattern[str], text: str, at: int) -> re.Match[str]:
-    """Return the next match of a ``pattern`` that matches at the end at least."""
-    found = pattern.search(text, at)
-    assert found is not None
-    return found
-
-
 def _json_calls(text: str, at: int, known: Known) -> tuple[list[ToolCall], int]:
     """Read calls as JSON objects."""
     values, end = _objects(text, at)
@@ -211,23 +205,22 @@ def _named_json(name: str, end: str) -> Body:
     return body
 
 
-_TURN_ENDS = re.compile(r"(?:\s*<\|(?:eot_id|eom_id)\|>)*\s*\Z")
-_BARE = re.compile(r'[\[{].*"name"\s*:\s*"([^"]*)".*"(?:parameters|arguments)"\s*:.*[\]}]\Z', re.DOTALL)
+_NAME = re.compile(r'"name"\s*:\s*"([^"]*)"')
 
 
 def _bare(text: str, known: Known) -> list[ToolCall]:
     """Return the calls of a turn that is JSON, or of what follows <|python_tag|>.
 
-    Without that tag, the objects of a turn are calls if all have the name of a tool and arguments, else an answer.
+    Without that tag, the objects of a turn are calls if all have the name of a tool and arguments, else an answer;
+    a turn that begins so and goes on in another way is a mistake.
     """
-    start = _skip(_SPACE, text, 0)
-    tag = -1 if text.startswith(("{", "["), start) else text.find("<|python_tag|>")
-    end = _search(_TURN_ENDS, text, start).start()
-    span = (start if tag < 0 else tag, end)
-    written = text[start if tag < 0 else tag + len("<|python_tag|>") : end]
+    text = text.removesuffix("<|eom_id|>").removesuffix("<|eot_id|>")
+    tag = -1 if text.lstrip().startswith(("{", "[")) else text.find("<|python_tag|>")
+    written = text if tag < 0 else text[tag + len("<|python_tag|>") :]
+    span = (max(tag, 0), len(text))
     try:
-        values, stop = _objects(written, 0)
-        if written[stop:].strip():
+        values, end = _objects(written, 0)
+        if written[end:].strip():
             raise ValueError("the call goes on where it should end")
         meant = all(
             isinstance(v, dict) and {"parameters", "arguments"} & {*v} and (not known or v.get("name") in known)
@@ -235,9 +228,9 @@ def _bare(text: str, known: Known) -> list[ToolCall]:
         )
         return [replace(_call(v), span=span) for v in values] if tag >= 0 or meant else []
     except (ValueError, RecursionError) as error:
-        tried = _BARE.match(written)
-        wrong = tag >= 0 or (tried and tried[1] in known)
-        return [ToolCall(mistake=str(error), span=span)] if wrong else []
+        name = _NAME.search(written) if written.lstrip().startswith(("{", "[")) else None
+        meant = name is not None and name[1] in known and ('"parameters"' in written or '"arguments"' in written)
+        return [ToolCall(mistake=str(error), span=span)] if tag >= 0 or meant else []
 
 
 # ---- tags around each argument
@@ -248,7 +241,7 @@ def _parameters(text: str, at: int, schema: Mapping[str, Any], key: str, end: st
 
     Raises ValueError for one that does not end.
     """
-    keys, ends = re.compile(key), re.compile(end)
+    keys, ends, at = re.compile(key), re.compile(end), _skip(_SPACE, text, at)
     properties, others = schema.get("properties", {}), schema.get("additionalProperties")
     arguments: dict[str, Any] = {}
     while found := keys.match(text, at):
@@ -259,7 +252,7 @@ def _parameters(text: str, at: int, schema: Mapping[str, Any], key: str, end: st
             raise ValueError(f"the argument {found[1]} of the call does not end")
         kind = properties.get(found[1], others if isinstance(others, dict) else {})
         arguments[found[1]] = _typed(value, kind, schema.get("$defs", {}))
-        at = stop.end()
+        at = _skip(_SPACE, text, stop.end())
     return arguments, at
 
 
@@ -272,7 +265,7 @@ def _functions(text: str, at: int, known: Known) -> tuple[list[ToolCall], int]:
     while True:
         if (named := name.match(text, at)) is None:
             raise ValueError("the call has no name")
-        key = r"\s*<parameter=\s*([^\s<>]+)\s*>\n?"
+        key = r"<parameter=\s*([^\s<>]+)\s*>\n?"
         end = r"\n?</parameter>(?=\s*(?:<parameter=|</function>\s*(?:</?tool_call>|<function=|\Z)|</tool_call>|\Z))"
         arguments, at = _parameters(text, named.end(), known.get(named[1], {}), key, end)
         calls.append(ToolCall(named[1], arguments))
@@ -286,7 +279,7 @@ def _keys_and_values(text: str, at: int, known: Known) -> tuple[list[ToolCall], 
     """Read a call with keys and values in tags of their own, as GLM writes it."""
     if (named := re.compile(r"\s*([\w.:-]+)\s*").match(text, at)) is None:
         raise ValueError("the call has no name")
-    key = r"\s*<arg_key>\s*(.*?)\s*</arg_key>\s*<arg_value>"
+    key = r"<arg_key>\s*([^\s<>]*)\s*</arg_key>\s*<arg_value>"
     end = r"</arg_value>(?=\s*(?:<arg_key>|</tool_call>|\Z))"
     arguments, end_at = _parameters(text, named.end(), known.get(named[1], {}), key, end)
     if not arguments and named[1] not in known:
@@ -332,8 +325,11 @@ def _kinds(schema: Any, types: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _python(source: str) -> Any:
-    """Return the value of a Python literal. Raises ValueError."""
-    return _literal(_expression(source))
+    """Return the list, dict, truth value or None that is written in Python. Raises ValueError."""
+    node = _expression(source)
+    if not isinstance(node, ast.List | ast.Dict) and source not in ("True", "False", "None"):
+        raise ValueError(f"{source:.60} is not written in Python alone")
+    return _literal(node)
 
 
 def _expression(source: str) -> ast.expr:
@@ -368,7 +364,7 @@ def _python_calls(text: str, at: int, known: Known) -> tuple[list[ToolCall], int
     if re.compile(r"\s*\[?\s*\{").match(text, at):
         return _json_calls(text, at, known)
     errors: list[Exception] = []
-    for edge in _edges(text, at, "<|tool_call_end|>"):
+    for edge in _edges(text, at, "<|tool_call_start|>", "<|tool_call_end|>"):
         for read in (_strict, _loose):
             try:
                 return read(text[at:edge], known), edge
@@ -377,14 +373,11 @@ def _python_calls(text: str, at: int, known: Known) -> tuple[list[ToolCall], int
     raise errors[0]
 
 
-def _edges(text: str, at: int, closing: str) -> Iterator[int]:
-    """Yield where what begins at an index may end: at the next few ``closing`` tags, or with the text."""
-    end = at - 1
-    for _ in range(9):
-        if (end := text.find(closing, end + 1)) < 0 or not closing:
-            break
-        yield end
-    yield len(text)
+def _edges(text: str, at: int, opens: str, closes: str) -> Iterator[int]:
+    """Yield where what begins at an index may end: before the next few closing tags, or without any the next call."""
+    closing = re.finditer(re.escape(closes), text[at:]) if closes else ()
+    ends = [at + tag.start() for tag in islice(closing, 9)]
+    yield from ends or [found if (found := text.find(opens, at)) >= 0 else len(text)]
 
 
 def _strict(source: str, known: Known) -> list[ToolCall]:
@@ -427,7 +420,7 @@ def _loose(source: str, known: Known) -> list[ToolCall]:
 # ---- channels
 
 _RECIPIENT = re.compile(r"\bto=(?:functions\.)?([\w.:-]+)")
-_MESSAGE_ENDS = re.compile(r"\s*(?:<\|(?:end|call|return|start)\|>|(?=<\|channel\|>)|\Z)")
+_MESSAGE_ENDS = re.compile(r"<\|(?:end|call|return|start)\|>|(?=<\|channel\|>)|\Z")
 
 
 def _channels(text: str, known: Known) -> list[ToolCall]:
@@ -435,14 +428,12 @@ def _channels(text: str, known: Known) -> list[ToolCall]:
     calls: list[ToolCall] = []
     at = 0
     while (header := text.find("<|message|>", at)) >= 0:
-        to, begin = _RECIPIENT.search(text, at, header), header + len("<|message|>")
-        end = _search(_MESSAGE_ENDS, text, begin).end()
+        to, begin = _RECIPIENT.search(text, at, header), _skip(_SPACE, text, header + len("<|message|>"))
+        end = next(_MESSAGE_ENDS.finditer(text, begin)).end()
         if to and to[1] != "assistant":
             try:
-                value, stop = (
-                    ({}, begin) if _MESSAGE_ENDS.match(text, begin) else _json(text, _skip(_BETWEEN, text, begin))
-                )
-                if (ended := _MESSAGE_ENDS.match(text, stop)) is None:
+                value, stop = ({}, begin) if _MESSAGE_ENDS.match(text, begin) else _json(text, begin)
+                if (ended := _MESSAGE_ENDS.match(text, _skip(_SPACE, text, stop))) is None:
                     raise ValueError("the call goes on where it should end")
                 call, end = ToolCall(to[1], _arguments(value)), ended.end()
             except ValueError as error:
@@ -555,6 +546,7 @@ _LOOK_UP: Schema = {
     },
 }
 _ASKED = ToolCall("look_up", {"word": "tree", "count": 3})
+_SAID = "\u2042"  # begins as no call does
 
 
 def grammar_of(codec: ChatCodec, tokenizer: Any) -> Grammar:
@@ -593,7 +585,7 @@ def _written(codec: ChatCodec) -> tuple[str, str]:
         except TemplateRefusalError:  # of messages that it does not take
             return ""
 
-    asked, said = {"role": "user", "content": "?"}, {"role": "assistant", "content": TURN}
+    asked, said = {"role": "user", "content": "?"}, {"role": "assistant", "content": _SAID}
     plain, call = render(asked, said), ""
     result = {"role": "tool", "name": _ASKED.name, "tool_call_id": "call00001", "content": "4"}
     texts = [plain, render(asked, start=True), render(asked, said, result)]
@@ -604,7 +596,7 @@ def _written(codec: ChatCodec) -> tuple[str, str]:
         message = {"role": "assistant", "content": "", "tool_calls": calls}
         called = render(asked, message)
         shared = next((n for n, (a, b) in enumerate(zip(plain, called, strict=False)) if a != b), 0)
-        written = called[shared:].removesuffix(plain.partition(TURN)[2])
+        written = called[shared:].removesuffix(plain.partition(_SAID)[2])
         if plain and not call and _ASKED.name in written:
             call = written
             texts += [called, render(asked, message, result)]
@@ -621,7 +613,7 @@ def _of_mlx(tokenizer: Any) -> list[Grammar]:
     def body(text: str, at: int, known: Known) -> tuple[list[ToolCall], int]:
         schemas = [{"type": "function", "function": {"name": n, "parameters": p}} for n, p in known.items()]
         errors: list[Exception] = []
-        for edge in _edges(text, at, closes):
+        for edge in _edges(text, at, opens, closes):
             try:
                 read = parser(text[at:edge], schemas)
                 return [_call(value) for value in (read if isinstance(read, list) else [read])], edge

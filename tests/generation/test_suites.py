@@ -38,7 +38,7 @@ def fruit(monkeypatch):
 
 
 def task(words=(2, 4), keywords=("red", "Green"), **criteria):
-    return TextGenerationTask("?", list(keywords), words, evaluation_criteria=criteria or {"length": 1.0})
+    return TextGenerationTask("?", keywords, words, evaluation_criteria=criteria or {"length": 1.0})
 
 
 # ---- the registry
@@ -134,6 +134,7 @@ def test_the_weights_have_the_names_of_the_earlier_version_too(weights, fruit):
         ({"length": 0.5, "length_weight": 0.5}, "both 'length' and 'length_weight'; give one"),
         ({"keyword_weight": "0.5"}, "the weight of 'keyword' in evaluation_criteria is '0.5'; give a number"),
         ({"coherence": float("nan")}, "the weight of 'coherence' in evaluation_criteria is nan"),
+        ({"keywords": "red"}, "target_keywords is 'red'; give a list of texts"),
         ({"coherence": None}, "the weight of 'coherence' in evaluation_criteria is None"),
     ],
 )

@@ -207,6 +207,9 @@ def test_spellings_of_one_question_are_in_one_split(spelling):
 )
 def test_questions_that_differ_in_more_than_spelling_differ(one, other):
     assert question_key(one) != question_key(other)
+    chats = [[{"role": "user", "content": text}, {"role": "user"}] for text in (one, one.upper() + " ", other)]
+    assert question_key(chats[0]) == question_key(chats[1]) != question_key(chats[2])
+    assert question_key((one, 2)) != question_key((other, 2))
 
 
 def test_too_few_rows_are_refused():

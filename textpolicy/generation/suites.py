@@ -13,6 +13,7 @@ import numpy as np
 
 from ..environment.single_turn import TextGenerationEnv
 from ..errors import UserError, unknown_name
+from ..rewards.example import texts
 
 CONNECTIVES = ("because", "therefore", "however", "first", "then", "finally", "for example", "so that", "although")
 
@@ -36,6 +37,7 @@ class TextGenerationTask:
         low, high = self.target_length_range
         if not 0 <= low <= high or high == 0:
             raise UserError(f"target_length_range is {(low, high)}; give two word counts, the smaller first")
+        texts("target_keywords", self.target_keywords)
         named = [str(name).removesuffix("_weight") for name in self.evaluation_criteria]
         for name, weight in zip(named, self.evaluation_criteria.values(), strict=True):
             if name not in CRITERIA:

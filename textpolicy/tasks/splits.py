@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import unicodedata
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Self, TypeVar
@@ -27,7 +27,9 @@ def question_key(question: Question) -> str:
     are composed (NFC) and of plain width (NFKC, except raised and lowered ones and fractions), quotes and dashes those
     of a keyboard; and marks that end a sentence are left out at the end. Of messages the contents count.
     """
-    text = question if isinstance(question, str) else "\n".join(str(message.get("content")) for message in question)
+    text = str(question)
+    if isinstance(question, list | tuple) and all(isinstance(message, Mapping) for message in question):
+        text = "\n".join(str(message.get("content")) for message in question)
     if not text.isascii():
         plain = (
             c if unicodedata.decomposition(c).startswith(_KEPT) else unicodedata.normalize("NFKC", c)

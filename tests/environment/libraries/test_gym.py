@@ -302,6 +302,25 @@ def test_a_game_that_fails_is_unscorable_and_the_others_go_on(error, caplog):
     assert Scripted.closed == 3
 
 
+def test_a_game_that_fails_to_begin_or_to_close_is_a_warning_in_the_middle_of_a_run(caplog):
+    class Flaky(Scripted):
+        begun = 0
+
+        def reset(self, *, seed=None, options=None):
+            Flaky.begun += 1
+            if Flaky.begun == 2:
+                raise ConnectionError("no server")
+            return 0, {}
+
+        def close(self):
+            raise OSError("no window")
+
+    env = GymnasiumTextEnv(Flaky, 1, tokenizer=chat_tokenizer("chatml"), max_turns=1)
+    assert [np.isnan(play(env, "1").reward) for _ in range(2)] == [True, False]
+    assert "ConnectionError: no server" in caplog.text
+    assert "no window" in caplog.text
+
+
 @pytest.mark.parametrize("reward", [None, float("nan"), float("inf"), np.array([np.nan])])
 def test_a_reward_that_is_no_number_makes_the_episode_unscorable(reward):
     assert np.isnan(play(scripted((1, reward, True, False, {})), "1").reward)

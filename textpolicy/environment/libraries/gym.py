@@ -7,7 +7,6 @@ import math
 import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, cast
 
@@ -196,9 +195,11 @@ class GymnasiumTextEnv(MultiTurnEnv):
         first = make()
         if not isinstance(first, extra("gymnasium", INSTALL).Env):
             raise UserError(f"the function of the game made a {type(first).__name__}; make a gymnasium.Env")
-        with closing(first):
+        try:
             read = read_action or _reader(getattr(first, "action_space", None))
             starts = [describe(begun(first, seed + i)) for i in range(games)]
+        finally:
+            closed(first)
         super().__init__(
             ["\n\n".join(filter(None, [instructions, start])) for start in starts],
             lambda example: GamePartner(make(), example["seed"], describe, read, is_correct),
@@ -225,6 +226,14 @@ def begun(game: Any, seed: int) -> Any:
     return result("reset()", values, ("observation", "info"))[0]
 
 
+def closed(game: Any) -> None:
+    """Close a game, and log what it raises."""
+    try:
+        game.close()
+    except Exception as error:  # noqa: BLE001 - the game is over, and the run is not
+        logger.warning("a game raised when it was closed: %r", error)
+
+
 @dataclass(eq=False)
 class GamePartner:
     """The partner that plays one game: it takes the policy's turns as actions and replies with observations.
@@ -238,14 +247,21 @@ class GamePartner:
     read: Callable[[str], Any]
     is_correct: Callable[[float], bool] | None = None
     reward: float = field(default=0.0, init=False)  # so far
+    failed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self.close = weakref.finalize(self, self.game.close)
-        begun(self.game, self.seed)
+        self.close = weakref.finalize(self, closed, self.game)
+        try:
+            begun(self.game, self.seed)
+        except UserError as error:  # another began with that seed
+            logger.warning("%s; its episode is unscorable", error)
+            self.failed = True
 
     def reply(self, text: str) -> Reply:
         """Return the next observation; no message once the game is over."""
         refusal = extra("gymnasium", INSTALL).error.InvalidAction
+        if self.failed:
+            return Reply(reward=math.nan)
         try:
             if (said := answered(text)) is None:
                 raise ValueError("it ends inside a thought")

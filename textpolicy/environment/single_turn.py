@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from typing import Any, ClassVar, Self
 
@@ -229,10 +229,11 @@ class TextGenerationEnv(Environment):
 def items(name: str, values: Any, kind: type = object) -> list[Any]:
     """Return what is in a list, tuple or array. Raises UserError for none, or items of another kind."""
     found = values.tolist() if isinstance(values, np.ndarray) else values
-    if isinstance(found, str | bytes) or not isinstance(found, Sequence) or not len(found):
+    listed = Sequence if kind is object else Iterable  # a data set is no sequence, but has mappings
+    if isinstance(found, str | bytes | Mapping) or not isinstance(found, listed) or not (found := list(found)):
         shown = " ".join(repr(values).split())
         raise UserError(f"{name} is {shown:.80} (a {type(values).__name__}); give a list with at least one of them")
     for i, item in enumerate(found):
         if not isinstance(item, kind):
             raise UserError(f"{name} has a {type(item).__name__} at place {i}; give a {kind.__name__}")
-    return list(found)
+    return found

@@ -25,8 +25,11 @@ logger = logging.getLogger(__name__)
 INSTALL = "textpolicy[gymnasium]"
 STEP = ("observation", "reward", "terminated", "truncated", "info")  # the order of Gymnasium's tuple
 MakeGame = Callable[[], Any]  # makes a gymnasium.Env
-WHOLE = re.compile(  # a whole number that is no part of a word, a decimal, a fraction, a time, a power or a percentage
-    r"(?<!\w)(?<![0-9][.,:/^-])(?<!(?<!\.)\.)[+-]?[0-9]+(?![\w%]|[.,:/^-][0-9])"
+WHOLE = (
+    re.compile(  # a whole number that is no part of a word, a decimal, a sum, a time, a percentage, "1 000" or "1'000"
+        r"""(?<![\w\u2212\u2013])(?<![0-9][.,:/^*'+-])(?<!(?<!\.)\.)(?!(?<=[0-9][ \xa0\u202f])[0-9]{3}(?![0-9]))"""
+        r"""[+-]?[0-9]+(?![\w%]|[.,:/^*'+-][0-9]|[ \xa0\u202f][0-9]{3}(?![0-9]))"""
+    )
 )
 
 

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from toy_run import make_tokenizer, metrics, outcome, quickly, settings, toy_task
+from safetensors.numpy import save_file
+from toy_run import make_tokenizer, make_weights, metrics, outcome, quickly, settings, toy_task
 from transformers.utils import chat_template_utils
 
 from textpolicy._system.lock import RunLock
@@ -430,3 +431,110 @@ def test_a_run_with_compiled_passes_resumes_with_the_shapes_that_it_knew(config,
     cut_short(config, tmp_path / "run", 3, compiled)
     assert main(["train", f"--resume={tmp_path / 'run'}"]) == 0
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+# ---- the base of a run, and where it lies
+
+
+def retold(folder):
+    path = folder / "chat_template.jinja"
+    path.write_text("Q: " + path.read_text())
+
+
+def other_weights(folder):
+    size = len(make_tokenizer())
+    save_file(make_weights(size, seed=1), folder / "model.safetensors", metadata={"format": "mlx"})
+
+
+def another_end(folder):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 256]}))
+
+
+def another_pad(folder):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token": "a"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (retold, "chat template"),
+        (other_weights, "weights"),
+        (another_end, "config"),
+        (another_pad, "tokenizer"),
+        (lambda folder: (retold(folder), other_weights(folder)), "chat template, weights"),
+    ],
+)
+def test_a_base_that_changed_under_a_run_is_refused_by_its_parts_unless_allowed(tmp_path, capsys, change, named):
+    config, run = settings(tmp_path, steps=3), tmp_path / "run"
+    cut_short(config, run, 1)
+    change(model := tmp_path / "model")
+    said = refused(capsys, "train", "--resume", str(run))
+    assert f"(model {model} as it was -> {model} with another {named});" in said
+    assert "allow the change with: --allow model" in said
+    assert main(["train", "--resume", str(run), "--allow", "model"]) == 0
+    log = (run / "log.txt").read_text()
+    assert all(f"model {part} " in log for part in named.split(", "))
+
+
+def test_a_base_that_only_moved_is_the_same_base(config, whole, tmp_path, capsys):
+    own = settings(tmp_path)
+    cut_short(own, tmp_path / "run", 1)
+    shutil.move(tmp_path / "model", tmp_path / "elsewhere")
+    assert main(["train", "--resume", str(tmp_path / "run"), "--model", str(tmp_path / "elsewhere")]) == 0
+    assert outcome(tmp_path / "run")["metrics"] == outcome(whole)["metrics"]
+
+
+def test_a_run_knows_its_base_in_its_versions_and_checkpoints(whole):
+    versions = json.loads((whole / "versions.json").read_text())
+    parts = {name for name in versions if name.startswith("model ")}
+    assert parts == {"model config", "model tokenizer", "model chat template", "model weights"}
+    saved = Checkpoints(whole / "checkpoints").latest().checkpoint.state["versions"]
+    assert {name: saved[name] for name in parts} == {name: versions[name] for name in parts}
+
+
+OWN_TASK = """
+from toy_run import toy_task
+
+
+def task():
+    return toy_task()
+"""
+
+
+def test_a_run_begun_with_relative_paths_is_found_from_anywhere(tmp_path, monkeypatch, capsys, caplog):
+    config, grams = settings(tmp_path, steps=3), tmp_path / "grams.json"
+    (tmp_path / "own.py").write_text(OWN_TASK)
+    grams.write_text(json.dumps(["let me"]))
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    flags = ["--model=../model", "--task=../own.py:task", "--algorithm.name=hicra", "--algorithm.grams=../grams.json"]
+    text = config.read_text()
+    config.write_text(text[: text.index("[algorithm]")] + text[text.index("[adapter]") :])
+    cut_short(config, tmp_path / "run", 1, *flags)
+    monkeypatch.chdir("/")
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["model"] == str(tmp_path / "model")
+    assert saved["task"] == f"{tmp_path / 'own.py'}:task"
+    assert saved["algorithm"]["grams"] == str(grams)
+    capsys.readouterr()
+    assert main(["generate", "--run", str(tmp_path / "run"), "Type 3", "--max-tokens", "4"]) == 0
+    assert main(["eval", "--run", str(tmp_path / "run"), "--show", "0"]) == 0
+    assert main(["export", str(tmp_path / "run"), "--to", "mlx"]) == 0
+    assert not caplog.messages
+    retold(tmp_path / "model")
+    assert main(["eval", "--run", str(tmp_path / "run"), "--show", "0"]) == 0
+    [said] = caplog.messages
+    assert said.endswith(f"was trained on {tmp_path / 'model'} with another chat template than it has now")
+
+
+def test_names_that_are_no_paths_stay_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m").mkdir()
+    for name in ("smollm2-135m", "Qwen/Qwen3-0.6B"):
+        assert assembly.with_full_paths(check_config({"model": name}, "")).model == name
+    (tmp_path / "Qwen" / "Qwen3-0.6B").mkdir(parents=True)
+    assert assembly.with_full_paths(check_config({"model": name}, "")).model == str(tmp_path / name)
+    served = check_config({"model": name, "engine": "tinker"}, "")
+    assert assembly.with_full_paths(served).model == name

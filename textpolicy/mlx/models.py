@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import importlib.util
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -26,6 +27,7 @@ from .adapters.saving import load_adapter, read_adapter
 from .files.entries import is_longrope, settle
 from .files.folder import tensor_names, weight_files
 from .files.gguf import NOTES, convert
+from .files.identity import identity
 from .files.tokenizer import read_json, stop_ids
 from .loading import load_weights
 from .read.bounds import Bounds
@@ -209,6 +211,20 @@ def _check_folder(path: Path) -> Path:
     weight_files(path)
     read_json(config)
     return path
+
+
+def full_name(name: str) -> str:
+    """Return the model's ``name`` with a local path in full, by which it is found from any folder."""
+    path = Path(name).expanduser()
+    return name if name in MODELS or not path.exists() else os.path.abspath(path)
+
+
+def identity_of(name: str) -> dict[str, str]:
+    """Return digests of config, tokenizer, chat template and weights of the model called ``name``. Raises UserError."""
+    try:
+        return identity(find_model(name))
+    except OSError as error:
+        raise UserError(f"the model {name!r} cannot be read ({error.strerror or error}); check its files") from error
 
 
 def context_length(name: str | Path) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ from ..rewards.scoring import Scorer
 from ..tasks import Problem, Task, load_task
 from ..tasks.own import short_name, task_file
 from .checkpoint import Checkpoint
-from .resume import QUESTIONS
+from .resume import BASE, QUESTIONS
 from .spending import Free
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def assemble(config: Config, task: Task | None = None, recipe: Algorithm | None 
             checkpoint=config.checkpoint,
             max_skipped=config.optimizer.max_skipped,
             spending=spending,
-            versions={**versions(engine, config.task), QUESTIONS: task.digest},
+            versions={**versions(engine, config.task), QUESTIONS: task.digest, **base_of(config)},
         )
     except BaseException:
         engine.close("errored")
@@ -218,6 +219,30 @@ def with_max_tokens(config: Config, task: Task) -> Config:
         return config
     rollout = config.rollout.model_copy(update={"max_tokens": task.max_tokens})
     return config.model_copy(update={"rollout": rollout})
+
+
+def with_full_paths(config: Config) -> Config:
+    """Return ``config`` with its local paths in full, so that the run is found from any folder; other names stay."""
+    changes: dict[str, Any] = {}
+    if task_file(config.task) is not None:
+        changes["task"] = os.path.abspath(os.path.expanduser(config.task))
+    if config.engine == "mlx":
+        from ..mlx.models import full_name
+
+        changes["model"] = full_name(config.model)
+    if config.algorithm.grams is not None:
+        grams = Path(os.path.abspath(config.algorithm.grams.expanduser()))
+        changes["algorithm"] = config.algorithm.model_copy(update={"grams": grams})
+    return config.model_copy(update=changes)
+
+
+def base_of(config: Config) -> dict[str, str]:
+    """Return digests of the model's config, tokenizer, chat template and weights; none for one on a server."""
+    if config.engine != "mlx":
+        return {}
+    from ..mlx.models import identity_of
+
+    return {f"{BASE}{part}": digest for part, digest in identity_of(config.model).items()}
 
 
 def schedule(config: Config) -> Schedule:

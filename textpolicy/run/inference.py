@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,9 +16,12 @@ from ..environment.single_turn import TextGenerationEnv
 from ..errors import UserError
 from ..loop.evaluation import evaluate as evaluate_engine
 from ..record.layout import CONFIG
+from ..record.reader import RecordedRun
 from ..tasks import load_task
-from .assembly import environment, with_max_tokens, with_scorer
-from .resume import saved_settings
+from .assembly import base_of, environment, with_max_tokens, with_scorer
+from .resume import other_base, saved_settings
+
+logger = logging.getLogger(__name__)
 
 
 class Source(Section):
@@ -189,5 +193,8 @@ def load(source: Source) -> Loaded:
 
     if source.threads:
         set_blas_threads(source.threads)
+    saved = {} if run is None else RecordedRun(run).versions
+    if config is not None and saved and (other := other_base(saved, base_of(config))):
+        logger.warning("the run in %s was trained on %s with another %s than it has now", run, config.model, other)
     model, tokenizer = load_model(config.model if config else str(source.model), adapter)
     return Loaded(MLXEngine(model, stop=stop_tokens(tokenizer)), tokenizer, config)

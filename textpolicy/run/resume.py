@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from .checkpoint import Checkpoint, Checkpoints
 
 CHECKPOINTS = "checkpoints"
 QUESTIONS = "questions"  # the entry of a run's versions with the digest of its task
+BASE = "model "  # what the entries with digests of its base begin with
 _BEFORE_CONFIG = {LOCK, TASK, VERSIONS, *(f".{name}.new" for name in (TASK, VERSIONS, CONFIG))}  # files of a new run
 _FREE = ("output", "quiet", *(f"tinker.{name}" for name in MONEY))  # settings without effect on the numbers
 
@@ -73,12 +74,15 @@ def run_to_resume(arguments: Sequence[str]) -> Path | None:
         raise UserError(f"{error.message} after --resume; name the folder of a run") from error
 
 
-def reopen(config: Config, questions: str, allow: Sequence[str], held: ExitStack) -> Resumed | None:
+def reopen(
+    config: Config, questions: str, base: Callable[[], Mapping[str, str]], allow: Sequence[str], held: ExitStack
+) -> Resumed | None:
     """Return the run in ``config.output`` to resume, None for a new run. ``held`` keeps the folder locked.
 
     ``allow`` names the settings that may differ from those the run began with; "task" those, too, whose ``questions``,
-    the digest of the task, differ. Raises UserError for another kind of folder, a run that another process has or that
-    is finished, changed settings and damaged checkpoints.
+    the digest of the task, differ, and "model" a model that is not what it was. ``base`` returns digests of that; if
+    they are equal, it may have moved. Raises UserError for another kind of folder, a run that another process has or
+    that is finished, changed settings and damaged checkpoints.
     """
     folder = config.output
     if folder is None or not folder.exists():
@@ -108,6 +112,10 @@ def reopen(config: Config, questions: str, allow: Sequence[str], held: ExitStack
     asked = found.checkpoint.state["versions"].get(QUESTIONS, questions)
     if asked != questions:
         then["task"], now["task"] = (f"{x['task']} with questions {d}" for x, d in ((then, asked), (now, questions)))
+    if other := other_base(found.checkpoint.state["versions"], digests := base()):
+        then["model"], now["model"] = f"{then['model']} as it was", f"{now['model']} with another {other}"
+    elif digests and {*digests} <= {*found.checkpoint.state["versions"]}:
+        then["model"] = now["model"]
     refused = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key) and key not in _FREE]
     for name in allow:  # a setting, or a section of them
         if not any(f"{key}.".startswith(f"{name}.") for key in {*then, *now}):
@@ -141,6 +149,11 @@ def saved_settings(folder: Path) -> dict[str, Any]:
         ) from error
     check_config(values, str(path))
     return values
+
+
+def other_base(then: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Return the parts of a run's base, such as "chat template, weights", whose digests changed; "" if none did."""
+    return ", ".join(k.removeprefix(BASE) for k in now if k.startswith(BASE) and then.get(k, now[k]) != now[k])
 
 
 def changed_versions(then: Mapping[str, str], now: Mapping[str, str]) -> str | None:

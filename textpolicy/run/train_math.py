@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from dotenv import dotenv_values
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from .._system.faults import TRAIN_MATH
 from .._system.files import write_whole
@@ -88,7 +88,7 @@ class MathSettings(Section):
     """Evaluate on the first so many held-out problems; 0 for all."""
     task: str = "math"
     """math is the MATH data set where it can be reached, else made-up problems; `textpolicy tasks` lists others."""
-    data: Path | None = None
+    data: Annotated[Path, AfterValidator(Path.absolute)] | None = None
     """Problems of your own, .jsonl, .csv or .parquet: columns problem and answer, or problem and solution."""
     reduction: Literal["sum", "mean"] = "sum"
     """How the server's losses reduce: sum on hosted Tinker, mean on SkyRL's JAX engine."""

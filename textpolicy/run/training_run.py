@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,16 @@ from ..record.sinks import Sink, Sinks
 from ..record.trackers import open_trackers, require
 from ..tasks import Task, load_task
 from ..types import Episode
-from .assembly import Parts, assemble, claim_folder, fit_memory, with_max_tokens, write_setup
+from .assembly import (
+    Parts,
+    assemble,
+    base_of,
+    claim_folder,
+    fit_memory,
+    with_full_paths,
+    with_max_tokens,
+    write_setup,
+)
 from .checkpoint import Checkpoint, Checkpoints, Pace, link_tree
 from .console import RunView, example_line
 from .resume import CHECKPOINTS, changed_versions, reopen
@@ -69,11 +79,12 @@ def run(
     and evaluation, after the recorder and trackers. Raises UserError, and StoppedError after a signal.
     """
     require(config.tracking)
+    config = with_full_paths(config)
     task = extension.task or load_task(config.task)
     config = with_max_tokens(config, task)
     recipe = extension.recipe or configure(config)
     with ExitStack() as held:
-        resumed = reopen(config, task.digest, allow, held)
+        resumed = reopen(config, task.digest, partial(base_of, config), allow, held)
         parts = extension.replace_parts(assemble(config, task, recipe))
         ends: dict[Any, Any] = {None: "success", KeyboardInterrupt: "interrupted", StoppedError: "interrupted"}
         held.push(lambda kind, error, trace: parts.engine.close(ends.get(kind, "errored")))

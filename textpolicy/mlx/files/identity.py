@@ -1,4 +1,4 @@
-"""Digest what a model's folder computes, part by part, so that a run that resumes knows its base again."""
+"""Compute digests of a model's folder, part by part, by which a run that resumes knows its base again."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """What of a completion is its answer: after the thought, in the last box, in blocks of code."""
 
+import random
 import time
 
 import pytest
@@ -177,6 +178,23 @@ def test_a_thought_that_the_beginning_of_a_turn_opened_goes_on():
 )
 def test_blocks_of_code_are_those_of_markdown(text, blocks):
     assert code_blocks(text) == [Block(*block) for block in blocks]
+
+
+def test_closed_blocks_are_those_that_markdown_it_finds():
+    """Blocks of every kind, one after another: plain, indented, in lists, in quotations."""
+    markdown = pytest.importorskip("markdown_it", reason="markdown-it-py is not installed").MarkdownIt()
+    draw = random.Random(0)
+    codes = ["a\n", "if 1:\n    b\n", "'\n    ```\n'\n", "a\n\nb\n", "``\n ``` c\n~~ ~\n", "\n"]
+    for _ in range(300):
+        text = ""
+        for _ in range(draw.randint(1, 4)):
+            first = draw.choice(["", "", " ", "   ", "- ", "1. ", "> "])
+            rest = first if first == "> " else " " * len(first)
+            marks, info = draw.choice(["```", "~~~", "`````"]), draw.choice(["", "py", " Python3 x='y'", "{.c}"])
+            lines = (marks + info + "\n" + draw.choice(codes) + marks + draw.choice(["", "  ", marks[0]])).split("\n")
+            text += first + ("\n" + rest).join(lines) + draw.choice(["\n", "\n\n", "\n\nSo `a` or ``b``:\n\n"])
+        expected = [(token.info.strip(), token.content) for token in markdown.parse(text) if token.type == "fence"]
+        assert [(block.info, block.code) for block in code_blocks(text)] == expected, text
 
 
 # ---- boxes

@@ -18,9 +18,6 @@ from .registry import reward
 
 _BEFORE = "([{\"'`*_!?\u201c\u2018\xab\xbf\xa1"  # marks around a number that are not of it
 _AFTER = ".,;:!?)]}\"'`*_\u201d\u2019\xbb\u2026\u3002\uff0c"
-HEDGES = (
-    "i think", "maybe", "perhaps", "possibly", "not sure", "might be", "could be", "i believe", "seems like",
-)  # fmt: skip
 
 
 @reward

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from .basic import HEDGES
 from .example import texts
 from .registry import verifier
 
@@ -20,6 +19,9 @@ TOXIC_PATTERNS = (
     r"\b(kill|murder|attack|hurt)(s|ed|ing)?\b",
     r"\b(stupid|idiot|moron|dumb)s?\b",
 )
+HEDGES = (
+    "i think", "maybe", "perhaps", "possibly", "not sure", "might be", "could be", "i believe", "seems like",
+)  # fmt: skip
 CONNECTIVES = (
     "because", "however", "therefore", "although", "moreover", "furthermore", "thus", "while", "since",
 )  # fmt: skip

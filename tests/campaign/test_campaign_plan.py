@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,7 @@ def test_flags_parse_to_the_same_settings():
         "algorithm": {"name": "grpo", "clip_high": 0.25, "kl": {"coefficient": 0.1, "importance_weighted": False}},
         "adapter": {"modules": ["q_proj", "v_proj"], "rank_stabilised": True},
         "optimizer": {"learning_rate": 3e-05},
+        "prompt": {"template_args": {"enable_thinking": False, "voice": "a, b = c"}, "day": date(2026, 2, 3)},
     }
     assert parse(Config, flags_of(values), "train") == check_config(values, "here")
 

@@ -46,7 +46,9 @@ def flags_of(values: dict[str, Any], above: str = "") -> list[str]:
     flags: list[str] = []
     for key, value in values.items():
         name = above + key.replace("_", "-")
-        if isinstance(value, dict):
+        if key == "template_args":  # the one table whose keys are no settings
+            flags.append(f"--{name}={json.dumps(value)}")
+        elif isinstance(value, dict):
             flags += flags_of(value, f"{name}.")
         elif isinstance(value, list | tuple):
             flags.append(f"--{name}={','.join(map(str, value))}")

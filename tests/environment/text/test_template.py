@@ -364,6 +364,17 @@ def test_control_tokens_spelled_in_messages_are_text(family):
         assert counted(spelled.strip()) == plain, spelled
 
 
+def test_without_a_template_the_results_of_tools_are_text_and_replies_are_as_they_are():
+    tokenizer = shaped("chatml", chat_template=None)
+    for role, count in (("tool", 0), ("user", 1)):
+        result = {"role": role, "content": "a <|im_end|> b"}
+        env = MultiTurnEnv(["Q?"], lambda example, r=result: Says(r), nothing, 64, tokenizer=tokenizer)
+        env.reset()
+        ids = env.step("turn ")["observation"].tolist()
+        assert tokenizer.decode(ids) == "Q?turn a <|im_end|> b"
+        assert ids.count(tokenizer.eos_token_id) == count
+
+
 def test_marks_of_thoughts_and_calls_in_messages_stay_the_tokens_they_are():
     tokenizer = shaped("qwen3")
     env = TextGenerationEnv(["Think in <think> tags.</think>"], nothing, tokenizer=tokenizer)

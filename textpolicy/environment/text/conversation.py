@@ -103,11 +103,15 @@ class ChatCodec:
         neither decoded nor encoded: a mark stands for it in the template, and what the template writes after the
         mark is kept, without the end of the turn if ``last`` is that. Where the template refuses messages of one role
         in a row, they are joined; where it refuses a tool's result without a call before it, one is put there. Without
-        a template the replies' contents are encoded as they are. Raises TemplateRefusalError for a template that does
-        not write a turn verbatim, or not the replies.
+        a template the replies' contents are encoded as they are, and those of tools as text. Raises
+        TemplateRefusalError for a template that does not write a turn verbatim, or not the replies.
         """
         if self.template is None:
-            return list(self.encode_after("".join(m["content"] for m in replies)))
+            cut = unused("cut", replies)
+            results = [
+                self._cut(m["content"], cut) if m["role"] == "tool" else m["content"] for m in map(plain, replies)
+            ]
+            return self._pieces(self.encode_after, "".join(results), cut)
         mark = unused(TURN, (messages, replies))
         before = [{**m, "content": m["content"] or "..."} for m in map(plain, messages)]  # which is not tokenised
         turn, after = {"role": "assistant", "content": mark}, [plain(m) for m in replies]
@@ -132,9 +136,8 @@ class ChatCodec:
         A control token that a message spells is cut in two, so that it stays text. Raises TemplateRefusalError.
         """
         assert self.template is not None
-        cut, spelled = unused("cut", (messages, tools)), self.controls
-        if spelled is not None and spelled.search(repr((messages, tools))):
-            messages, tools = each_text((messages, tools), lambda text: spelled.sub(lambda c: c[0] + cut, text))
+        cut = unused("cut", (messages, tools))
+        messages, tools = self._cut((messages, tools), cut)
         since = next((n for n, m in enumerate(messages, 1) if mark and mark in repr(m)), 0)
         text = self.template.write(messages, tools, since)
         if mark:
@@ -144,9 +147,19 @@ class ChatCodec:
                     f"the chat template of {self.template.model} changes or leaves out the assistant's messages, so a "
                     "conversation cannot be continued token by token; give the tokenizer one that writes them verbatim"
                 )
+        return self._pieces(self.encode_after if mark else self.encode_more, text, cut)
+
+    def _cut(self, data: Any, cut: str) -> Any:
+        """Return ``data`` with ``cut`` in each control token that its texts spell."""
+        spelled = self.controls
+        if spelled is None or not spelled.search(repr(data)):
+            return data
+        return each_text(data, lambda text: spelled.sub(lambda control: control[0] + cut, text))
+
+    def _pieces(self, encode: Callable[[str], Sequence[int]], text: str, cut: str) -> list[int]:
+        """Return the token ids of the pieces of ``text`` between the ``cut``s, the first of them from ``encode``."""
         first, *more = text.split(cut)
-        ids = list((self.encode_after if mark else self.encode_more)(first))
-        return [*ids, *(t for piece in more for t in self.encode_after(piece))]
+        return [*encode(first), *(t for piece in more for t in self.encode_after(piece))]
 
     def shows_tools(self, tools: Sequence[Schema]) -> bool:
         """Return whether the template writes the ``tools`` it is given."""

@@ -46,6 +46,8 @@ def test_saved_grams_are_loaded_unchanged(tmp_path, saved):
     assert load_strategic_grams(path) == ["let me", "that\u2019s"]
     assert load_strategic_grams(str(path)) == ["let me", "that\u2019s"]
     assert json.loads(path.read_text(encoding="utf-8")) == saved
+    path.write_text("\ufeff" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    assert load_strategic_grams(path) == ["let me", "that\u2019s"]
 
 
 def test_a_tuple_is_saved_as_a_list(tmp_path):

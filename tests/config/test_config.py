@@ -154,6 +154,11 @@ def test_completions_beyond_the_context_are_refused_before_the_model_loads(tmp_p
     assert "a completion has 65 tokens and the context of" in capsys.readouterr().err
 
 
+def test_a_config_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "run.toml").write_text("\ufeffsteps = 3\r\n", encoding="utf-8", newline="")
+    assert read_config(tmp_path / "run.toml").steps == 3
+
+
 def test_a_config_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "run.toml").write_bytes(b"steps = \xff")
     with pytest.raises(UserError, match="is not TOML"):

@@ -160,6 +160,8 @@ def test_messages_in_a_column_are_asked_as_messages(kind):
         ([{"content": "2+2?"}], "holds a list"),
         (pd.Timestamp(0), "holds a Timestamp"),
         (np.array(["2+2?"]), "holds a list"),
+        ("[{'role': 'user', 'content': '2+2?'}]", "holds chat messages that were written as text"),
+        ('[{"content": "2+2?",\n "role": "user"}]', "holds chat messages that were written as text"),
         (" \n", "has nothing"),
         ([], "has nothing"),
     ],

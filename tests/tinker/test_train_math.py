@@ -621,6 +621,12 @@ def test_the_answer_may_stand_in_the_box_of_a_solution(tmp_path):
     assert {p.question: p.answer for p in together} == {f"{n} + {n}?": str(2 * n) for n in range(10)}
     assert (len(task.test), len(task.validation)) == (2, 1)
     assert "\\boxed{}" in task.prompt("1 + 1?")[0]["content"]
+    chat = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 1?"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "1 + 1?"}]}]
+    path.write_text("".join(json.dumps({"problem": asked, "answer": 2}) + "\n" for asked in (chat, parts, "2?")))
+    asked = [math_task_of(path).prompt(messages) for messages in (chat, parts)]
+    assert asked[0] == [chat[0], {"role": "user", "content": "1 + 1?\nPut the final answer in \\boxed{}."}]
+    assert asked[1][0]["content"][1]["text"] == "\nPut the final answer in \\boxed{}."
 
 
 def test_more_training_examples_leave_the_held_out_ones_as_they_are(problems, tmp_path):

@@ -49,7 +49,7 @@ def get_countdown_strategic_grams() -> list[str]:
 def load_strategic_grams(path: str | Path) -> list[str]:
     """Read the grams of a JSON file, a list of strings or ``{"grams": [...]}``. Raises UserError."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"the strategic grams {path} cannot be read ({error.strerror}); check the path") from error
     except (ValueError, RecursionError) as error:

@@ -465,7 +465,7 @@ def read_config(path: Path) -> Config:
 def read_values(path: Path) -> dict[str, Any]:
     """Read a TOML file, without checking its keys and values. Raises UserError."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read the config {path} ({error.strerror}); check the path") from error
     except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, of a number with thousands of digits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import numbers
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -23,6 +24,9 @@ from .text.conversation import Prompt
 Row = Mapping[str, Any]
 Rows = str | Path | Iterable[Row]
 _LONGEST = 2**31 - 1  # characters of a CSV cell; Python's own limit is 131072
+_SPELT = re.compile(
+    r"""\s*\[\s*\{\s*['"](?:role|content)['"]\s*:.*\}\s*\]\s*""", re.DOTALL
+)  # messages, as CSV has them
 AS_ROWS = (  # the ways to the rows of containers that are none
     "data['train'] of a dict of splits, [{'question': text}, ...] for texts, frame.to_dict('records') of pandas, "
     "table.to_pylist() of Arrow"
@@ -82,6 +86,11 @@ def prompt_of(row: Row, column: str, number: int, source: str = "the rows") -> P
         isinstance(cell, str | list | tuple) and not (cell.strip() if isinstance(cell, str) else cell)
     ):
         raise UserError(f"{where} has nothing in its column {column!r}; fill it in, or leave the row out")
+    if isinstance(cell, str) and _SPELT.fullmatch(cell):
+        raise UserError(
+            f"the column {column!r} of {where} holds chat messages that were written as text; keep them as lists, in a "
+            ".jsonl or .parquet file"
+        )
     if isinstance(cell, numbers.Number) and not isinstance(cell, bool):
         return str(cell)
     messages = isinstance(cell, list | tuple) and all(isinstance(m, Mapping) and "role" in m for m in cell)

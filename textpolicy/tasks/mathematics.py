@@ -99,7 +99,7 @@ def _ask(question: Question) -> list[Message]:
     """Return the prompt of a question."""
     *before, last = as_messages(question)
     content, how = last["content"], "Put the final answer in \\boxed{}."
-    asked = f"{content}\n{how}" if isinstance(content, str) else [*content, {"type": "text", "text": how}]
+    asked = f"{content}\n{how}" if isinstance(content, str) else [*content, {"type": "text", "text": f"\n{how}"}]
     return [*before, {**last, "content": asked}]
 
 

@@ -208,6 +208,10 @@ def test_closed_blocks_are_those_that_markdown_it_finds():
         (r"\boxed{4} \fbox{6}", "6"),
         ("\\boxed \t {\\frac {1}{2}}", r"\frac {1}{2}"),
         (r"\boxed{5} and \boxed {6", None),
+        (r"\boxed{6}, and not `\boxed{}` or \boxed{ }", "6"),
+        (r"\boxed{} \boxed{ }", ""),
+        (r"\boxed{6} \boxed{} \boxed{", None),
+        (r"so \boxed7", "7"),
         (r"\boxedx{6}", None),
     ],
 )
@@ -227,6 +231,8 @@ HOSTILE = [
     " " * 100_000 + "```\n" + " x\n" * 10_000,
     "<|channel|>final" * 20_000,
     "\\boxed {" * 50_000,
+    "\\boxed{}" * 50_000,
+    "\\boxed{" * 50_000 + "}" * 50_000,
 ]
 
 

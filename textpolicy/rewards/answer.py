@@ -173,26 +173,29 @@ def code_blocks(text: str) -> list[Block]:
 # ---- boxes
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def extract_boxed(text: str) -> str | None:
     r"""Return the content of the last ``\boxed{...}`` or ``\fbox{...}``, or None if there is none or it does not close.
 
-    ``\{`` and ``\}`` do not count as braces. Without any brace, the word after ``\boxed`` as in "\boxed 7".
+    ``\{`` and ``\}`` do not count as braces. A blank one counts only if all are blank: it may be spoken of. Without any
+    brace, the word after ``\boxed`` as in "\boxed 7" or "\boxed7".
     """
-    start = max((box.end() for box in _BOX.finditer(text)), default=None)
-    if start is None:
-        words = re.findall(r"\\boxed\s+([A-Za-z0-9]+)", text)
-        return words[-1] if words else None
-    end = closing(text, start)
-    return None if end is None else text[start:end]
+    starts = [box.end() for box in _BOX.finditer(text)]
+    for start in reversed(starts):
+        end = closing(text, start)
+        if end is None or text[start:end].strip() or start == starts[0]:
+            return None if end is None else text[start:end]
+    words = re.findall(r"\\boxed(?:\s+|(?=\d))([A-Za-z0-9]+)", text)
+    return words[-1] if words else None
 
 
 def closing(text: str, start: int) -> int | None:
     """Return the index at which the brace closes that opened just before ``start``, or None."""
     depth = 1
-    for mark in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+    for mark in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(mark[0], 0)
         if depth == 0:
-            return start + mark.start()
+            return mark.start()
     return None

@@ -263,7 +263,7 @@ def _equation(sides: list[str], signs: list[str]) -> Any:
     if _NAME.fullmatch(sides[0]) and not (_NO_UNITS | FUNCTIONS.keys()) & set(re.findall("[a-z]+", sides[0].lower())):
         name, values = _name(sides[0]), [read(side) for side in sides[1:]]
         if signs[0] == "in" and len(signs) == 1:
-            return Named(name, values[0]) if not isinstance(values[0], Text) else None
+            return Named(name, values[0]) if isinstance(values[0], Several | Region) else None
         if "in" in signs or (isinstance(values[0], Number) and name in values[0].of.names):
             return None
         if any(not same(value, values[-1], float("inf")) for value in values[:-1]):
@@ -420,7 +420,7 @@ def _number(text: str) -> Any:
     """Return an expression with its currency, unit and percent sign, or a word."""
     if choice := _CHOICE.fullmatch(text):
         text = choice[1] or choice[2] or choice[3]
-    if re.fullmatch(r"[A-Za-z]{2,}(?: [A-Za-z]+)*", text):
+    if re.fullmatch(r"(?![xyz]+$)[A-Za-z]{2,}(?: [A-Za-z]+)*", text):  # xy is a product
         try:
             return Text(spell(text), Number(read_expression(text)))
         except UnreadError:
@@ -451,6 +451,8 @@ def _with_unit(text: str) -> tuple[str, str | None]:
     if found is None:
         return text, None
     value, space, tail = found.groups()
+    if text.count("(") != text.count(")"):
+        return text, None
     words = re.findall(r"[A-Za-z$€£]+", tail.replace(r"\text", "").replace(r"\cdot", ""))
     bare = r"\text" not in tail
     if any(

@@ -20,7 +20,7 @@ from typing import Any
 
 MAX_DEPTH = 12  # nested brackets of an expression that is read
 MAX_BITS = 40_000  # of a fraction that is worked out exactly
-MAX_LOG = 1e6  # binary logarithm of the largest number
+MAX_LOG = 1e12  # binary logarithm of the largest number
 DIGITS, FEWER = 300, 100  # decimal digits of numbers that are no fractions
 POINTS = 6  # at which expressions with variables are compared
 
@@ -468,7 +468,7 @@ class _Point:
 
     def function(self, name: str, value: Value) -> Value:
         x = self.real(value)
-        if abs(x) > (1e5 if name in ("exp", "sinh", "cosh", "tanh") else self.mp.mpf(10) ** 50) and name not in (
+        if abs(x) > (1e11 if name in ("exp", "sinh", "cosh", "tanh") else self.mp.mpf(10) ** 50) and name not in (
             "ln",
             "log",
             "lg",

@@ -5,6 +5,7 @@ Nothing here decides what an answer means, and nothing of it is dropped that a r
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -49,9 +50,9 @@ _WRAPPED = [
     for pattern in (
         r"\\\((.*)\\\)", r"\\\[(.*)\\\]", r'"([^"]*)"', r"\*\*((?:(?!\*\*).)+)\*\*", r"\*([^*]+)\*",
         r"_{1,2}([^_]+)_{1,2}",
-        r"`+([^`]*)`+", r"#{1,6}\s+(.*)", r"<(?:b|i|em|strong|u|code)>(.*)</(?:b|i|em|strong|u|code)>",
+        r"`+([^`]*)`+", r"#{1,6}\s+(.*)", r"<(b|i|em|strong|u|code|answer)>(.*)</\1>",
         r"(?:\\displaystyle|\\textstyle)(?![A-Za-z])(.*)", r"=\s*([^=]*)",
-        r"(.*[^.\s])\s*\.", r"(.*[^\\])(?:\\|\\\\|\\newline)", r"(.*[^,;\s\\])[,;]",
+        r"(.*[^.\s])\s*\.", r"(.*[^\\])(?:\\|\\\\|\\newline)", r"(.*[^,;\s\\])\s*[,;]",
     )
 ]  # fmt: skip
 _BRACED = re.compile(rf"\\(?:boxed|fbox|{_STYLES}|text|textrm|textnormal|mbox|mathrm|mathsf|texttt|rm)\s*\{{")
@@ -96,6 +97,9 @@ _TIDY: list[Rule] = [
         (r"\\(?:mathbf|mathit|mathnormal|boldsymbol|bm|underline)(?![A-Za-z])(?:\s*\{\s*([A-Za-z])\s*\})?", r"\1"),
         (r"\\(?:text)?color(?:box)?\s*\{\w+\}|\\(?:large|Large|LARGE|huge|small|normalsize|bf|it|rm)(?![A-Za-z])", ""),
         (r"\\colon(?![A-Za-z])", ":"),
+        (r":=", "="),
+        (r"(\\mathbb\s*\{?R\}?)\s*-\s*(?=\\\{)", r"\1\\setminus "),
+        (r"\\text\s*\{\s*\^\\circ\s*\}", r"^\\circ "),
         (r"\\operatorname\*?\s*\{", r"\\text{"),
         (rf"\\text\s*\{{\s*({_FUNCTIONS.replace(' ', '|')}|pi|infty)\s*\}}", r"\\\1 "),
         (r"\\text\s*\{\s*([eid])\s*\}", r" \1 "),
@@ -180,16 +184,19 @@ def normalize_math_answer(answer: str) -> str:
     return _rewrite(spell(answer), _BARE)
 
 
+@functools.lru_cache(maxsize=256)
 def spell(answer: str) -> str:
     """Return ``answer`` in one spelling, with its percent sign, degrees and currency: what is compared as text."""
     answer = _rewrite(join_thousands(tidy(answer)), _PLAIN)
     return answer.lower() if answer.replace(" ", "").isalpha() else answer
 
 
+@functools.lru_cache(maxsize=256)
 def tidy(answer: str) -> str:
     r"""Return ``answer`` without what stands around it, and with one name for each sign, in the LaTeX that is read."""
     answer = re.sub("[⁰¹²³⁴-⁾ⁿⁱ]+", lambda m: f"^{{{m[0].translate(_HIGH)}}}", answer)
     answer = re.sub("[₀-₎]+", lambda m: f"_{{{m[0].translate(_LOW)}}}", answer)
+    answer = re.sub("((?:[0-9][\u0304\u0305])+)", lambda m: f"\\overline{{{re.sub('[^0-9]', '', m[0])}}}", answer)
     answer = _VULGAR.sub(lambda m: _fraction(Fraction(unicodedata.numeric(m[0])).limit_denominator(10)), answer)
     answer = unwrap(re.sub(r"(?<!\d)–|–(?!\d)", "-", answer).translate(_TABLE))  # 5–7 is no subtraction
     answer = _REPEATING.sub(_repeating, answer)
@@ -206,7 +213,7 @@ def unwrap(text: str) -> str:
             text = re.sub(r"(?<!\\)\$", " ", text).strip()
         for pattern in _WRAPPED:
             if whole := pattern.fullmatch(text):
-                text = whole[1].strip()
+                text = whole[whole.re.groups].strip()
         if (start := _BRACED.match(text)) and closing(text, start.end()) == len(text) - 1:
             text = text[start.end() : -1]
         if text == before:

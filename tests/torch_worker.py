@@ -22,6 +22,13 @@ def score(model, tokens):
     return out
 
 
+def continued(model, prompt, count):
+    """The likeliest tokens after a prompt, at most so many."""
+    given = torch.tensor([prompt])
+    found = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=count, do_sample=False)
+    return found[0, len(prompt) :].tolist()
+
+
 def make(job):
     """A model of random numbers after ``settings``, written to the folder; transformers' log-probs are of itself."""
     config = CONFIG_MAPPING[job["settings"]["model_type"]](**job["settings"])
@@ -52,13 +59,12 @@ def load(job):
 def answer(job):
     model, found = load(job)
     found["logprobs"] = score(model, job["tokens"])
+    if "prompts" in job:
+        found["continued"] = [continued(model, prompt, job["new_tokens"]) for prompt in job["prompts"]]
     if "chat" in job:
         tokenizer = transformers.AutoTokenizer.from_pretrained(job["folder"])
         found["chat"] = tokenizer.apply_chat_template(job["chat"], add_generation_prompt=True, return_dict=False)
-        prompt = torch.tensor([found["chat"]])
-        found["greedy"] = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=job["new_tokens"], do_sample=False
-        )[0, prompt.shape[1] :].tolist()
+        found["greedy"] = continued(model, found["chat"], job["new_tokens"])
         found["stops"] = model.generation_config.eos_token_id
     return found
 

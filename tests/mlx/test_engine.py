@@ -272,6 +272,14 @@ def test_a_state_that_there_is_no_room_for_is_an_error_of_the_disk(tmp_path):
     assert raised.value.filename == str(tmp_path / "engine.safetensors")
 
 
-def test_fewer_blocks_than_none_cannot_be_recomputed(tiny_engine):
-    with pytest.raises(UserError, match=r"checkpoint_every is -1; set it to 0 \(keep all activations\) or more"):
-        MLXEngine(tiny_engine.model, stop=[0], checkpoint_every=-1)
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        *(("checkpoint_every", value, 0) for value in (-1, 1.5, True, "2")),
+        *(("decode_rows", value, 1) for value in (0, -3, 2.0, None)),
+        *(("micro_batch_tokens", value, 1) for value in (0, float("nan"), "8192")),
+    ],
+)
+def test_sizes_that_are_no_counts_are_refused(tiny_engine, name, value, least):
+    with pytest.raises(UserError, match=f"{name} is .*; set it to {least} or more"):
+        MLXEngine(tiny_engine.model, stop=[0], **{name: value})

@@ -8,7 +8,7 @@ from datetime import date
 from functools import partial
 from typing import Any, ClassVar
 
-from ..errors import UserError
+from ..errors import UserError, refuse_outside
 from ..rewards.contract import RewardFunction
 from .single_turn import PartnerFactory, TextGenerationEnv, items
 from .text.calls import CallReader, ParseCalls, grammar_of
@@ -53,8 +53,7 @@ class MultiTurnEnv(TextGenerationEnv):
         on, and ``replies``, a ``Reply`` for each answered turn. Without it the reward is the sum of the
         replies' rewards. Raises UserError.
         """
-        if max_turns < 1:
-            raise UserError(f"max_turns is {max_turns}; set it to 1 or more")
+        refuse_outside("max_turns", max_turns, 1, whole=True)
         if max_episode_tokens is not None and max_episode_tokens < max_tokens:
             raise UserError(
                 f"max_episode_tokens is {max_episode_tokens} and a turn alone may have {max_tokens}; raise it to that"

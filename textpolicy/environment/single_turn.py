@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, refuse_outside
 from ..rewards.contract import Request, RewardFunction, Scored
 from ..rewards.scoring import Scorer
 from .base import Environment
@@ -79,9 +79,8 @@ class TextGenerationEnv(Environment):
             raise UserError(
                 f"examples length ({len(examples)}) must match prompts length ({len(prompts)}); give one each"
             )
-        for name, value in (("group_size", group_size), ("max_tokens", max_tokens)):
-            if value < 1:
-                raise UserError(f"{name} is {value}; set it to 1 or more")
+        refuse_outside("group_size", group_size, 1, whole=True)
+        refuse_outside("max_tokens", max_tokens, 1, whole=True)
         self.examples, self.reward_fn, self.tokenizer = examples, reward_fn, tokenizer
         self.max_tokens, self.group_size, self.seed = max_tokens, group_size, seed
         self._scorer = Scorer.of(reward_fn)

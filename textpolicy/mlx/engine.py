@@ -56,8 +56,9 @@ class MLXEngine:
         checkpoint_every: int = 0,
         compile: bool | Literal["auto"] = "auto",
     ):
-        if checkpoint_every < 0:
-            raise UserError(f"checkpoint_every is {checkpoint_every}; set it to 0 (keep all activations) or more")
+        sizes = {"micro_batch_tokens": micro_batch_tokens, "decode_rows": decode_rows}
+        for name, size in {"checkpoint_every": checkpoint_every, **sizes}.items():
+            refuse_outside(name, size, int(name in sizes), whole=True)
         compiled = mx.default_device() == mx.gpu if compile == "auto" else compile
         if not isinstance(model, nn.Module):
             raise UserError(f"the model is a {type(model).__name__} and no model of mlx; load one with load_model")

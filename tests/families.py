@@ -139,7 +139,8 @@ def tiny_config(name, **changes):
     named = family({"model_type": name}).named
     config = {key: value for key, value in TINY.items() if key in named}
     config |= {"model_type": name, **CHANGES.get(name, {}), **changes}
-    inner = "ministral3" if name == "mistral3" else name  # the model in a model for images
+    config = {key: value for key, value in config.items() if value is not ...}
+    inner = {"mistral3": "ministral3", "pixtral": "mistral"}.get(name, name)  # the model in a model for images
     module = importlib.import_module(f"mlx_lm.models.{name}")
     nested = "text_config" in module.ModelArgs.__dataclass_fields__
     return {**config, "text_config": {**config, "model_type": inner}} if nested else config

@@ -13,6 +13,7 @@ import importlib
 import inspect
 import math
 import re
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,6 +46,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "scoring_func": ("sigmoid",),
     **dict.fromkeys(("logit_scale", "logits_scaling", "scale_emb", "residual_scale"), (1,)),
 }
+# Entries that show in tensors of these names
+_TENSORS = ((r"\w+_bias", r"\.bias$"), (r"(use_)?qk_(layer)?norm", r"\b(q|k|qk|query|key)_(layer)?norm"))
 # What a family reads to no effect, or to another than in transformers
 _UNUSED = {
     "falcon_h1": {"key_multiplier", "attention_in_multiplier"},
@@ -59,6 +62,13 @@ _IN_SOURCE = {"silu": "silu", "swiglu": "silu", "gelu_approx": "gelu_new", "gelu
 _ROPE_TYPES = {"linear", "yarn", "longrope", "llama3"}  # those of mlx-lm's initialize_rope
 _THETA = ("rope_theta", "rotary_emb_base")
 _LOCAL = ("rope_local_base_freq", "swa_rope_theta")
+_BY_LAYER = {
+    "gemma4",
+    "gemma4_text",
+    "laguna",
+    "mellum",
+    "spark2_5",
+}  # whose rope_parameters are nested, for each type of layer
 _PART = ("partial_rotary_factor", "rotary_pct")
 
 
@@ -73,6 +83,12 @@ class Family:
     def takes(self, entry: str) -> bool:
         """Return whether an entry has its effect."""
         return entry in self.named and entry in self.reads and entry not in _UNUSED.get(self.name, ())
+
+    def rotates(self, kind: str) -> bool:
+        """Return whether its source has a rotary embedding of a type other than the default."""
+        shared = "initialize_rope" in self.reads and kind in _ROPE_TYPES
+        own = {"yarn": "yarn", "longrope": "suscaledrope", "llama3": "llama3"}.get(kind)
+        return shared or kind in self.reads or any(own and own in name.lower() for name in self.reads)
 
     @property
     def activation(self) -> str | None:
@@ -134,19 +150,18 @@ def settle(config: dict[str, Any], names: Collection[str], head: bool | None, wh
     Raises UserError, which names ``where``, for an entry that changes what is computed and that mlx-lm's module of the
     type does not take.
     """
-    biased = any(name.endswith(".bias") for name in names)
-    return _Settling(config, biased, where).result(head)
+    return _Settling(config, names, where).result(head)
 
 
 class _Settling:
     """The comparison of a config.json with transformers' class and mlx-lm's module of its type."""
 
-    def __init__(self, config: dict[str, Any], biased: bool, where: str) -> None:
+    def __init__(self, config: dict[str, Any], names: Collection[str], where: str) -> None:
         self.text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
         self.where, self.family, self.known = where, family(config), _known(config, self.text)
         fields = dataclasses.fields(self.known) if self.known else ()
         self.defaults: dict[str, Any] = {f.name: f.default for f in fields if f.name not in _common()}
-        self.config, self.biased, self.changes = config, biased, dict[str, Any]()
+        self.config, self.names, self.changes = config, names, dict[str, Any]()
 
     def result(self, head: bool | None) -> Settled:
         self._values()
@@ -175,15 +190,17 @@ class _Settling:
 
     def _shows(self, entry: str) -> bool:
         """Return whether an entry changes nothing, or another value shows in the weights, which all have to fit."""
-        return bool(_INERT.fullmatch(entry)) or (entry.endswith("_bias") and self.biased)
+        tensors = next((tensors for entries, tensors in _TENSORS if re.fullmatch(entries, entry)), None)
+        return bool(_INERT.fullmatch(entry) or (tensors and any(re.search(tensors, name) for name in self.names)))
 
     def _values(self) -> None:
         """Fill in transformers' defaults, and refuse what the family does not take, unless it is neutral."""
         for entry in self.defaults.keys() - _ELSEWHERE - set(_ACTIVATIONS):
             value = self.said(entry)
             if self.family.takes(entry):
-                shape = _INERT.fullmatch(entry) and entry not in self.text and " = " in self.family.named[entry]
-                if self.text.get(entry) is None and value is not None and not shape:
+                scale = isinstance(value, float) or entry == "norm_topk_prob"  # which no weight's shape shows
+                wanted = entry in self.text or scale or " = " not in self.family.named[entry]
+                if self.text.get(entry) is None and value is not None and wanted:
                     self.changes[entry] = value
             elif not (self.text.get(entry) is None or value in (None, self.defaults[entry]) or self._shows(entry)):
                 raise self.refuse(entry, value)
@@ -224,17 +241,25 @@ class _Settling:
         if "rope_parameters" not in self.defaults:
             old = {entry: self.text[entry] for entry in ("rope_theta", *_PART) if self.text.get(entry) is not None}
             given = old | (self.text.get("rope_scaling") or {}) | (given or {})
-        if not given:
+        if not given or (self.known and "rope_parameters" not in self.defaults):
             return None
-        if takes("rope_parameters"):
-            self.changes["rope_parameters"] = given
         layers = {key: value for key, value in given.items() if isinstance(value, dict)}
-        if layers:
-            if takes("rope_parameters"):
+        if takes("rope_parameters"):
+            by_layer = self.family.name in _BY_LAYER and not layers
+            self.changes["rope_parameters"] = (
+                dict.fromkeys(self.said("layer_types") or (), given) if by_layer else given
+            )
+            for kind in {_kind(part) for part in layers.values() or [given]} - {"default"}:
+                if not self.family.rotates(kind):
+                    raise self.refuse("rope_type", kind)
+            if layers or by_layer:
                 return None
+        if layers:
             given, local = layers.get("full_attention", {}), layers.get("sliding_attention")
             if local and _kind(local) == "default" and any(map(takes, _LOCAL)):
                 self._take(_LOCAL, local["rope_theta"], None)
+            elif self.family.name == "olmo3" and local == {"rope_type": "default", "rope_theta": given["rope_theta"]}:
+                pass  # its layers with a window rotate in the default way
             elif any(value != given for value in layers.values()):
                 raise self.refuse("rope_parameters", layers, "takes for all layers alike")
         usual = getattr(type(self.known)(), "rope_parameters", None) or {} if self.known else {}
@@ -249,12 +274,12 @@ class _Settling:
             return {"dims": int(width * part)}
         if kind == "default":
             return None
-        written = kind in self.family.reads or ("initialize_rope" in self.family.reads and kind in _ROPE_TYPES)
-        if kind == "longrope":
-            written = written and takes("max_position_embeddings")
-        if not written or not (takes("rope_scaling") or takes("rope_parameters")):
+        fits = self.family.rotates(kind) and (kind != "longrope" or takes("max_position_embeddings"))
+        if not fits or not (takes("rope_scaling") or takes("rope_parameters")):
             raise self.refuse("rope_type", kind)
-        scaling = {key: value for key, value in given.items() if value is not None} | {"type": kind, "rope_type": kind}
+        scaling = {key: value for key, value in given.items() if value is not None}
+        if kind != "alpha":
+            scaling |= {"type": kind, "rope_type": kind}
         if kind == "yarn":
             scaling |= _yarn_scales(scaling)
         self.changes |= {entry: scaling for entry in ("rope_scaling", "rope_parameters") if takes(entry)}
@@ -265,7 +290,11 @@ class _Settling:
         taken = [name for name in names if self.family.takes(name)]
         if value is not None and taken:
             self.changes |= dict.fromkeys(taken, value)
-        elif value not in (None, usual) and not self.family.takes("rope_parameters"):
+        elif (
+            value not in (None, usual)
+            and not self.family.takes("rope_parameters")
+            and (self.known or names[0] not in self.family.named)
+        ):
             raise self.refuse(names[0], value)
 
     def _windows(self) -> list[int | None] | None:
@@ -308,6 +337,8 @@ def is_longrope(rotation: Any) -> bool:
 def _kind(rotation: dict[str, Any]) -> str:
     """Return the type of a rotary embedding under mlx-lm's name; a dynamic one is plain within the model's context."""
     kind = rotation.get("rope_type") or rotation.get("type") or "default"
+    if kind == "dynamic" and rotation.get("alpha"):
+        return "alpha"  # Hunyuan's, which is one for all lengths
     return {"su": "longrope", "mrope": "default", "dynamic": "default"}.get(kind, kind)
 
 
@@ -338,6 +369,7 @@ def _known(config: dict[str, Any], text: dict[str, Any]) -> Any:
     kept = {key: value for key, value in text.items() if not key.startswith("quantization")}
     try:
         kind = CONFIG_MAPPING[text.get("model_type") or config["model_type"]]
-        return kind.sub_configs.get("text_config", kind)(**copy.deepcopy(kept))
+        with warnings.catch_warnings(action="ignore"):  # of old names
+            return kind.sub_configs.get("text_config", kind)(**copy.deepcopy(kept))
     except (StrictDataclassError, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
         return None

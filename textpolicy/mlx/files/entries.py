@@ -120,6 +120,8 @@ def _source(module: str) -> tuple[dict[str, str], frozenset[str]]:
             named |= {n.target.id: kind for n, kind in kinds.items()}  # type: ignore[union-attr]
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             reads.add(node.attr)
+        elif isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute) and "None" in ast.unparse(node):
+            reads |= {node.left.attr, f"{node.left.attr} is None"}
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
             reads.add(node.id)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -212,7 +214,8 @@ class _Settling:
             foreign = foreign and not self._shows(entry)
             if foreign and value not in (None, *(neutral or ())):
                 raise self.refuse(entry, value)
-            needed = re.fullmatch(r"(int|float|bool)( = (?!None).*)?", self.family.named.get(entry, ""))
+            number = re.fullmatch(r"(int|float|bool)( = (?!None).*)?", self.family.named.get(entry, ""))
+            needed = number and f"{entry} is None" not in self.family.reads
             if value is None and needed and entry not in self.changes.keys() | _ELSEWHERE:
                 raise self.refuse(entry, value, "cannot do without")
 
@@ -278,8 +281,7 @@ class _Settling:
         if not fits or not (takes("rope_scaling") or takes("rope_parameters")):
             raise self.refuse("rope_type", kind)
         scaling = {key: value for key, value in given.items() if value is not None}
-        if kind != "alpha":
-            scaling |= {"type": kind, "rope_type": kind}
+        scaling |= dict.fromkeys(("type", "rope_type"), "dynamic" if kind == "alpha" else kind)
         if kind == "yarn":
             scaling |= _yarn_scales(scaling)
         self.changes |= {entry: scaling for entry in ("rope_scaling", "rope_parameters") if takes(entry)}
@@ -287,14 +289,10 @@ class _Settling:
 
     def _take(self, names: tuple[str, ...], value: Any, usual: Any) -> None:
         """Pass a value on under the name that the family takes; refuse it if there is none and it is not usual."""
-        taken = [name for name in names if self.family.takes(name)]
-        if value is not None and taken:
-            self.changes |= dict.fromkeys(taken, value)
-        elif (
-            value not in (None, usual)
-            and not self.family.takes("rope_parameters")
-            and (self.known or names[0] not in self.family.named)
-        ):
+        if value is not None:
+            self.changes |= dict.fromkeys([name for name in names if name in self.family.named], value)
+        unknown = self.known or names[0] not in self.family.named
+        if value not in (None, usual) and unknown and not any(map(self.family.takes, (*names, "rope_parameters"))):
             raise self.refuse(names[0], value)
 
     def _windows(self) -> list[int | None] | None:

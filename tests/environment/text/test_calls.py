@@ -337,6 +337,56 @@ def test_other_spellings_of_the_same_calls(family, text, calls):
     assert reader(family)(text) == calls
 
 
+TYPES = {
+    "$defs": {
+        "Size": {"enum": ["1", "2"], "type": "string"},
+        "Box": {"type": "object"},
+        "Loop": {"$ref": "#/$defs/Loop"},
+    },
+    "properties": {
+        "size": {"$ref": "#/$defs/Size"},
+        "box": {"anyOf": [{"$ref": "#/$defs/Box"}, {"type": "null"}]},
+        "loop": {"$ref": "#/$defs/Loop"},
+        "one": {"const": 1},
+        "word": {"enum": ["a", "b"]},
+        "either": {"type": ["string", "array"]},
+        "number": {"anyOf": [{"type": "number"}, {"type": "string", "pattern": "..."}]},
+        "anything": True,
+        "nothing": None,
+    },
+    "additionalProperties": {"type": "string"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("size", "1", "1"),
+        ("box", '{"a": 1}', {"a": 1}),
+        ("box", "{'a': True}", {"a": True}),
+        ("box", "null", None),
+        ("box", "None", None),
+        ("box", "a box", "a box"),
+        ("loop", "1", 1),
+        ("one", "1", 1),
+        ("word", "a", "a"),
+        ("either", "[1]", [1]),
+        ("either", "1", "1"),
+        ("number", "0.10", "0.10"),  # which a Decimal keeps
+        ("anything", "1,000", "1,000"),
+        ("anything", "007", "007"),
+        ("anything", "[1, null]", [1, None]),
+        ("nothing", "false", False),
+        ("unknown", "5", "5"),
+    ],
+)
+def test_the_schema_decides_what_an_argument_without_quotes_is(name, text, value):
+    text = f"<tool_call>act<arg_key>{name}</arg_key><arg_value>{text}</arg_value></tool_call>"
+    for parameters in (TYPES, {**TYPES, "properties": {name: TYPES["properties"].get(name, {"type": "string"})}}):
+        assert CallReader(GRAMMAR["GLM"], {"act": parameters})(text) == [ToolCall("act", {name: value})]
+    assert CallReader(GRAMMAR["GLM"], {"act": {"properties": None}})(text)[0].name == "act"
+
+
 # ---- what is no call
 
 ATTEMPTS = {  # at the end of a turn or alone on a line

@@ -242,7 +242,7 @@ def _parameters(text: str, at: int, schema: Mapping[str, Any], key: str, end: st
     Raises ValueError for one that does not end.
     """
     keys, ends, at = re.compile(key), re.compile(end), _skip(_SPACE, text, at)
-    properties, others = schema.get("properties", {}), schema.get("additionalProperties")
+    properties, others = schema.get("properties") or {}, schema.get("additionalProperties")
     arguments: dict[str, Any] = {}
     while found := keys.match(text, at):
         if (stop := ends.search(text, found.end())) is None:
@@ -250,8 +250,7 @@ def _parameters(text: str, at: int, schema: Mapping[str, Any], key: str, end: st
         value = text[found.end() : stop.start()]
         if any(key[1] in properties and key[1] not in arguments for key in keys.finditer(value)):
             raise ValueError(f"the argument {found[1]} of the call does not end")
-        kind = properties.get(found[1], others if isinstance(others, dict) else {})
-        arguments[found[1]] = _typed(value, kind, schema.get("$defs", {}))
+        arguments[found[1]] = _typed(value, properties.get(found[1], others), schema.get("$defs", {}))
         at = _skip(_SPACE, text, stop.end())
     return arguments, at
 
@@ -287,7 +286,7 @@ def _keys_and_values(text: str, at: int, known: Known) -> tuple[list[ToolCall], 
     return [ToolCall(named[1], arguments)], end_at
 
 
-def _typed(text: str, schema: Mapping[str, Any], types: Mapping[str, Any]) -> Any:
+def _typed(text: str, schema: Any, types: Mapping[str, Any]) -> Any:
     """Return the value of an argument that is written without quotes: the text itself if it may be one.
 
     ``types`` are the definitions that a schema refers to. What is neither JSON nor Python stays text.
@@ -308,6 +307,8 @@ def _typed(text: str, schema: Mapping[str, Any], types: Mapping[str, Any]) -> An
 
 def _kinds(schema: Any, types: Mapping[str, Any]) -> Iterator[str]:
     """Yield the JSON types that a schema allows; none for any."""
+    if not isinstance(schema, Mapping):  # true and false are schemas too
+        return
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         yield from _kinds(types.get(name, {}), {n: t for n, t in types.items() if n != name})
@@ -402,7 +403,7 @@ def _loose(source: str, known: Known) -> list[ToolCall]:
     for part in re.split(rf"\)\s*,\s*(?=(?:{names})\()", inner[1]) if inner else ():
         name, _, rest = part.strip().partition("(")
         schema = known.get(name, {})
-        keys = "|".join(map(re.escape, schema.get("properties", {})))
+        keys = "|".join(map(re.escape, schema.get("properties") or {}))
         first, *pairs = re.split(rf"(?:\A|,)\s*({keys})\s*=\s*", rest.strip()) if keys else [rest]
         arguments = {}
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):

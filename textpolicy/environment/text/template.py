@@ -181,10 +181,13 @@ class ChatTemplate:
         raise refusals[0]
 
     def _left_out(self, message: Message) -> TemplateRefusalError:
-        what = "the tool calls" if message.get("tool_calls") else "the message"
+        if message.get("tool_calls"):
+            what, mend = "the tool calls", "write them in its content, or leave them out"
+        else:
+            what, mend = "the message", "write it in another role, or leave it out"
         return TemplateRefusalError(
             f"the chat template of {self.model} leaves out or changes {what} of the role {message['role']!r} "
-            f"({' '.join(message['content'].split()):.60}); write it in another role, or leave it out"
+            f"({' '.join(message['content'].split()):.60}); {mend}"
         )
 
 

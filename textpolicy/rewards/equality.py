@@ -108,7 +108,7 @@ _ROW, _CELL = re.compile(r"\\\\"), re.compile("&")
 _ENVIRONMENT = re.compile(
     r"(.*?)\\begin\{(p|b|B|small|)(matrix|array|cases)\}(?:\{[lcr| ]*\})?(.*)\\end\{\2\3\}", re.DOTALL
 )
-_CLOCK = re.compile(r"(?<!\d)\d{1,2}\s?:\s?\d\d(?!\d)|\d{4}-\d\d?-\d\d?|\d\d?/\d\d?/\d{2,4}")
+_CLOCK = re.compile(r"(?<![\d:])(?<!: )\d{1,2}\s?:\s?\d\d(?!\d)|\d{4}-\d\d?-\d\d?|\d\d?/\d\d?/\d{2,4}")
 _CHOICE = re.compile(r"\(([A-Z])\)|([A-Z])\)|\[([A-Z])\]")
 
 # ---- names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -15,11 +16,12 @@ import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below m
 import mlx.core as mx
 import mlx.nn as nn
 from conftest import recipe
+from families import tiny_family
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from textpolicy._system import machine as host
-from textpolicy.config.adapters import LoRA, TinyLoRA
+from textpolicy.config.adapters import Full, LoRA, TinyLoRA
 from textpolicy.engine import Sampling
 from textpolicy.errors import UserError
 from textpolicy.losses import Surrogate
@@ -181,7 +183,7 @@ def costs():
         cache=4,
         state=0,
         chunk=100,
-        head=(0, 0, 0, 0),
+        head={1: 0, 4: 0},
         head_trained=0,
         scored=0,
         logits=0,
@@ -260,6 +262,38 @@ def test_an_engine_gets_smaller_sizes_and_the_same_gradients():
         assert by_parts[name] == pytest.approx(at_once[name], rel=1e-4, abs=1e-6)
     # a tenth more: on a busy machine arrays are let go of a little later
     assert by_parts["peak_memory_bytes"] - before <= 1.1 * room < at_once["peak_memory_bytes"] - before
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8, 1.2])
+@pytest.mark.parametrize(
+    ("kind", "vocabulary", "work"),
+    [
+        ("lora", 300, Workload(4, 6, 5, 4)),
+        ("lora", 4096, Workload(6, 6, 40, 10)),
+        ("full", 4000, Workload(2, 2, 20, 60)),
+    ],
+)
+def test_measuring_stays_within_the_limit_and_steps_within_the_prediction(kind, vocabulary, work, share, monkeypatch):
+    model = tiny_family("llama", hidden_size=64, num_hidden_layers=2, vocab_size=vocabulary, head_dim=16)
+    engine = MLXEngine(attach(model, Full() if kind == "full" else LoRA(rank=4)), stop=[])
+    limit = mx.get_active_memory() + share * Costs.measure(model).update(work, 8192)
+    peaks = []
+
+    def watched(results, peak=memory._peak):
+        found = peak(results)
+        peaks.append(mx.get_peak_memory())
+        return found
+
+    monkeypatch.setattr(memory, "_peak", watched)
+    plan = None
+    with suppress(UserError):  # where not even one completion fits
+        plan = preflight(engine, work, limit=limit)
+    assert 0 < max(peaks) <= limit
+    assert plan is not None or share < 1
+    if plan is None:
+        return
+    assert mx.get_peak_memory() < max(peaks)  # the first step reports a peak of its own
+    assert updates(engine, work, plan.micro_batch_tokens, vocabulary) <= plan.update_bytes <= limit
 
 
 # the machine

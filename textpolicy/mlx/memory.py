@@ -7,7 +7,7 @@ Sizes are in bytes; a GB is 10^9 bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
@@ -28,8 +28,9 @@ from .read.sizes import size_up
 from .score.checkpointing import checkpointed, held
 from .score.logprobs import Split, token_logprobs, tokens_at_once
 
-_LENGTHS = (48, 96, 192)  # tokens of the rows that costs are measured on
-_CHUNKS = (0, 1, 2, 4)  # chunks of tokens through the head: more hardly raise the peak
+_LENGTHS = (12, 24, 48, 96, 192)  # tokens of the rows that costs are measured on, as far as memory allows
+_CHUNKS = (1, 2, 4)  # chunks of tokens through the head, likewise, and parts of one: more hardly raise the peak
+_FEWEST = 16  # tokens through the head that a measurement begins with
 _SPARE = 64  # slots by which keys and values grow while decoding
 _BLOCK = {mx.cpu: 1, mx.gpu: 256}  # slots are allocated in multiples of this
 _LOGITS = 11 * 4  # bytes per logit while a token is drawn from float32 ones
@@ -72,10 +73,12 @@ class Curve:
     pair: float
 
     @classmethod
-    def through(cls, peak: Callable[[int], float]) -> Self:
-        """Fit rows of three lengths; use a line where the curve would bend down."""
-        n, y = np.array(_LENGTHS, float), np.array([peak(length) for length in _LENGTHS])
-        square, linear, constant = np.polyfit(n, y, 2)
+    def through(cls, peaks: Mapping[float, float]) -> Self:
+        """Fit the peaks of the three longest rows; use a line where the curve would bend down, or two are known."""
+        n, y = np.array([*peaks][-3:]), np.array([*peaks.values()][-3:])
+        if len(n) == 1:
+            return cls(0.0, float(y[0] / n[0]), 0.0)
+        square, linear, constant = np.polyfit(n, y, 2) if len(n) == 3 else (-1.0, 0.0, 0.0)
         if square < 0:
             square, (linear, constant) = 0.0, np.polyfit(n, y, 1)
         return cls(max(0.0, float(constant)), float(linear), float(square))
@@ -97,39 +100,55 @@ class Costs:
     cache: float  # keys and values of a token
     state: float  # running states of a row
     chunk: int  # tokens that the head takes at once
-    head: tuple[float, ...]  # log-probs with gradients of _CHUNKS chunks
+    head: Mapping[float, float]  # log-probs with gradients, by the number of chunks
     head_trained: float  # the part of ``trained`` that the head uses
     scored: float  # per scored token
     logits: float  # per row from which a token is drawn
     folded: float = 0.0  # copies of weights that a rollout makes
 
     @classmethod
-    def measure(cls, model: nn.Module, *, checkpoint_every: int = 0, compiled: bool = False) -> Self:
-        """Measure with passes over a few hundred tokens. This resets MLX's record of its peak memory."""
+    def measure(
+        cls,
+        model: nn.Module,
+        *,
+        checkpoint_every: int = 0,
+        compiled: bool = False,
+        scored: float = math.inf,
+        limit: float = math.inf,
+    ) -> Self:
+        """Measure with passes over a few hundred tokens, fewer where those could pass ``limit`` bytes in all.
+
+        ``scored`` are the tokens that an update scores at most. This resets MLX's record of its peak memory.
+        """
         # CUDA gets up to some gigabytes of work ahead, unless MLX is at its limit; that is no cost of a model
         before = mx.set_memory_limit(1) if cuda.is_default() else None
         try:
             hidden = Split.of(model).body(mx.zeros((1, 1), mx.int32))
             vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
             two, three = (_bytes(_read(model, n)) for n in (2, 3))
-            chunk = tokens_at_once(vocabulary)
+            chunk, room = tokens_at_once(vocabulary), limit - mx.get_active_memory()
+            parts = [2**i / chunk for i in range(chunk.bit_length()) if _FEWEST <= 2**i < chunk]
+            needed = [n for n in (*parts, *_CHUNKS) if n < 2 * max(scored, _FEWEST) / chunk]
             costs = cls(
                 weights=_bytes(dict(tree_flatten(model.parameters())).values()),
                 trained=_bytes(trainable(model).values()),
                 recomputed=checkpoint_every > 0,
                 compiled=compiled,
-                learning=Curve.through(lambda n: _peak(_body_gradients(model, n, checkpoint_every))),
-                reading=Curve.through(lambda n: _peak([_read(model, n)])),
+                learning=Curve.through(
+                    _peaks(_LENGTHS, lambda n: _body_gradients(model, int(n), checkpoint_every), room)
+                ),
+                reading=Curve.through(_peaks(_LENGTHS, lambda n: [_read(model, int(n))], room)),
                 cache=three - two,
                 state=3 * two - 2 * three,
                 chunk=chunk,
-                head=tuple(_peak(_head_gradients(model, hidden, n * chunk)) if n else 0.0 for n in _CHUNKS),
+                head=_peaks(needed, lambda n: _head_gradients(model, hidden, math.ceil(n * chunk)), room),
                 head_trained=_bytes(Split.of(model).trained().values()),
                 scored=3 * hidden.nbytes,  # each hidden state: alone, concatenated, and with its slopes
                 logits=_LOGITS * vocabulary,
                 folded=folded.copies(model),
             )
             mx.clear_cache()
+            mx.reset_peak_memory()
             return costs
         finally:
             if before is not None:
@@ -149,11 +168,17 @@ class Costs:
             # the prompt's for each row, and with its own; a checkpointed block gets copies of them
             read = n * ((p + p + t) * self.cache + self.state) * (2 if self.recomputed else 1)
             chunks = n * t / self.chunk
-            waiting = 2 * max(0.0, chunks - _CHUNKS[-1]) * self.head_trained  # gradients of chunks, to be added up
-            head = float(np.interp(chunks, _CHUNKS, self.head)) + waiting
-            one_pass = body + read + head + n * t * self.scored
+            one_pass = body + read + self.through_head(chunks) + n * t * self.scored
             peak = max(peak, fixed + accumulated + self.trained + one_pass)
         return _MARGIN * peak
+
+    def through_head(self, chunks: float) -> float:
+        """Return the peak of log-probs with gradients; beyond what was measured, chunks add what the last ones did."""
+        known, peaks = [0.0, *self.head], [0.0, *self.head.values()]
+        beyond = max(0.0, chunks - known[-1])
+        waiting = 2 * self.head_trained  # gradients of a chunk, to be added up
+        slope = waiting if known[-1] == _CHUNKS[-1] else (peaks[-1] - peaks[-2]) / (known[-1] - known[-2])
+        return float(np.interp(chunks, known, peaks)) + beyond * max(slope, waiting)
 
     def decode(self, work: Workload, rows: int, copies: bool = True) -> float:
         """Return the peak of decoding ``rows`` completions side by side, with or without copies of weights."""
@@ -249,7 +274,13 @@ def preflight(
     ``copies`` copies of the trainable parameters. Raises UserError where no size fits.
     """
     budget = limit_memory(limit)
-    costs = Costs.measure(engine.model, checkpoint_every=engine.checkpoint_every, compiled=engine.compiled)
+    costs = Costs.measure(
+        engine.model,
+        checkpoint_every=engine.checkpoint_every,
+        compiled=engine.compiled,
+        scored=training.rows * training.completion_tokens,
+        limit=budget,
+    )
     budget -= max(0.0, mx.get_active_memory() - costs.weights) + copies * costs.trained
     plan = fit(costs, training, budget, engine.micro_batch_tokens, engine.decode_rows, evaluation)
     engine.micro_batch_tokens, engine.decode_rows = plan.micro_batch_tokens, plan.decode_rows
@@ -290,6 +321,22 @@ def _gb(size: float) -> str:
 
 def _bytes(arrays: Iterable[Any]) -> float:
     return float(sum(a.nbytes for a in arrays))
+
+
+def _peaks(sizes: Sequence[float], results: Callable[[float], list[Any]], room: float) -> dict[float, float]:
+    """Return the peak of each of ``sizes``, which double, before the first that could take more than ``room`` bytes.
+
+    If p(n) = b + t n + q n^2 without a b, then p(2n) is 2 p(n) + 4 (p(n) - 2 p(n/2)); with one it is less.
+    """
+    peaks: dict[float, float] = {}
+    before = most = 0.0
+    for size in sizes:
+        if most > room:
+            break
+        peaks[size] = now = _peak(results(size))
+        most = _MARGIN * (2 * now + (4 * max(0.0, now - 2 * before) if before else 0.0))
+        before = now
+    return peaks
 
 
 def _peak(results: list[Any]) -> float:

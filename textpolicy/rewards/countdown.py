@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from operator import index
@@ -19,7 +19,7 @@ from .registry import reward
 
 MAX_LENGTH = 1000  # characters of an expression; a longer one is invalid
 MAX_DEPTH = 50  # nested parentheses; more are invalid
-MAX_LINE = 10_000  # characters at the end of a line that are searched for an expression
+MAX_LINE, MAX_LINES = 10_000, 200  # characters at the end of a line, lines at the end: what is searched for statements
 
 
 # ---- expressions
@@ -159,8 +159,9 @@ def extract_expression_from_completion(text: str) -> str:
 
     Reads what follows the thought: the last <answer> tag, else the last box, else all of it. The last statement with
     an operation is the answer, whatever stands around it ("the answer is 3*(4+5)."); of several expressions with
-    equals signs between them the longest ("27 = 3*(4+5)", "3*(4+5) = 3*9"). Without one, a bare number in the last
-    line. A tag or box without any of these is returned as it is.
+    equals signs between them the longest ("27 = 3*(4+5)", "3*(4+5) = 3*9"). What only works out a part of a statement
+    before it is none ("3*(4+5), as 4+5 = 9 and 3*9 = 27"). Without one, a bare number in the last line. A tag or box
+    without any of these is returned as it is.
     """
     return _expression(answered(text) or "")
 
@@ -172,23 +173,38 @@ def _marked(answer: str) -> str | None:
 
 
 def _expression(answer: str) -> str:
-    marked, last = _marked(answer), ""
-    for text in reversed((answer if marked is None else marked).splitlines()):
-        line = _in_ascii(text[-MAX_LINE:])
-        last = last or line
-        for chain in reversed([chain for chain in _CHAIN.finditer(line) if _OPERATION.search(chain[0])]):
-            bare = chain[0].rstrip("-([{ ") if chain.end() < len(line) else chain[0]  # those are of the text after it
-            shown = bare if chain[0][len(bare) : len(bare) + 1] == " " else chain[0]
-            parts = (_DASH if chain.start() else _BULLET).sub("", shown, count=1).split("=")
-            if chain.start() and _BEFORE.match(line, chain.start() - 1):
-                del parts[0]
-            if parts and _AFTER.match(line, chain.start() + len(shown)):
-                del parts[-1]
-            if parts := [part.strip() for part in parts if _OPERATION.search(part)]:
-                return _with_parentheses(max(parts, key=len))
-    if re.fullmatch(r"[-+()\[\]{}0-9 ]+", last):
-        return _with_parentheses(last)
-    return _in_ascii(marked or "")
+    marked = _marked(answer)
+    lines = [line[-MAX_LINE:] for line in (answer if marked is None else marked).splitlines() if line.strip()]
+    found, whole = "", ""  # the last statement, as it is written and with spaces around its tokens
+    worked: set[str] = set()  # the values of its parts that were worked out after it
+    for expr, value in (statement for line in lines[-MAX_LINES:] for statement in _statements(_in_ascii(line))):
+        tokens = re.findall(r"\d+|\S", expr)
+        spaced = f" {' '.join(tokens)} "
+        if value and (spaced in whole or not worked.isdisjoint(tokens)):
+            worked.add(value)
+        else:
+            found, whole, worked = expr, spaced, set()
+    if found:
+        return _with_parentheses(found)
+    last = _in_ascii(lines[-1]) if lines else ""
+    return _with_parentheses(last) if re.fullmatch(r"[-+()\[\]{}0-9 ]+", last) else _in_ascii(marked or "")
+
+
+def _statements(line: str) -> Iterator[tuple[str, str]]:
+    """Yield the expressions of ``line``, each with the number that it is said to be, or ""."""
+    for chain in _CHAIN.finditer(line):
+        if not _OPERATION.search(chain[0]):
+            continue
+        bare = chain[0].rstrip("-([{ ") if chain.end() < len(line) else chain[0]  # those are of the text after it
+        shown = bare if chain[0][len(bare) : len(bare) + 1] == " " else chain[0]
+        parts = (_DASH if chain.start() else _BULLET).sub("", shown, count=1).split("=")
+        if chain.start() and _BEFORE.match(line, chain.start() - 1):
+            del parts[0]
+        if parts and _AFTER.match(line, chain.start() + len(shown)):
+            del parts[-1]
+        values = [part.strip() for part in parts if re.fullmatch(r" *\d+ *", part)]
+        if parts := [part for part in parts if _OPERATION.search(part)]:
+            yield max(parts, key=len).strip(), values[-1] if values else ""
 
 
 def _in_ascii(line: str) -> str:

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
 from textpolicy.errors import UserError
+from textpolicy.generation import create_policy
 from textpolicy.mlx.files.gguf import llama_3_factors
 from textpolicy.mlx.models import load_model
 
@@ -221,3 +222,28 @@ def test_a_file_of_letters_alone_needs_no_merges(tmp_path):
     }
     _, tokenizer = load_model(write(tmp_path / "m.gguf", tokenizer__ggml__merges=None, **letters))
     assert tokenizer.decode(tokenizer.encode("hello, Grüße")) == "hello, Grüße"
+
+
+@pytest.mark.parametrize("half", [np.nan, np.inf, -np.inf, 6e4, 0, 6e-8])
+@pytest.mark.parametrize("kind", [Kind.Q4_K, Kind.Q6_K, Kind.IQ4_NL])
+def test_scales_of_any_size_are_read_as_the_gguf_package_reads_them(tmp_path, kind, half):
+    _, weights = made("qwen3", {})
+    arrays = filed(weights, gguf.MODEL_ARCH.QWEN3, "qwen3")
+    name = "blk.1.ffn_gate.weight"
+    raw = random_blocks(kind, arrays[name].shape)
+    blocks = raw.reshape(-1, gguf.GGML_QUANT_SIZES[kind][1])
+    blocks[5, HALVES[kind][0] : HALVES[kind][0] + 2] = np.array([half], np.float16).view(np.uint8)
+    path = write_like(
+        tmp_path / "m.gguf", "qwen3", arrays, {name: (raw, kind)}, described(gguf.MODEL_ARCH.QWEN3, "qwen3", {})
+    )
+    with np.errstate(all="ignore"):
+        exact = stored(path)[name]
+    model, tokenizer = load_model(path)
+    found = np.array(dict(tree_flatten(model.parameters()))["model.layers.1.mlp.gate_proj.weight"])
+    finite = np.isfinite(exact).reshape(-1, 32).all(axis=1)  # a group is sound or it is not
+    np.testing.assert_array_equal(np.isfinite(found).reshape(-1, 32).all(axis=1), finite)
+    sound = np.repeat(finite, 32).reshape(exact.shape)
+    np.testing.assert_allclose(found[sound], exact[sound], rtol=1e-5, atol=1e-6)
+    if not finite.all():
+        with pytest.raises(UserError, match="the logits of the model are not finite after"):
+            create_policy(model, tokenizer, {"max_tokens": 3})([5, 6])

@@ -154,7 +154,8 @@ def read_gguf(path: str | Path) -> GGUFModel:
         common = max(sorted(set(BITS.values())), key=list(bits.values()).count)
         quantization = {"group_size": GROUP_SIZE, "bits": common}
         quantization |= {name: {"group_size": GROUP_SIZE, "bits": b} for name, b in bits.items() if b != common}
-    weights, inexact = _load_weights(header, FAMILIES[name], config)
+    with np.errstate(all="ignore"):  # a scale of 0 has no inverse; one that is no number stays none
+        weights, inexact = _load_weights(header, FAMILIES[name], config)
     return GGUFModel(config, weights, quantization, tokenizer, inexact)
 
 
@@ -519,15 +520,16 @@ def _triple(data: np.ndarray, kind: Kind) -> tuple[mx.array, mx.array, mx.array]
         scales, biases = (h[:, None].astype(np.float32) * x for h, x in ((head[:, 0], scale), (-head[:, 1], least)))
     else:
         scales = head[:, :1]
-        biases = scales * np.float16(-_ZERO[kind]) if kind in _ZERO else head[:, 1:]
+        biases = scales.astype(np.float32) * -_ZERO[kind] if kind in _ZERO else head[:, 1:]
+        exact = np.float16 if (np.abs(biases) <= np.finfo(np.float16).max).all() else np.float32
+        scales, biases = scales.astype(exact), biases.astype(exact)
     scales, biases = scales.reshape(rows, -1), biases.reshape(rows, -1)
     packed = []
     step = max(1, _CHUNK // (scales.shape[1] * GROUP_SIZE))
     for i in range(0, rows, step):
         values = quants.dequantize(data[i : i + step], kind).reshape(-1, scales.shape[1], GROUP_SIZE)
         scale, bias = (a[i : i + step, :, None].astype(np.float32) for a in (scales, biases))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            q = np.nan_to_num(np.rint((values - bias) / scale), nan=0, posinf=0, neginf=0).astype(np.uint8)
+        q = np.nan_to_num(np.rint((values - bias) / scale), nan=0, posinf=0, neginf=0).astype(np.uint8)
         if bits == 4:
             q = q[..., 0::2] | (q[..., 1::2] << 4)
         elif bits == 5:

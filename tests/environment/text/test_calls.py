@@ -264,6 +264,7 @@ JSON_ONE, JSON_TWO = '{"name": "act", "arguments": {"n": 1}}', '{"name": "do", "
         ("qwen3", '<tool_call>{"type": "function", "function": {"name": "act", "arguments": {"n": 1}}}', [ONE]),
         ("qwen3", '<tool_call>{"name": "act", "arguments": null}</tool_call>', [ToolCall("act")]),
         ("qwen3", '<tool_call>{"name": "act", "arguments": ""}</tool_call>', [ToolCall("act")]),
+        ("qwen3", '<tool_call>{"name": "act", "arguments": " "}</tool_call>', [ToolCall("act")]),
         ("qwen3", '<tool_call>{"name": "act"}</tool_call>', [ToolCall("act")]),
         (
             "qwen3",
@@ -298,6 +299,7 @@ JSON_ONE, JSON_TWO = '{"name": "act", "arguments": {"n": 1}}', '{"name": "do", "
         ("mistral_args", '[TOOL_CALLS]act[ARGS]{"n": 1}do[ARGS]{"n": 2}', [ONE, TWO]),
         ("mistral_args", f"[TOOL_CALLS] [{JSON_ONE}, {JSON_TWO}]", [ONE, TWO]),
         ("llama3", f"{JSON_ONE}; {JSON_TWO}", [ONE, TWO]),
+        ("llama3", f"\n{JSON_ONE};\n", [ONE]),
         ("llama3", f"[{JSON_ONE}, {JSON_TWO}]", [ONE, TWO]),
         ("llama3", f"<|python_tag|>{JSON_ONE}; {JSON_TWO}<|eom_id|>", [ONE, TWO]),
         ("llama3", '<|python_tag|>{"name": "act"}', [ToolCall("act")]),
@@ -394,6 +396,7 @@ ATTEMPTS = {  # at the end of a turn or alone on a line
         "<tool_call>act(1)</tool_call>",
         '<tool_call>{"name": "act", "arguments": {"n": 1}</tool_call>',
         '<tool_call>{"name": "act", "arguments": 3}',
+        '<tool_call>{"name": "act", "arguments": "{} {}"}',
         '<tool_call>{"name": "act", "arguments": {"n": 1}} please </tool_call>',
         '<tool_call>{"n": 1}</tool_call>',
         "<tool_call>[]</tool_call>",

@@ -186,7 +186,9 @@ def _call(value: Any) -> ToolCall:
 def _arguments(given: Any) -> Mapping[str, Any]:
     """Return the arguments that are given as an object, as JSON text, or as null for none. Raises ValueError."""
     if isinstance(given, str):
-        given = _json(given.strip(), 0)[0] if given.strip() else None
+        text = given.strip() or "null"
+        value, end = _json(text, 0)
+        given = value if end == len(text) else text
     if given is not None and not isinstance(given, dict):
         raise ValueError("the arguments of the call are no object")
     return given or {}
@@ -220,7 +222,7 @@ def _bare(text: str, known: Known) -> list[ToolCall]:
     span = (max(tag, 0), len(text))
     try:
         values, end = _objects(written, 0)
-        if written[end:].strip():
+        if _skip(_BETWEEN, written, end) < len(written):
             raise ValueError("the call goes on where it should end")
         meant = all(
             isinstance(v, dict) and {"parameters", "arguments"} & {*v} and (not known or v.get("name") in known)

@@ -637,7 +637,7 @@ def test_more_training_examples_leave_the_held_out_ones_as_they_are(problems, tm
     assert few.train == all_.train[:5]
 
 
-def test_the_reward_is_math_verifys_and_a_missing_box_is_wrong(problems):
+def test_the_reward_is_that_of_equal_answers_and_a_missing_box_is_wrong(problems):
     from textpolicy.tinker.train_math import task_of
 
     task = task_of(TrainMathArguments(data=problems))

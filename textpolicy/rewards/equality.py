@@ -17,6 +17,7 @@ from .expressions import FUNCTIONS, Expression, UnreadError, equal, number_of, p
 from .spelling import join_thousands, spell, unwrap
 
 EMPTY = r"\emptyset"
+MAX_SIDES = 4  # of a chain of equations, which is worked out when it is read
 SHOWN = 15  # significant digits that a decimal must show to stand for a number that has no finite decimal
 
 
@@ -261,10 +262,10 @@ def _equation(sides: list[str], signs: list[str]) -> Any:
     if len(sides) == 2 and not _NAME.fullmatch(sides[0]) and _NAME.fullmatch(sides[1]) and _constant(sides[0]):
         sides = sides[::-1]
     if _NAME.fullmatch(sides[0]) and not (_NO_UNITS | FUNCTIONS.keys()) & set(re.findall("[a-z]+", sides[0].lower())):
-        name, values = _name(sides[0]), [read(side) for side in sides[1:]]
+        name, values = _name(sides[0]), [read(side) for side in sides[1 : MAX_SIDES + 1]]
         if signs[0] == "in" and len(signs) == 1:
             return Named(name, values[0]) if isinstance(values[0], Several | Region) else None
-        if "in" in signs or (isinstance(values[0], Number) and name in values[0].of.names):
+        if "in" in signs or len(sides) > MAX_SIDES or (isinstance(values[0], Number) and name in values[0].of.names):
             return None
         if any(not same(value, values[-1], float("inf")) for value in values[:-1]):
             return None

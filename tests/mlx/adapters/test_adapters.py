@@ -522,11 +522,13 @@ def test_a_damaged_folder_is_refused(spoil, message, tmp_path):
         load_adapter(tiny_llama(VOCABULARY), tmp_path / "adapter")
 
 
-def test_a_folder_of_peft_is_refused_as_what_it_is(tmp_path):
-    mx.save_safetensors(str(tmp_path / "adapter_model.safetensors"), {"a": mx.zeros((2, 2))})
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_of_peft_is_refused_as_what_it_is(weights, tmp_path):
+    (tmp_path / weights).write_bytes(b"")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
-    with pytest.raises(UserError, match=r"has no adapters.safetensors but PEFT's adapter_model.safetensors"):
-        load_adapter(tiny_llama(VOCABULARY), tmp_path)
+    for path in (tmp_path, tmp_path / weights):
+        with pytest.raises(UserError, match="is an adapter of PEFT, in a layout of its own; give a folder of"):
+            load_adapter(tiny_llama(VOCABULARY), path)
 
 
 def test_a_file_without_a_config_is_refused(tmp_path):

@@ -35,6 +35,7 @@ from .fingerprint import Fingerprint
 from .tinylora import Factors, SVDLinear
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+_PEFT = "adapter_model."  # what PEFT's files of weights begin with
 _METADATA = "adapter_config"  # the metadata key of a single file, which has no CONFIG beside it
 _OURS = "textpolicy"  # the part of the config that mlx-lm does not read
 _MLX_LM = {"qlora": "lora"}  # mlx-lm's names of our kinds, where they differ
@@ -182,6 +183,10 @@ def read_adapter(path: str | Path) -> Saved:
     path, advice = Path(path), "save the adapter again"
     if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
         path = path.parent
+    if path.name.startswith(_PEFT) or (path.is_dir() and any(path.glob(f"{_PEFT}*")) and not (path / WEIGHTS).exists()):
+        raise UserError(
+            f"{path} is an adapter of PEFT, in a layout of its own; give a folder of save_adapters or mlx-lm"
+        )
     if path.suffix == ".safetensors":
         if not path.is_file():
             raise UserError(f"there is no adapter at {path}; check the path")
@@ -191,9 +196,7 @@ def read_adapter(path: str | Path) -> Saved:
         return _parsed(path, metadata[_METADATA], arrays)
     for file in (CONFIG, WEIGHTS):
         if not (path / file).is_file():
-            theirs = sorted(p.name for p in path.glob("adapter_model.*"))
-            kind = f" but PEFT's {theirs[0]}, in another layout" if theirs else ""
-            raise UserError(f"the adapter folder {path} has no {file}{kind}; give a folder of save_adapters or mlx-lm")
+            raise UserError(f"the adapter folder {path} has no {file}; give a folder of save_adapters or mlx-lm")
     try:
         text = (path / CONFIG).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -13,10 +13,12 @@ import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below m
 # isort: split
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 from toy_run import make_tokenizer
 
+from textpolicy.cli.main import main
 from textpolicy.engine import Sampling
 from textpolicy.errors import UserError
 from textpolicy.mlx.engine import MLXEngine
@@ -331,3 +333,31 @@ def test_the_sentences_in_the_docs_are_those_printed(tmp_path):
         with pytest.raises(UserError) as error:
             load_model(folder)
         assert str(error.value).replace(str(folder), "FOLDER") == sentence
+
+
+NEW = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 7e5, "factor": 8.0, "low_freq_factor": 1.0}}
+NEW["rope_parameters"] |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("layout", ["mlx", "hf"])
+def test_what_was_translated_is_exported_so_that_mlx_lm_reads_it(tmp_path, layout):
+    folder_of(tmp_path / "m", "llama", NEW | {"tie_word_embeddings": True}, drop=("rope_theta",))
+    expected = logits(load_model(tmp_path / "m")[0])
+    out = tmp_path / "out"
+    assert main(["export", "--model", str(tmp_path / "m"), f"--to={layout}", f"--out={out}"]) == 0
+    np.testing.assert_allclose(logits(load_model(out)[0]), expected, atol=1e-4)
+    if layout == "mlx":
+        np.testing.assert_allclose(logits(mlx_lm.load(str(out))[0]), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        (NEW, "only the default rope_scaling"),
+        ({"hidden_act": "relu"}, "only the activation silu and this model has relu"),
+    ],
+)
+def test_a_gguf_file_is_not_written_for_a_function_that_it_cannot_say(tmp_path, capsys, said, named):
+    folder_of(tmp_path / "m", "llama", said)
+    assert main(["export", "--model", str(tmp_path / "m"), "--to=gguf", f"--out={tmp_path / 'm.gguf'}"]) == 2
+    assert named in capsys.readouterr().err

@@ -87,6 +87,8 @@ def _check_family(config: dict[str, Any], args: Any) -> None:
         )
     if "sliding_attention" in args.layer_types or config.get("sliding_window"):
         raise UserError("--to gguf does not support attention with a sliding window; use --to mlx or hf")
+    if (act := config.get("hidden_act") or "silu") not in ("silu", "swish"):
+        raise UserError(f"--to gguf supports only the activation silu and this model has {act}; use --to mlx or hf")
     if args.max_position_embeddings is None:
         raise UserError("the model's config.json has no max_position_embeddings, which GGUF needs; add it")
 

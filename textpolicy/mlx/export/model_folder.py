@@ -16,6 +16,7 @@ from ...errors import UserError
 from ..adapters.attach import attached, wrapped
 from ..adapters.merging import merge_adapters
 from ..adapters.quantised import dequantise, is_floating
+from ..files.entries import settle
 from ..files.folder import INDEX, copy_companions, weight_files
 from ..files.safetensors import save_arrays
 from ..files.tokenizer import read_json, stop_ids
@@ -70,6 +71,10 @@ def export_folder(
         _copy_companions(base, folder)
         _keep_stop_tokens(base, folder, config)
         config = _plain_config(config, model, dtype)
+        if layout == "mlx":  # whose class may not read the entries as the base has them
+            names = dict(tree_flatten(model.parameters()))
+            changes = settle(config, names, "lm_head.weight" in names, f"{base / 'config.json'}").changes
+            config |= {key: value for key, value in changes.items() if value is not None}
         if bits:
             from mlx_lm.utils import quantize_model
 
@@ -98,7 +103,9 @@ def _plain_config(config: dict[str, Any], model: nn.Module, dtype: str | None) -
     dropped = ("quantization", "quantization_config", "torch_dtype", "dtype", "_name_or_path")
     plain = {key: value for key, value in config.items() if key not in dropped}
     weights = dict(tree_flatten(model.parameters()))
-    plain = {"tie_word_embeddings": "lm_head.weight" not in weights} | plain  # mlx-lm's default is not transformers'
+    plain = {"tie_word_embeddings": True} | plain  # mlx-lm's default is not transformers'
+    if "lm_head.weight" in weights:
+        plain["tie_word_embeddings"] = False  # whatever the base says: one that differs from the embedding was used
     if plain["model_type"] == "llama":
         plain = {"hidden_act": "silu"} | plain
     if dtype is None:

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import importlib
 import inspect
+import logging
 import math
 import re
 import warnings
@@ -170,12 +171,11 @@ class _Settling:
         self._tying(head)
         spare = head is None and self.changes["tie_word_embeddings"]
         added: dict[str, Any] = {"spare_head": spare, "rotation": self._rotation(), "windows": self._windows()}
-        nested = self.text is not self.config
-        return Settled(
-            {"text_config": self.text | self.changes} if nested else self.changes,
-            activation=self._activation(),
-            **added,
-        )
+        changes = self.changes
+        if self.text is not self.config:  # mlx-lm's class may take the size of the vocabulary from the top
+            size = self.config.get("vocab_size", self.text.get("vocab_size"))
+            changes = {"text_config": self.text | changes} | ({"vocab_size": size} if size else {})
+        return Settled(changes, activation=self._activation(), **added)
 
     def refuse(self, entry: str, value: Any, fault: str = "does not take") -> UserError:
         return UserError(
@@ -365,9 +365,14 @@ def _known(config: dict[str, Any], text: dict[str, Any]) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kept = {key: value for key, value in text.items() if not key.startswith("quantization")}
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # its advice is for those who write config.json
     try:
         kind = CONFIG_MAPPING[text.get("model_type") or config["model_type"]]
-        with warnings.catch_warnings(action="ignore"):  # of old names
+        with warnings.catch_warnings(action="ignore"):
             return kind.sub_configs.get("text_config", kind)(**copy.deepcopy(kept))
     except (StrictDataclassError, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
         return None
+    finally:
+        logger.setLevel(level)

@@ -220,3 +220,14 @@ def test_layers_keep_one_mask_for_all_heads():
     theirs = peak(lambda q, k, v: mx.fast.scaled_dot_product_attention(q, k, v, scale=0.125, mask=seen))
     ours = peak(lambda q, k, v: shared(q, k, v, None, 0.125, seen))
     assert theirs - ours > 8 * seen.nbytes * 2 * 8  # of the twelve masks of eight heads, with two bytes a number
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("places", [[0], [3000], slice(None)])
+def test_a_logit_that_is_no_number_shows_in_the_logprob_of_its_row_alone(wrong, places):
+    rows = np.random.default_rng(0).normal(0, 3, (3, 4096)).astype(np.float32)
+    rows[1, places] = wrong
+    tokens, logprobs, entropy = cuda.draw(mx.array(rows), mx.arange(3), mx.array([0.2, 0.5, 0.9]), 1.0)
+    assert np.isfinite(np.array(logprobs)).tolist() == [True, False, True]
+    assert np.isfinite(np.array(entropy)).tolist() == [True, False, True]
+    assert 0 <= min(tokens.tolist()) <= max(tokens.tolist()) < 4096

@@ -379,7 +379,7 @@ DRAW = """
     for (int i = 0; i < 8; i++) { x[i] = at < vocabulary ? part[i] * cold : -INFINITY; top = fmaxf(top, x[i]); }
     for (int d = 16; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, d));
     for (int i = 0; i < 8; i++) {
-      const float p = x[i] > -INFINITY ? expf(x[i] - top) : 0.f;
+      const float p = x[i] == -INFINITY ? 0.f : expf(x[i] - top);  // NaN stays NaN
       sum += p;
       spread += p > 0 ? p * (x[i] - top) : 0.f;
     }
@@ -398,7 +398,7 @@ DRAW = """
   const int each = (blocks + 31) / 32, first = lane * each, end = min(blocks, first + each);
   float mine = 0, spread = 0;
   for (int b = first; b < end; b++) {
-    const float w = s[b] > 0 ? expf(m[b] - top) : 0.f;
+    const float w = s[b] == 0 ? 0.f : expf(m[b] - top);
     mine += w * s[b];
     spread += w > 0 ? w * (e[b] + (m[b] - top) * s[b]) : 0.f;
   }
@@ -409,6 +409,10 @@ DRAW = """
   }
   for (int d = 16; d > 0; d /= 2) spread += __shfl_xor_sync(0xffffffff, spread, d);
   const float total = __shfl_sync(0xffffffff, running, 31), point = uniform[row] * total;
+  if (!(total > 0 && total < INFINITY)) {  // a logit is no number
+    if (lane == 0) { tokens[row] = 0; logprobs[row] = -INFINITY; entropy[row] = -INFINITY; }
+    return;
+  }
 
   // The block in which the running sum passes the point; rounding may leave none, then the last with mass.
   int block = -1, last = -1;

@@ -109,8 +109,10 @@ _ROW, _CELL = re.compile(r"\\\\"), re.compile("&")
 _ENVIRONMENT = re.compile(
     r"(.*?)\\begin\{(p|b|B|small|)(matrix|array|cases)\}(?:\{[lcr| ]*\})?(.*)\\end\{\2\3\}", re.DOTALL
 )
-_CLOCK = re.compile(r"(?<![\d:])(?<!: )\d{1,2}\s?:\s?\d\d(?!\d)|\d{4}-\d\d?-\d\d?|\d\d?/\d\d?/\d{2,4}")
-_CHOICE = re.compile(r"\(([A-Z])\)|([A-Z])\)|\[([A-Z])\]")
+_CLOCK = re.compile(  # or a date; no other number begins with a 0
+    r"(?<![\d:])(?<!: )\d{1,2}\s?:\s?\d\d(?!\d)|\d{4}-\d\d?-\d\d?|\d\d?/\d\d?/\d{2,4}|\d\d?-\d\d?-\d{4}"
+    r"|(?<!\d)\d\d-\d\d-\d\d(?!\d)|(?<![\d.])0\d[-/]\d|\d[-/]0\d(?![\d.])"
+)
 
 # ---- names
 
@@ -419,8 +421,6 @@ def _ratio(text: str) -> Any:
 
 def _number(text: str) -> Any:
     """Return an expression with its currency, unit and percent sign, or a word."""
-    if choice := _CHOICE.fullmatch(text):
-        text = choice[1] or choice[2] or choice[3]
     if re.fullmatch(r"(?![xyz]+$)[A-Za-z]{2,}(?: [A-Za-z]+)*", text):  # xy is a product
         try:
             return Text(spell(text), Number(read_expression(text)))

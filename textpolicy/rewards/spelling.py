@@ -156,6 +156,7 @@ _PLAIN: list[Rule] = [
     for pattern, replacement in (
         (r"\\text\s*\{([^{}]*)\}", r"\1"),
         (r"\s+", " "),
+        (r"^\s*[(\[]?\s*([A-Za-z])\s*[)\]:]\s*$", r"\1"),  # a choice
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
         (r"(\\frac\{[^{}]*\})\s*(\d)", r"\1{\2}"),

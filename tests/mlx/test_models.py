@@ -28,7 +28,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from textpolicy.errors import MissingDependencyError, UserError
 from textpolicy.mlx import models
-from textpolicy.mlx.models import MODELS, find_model, load_model
+from textpolicy.mlx.models import MODELS, context_length, find_model, load_model
 
 ROOT = Path(__file__).parents[2]
 ON_CPU = mx.default_device() == mx.cpu
@@ -424,3 +424,25 @@ def test_a_cache_that_cannot_be_written_is_a_user_error(small, tmp_path, monkeyp
     with files_of_at_most(50_000), pytest.raises(UserError, match="set TEXTPOLICY_CACHE to a folder with room"):
         find_model(small)
     assert [p for p in (tmp_path / "small" / "models").iterdir() if p.is_dir()] == []
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        ({"max_position_embeddings": 2048, "n_positions": 16}, 2048),
+        ({"n_positions": 16}, 16),
+        ({"n_ctx": 32}, 32),
+        ({"max_seq_len": 64}, 64),
+        ({"max_sequence_length": 128}, 128),
+        ({"seq_length": 256, "max_position_embeddings": None}, 256),
+        ({"text_config": {"n_positions": 8}}, 8),
+        ({"n_positions": True}, None),
+        ({"n_positions": "16"}, None),
+        ({"max_position_embeddings": 0, "n_ctx": -1}, None),
+        ({"hidden_size": 16}, None),
+    ],
+)
+def test_the_length_of_the_context_has_the_name_that_the_family_gives_it(tmp_path, config, wanted):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert context_length(tmp_path) == wanted

@@ -237,7 +237,7 @@ def context_length(name: str | Path) -> int | None:
     lengths = [text.get(name) for name in _CONTEXT]
     if is_longrope(rotation):  # see mend_rotation
         lengths = [n for part in (text, rotation) if (n := part.get("original_max_position_embeddings"))] + lengths
-    return next((n for n in lengths if isinstance(n, int) and n > 0), None)
+    return next((n for n in lengths if type(n) is int and n > 0), None)
 
 
 def _load_folder(folder: Path, tokenizer_config: dict[str, Any] | None) -> tuple[nn.Module, Any]:

@@ -250,7 +250,8 @@ def _load_folder(folder: Path, tokenizer_config: dict[str, Any] | None) -> tuple
     if not isinstance(layers, int) or layers > len(names):
         raise UserError(f"{folder} promises {layers!r:.40} layers with {len(names)} tensors; download it again")
     try:
-        settled = settle(load_config(folder), names, _has_head(files, names), f"{folder / 'config.json'}")
+        config = load_config(folder)
+        settled = settle(config, names, _has_head(files, names, config), f"{folder / 'config.json'}")
         model = load_weights(folder, files, settled)
         tokenizer = load_tokenizer(folder, tokenizer_config)
     except UserError:
@@ -271,11 +272,12 @@ def _load_folder(folder: Path, tokenizer_config: dict[str, Any] | None) -> tuple
     return model, tokenizer
 
 
-def _has_head(files: list[Path], names: set[str]) -> bool | None:
-    """Return whether ``files`` have an output layer, or None if theirs is equal to the embedding."""
+def _has_head(files: list[Path], names: set[str], config: dict[str, Any]) -> bool | None:
+    """Return whether ``files`` have an output layer, or None if it may be tied and is equal to the embedding."""
     head = [name for name in names if re.search(r"(^|\.)lm_head\.", name)]
-    if not head:
-        return False
+    text = config.get("text_config") or {}
+    if not head or config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is False:
+        return bool(head)
     tensors: dict[str, Any] = {}
     for file in files:
         tensors |= mx.load(str(file))  # type: ignore[arg-type]  # lazily: only the headers are read

@@ -22,6 +22,7 @@ from mlx_lm.models.gemma3_text import Gemma3Model
 
 from .._system.cache import cache_folder
 from ..errors import MissingDependencyError, UserError
+from .adapters.attach import complete
 from .adapters.quantised import dequantise
 from .adapters.saving import load_adapter, read_adapter
 from .files.entries import is_longrope, settle
@@ -113,6 +114,7 @@ def load_model(
         _quantise_again(model, read_json(folder / NOTES), str(name))
     if in_float32 if dequantize is None else dequantize:
         dequantise(model)
+    complete(model)
     if adapter_path is not None:
         log("adding the adapter in %s", adapter_path)
         load_adapter(model, adapter_path)

@@ -150,10 +150,15 @@ def attach(
 
 
 def freeze(model: nn.Module) -> None:
-    """Freeze all parameters of ``model``, in place, also of modules of mlx-lm that leave out ``nn.Module.__init__``."""
+    """Freeze all parameters of ``model``, in place."""
+    complete(model)
+    model.freeze()
+
+
+def complete(model: nn.Module) -> None:
+    """Give modules whose class in mlx-lm leaves out ``nn.Module.__init__`` (RecurrentGemma's) what it sets."""
     for module in model.modules():
         vars(module).setdefault("_no_grad", set())
-    model.freeze()
 
 
 def detach(model: nn.Module) -> None:

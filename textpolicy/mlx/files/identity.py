@@ -36,7 +36,7 @@ def _identity(folder: Path, files: tuple[tuple[Any, ...], ...]) -> dict[str, str
 
     tokenizer = settings("tokenizer_config.json")
     templates = [tokenizer.pop("chat_template", None), settings("chat_template.json").get("chat_template")]
-    templates += [path.read_text(encoding="utf-8") for path, *_ in files if path.suffix == ".jinja"]
+    templates += [path.read_bytes().hex() for path, *_ in files if path.suffix == ".jinja"]
     named = sorted({path for pattern in _TOKENIZER for path in folder.glob(pattern)})
     read = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in named}
     return {

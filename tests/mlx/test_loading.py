@@ -307,6 +307,29 @@ def test_a_type_of_which_mlx_lm_has_no_class_is_a_sentence(tmp_path):
         load_model(tmp_path / "m")
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"rope_theta": "big"},
+        {"rope_theta": None},
+        {"rope_theta": -1.0, "rope_scaling": 3},
+        {"rope_parameters": [1, 2]},
+        {"rope_parameters": {"rope_type": ["linear"]}},
+        {"rope_scaling": {"rope_type": "llama3"}},
+        {"layer_types": ["full_attention"]},
+        {"layer_types": "all"},
+        {"num_attention_heads": 0},
+        {"hidden_act": 3},
+        {"text_config": {}, "rope_theta": "big"},
+    ],
+)
+def test_values_that_make_no_model_are_a_sentence(tmp_path, said):
+    folder_of(tmp_path / "m", "llama", said)
+    with pytest.raises(UserError) as error:
+        load_model(tmp_path / "m")
+    assert "\n" not in str(error.value)
+
+
 def test_a_class_that_ends_the_process_is_a_sentence(tmp_path):
     folder_of(tmp_path / "m", "llama", {"model_type": "olmo"})
     with pytest.raises(UserError, match="mlx-lm cannot load"):

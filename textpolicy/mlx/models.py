@@ -256,6 +256,7 @@ def _load_folder(folder: Path, tokenizer_config: dict[str, Any] | None) -> tuple
         settled = settle(config, names, _has_head(files, names, config), f"{folder / 'config.json'}")
         model = load_weights(folder, files, settled)
         tokenizer = load_tokenizer(folder, tokenizer_config)
+        known = Bounds.of(model).vocabulary  # reads a few tokens
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a bad folder makes it raise errors of any kind, and OLMo 1's class exit
@@ -265,7 +266,6 @@ def _load_folder(folder: Path, tokenizer_config: dict[str, Any] | None) -> tuple
         if type(part) is Gemma3Model:
             part.__class__ = ScaledGemma3Model  # with the same parameters
     tokenizer.eos_token_ids = stop_ids(folder, tokenizer)
-    known = Bounds.of(model).vocabulary
     if known is not None and len(tokenizer) > known:
         logger.warning(
             "the tokenizer in %s has %d tokens and the model %d; text that needs the last ones is refused",

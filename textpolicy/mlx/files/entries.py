@@ -160,8 +160,10 @@ class _Settling:
     """The comparison of a config.json with transformers' class and mlx-lm's module of its type."""
 
     def __init__(self, config: dict[str, Any], names: Collection[str], where: str) -> None:
-        self.text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-        self.where, self.family, self.known = where, family(config), _known(config, self.text)
+        self.where, self.family = where, family(config)
+        nested = "text_config" in self.family.named and isinstance(config.get("text_config"), dict)
+        self.text = config["text_config"] if nested else config
+        self.known = _known(config, self.text)
         fields = dataclasses.fields(self.known) if self.known else ()
         self.defaults: dict[str, Any] = {f.name: f.default for f in fields if f.name not in _common()}
         self.config, self.names, self.changes = config, names, dict[str, Any]()

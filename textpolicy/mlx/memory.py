@@ -324,14 +324,14 @@ def _bytes(arrays: Iterable[Any]) -> float:
 
 
 def _peaks(sizes: Sequence[float], results: Callable[[float], list[Any]], room: float) -> dict[float, float]:
-    """Return the peak of each of ``sizes``, which double, before the first that could take more than ``room`` bytes.
+    """Return the peaks of the first of ``sizes`` and of those after it, which double, that fit into ``room`` bytes.
 
     If p(n) = b + t n + q n^2 without a b, then p(2n) is 2 p(n) + 4 (p(n) - 2 p(n/2)); with one it is less.
     """
     peaks: dict[float, float] = {}
     before = most = 0.0
     for size in sizes:
-        if most > room:
+        if peaks and most > room:
             break
         peaks[size] = now = _peak(results(size))
         most = _MARGIN * (2 * now + (4 * max(0.0, now - 2 * before) if before else 0.0))

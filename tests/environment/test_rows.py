@@ -74,6 +74,7 @@ def test_a_column_may_hold_messages():
         ("a.jsonl", "[1, 2]\n", "line 1 of .*a.jsonl is not a JSON object"),
         ("a.csv", "a,b\n1,2\n3\n", "line 3 of .*a.csv does not have as many cells as the header"),
         ("a.csv", "a,b\n1,2,3\n", "line 2 of .*a.csv does not have as many cells as the header"),
+        ("a.csv", "\n\na,b\n1\n", "line 4 of .*a.csv does not have as many cells as the header"),
         ("a.csv", "a,b,a\n1,2,3\n", r"a.csv names 'a' twice; rename one"),
         ("a.jsonl", '{"a": 1}\n{"b": 2, "a": 1, "b": 3}', r"line 2 of .*a.jsonl names 'b' twice"),
         ("a.txt", "a", r"no kind of file called '.txt'; .*choose one of .csv, .jsonl, .parquet"),

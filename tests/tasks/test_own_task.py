@@ -162,6 +162,9 @@ def test_messages_in_a_column_are_asked_as_messages(kind):
         (np.array(["2+2?"]), "holds a list"),
         ("[{'role': 'user', 'content': '2+2?'}]", "holds chat messages that were written as text"),
         ('[{"content": "2+2?",\n "role": "user"}]', "holds chat messages that were written as text"),
+        ("({'role': 'user', 'content': '2+2?'},)", "holds chat messages that were written as text"),
+        ('{"role": "user", "content": "2+2?"}', "holds chat messages that were written as text"),
+        ('[{"from": "human", "value": "2+2?"}]', "holds chat messages that were written as text"),
         (" \n", "has nothing"),
         ([], "has nothing"),
     ],
@@ -293,9 +296,12 @@ def test_a_run_whose_questions_are_others_now_is_refused_unless_that_is_allowed(
     del sys.modules["my_task"]
     assert main(["train", f"--resume={folder}"]) == 2
     message = " ".join(capsys.readouterr().err.split())
-    assert re.search(
-        r"began with other settings \(task my_task.py with questions (\w+) -> my_task.py with .*\)", message
+    changes = re.search(
+        r"other settings \(task (.*)my_task.py with questions (\w+) -> (.*) with questions (\w+)\)", message
     )
+    assert changes
+    assert changes[3] == f"{changes[1]}my_task.py"
+    assert changes[2] != changes[4]
     assert "--allow task" in message
     assert main(["train", f"--resume={folder}", "--allow=task"]) == 0
 

@@ -25,7 +25,7 @@ Row = Mapping[str, Any]
 Rows = str | Path | Iterable[Row]
 _LONGEST = 2**31 - 1  # characters of a CSV cell; Python's own limit is 131072
 _SPELT = re.compile(
-    r"""\s*\[\s*\{\s*['"](?:role|content)['"]\s*:.*\}\s*\]\s*""", re.DOTALL
+    r"""\s*[\[(]?\s*\{\s*['"](?:role|content|from)['"]\s*:.*\}[\s,]*[\])]?\s*""", re.DOTALL
 )  # messages, as CSV has them
 AS_ROWS = (  # the ways to the rows of containers that are none
     "data['train'] of a dict of splits, [{'question': text}, ...] for texts, frame.to_dict('records') of pandas, "
@@ -145,7 +145,7 @@ def _csv(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file, strict=True)
-            header = next(rows, [])
+            header = next(filter(None, rows), [])
             _pairs(str(path), [(name, None) for name in header])
             for cells in rows:
                 if len(cells) != len(header) and cells:

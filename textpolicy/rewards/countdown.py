@@ -127,10 +127,12 @@ class _Parser:
 
 # ---- the answer in a completion
 
-_SIGNS = {0xD7: "*", 0x2217: "*", 0xB7: "*", 0x22C5: "*", 0xF7: "/", 0x2215: "/", 0x2044: "/", 0x2212: "-", 0x2013: "-"}
+_FULL_WIDTH = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
+_SIGNS = _FULL_WIDTH | dict.fromkeys((0xD7, 0xB7, 0x2217, 0x2219, 0x22C5), "*")
+_SIGNS |= dict.fromkeys((0xF7, 0x2044, 0x2215), "/") | dict.fromkeys((0x2013, 0x2212), "-")
 _REWRITES = (  # of a line, in this order
-    (r"^\s*(?:\d{1,2}[.)]\s+|\(\d{1,2}\)\s+(?=[\d(]))", ""),  # the number of an item in a list
-    (r"\\(?:times|cdot|ast)(?![A-Za-z])|(?<=[\d)\]}])\s*[xX\u2022]\s*(?=[\d(\[{])", "*"),
+    (r"^\s*(?:[-*+]\s+\[[ xX]\]\s+|(?:\d{1,2}|[A-Za-z])[.)]\s+|\((?:\d{1,2}|[A-Za-z])\)\s+(?=[\d(]))", ""),  # an item
+    (r"\\(?:(?:times|cdot|ast)(?![A-Za-z])|\*)|(?<=[\d)\]}])\s*[xX\u2022]\s*(?=[\d(\[{])", "*"),
     (r"\\div(?![A-Za-z])", "/"),
     (r"\\(?:left|right)(?![A-Za-z])", ""),
     (r"\\[,;:! ()]|\\\[|\\\]|__", " "),
@@ -180,7 +182,7 @@ def _expression(answer: str) -> str:
     for expr, value in (statement for line in lines[-MAX_LINES:] for statement in _statements(_in_ascii(line))):
         tokens = re.findall(r"\d+|\S", expr)
         spaced = f" {' '.join(tokens)} "
-        if value and (spaced in whole or not worked.isdisjoint(tokens)):
+        if value and (spaced in whole or not worked.isdisjoint(tokens) or _works_out(found, tokens, value)):
             worked.add(value)
         else:
             found, whole, worked = expr, spaced, set()
@@ -188,6 +190,19 @@ def _expression(answer: str) -> str:
         return _with_parentheses(found)
     last = _in_ascii(lines[-1]) if lines else ""
     return _with_parentheses(last) if re.fullmatch(r"[-+()\[\]{}0-9 ]+", last) else _in_ascii(marked or "")
+
+
+def _works_out(expr: str, tokens: Sequence[str], value: str) -> bool:
+    """Return whether ``tokens``, said to be ``value``, are ``expr`` with brackets worked out: 3*9 = 27 of 3*(4+5)."""
+    inner = {_value(part) for part in re.findall(r"[(\[{]([^][(){}]+)[)\]}]", expr)} - {*re.findall(r"\d+", expr), ""}
+    return not inner.isdisjoint(tokens) and _value(_with_parentheses(expr)) == value
+
+
+def _value(expr: str) -> str:
+    try:
+        return str(evaluate_expression(expr).value)
+    except ExpressionError:
+        return ""
 
 
 def _statements(line: str) -> Iterator[tuple[str, str]]:

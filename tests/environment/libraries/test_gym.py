@@ -215,7 +215,7 @@ class Scripted(gymnasium.Env):
 
     def step(self, action):
         event = self.events.pop(0) if self.events else None
-        if isinstance(event, Exception):
+        if isinstance(event, BaseException):
             raise event
         return (int(action), 1.0, False, False, {}) if event is None else event
 
@@ -292,6 +292,25 @@ def test_a_thought_that_the_prompt_opened_holds_no_action(reader):
     assert read == [refused, "[user] 4", "[user] 6", refused]
 
 
+def test_what_a_table_of_actions_does_not_have_is_answered():
+    env = GymnasiumTextEnv(
+        Scripted, 1, tokenizer=chat_tokenizer("chatml"), read_action={"up": 4}.__getitem__, max_turns=3
+    )
+    read = [line for line in play(env, "down", "up", "up").text.splitlines() if line.startswith("[user]")]
+    assert read == ["[user] That is no action: 'down'", "[user] 4"]
+
+
+@pytest.mark.parametrize(
+    "error", [gymnasium.error.NameNotFound("no Chess"), ImportError("no ale"), TypeError("no seed")]
+)
+def test_a_function_that_makes_no_game_is_refused(error):
+    def make():
+        raise error
+
+    with pytest.raises(UserError, match=f"the function of the game raised {type(error).__name__}: no "):
+        GymnasiumTextEnv(make, 1, tokenizer=chat_tokenizer("chatml"))
+
+
 @pytest.mark.parametrize(
     "error", [ValueError("taken"), AssertionError("taken"), gymnasium.error.InvalidAction("taken")]
 )
@@ -301,7 +320,7 @@ def test_a_move_that_the_game_refuses_is_answered(error):
     assert (episode.reward, Scripted.closed) == (2.0, 2)  # with the one that the prompts are from
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), ZeroDivisionError(), RuntimeError("x"), RecursionError()])
+@pytest.mark.parametrize("error", [KeyError("x"), ZeroDivisionError(), RuntimeError("x"), SystemExit(0)])
 def test_a_game_that_fails_is_unscorable_and_the_others_go_on(error, caplog):
     env = scripted(None, error)
     tokenizer = env.tokenizer

@@ -185,17 +185,23 @@ class GymnasiumTextEnv(MultiTurnEnv):
         """Make ``games`` prompts of ``game``, an id or a function that makes the environment.
 
         A prompt is ``instructions`` and ``describe(observation)``. ``read_action(text)`` turns the text of a turn,
-        after the thought, into an action and raises ValueError if it is not one; by default a text space takes the
-        text, and a discrete one the last whole number in it (``WHOLE``). ``is_correct(reward)`` decides whether an
-        episode with that total reward succeeded. The other ``settings`` are those of ``MultiTurnEnv``. Raises
-        UserError.
+        after the thought, into an action and raises ValueError or KeyError if it is not one; by default a text space
+        takes the text, and a discrete one the last whole number in it (``WHOLE``). ``is_correct(reward)`` decides
+        whether an episode with that total reward succeeded. The other ``settings`` are those of ``MultiTurnEnv``.
+        Raises UserError.
         """
         if games < 1:
             raise UserError(f"games is {games}; set it to 1 or more")
         if not isinstance(game, str) and not callable(game):
             raise UserError(f"game is a {type(game).__name__}; give the id of one, or a function that makes it")
         make: MakeGame = (lambda: made("make", game)) if isinstance(game, str) else game
-        first = make()
+        try:
+            first = make()
+        except UserError:
+            raise
+        except Exception as error:
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UserError(f"the function of the game raised {why}; fix it") from error
         if not isinstance(first, extra("gymnasium", INSTALL).Env):
             raise UserError(f"the function of the game made a {type(first).__name__}; make a gymnasium.Env")
         try:
@@ -223,7 +229,7 @@ def begun(game: Any, seed: int) -> Any:
     """Return the first observation of the game that ``seed`` determines. Raises UserError."""
     try:
         values = game.reset(seed=seed)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"a game cannot begin with seed {seed} ({why}); fix its reset()") from error
     return result("reset()", values, ("observation", "info"))[0]
@@ -233,7 +239,7 @@ def closed(game: Any) -> None:
     """Close a game, and log what it raises."""
     try:
         game.close()
-    except Exception as error:  # noqa: BLE001 - the game is over, and the run is not
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the game is over, and the run is not
         logger.warning("a game raised when it was closed: %r", error)
 
 
@@ -269,13 +275,13 @@ class GamePartner:
             if (said := answered(text)) is None:
                 raise ValueError("it ends inside a thought")
             action = self.read(said.strip())
-        except ValueError as error:
+        except (ValueError, LookupError) as error:
             return Reply(({"role": "user", "content": f"That is no action: {error}"},))
         try:
             values = self.game.step(action)
         except (ValueError, AssertionError, refusal) as error:  # as games refuse an illegal move
             return Reply(({"role": "user", "content": f"The game refuses {action!r}: {error}"},))
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other episodes go on
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, the other episodes go on
             logger.warning("a game failed at the action %r and is unscorable: %r", action, error)
             self.close()
             return Reply(reward=math.nan)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial, wraps
 from typing import Annotated, Literal
 
@@ -168,6 +169,17 @@ def speaks(n: int):
         raise ValueError("too much")
 
 
+def in_a_thread(url: str):
+    """Fetch a page in another thread."""
+    with ThreadPoolExecutor() as pool:
+        return pool.submit(str, url)
+
+
+def forgets(url: str):
+    """Fetch pages, and forget to wait for them."""
+    return {url: Future()}
+
+
 async def counts_later(n: int):
     """Count one by one."""
     for i in range(n):
@@ -226,6 +238,8 @@ def options(a: int, **more: int):
         (fetch, "fetch", ["url"], {"url": "nowhere"}, "Error: fetch raised OSError: no such page"),
         (fetches, "fetches", ["url"], {"url": "u"}, '{"page": "u"}'),
         (partial(fetch, url="u"), "fetch", [], {}, '{"page": "u"}'),
+        (in_a_thread, "in_a_thread", ["url"], {"url": "u"}, "u"),
+        (forgets, "forgets", ["url"], {"url": "u"}, "Error: forgets raised TypeError: its result was never awaited"),
         (counts, "counts", ["n"], {"n": 3}, "[0, 1, 2]"),
         (counts, "counts", ["n"], {"n": 0}, "[]"),
         (speaks, "speaks", ["n"], {"n": 2}, "0 1 "),
@@ -385,7 +399,10 @@ def test_a_long_result_is_cut_and_ends_with_its_length():
         ('<tool_call>{"name": "add", "arguments": {"a": 1}}', [ToolCall("add", {"a": 1})]),
         ('{"name": "add", "parameters": {"a": 1}}', [ToolCall("add", {"a": 1})]),
         ('<|python_tag|>{"name": "add"}', [ToolCall("add")]),
+        ('{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}', [ToolCall("add", {"a": 1})]),
+        ('<tool_call>{"name": "add", "id": "1", "type": "function"}</tool_call>', [ToolCall("add")]),
         ('{"total": 3}', []),
+        ('{"function": 3, "arguments": {}}', []),
     ],
 )
 def test_calls_are_found_in_tags_or_as_the_whole_turn(text, calls):
@@ -398,6 +415,8 @@ def test_calls_are_found_in_tags_or_as_the_whole_turn(text, calls):
         "<tool_call>add(1)</tool_call>",
         "<tool_call>[1]</tool_call>",
         '<tool_call>{"name": "add", "arguments": 3}',
+        '<tool_call>{"name": "add", "args": {"a": 1}}</tool_call>',
+        '<tool_call>{"name": "add", "a": 1}</tool_call>',
         "<tool_call>",
     ],
 )

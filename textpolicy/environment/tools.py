@@ -10,6 +10,7 @@ import queue
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self, get_type_hints
@@ -82,6 +83,8 @@ class Tool:
         """Call the function in the current thread and return its result or error as text."""
         try:
             result = self.adapter.validate_python(ArgsKwargs((), dict(arguments)))
+            if isinstance(result, Future):
+                result = result.result()
             if inspect.isawaitable(result) or inspect.isasyncgen(result):
                 result = asyncio.run(_awaited(result))
             if isinstance(result, Iterator):
@@ -147,6 +150,8 @@ def _plain(value: Any) -> Any:
     """Return what JSON carries of another object, the same in every run."""
     if isinstance(value, Iterator):
         return [*islice(value, LONGEST_RESULT)]
+    if inspect.isawaitable(value) or isinstance(value, Future):
+        raise TypeError("its result was never awaited")
     return sorted(value, key=repr) if isinstance(value, Set) else _without_address(value)
 
 

@@ -136,6 +136,16 @@ def test_calls_of_earlier_turns_are_shown_in_the_opening_of_a_harness(family, as
     assert written.index("add") < written.index("4711") < written.index("4712")
 
 
+def test_a_call_and_a_refusal_of_the_old_format_are_shown_and_a_user_who_says_nothing_is_refused():
+    tokenizer = chat_tokenizer("qwen3", tools=True)
+    called = {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 4711}'}}
+    refused = {"role": "assistant", "content": None, "refusal": "I will not."}
+    written = tokenizer.decode(Session(ChatCodec.of(tokenizer)).take([USER, called, USER, refused, USER], []))
+    assert written.index("add") < written.index("4711") < written.index("I will not.")
+    with pytest.raises(UserError, match="lacks one of"):
+        Session(ChatCodec.of(tokenizer)).take([{"role": "user", "content": None}], [])
+
+
 def test_a_request_that_was_not_answered_leaves_no_tokens(tokenizer, session):
     session.take([USER], [])
     answer = session.add(completion(tokenizer, "hello"), 0)

@@ -249,7 +249,9 @@ def _chunks(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _read(message: Message) -> dict[str, Any]:
     """Return a message in whatever format it was sent as one for chat templates. Raises UserError for another."""
-    return each_text(plain({**message, "content": message.get("content") or ""}), whole)
+    if message.get("content") is None and message.get("role") == "assistant":
+        message = {**message, "content": message.get("refusal") or ""}
+    return each_text(plain(message), whole)
 
 
 def _named(messages: Sequence[Message]) -> list[Message]:

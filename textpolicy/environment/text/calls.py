@@ -178,7 +178,9 @@ def _call(value: Any) -> ToolCall:
         case {"function": dict(inner)}:
             value = inner
     match value:
-        case {"name": str(name)} if name:
+        case {"name": str(name)} if name and (
+            {"arguments", "parameters"} & {*value} or {*value} <= {"name", "id", "type"}
+        ):
             return ToolCall(name, _arguments(value.get("arguments", value.get("parameters"))))
     raise ValueError("the call is not an object with a name and arguments")
 
@@ -224,9 +226,10 @@ def _bare(text: str, known: Known) -> list[ToolCall]:
         values, end = _objects(written, 0)
         if _skip(_BETWEEN, written, end) < len(written):
             raise ValueError("the call goes on where it should end")
+        functions = [v.get("function", v) if isinstance(v, dict) else v for v in values]
         meant = all(
-            isinstance(v, dict) and {"parameters", "arguments"} & {*v} and (not known or v.get("name") in known)
-            for v in values
+            isinstance(f, dict) and {"parameters", "arguments"} & {*f} and (not known or f.get("name") in known)
+            for f in functions
         )
         return [replace(_call(v), span=span) for v in values] if tag >= 0 or meant else []
     except (ValueError, RecursionError) as error:

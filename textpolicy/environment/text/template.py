@@ -199,8 +199,8 @@ def plain(message: Message) -> dict[str, Any]:
 
     The content may be a text, a list of parts that are text, or with calls None.
     """
-    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
-    calls = [] if calls is None else [_plain_call(call) for call in calls]
+    role, content, old = message.get("role"), message.get("content"), message.get("function_call")
+    calls = [_plain_call(call) for call in message.get("tool_calls") or ([old] if old else [])]
     if not isinstance(role, str) or not role or (content is None and not calls):
         raise UserError(f"the message {str(message)!a:.200} lacks one of {{'role', 'content'}}; give it both, as text")
     parts, texts = [] if content is None else [content], []
@@ -212,7 +212,7 @@ def plain(message: Message) -> dict[str, Any]:
         if not isinstance(text, str):
             raise UserError(f"a message of the role {role!r} holds {kind!r} and the policy reads text; leave it out")
         texts.append(text)
-    kept = {key: value for key, value in message.items() if key != "tool_calls"}
+    kept = {key: value for key, value in message.items() if key not in ("tool_calls", "function_call")}
     return {**kept, "content": "".join(texts), **({"tool_calls": calls} if calls else {})}
 
 

@@ -123,13 +123,13 @@ def test_nothing_is_a_call_where_no_tools_are_offered(tokenizer):
 
 
 @pytest.mark.parametrize("family", TOOL_SPECIAL)
-@pytest.mark.parametrize("as_text", [True, False])
-def test_calls_of_earlier_turns_are_shown_in_the_opening_of_a_harness(family, as_text):
+@pytest.mark.parametrize(("as_text", "calls"), [(True, list), (False, tuple), (False, np.array)])
+def test_calls_of_earlier_turns_are_shown_in_the_opening_of_a_harness(family, as_text, calls):
     tokenizer = chat_tokenizer(family, tools=True)
     session = Session(ChatCodec.of(tokenizer))
     arguments = json.dumps({"a": 4711}) if as_text else {"a": 4711}
     call = {"id": "call12345", "type": "function", "function": {"name": "add", "arguments": arguments}}
-    asked = {"role": "assistant", "content": None, "tool_calls": [call]}
+    asked = {"role": "assistant", "content": None, "tool_calls": calls([call])}
     result = {"role": "tool", "tool_call_id": "call12345", "content": "4712"}
     said = {"role": "assistant", "content": "It is done."}
     written = tokenizer.decode(session.take([USER, asked, result, said, USER], []))

@@ -128,6 +128,7 @@ def test_a_content_of_parts_is_asked_and_rewarded_as_its_text(family, content):
         ("qwen3", [{"content": "?"}], "lacks one of {'role', 'content'}"),
         ("qwen3", [{"role": None, "content": "?"}], "lacks one of {'role', 'content'}"),
         ("qwen3", called("not JSON"), "has no name, or arguments that are no JSON object"),
+        ("qwen3", [USER, {**SAID, "tool_calls": 5}, AGAIN], "has no name, or arguments that are no JSON object"),
         ("qwen3", called({})[:2], "tool calls"),
         ("qwen3", [{"role": "user", "content": part(" ")}], "prompt 0 is blank"),
         ("qwen3", [{"role": "system", "content": "a\ud800"}, USER], "half a character"),

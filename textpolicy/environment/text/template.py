@@ -199,8 +199,10 @@ def plain(message: Message) -> dict[str, Any]:
 
     The content may be a text, a list of parts that are text, or with calls None.
     """
-    role, content, old = message.get("role"), message.get("content"), message.get("function_call")
-    calls = [_plain_call(call) for call in message.get("tool_calls") or ([old] if old else [])]
+    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+    if calls is None:  # the older format has one call
+        calls = [call] if (call := message.get("function_call")) else []
+    calls = [_plain_call(call) for call in (calls if isinstance(calls, Iterable) else [calls])]
     if not isinstance(role, str) or not role or (content is None and not calls):
         raise UserError(f"the message {str(message)!a:.200} lacks one of {{'role', 'content'}}; give it both, as text")
     parts, texts = [] if content is None else [content], []

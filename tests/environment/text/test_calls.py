@@ -294,6 +294,7 @@ JSON_ONE, JSON_TWO = '{"name": "act", "arguments": {"n": 1}}', '{"name": "do", "
         ("glm", "<tool_call>act</tool_call>", [ToolCall("act")]),
         ("glm", "<tool_call>act\n<arg_key>n</arg_key>\n<arg_value>1</arg_value>", [ONE]),
         ("mistral", f"[TOOL_CALLS] {JSON_ONE}", [ONE]),
+        ("mistral", f"[TOOL_CALLS] [{JSON_ONE}]\n[TOOL_CALLS] [{JSON_TWO}]", [ONE, TWO]),
         ("mistral", '[TOOL_CALLS]act[ARGS]{"n": 1}[TOOL_CALLS]do[ARGS]{"n": 2}', [ONE, TWO]),
         ("mistral_args", '[TOOL_CALLS]act[CALL_ID]a1B2c3D4e[ARGS]{"n": 1}', [ONE]),
         ("mistral_args", '[TOOL_CALLS]act[ARGS]{"n": 1}do[ARGS]{"n": 2}', [ONE, TWO]),

@@ -136,6 +136,7 @@ def _tagged(opens: str, closes: str, body: Body) -> Find:
 # ---- JSON
 
 _DECODER = json.JSONDecoder(strict=False)  # line breaks may stand in a string
+_OPENS = re.compile(r"\{|\[(?![A-Z])")  # begins a JSON object or list, but not a tag such as [TOOL_CALLS]
 _SPACE, _BETWEEN = re.compile(r"\s*"), re.compile(r"[\s,;]*")
 
 
@@ -151,7 +152,7 @@ def _objects(text: str, at: int) -> tuple[list[Any], int]:
     """Return the JSON values from an index on, joined by , or ; or in lists, and their end. Raises ValueError."""
     values: list[Any] = []
     end, at = at, _skip(_BETWEEN, text, at)
-    while not values or text[at : at + 1] in ("{", "["):
+    while not values or _OPENS.match(text, at):
         value, end = _json(text, at)
         values += value if isinstance(value, list) else [value]
         at = _skip(_BETWEEN, text, end)

@@ -88,7 +88,9 @@ def test_full_training_of_a_half_precision_model_is_that_of_its_weights_in_float
         for _ in range(5):
             assert engine.update(batch, Surrogate(), Full.learning_rate)["updated"] == 1
         moved[name] = {key: value - before[key] for key, value in arrays(model).items()}
-    assert all(np.array_equal(moved["half"][key], change) for key, change in moved["exact"].items())
+    near = 0 if mx.default_device() == mx.cpu else 0.05 * Full.learning_rate  # a GPU adds up in another order each time
+    for key, change in moved["exact"].items():
+        np.testing.assert_allclose(moved["half"][key], change, rtol=0, atol=near, err_msg=key)
     changes = [change for name, change in moved["half"].items() if "embed" not in name]  # of tokens that occur
     matrices = [change for change in changes if change.ndim == 2 and change.any()]
     assert matrices

@@ -1,6 +1,8 @@
 """Every entry that changes a function has its effect, or is refused, or has no meaning: in every family of mlx-lm."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
@@ -106,7 +108,8 @@ SILENT = {  # what has no effect here, and why
     "nemotron-nas": "hidden_activation",  # hidden_act has precedence
     "olmo3": "rope_parameters",  # transformers reads them for each type of layer alone
     "olmo_hybrid": "rope_parameters",  # without positions
-    "phixtral": "hidden_act hidden_activation",
+    "phixtral": "hidden_act hidden_activation scoring_func",
+    **dict.fromkeys(("deepseek", "hunyuan", "longcat_flash_ngram"), "scoring_func"),  # which is softmax there
     "spark2_5": "partial_rotary_factor",
     "step3p5": "rope_parameters hidden_act",  # which transformers' class of the type sets itself
     **dict.fromkeys(("dots1", "qwen2", "qwen2_moe", "qwen2_vl", "qwen3", "qwen3_moe"), "sliding_window"),
@@ -131,3 +134,25 @@ def test_a_changed_entry_has_an_effect_or_is_refused_or_has_no_meaning(name):
         if meant and entry not in silent:
             assert mx.abs(changed - usual).max().item() > 1e-6, entry
     assert refused < len(ENTRIES)
+
+
+PUBLISHED = json.loads((Path(__file__).parents[2] / "data" / "published_configs.json").read_text())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_config_of_a_published_model_is_taken(name):
+    """The entries of models that people load, with what their authors left in: refusing one would be a fault, too."""
+    config, biased = PUBLISHED[name], ["model.layers.0.self_attn.q_proj.bias", "model.layers.0.self_attn.q_norm.weight"]
+    settled = settle(config, biased, not config.get("tie_word_embeddings", False), "FOLDER/config.json")
+    if "rope_theta" in config:
+        assert settled.changes["rope_theta"] == config["rope_theta"]
+    windowed = {"gemma-2-2b", "Phi-3-mini-4k", "Mistral-7B-v0.1", "starcoder2-3b"}  # in the file, and not in mlx-lm
+    assert (settled.windows is not None) == (name in windowed)
+
+
+@pytest.mark.parametrize(("kind", "scored"), [("deepseek_v2", "softmax"), ("glm4_moe", "sigmoid")])
+def test_a_way_of_scoring_experts_is_taken_where_it_is_the_familys_own(kind, scored):
+    other = {"softmax": "sigmoid", "sigmoid": "softmax"}[scored]
+    settle(tiny_config(kind) | {"scoring_func": scored}, [], True, "FOLDER/config.json")
+    with pytest.raises(UserError, match=f"scoring_func '{other}'"):
+        settle(tiny_config(kind) | {"scoring_func": other}, [], True, "FOLDER/config.json")

@@ -212,6 +212,8 @@ class _Settling:
             self.changes["head_dim"] = self.known.hidden_size // self.known.num_attention_heads
         for entry, value in self.text.items():
             neutral = (1,) if _MULTIPLIER.fullmatch(entry) else _NEUTRAL.get(entry)
+            if entry == "scoring_func" and {"softmax", "sigmoid"} & self.family.reads == {"softmax"}:
+                neutral = ("softmax",)  # as DeepSeek V2 says what it does
             foreign = neutral is not None and entry not in self.defaults and not self.family.takes(entry)
             foreign = foreign and not self._shows(entry)
             if foreign and value not in (None, *(neutral or ())):

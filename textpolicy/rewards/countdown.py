@@ -76,6 +76,7 @@ class _Parser:
         self.at, self.token = 0, self.tokens[0]
         self.depth = 0
         self.numbers: list[int] = []
+        self.parts: list[Fraction] = []  # the values of products and of what stands in parentheses
 
     def sum(self) -> Fraction:
         value = self.product()
@@ -90,6 +91,7 @@ class _Parser:
             if operator == "/" and factor == 0:
                 raise self.error("a division by zero")
             value = value * factor if operator == "*" else value / factor
+            self.parts.append(value)
         return value
 
     def signed(self) -> Fraction:
@@ -108,6 +110,7 @@ class _Parser:
             if self.next() != ")":
                 raise self.error("a parenthesis that does not close")
             self.depth -= 1
+            self.parts.append(value)
             return value
         if not token.isdigit():
             raise self.error(f"{token!r} where a number should stand" if token else "a number missing at its end")
@@ -193,16 +196,14 @@ def _expression(answer: str) -> str:
 
 
 def _works_out(expr: str, tokens: Sequence[str], value: str) -> bool:
-    """Return whether ``tokens``, said to be ``value``, are ``expr`` with brackets worked out: 3*9 = 27 of 3*(4+5)."""
-    inner = {_value(part) for part in re.findall(r"[(\[{]([^][(){}]+)[)\]}]", expr)} - {*re.findall(r"\d+", expr), ""}
-    return not inner.isdisjoint(tokens) and _value(_with_parentheses(expr)) == value
-
-
-def _value(expr: str) -> str:
+    """Return whether ``tokens``, said to be ``value``, are ``expr`` with a part worked out: 3*9 = 27 of 3*(4+5)."""
+    parser = _Parser(_with_parentheses(expr[:MAX_LENGTH]))
     try:
-        return str(evaluate_expression(expr).value)
+        total = parser.sum()
     except ExpressionError:
-        return ""
+        return False
+    parts = {str(part) for part in parser.parts} - {str(number) for number in parser.numbers}
+    return str(total) == value and not parts.isdisjoint(tokens)
 
 
 def _statements(line: str) -> Iterator[tuple[str, str]]:

@@ -75,8 +75,8 @@ def test_the_update_with_shared_prompts_has_the_naive_loss_and_every_gradient(na
     exact = dict(tree_flatten(gradients))
     assert len(exact) >= 2 * len(model.layers)
     for key, value in tree_flatten(ours):
-        scale = float(mx.abs(exact[key]).max())
-        assert scale > 0, key
+        scale = float(mx.abs(exact[key]).max()) or 1.0
+        assert scale != 1.0 or ".indexer." in key  # which tokens attention reads is chosen, without a slope
         np.testing.assert_allclose(np.array(value) / scale, np.array(exact[key]) / scale, atol=2e-4, err_msg=key)
 
 
@@ -90,8 +90,8 @@ def test_activations_that_are_computed_again_leave_every_gradient_as_it_was(name
     assert again["loss"] == pytest.approx(loss["loss"], rel=1e-5, abs=1e-6)
     exact = dict(tree_flatten(kept))
     for key, value in tree_flatten(ours):
-        scale = float(mx.abs(exact[key]).max())
-        assert scale > 0, key
+        scale = float(mx.abs(exact[key]).max()) or 1.0
+        assert scale != 1.0 or ".indexer." in key  # which tokens attention reads is chosen, without a slope
         np.testing.assert_allclose(np.array(value) / scale, np.array(exact[key]) / scale, atol=1e-5, err_msg=key)
 
 

@@ -38,6 +38,7 @@ _SHARE = {mx.cpu: 0.8, mx.gpu: 0.9}  # of the device's memory that a run may pla
 _CACHED = 2**25  # bytes of freed buffers that MLX keeps on a CPU by default
 _KEPT = 1 / 16  # of usable_memory(), on a CPU, for freed buffers, which MLX keeps beyond its limit on arrays
 _MARGIN = 1.05  # factor on predictions: MLX allocates some steps ahead
+_FIRST_MARGIN = 1.25  # likewise, for the few tokens of a measurement, where those steps are much of the memory
 _WIRED = "max_recommended_working_set_size"  # Metal's name for the memory that a GPU may use
 
 
@@ -126,7 +127,7 @@ class Costs:
             hidden = Split.of(model).body(mx.zeros((1, 1), mx.int32))
             vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
             two, three = (_bytes(_read(model, n)) for n in (2, 3))
-            chunk, room = tokens_at_once(vocabulary), limit - mx.get_active_memory()
+            chunk = tokens_at_once(vocabulary)
             parts = [2**i / chunk for i in range(chunk.bit_length()) if _FEWEST <= 2**i < chunk]
             needed = [n for n in (*parts, *_CHUNKS) if n < 2 * max(scored, _FEWEST) / chunk]
             costs = cls(
@@ -135,13 +136,13 @@ class Costs:
                 recomputed=checkpoint_every > 0,
                 compiled=compiled,
                 learning=Curve.through(
-                    _peaks(_LENGTHS, lambda n: _body_gradients(model, int(n), checkpoint_every), room)
+                    _peaks(_LENGTHS, lambda n: _body_gradients(model, int(n), checkpoint_every), limit)
                 ),
-                reading=Curve.through(_peaks(_LENGTHS, lambda n: [_read(model, int(n))], room)),
+                reading=Curve.through(_peaks(_LENGTHS, lambda n: [_read(model, int(n))], limit)),
                 cache=three - two,
                 state=3 * two - 2 * three,
                 chunk=chunk,
-                head=_peaks(needed, lambda n: _head_gradients(model, hidden, math.ceil(n * chunk)), room),
+                head=_peaks(needed, lambda n: _head_gradients(model, hidden, math.ceil(n * chunk)), limit),
                 head_trained=_bytes(Split.of(model).trained().values()),
                 scored=3 * hidden.nbytes,  # each hidden state: alone, concatenated, and with its slopes
                 logits=_LOGITS * vocabulary,
@@ -323,18 +324,18 @@ def _bytes(arrays: Iterable[Any]) -> float:
     return float(sum(a.nbytes for a in arrays))
 
 
-def _peaks(sizes: Sequence[float], results: Callable[[float], list[Any]], room: float) -> dict[float, float]:
-    """Return the peaks of the first of ``sizes`` and of those after it, which double, that fit into ``room`` bytes.
+def _peaks(sizes: Sequence[float], results: Callable[[float], list[Any]], limit: float) -> dict[float, float]:
+    """Return the peaks of the first of ``sizes``, which double, and of those that stay below ``limit`` bytes in all.
 
     If p(n) = b + t n + q n^2 without a b, then p(2n) is 2 p(n) + 4 (p(n) - 2 p(n/2)); with one it is less.
     """
     peaks: dict[float, float] = {}
     before = most = 0.0
     for size in sizes:
-        if peaks and most > room:
+        if peaks and most > limit - mx.get_active_memory():
             break
         peaks[size] = now = _peak(results(size))
-        most = _MARGIN * (2 * now + (4 * max(0.0, now - 2 * before) if before else 0.0))
+        most = _FIRST_MARGIN * (2 * now + (4 * max(0.0, now - 2 * before) if before else 0.0))
         before = now
     return peaks
 

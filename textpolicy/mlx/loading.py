@@ -93,7 +93,7 @@ def complete(model: nn.Module, settled: Settled, where: str) -> None:
                 "or remove the entry if this model was trained without it"
             )
     if settled.rotation:
-        mend_rotation(model, settled.rotation)
+        fix_rotation(model, settled.rotation)
 
 
 def _watched(config: dict[str, Any], left_out: list[str]) -> tuple[Any, Any]:
@@ -205,7 +205,7 @@ def _override(module: nn.Module, call: Callable[..., mx.array]) -> None:
     module.__class__ = type(kind.__name__, (kind,), members)
 
 
-def mend_rotation(model: nn.Module, rotation: dict[str, Any]) -> None:
+def fix_rotation(model: nn.Module, rotation: dict[str, Any]) -> None:
     """Set the frequencies of rotary embeddings as transformers computes them from ``rotation``, its rope_parameters.
 
     ``dims``, alone, is the number of dimensions to rotate.

@@ -237,7 +237,7 @@ def context_length(name: str | Path) -> int | None:
         return None
     rotation = text.get("rope_parameters") or text.get("rope_scaling") or {}
     lengths = [text.get(name) for name in _CONTEXT]
-    if is_longrope(rotation):  # see mend_rotation
+    if is_longrope(rotation):  # see fix_rotation
         lengths = [n for part in (text, rotation) if (n := part.get("original_max_position_embeddings"))] + lengths
     return next((n for n in lengths if type(n) is int and n > 0), None)
 

@@ -182,12 +182,12 @@ class ChatTemplate:
 
     def _left_out(self, message: Message) -> TemplateRefusalError:
         if message.get("tool_calls"):
-            what, mend = "the tool calls", "write them in its content, or leave them out"
+            what, advice = "the tool calls", "write them in its content, or leave them out"
         else:
-            what, mend = "the message", "write it in another role, or leave it out"
+            what, advice = "the message", "write it in another role, or leave it out"
         return TemplateRefusalError(
             f"the chat template of {self.model} leaves out or changes {what} of the role {message['role']!r} "
-            f"({' '.join(message['content'].split()):.60}); {mend}"
+            f"({' '.join(message['content'].split()):.60}); {advice}"
         )
 
 
@@ -230,7 +230,7 @@ def _plain_call(call: Any) -> dict[str, Any]:
             if isinstance(read, Mapping):
                 above = call if "function" in call else {"type": "function"}
                 return {**above, "function": {**function, "name": name, "arguments": dict(read)}}
-    raise UserError(f"the tool call {str(call)!a:.200} has no name, or arguments that are no JSON object; mend it")
+    raise UserError(f"the tool call {str(call)!a:.200} has no name, or arguments that are no JSON object; fix it")
 
 
 def says(text: str, said: str) -> bool:
@@ -289,5 +289,5 @@ def _variables(template: str) -> frozenset[str]:
     try:
         parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", template))
     except TemplateError as error:
-        raise UserError(f"the chat template of the model cannot be read ({error}); mend it") from error
+        raise UserError(f"the chat template of the model cannot be read ({error}); fix it") from error
     return frozenset(meta.find_undeclared_variables(parsed))

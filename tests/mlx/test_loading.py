@@ -1,5 +1,6 @@
 """The entries of config.json and the tensors of a folder are used, translated or refused."""
 
+import gc
 import json
 import re
 import shutil
@@ -384,3 +385,20 @@ def test_a_gguf_file_is_not_written_for_a_function_that_it_cannot_say(tmp_path, 
     folder_of(tmp_path / "m", "llama", said)
     assert main(["export", "--model", str(tmp_path / "m"), "--to=gguf", f"--out={tmp_path / 'm.gguf'}"]) == 2
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_loading_leaves_the_garbage_collector_as_it_was(tmp_path, collecting):
+    folder = folder_of(tmp_path / "model", "llama")
+    usual = gc.isenabled()
+    (gc.enable if collecting else gc.disable)()
+    try:
+        load_model(folder)
+        assert gc.isenabled() == collecting
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "many"}))
+        with pytest.raises(UserError):
+            load_model(folder)
+        assert gc.isenabled() == collecting
+    finally:
+        (gc.enable if usual else gc.disable)()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import hashlib
 import importlib.util
 import logging
@@ -251,6 +252,8 @@ def _load_folder(folder: Path, tokenizer_config: dict[str, Any] | None) -> tuple
     layers = read_json(folder / "config.json").get("num_hidden_layers", 0)
     if not isinstance(layers, int) or layers > len(names):
         raise UserError(f"{folder} promises {layers!r:.40} layers with {len(names)} tensors; download it again")
+    collecting = gc.isenabled()
+    gc.disable()  # it would walk the many small objects of a tokenizer, all of them in use, again and again
     try:
         config = load_config(folder)
         settled = settle(config, names, _has_head(files, names, config), f"{folder / 'config.json'}")
@@ -262,6 +265,9 @@ def _load_folder(folder: Path, tokenizer_config: dict[str, Any] | None) -> tuple
     except (Exception, SystemExit) as error:  # a bad folder makes it raise errors of any kind, and OLMo 1's class exit
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"mlx-lm cannot load {folder} ({reason:.200}); check its config.json and weights") from error
+    finally:
+        if collecting:
+            gc.enable()
     for part in model.modules():
         if type(part) is Gemma3Model:
             part.__class__ = ScaledGemma3Model  # with the same parameters

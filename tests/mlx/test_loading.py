@@ -389,7 +389,8 @@ def test_a_gguf_file_is_not_written_for_a_function_that_it_cannot_say(tmp_path, 
 
 @pytest.mark.parametrize("collecting", [True, False])
 def test_loading_leaves_the_garbage_collector_as_it_was(tmp_path, collecting):
-    folder = folder_of(tmp_path / "model", "llama")
+    folder = tmp_path / "model"
+    folder_of(folder, "llama")
     usual = gc.isenabled()
     (gc.enable if collecting else gc.disable)()
     try:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from .._system.files import write_whole
 from ..analysis.plain import plain
 from ..loop.evaluation import Rate
-from ..report.page import render
+from ..report.rendering import render
 from .figures import figures
 from .findings import Findings
 from .plan import versions

@@ -19,6 +19,7 @@ from ..record.prompts import compare, halves
 from ..record.reader import RecordedRun, flat, load_run
 from .arms import Arm, Series, arms_of, by_evaluation, by_step, differences, series
 from .charts import line_chart, running_width, stacked_bars
+from .rendering import render
 
 _PROMPTS = 5  # of each kind: best, worst, most changed
 _LONGEST = 300  # characters of a prompt or completion
@@ -59,8 +60,8 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
         raise UserError(f"cannot write the report {path} ({error.strerror}); choose another with --out") from error
 
 
-def report_html(folders: Sequence[Path]) -> str:
-    """Return the page, on which everything that a model or a user wrote is escaped. Raises UserError."""
+def report_html(folders: Sequence[Path], back: str | None = None) -> str:
+    """Return the page, which escapes what a model or a user wrote; ``back`` is a link out of it. Raises UserError."""
     from markupsafe import Markup
 
     runs = [load_run(folder) for folder in folders]
@@ -91,6 +92,7 @@ def report_html(folders: Sequence[Path]) -> str:
         )
     return render(
         "report.html",
+        back=back,
         title=" and ".join(arm.name for arm in arms),
         runs=table,
         differing=differences([run["settings"] for run in table]),
@@ -99,15 +101,6 @@ def report_html(folders: Sequence[Path]) -> str:
         smoothed=any(running_width(run["steps"]) > 1 for run in table),
         prompts=[shown for run in runs if (shown := _prompts(run)) is not None],
     )
-
-
-def render(template: str, **values: Any) -> str:
-    """Fill in a template of this folder; text is escaped unless it is ``Markup``."""
-    from jinja2 import Environment, FileSystemLoader
-
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template(template).render(**values)
 
 
 def _charts(arms: Sequence[Arm]) -> list[tuple[str, str]]:

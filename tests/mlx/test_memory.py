@@ -344,7 +344,7 @@ def test_arrays_and_kept_free_buffers_stay_within_the_memory_limit(monkeypatch):
 def test_costs_are_measured_with_no_work_ahead_where_a_gpu_would_be_handed_some(monkeypatch):
     """The limit is one that is always reached; it is restored, also after a failure."""
     limits, mine = [], model_of("lora")
-    monkeypatch.setattr(memory.cuda, "is_default", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
 
     def watched(results, peak=memory._peak):
         limits.append(mx.set_memory_limit(1))

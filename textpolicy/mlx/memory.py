@@ -22,9 +22,8 @@ from ..errors import UserError
 from .adapters.merging import trainable
 from .decode import folded_weights as folded
 from .engine import MLXEngine
-from .kernels import cuda
 from .read.context import Context
-from .read.sizes import size_up
+from .read.sizes import size_up, slot_block
 from .score.checkpointing import checkpointed, held
 from .score.logprobs import Split, token_logprobs, tokens_at_once
 
@@ -32,7 +31,6 @@ _LENGTHS = (12, 24, 48, 96, 192)  # tokens of the rows that costs are measured o
 _CHUNKS = (1, 2, 4)  # chunks of tokens through the head, likewise, and parts of one: more hardly raise the peak
 _FEWEST = 16  # tokens through the head that a measurement begins with
 _SPARE = 64  # slots by which keys and values grow while decoding
-_BLOCK = {mx.cpu: 1, mx.gpu: 256}  # slots are allocated in multiples of this
 _LOGITS = 11 * 4  # bytes per logit while a token is drawn from float32 ones
 _SHARE = {mx.cpu: 0.8, mx.gpu: 0.9}  # of the device's memory that a run may plan with
 _CACHED = 2**25  # bytes of freed buffers that MLX keeps on a CPU by default
@@ -121,8 +119,8 @@ class Costs:
 
         ``scored`` are the tokens that an update scores at most. This resets MLX's record of its peak memory.
         """
-        # CUDA gets up to some gigabytes of work ahead, unless MLX is at its limit; that is no cost of a model
-        before = mx.set_memory_limit(1) if cuda.is_default() else None
+        # a GPU gets up to some gigabytes of work ahead, unless MLX is at its limit; that is no cost of a model
+        before = mx.set_memory_limit(1) if mx.default_device() == mx.gpu else None
         try:
             hidden = Split.of(model).body(mx.zeros((1, 1), mx.int32))
             vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
@@ -184,7 +182,7 @@ class Costs:
     def decode(self, work: Workload, rows: int, copies: bool = True) -> float:
         """Return the peak of decoding ``rows`` completions side by side, with or without copies of weights."""
         prompts, p, n = work.spanned(rows), work.prompt_tokens, size_up(rows) if self.compiled else rows
-        step, block = 1 + min(_SPARE, work.completion_tokens), _BLOCK[mx.default_device().type]
+        step, block = 1 + min(_SPARE, work.completion_tokens), slot_block()
         slots = work.prompt_tokens + math.ceil(work.completion_tokens / step) * step
         slots = math.ceil(slots / block) * block  # keys and values of a row that is decoded to its end
         reading = self.reading(prompts * p, prompts * p * p)

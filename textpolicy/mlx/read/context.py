@@ -28,6 +28,7 @@ from mlx_lm.models.cache import (
 )
 
 from ...errors import UserError
+from .sizes import slot_block
 
 logger = logging.getLogger(__name__)
 
@@ -251,9 +252,7 @@ class Attention:
                 grown.append(mx.concatenate([old, new], axis=2))
             else:
                 if end > old.shape[2]:
-                    slots = end + context.spare
-                    if mx.default_device() != mx.Device(mx.cpu):  # CUDA's fast attention wants blocks of 256
-                        slots = -(-slots // 256) * 256
+                    slots = -(-(end + context.spare) // slot_block()) * slot_block()
                     room = mx.zeros((*old.shape[:2], slots - start, old.shape[3]), old.dtype)
                     old = mx.concatenate([old[..., :start, :], room], axis=2)
                 grown.append(old[...])  # a new array, since a fork may hold ``old``; MLX copies only if one still does

@@ -24,7 +24,7 @@ from .blas import blas_threads
 from .decode.compiled_steps import Steps
 from .decode.decoder import decode
 from .decode.folded_weights import copies, folded
-from .kernels import cuda, exponentials
+from .kernels import cuda, exponentials, gathers
 from .kernels.patching import patched
 from .read.bounds import Bounds
 from .score.micro_batches import Gradients, Objective, logprobs_of, micro_batches
@@ -236,7 +236,7 @@ class MLXEngine:
 
 def _patches() -> Mapping[str, Callable[..., Any]]:
     """Return the functions that replace mlx-lm's in passes over whole batches."""
-    return {**exponentials.patches(), **cuda.patches()}
+    return {**exponentials.patches(), **cuda.patches(), **gathers.patches()}
 
 
 @dataclass(frozen=True, repr=False)

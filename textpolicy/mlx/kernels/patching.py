@@ -91,9 +91,10 @@ def patched(model: nn.Module, functions: Mapping[str, Callable[..., Any]]) -> It
 
     A Python module that does not import the name, or defines its own function of that name, is left alone.
     """
-    from mlx_lm.models import activations, base
+    from mlx_lm.models import activations, base, switch_layers
 
-    originals = {name: function for library in (activations, base) for name, function in vars(library).items()}
+    libraries = (activations, base, switch_layers)
+    originals = {name: function for library in libraries for name, function in vars(library).items()}
     changed = [
         (sys.modules[library], name)
         for library in {type(part).__module__ for part in model.modules()}

@@ -28,6 +28,7 @@ from mlx_lm.models.cache import (
 )
 
 from ...errors import UserError
+from ..kernels.gathers import take_rows
 from .sizes import slot_block
 
 logger = logging.getLogger(__name__)
@@ -316,7 +317,7 @@ def _forked(layer: Layer, context: Context, rows: mx.array | None, cut: int) -> 
     held = layer.cache if isinstance(layer, State) else [layer.keys, layer.values]
     if cut and isinstance(layer, Attention):
         held = [None if a is None else a[..., cut:, :] for a in held]
-    taken = [a if a is None or rows is None else mx.take(a, rows, axis=0) for a in held]
+    taken = [a if a is None or rows is None else take_rows(a, rows) for a in held]
     if isinstance(layer, State):
         return State.holding(taken)
     child = Attention(context, layer.window)

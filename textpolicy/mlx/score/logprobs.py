@@ -71,7 +71,7 @@ class Split:
         if not self.path:
             return hidden
         model = with_child(self.model, self.path, lambda body: StandIn(body, lambda *_, **__: hidden[None]))
-        return model(mx.zeros((1, len(hidden)), mx.int32))[0]
+        return model(mx.zeros((1, len(hidden)), mx.int32)).squeeze(0)
 
     def trained(self) -> dict[str, mx.array]:
         """Return the trainable parameters that the head may use, by name: those outside the model's blocks.

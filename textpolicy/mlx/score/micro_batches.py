@@ -21,6 +21,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ...types import Batch
+from ..kernels.gathers import take_rows
 from ..read.context import Context, PromptTree
 from ..read.sizes import size_up
 from .checkpointing import checkpointed
@@ -50,7 +51,8 @@ class Layout:
     passes: tuple[Pass, ...]  # longest continuations first
     targets: np.ndarray  # (N,) int32, pass after pass
     temperatures: np.ndarray  # (N,) float32
-    place: np.ndarray  # (B, T) int32, the index among the N of each position of the rows; N where nothing was sampled
+    place: np.ndarray  # (D, T) int32, the index among the N of each position; N where nothing was sampled
+    which: np.ndarray  # (B,) int32, the continuation, of D, of each row
     rows: Batch  # (B, T), the batch with every row moved to its first sampled target
 
     @classmethod
@@ -91,7 +93,8 @@ class Layout:
             passes=tuple(passes),
             targets=rows.targets[chosen][sampled],
             temperatures=np.broadcast_to(rows.temperatures[chosen], sampled.shape)[sampled],
-            place=numbered[which].astype(np.int32),
+            place=numbered.astype(np.int32),
+            which=which.astype(np.int32),
             rows=rows,
         )
 
@@ -103,6 +106,7 @@ class Layout:
             targets=fn(self.targets),
             temperatures=fn(self.temperatures),
             place=fn(self.place),
+            which=fn(self.which),
             rows=self.rows.map(fn),
         )
         return replace(other, tree=replace(other.tree, lengths=fn(self.tree.lengths))) if self.tree.traced else other
@@ -167,7 +171,8 @@ def score(model: nn.Module, layout: Layout, *, checkpoint_every: int = 0, gradie
         hidden.append(states.reshape(-1, states.shape[-1])[mx.array(part.picked)])  # (M, D)
     targets, temperatures = mx.array(layout.targets), mx.array(layout.temperatures)
     logprobs = token_logprobs(split, mx.concatenate(hidden), targets, temperatures, gradient=gradient).logprobs
-    return mx.concatenate([logprobs, mx.zeros(1)])[mx.array(layout.place)]
+    grid = mx.concatenate([logprobs, mx.zeros(1)])[mx.array(layout.place)]  # (D, T)
+    return take_rows(grid, mx.array(layout.which))
 
 
 def logprobs_of(model: nn.Module, batch: Batch, max_tokens: int, max_rows: int | None = None) -> np.ndarray:
@@ -204,7 +209,8 @@ def padded(layout: Layout, prompts: bool) -> Layout:
         tall, wide = (size_up(k) for k in rests.shape)
         lengths = np.pad(tree.lengths + moved.shape[1], (0, tall - len(rests)))
         tree = replace(tree, header=tree.header[:kept], rests=_padded(rests, tall, wide), lengths=lengths, traced=True)
-    tall, wide = (size_up(k) for k in layout.place.shape)
+    distinct, wide = (size_up(k) for k in layout.place.shape)
+    tall = size_up(len(layout.rows))
     temperatures = np.pad(layout.rows.temperatures, [(0, tall - len(layout.rows)), (0, 0)], constant_values=1)
     rows = layout.rows.map(lambda a: _padded(a, tall, wide), skip=("temperatures",))
     return Layout(
@@ -212,7 +218,8 @@ def padded(layout: Layout, prompts: bool) -> Layout:
         passes=tuple(passes),
         targets=np.pad(layout.targets, (0, more)),
         temperatures=np.pad(layout.temperatures, (0, more), constant_values=1),
-        place=_padded(np.where(layout.place == n, n + more, layout.place), tall, wide, n + more),
+        place=_padded(np.where(layout.place == n, n + more, layout.place), distinct, wide, n + more),
+        which=np.pad(layout.which, (0, tall - len(layout.rows))),
         rows=replace(rows, temperatures=temperatures),
     )
 

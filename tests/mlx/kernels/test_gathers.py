@@ -1,0 +1,129 @@
+"""Gathers whose gradients add in a fixed order: against NumPy's sums and mlx-lm's own, and what is left of scatters."""
+
+import re
+
+import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below mlx
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from families import tiny_family
+from mlx.utils import tree_flatten
+from mlx_lm.models import switch_layers
+
+from textpolicy.config.adapters import LoRA
+from textpolicy.mlx.adapters.merging import attach
+from textpolicy.mlx.kernels.gathers import gather_sort, take_by_product, take_rows
+from textpolicy.mlx.kernels.patching import patched
+from textpolicy.mlx.read import context
+from textpolicy.mlx.score import micro_batches
+from textpolicy.mlx.score.micro_batches import Layout, padded, score
+from textpolicy.types import Batch, Completion, Episode
+
+
+def slopes_of(take, array, rows, weights, compiled=False):
+    gradient = mx.grad(lambda a: (take(a, rows) * weights).sum())
+    return (mx.compile(gradient) if compiled else gradient)(array)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("sources", "rows", "shape"),
+    [
+        (1, [0] * 16, (2, 5, 4)),
+        (3, [2, 0, 2, 2, 1, 0], (7,)),
+        (4, [3, 3, 3], (1, 1, 1)),
+        (5, [4], (2, 3)),
+        (2, [0, 1], (0, 3)),
+        (6, [1, 1, 1, 5] * 9, ()),
+    ],
+)
+def test_a_rows_gradient_is_the_sum_over_all_its_uses(sources, rows, shape, compiled):
+    rng = np.random.default_rng(len(rows))
+    array, weights = rng.normal(size=(sources, *shape)), rng.normal(size=(len(rows), *shape))
+    expected = np.zeros((sources, *shape))
+    np.add.at(expected, rows, weights)
+    a, w, r = mx.array(array, mx.float32), mx.array(weights, mx.float32), mx.array(rows)
+    assert take_by_product(a, r).tolist() == a[r].tolist()
+    np.testing.assert_allclose(np.array(slopes_of(take_by_product, a, r, w, compiled)), expected, atol=1e-5)
+    if array.size:  # MLX 0.32.4 divides by the size
+        assert slopes_of(take_rows, a, r, w).tolist() == slopes_of(lambda a, r: a[r], a, r, w).tolist()  # on a CPU
+
+
+def test_many_small_slopes_in_half_precision_are_not_lost_beside_a_large_one():
+    """One by one in bfloat16, 256 + 1 is 256."""
+    weights = mx.array([256.0] + [1.0] * 255, mx.bfloat16)
+    gradient = slopes_of(take_by_product, mx.zeros((1,), mx.bfloat16), mx.zeros((256,), mx.int32), weights)
+    assert gradient.dtype == mx.bfloat16
+    assert gradient.item() == pytest.approx(511, rel=2**-8)
+
+
+@pytest.mark.parametrize("experts", [1, 2, 4, 7])
+@pytest.mark.parametrize("leading", [(70,), (3, 25), (1, 64)])
+def test_tokens_are_sorted_by_expert_as_mlx_lm_does_it(leading, experts):
+    rng = np.random.default_rng(experts)
+    x = mx.array(rng.normal(size=(*leading, 1, 1, 6)), mx.float32)
+    indices = mx.array(rng.integers(0, 9, (*leading, experts)))
+    weights = mx.array(rng.normal(size=(np.prod(leading) * experts, 1, 6)), mx.float32)
+    for ours, theirs in zip(gather_sort(x, indices), switch_layers._gather_sort(x, indices), strict=True):
+        assert ours.tolist() == theirs.tolist()
+
+    def slopes(sort):
+        return mx.grad(lambda x: (sort(x, indices)[0] * weights).sum())(x)
+
+    np.testing.assert_allclose(np.array(slopes(gather_sort)), np.array(slopes(switch_layers._gather_sort)), atol=1e-5)
+
+
+def batch():
+    """Seven rows of two prompts; three of a prompt's are equal, which are scored once. All parts are long: below 64
+    pairs of a token and an expert mlx-lm does not sort."""
+    rng, episodes = np.random.default_rng(0), []
+    shared = rng.integers(1, 50, 30).tolist()
+    for group, more in enumerate([rng.integers(1, 50, 15).tolist(), rng.integers(1, 50, 12).tolist()]):
+        prompt = shared + more
+        equal = rng.integers(1, 50, 20)
+        for tokens in (equal, equal, rng.integers(1, 50, 17), equal)[: 4 - group]:
+            c = Completion(tokens.astype(np.int32), np.full(len(tokens), -3, np.float32), None)
+            episodes.append(Episode.from_completion(prompt, c, reward=0.0, group=group))
+    return Batch.pack(episodes, [rng.normal(size=len(e.tokens)).astype(np.float32) * e.mask for e in episodes])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "unsorted"),  # 4 layers x 3 levels, but header and rests end in their last layer's keys
+    [("llama", {}, 0), ("qwen3_moe", {"num_experts_per_tok": 3}, 10), ("gpt_oss", {"num_experts_per_tok": 3}, 10)],
+)
+def test_a_gradient_as_on_a_gpu_equals_the_cpus_and_no_scatter_in_it_uses_a_place_twice(
+    family, changes, unsorted, monkeypatch, tmp_path
+):
+    model = attach(tiny_family(family, **changes), LoRA(rank=2))
+    model.load_weights([(n, v + 0.1) for n, v in tree_flatten(model.trainable_parameters())], strict=False)
+    rows = batch()
+    for layout in (Layout.build(rows), padded(Layout.build(rows), prompts=True)):
+        used: list[int] = []
+
+        def counted(array, rows, used=used):
+            used.append(len(rows))
+            return take_by_product(array, rows)
+
+        def gradients(layout=layout):
+            def loss(model):
+                return (score(model, layout) * mx.array(layout.rows.advantages)).sum()
+
+            return nn.value_and_grad(model, loss)(model)[1]
+
+        plain = gradients()
+        mx.eval(plain)
+        for library in (context, micro_batches):
+            monkeypatch.setattr(library, "take_rows", counted)
+        with patched(model, {"_gather_sort": gather_sort}):
+            steady = gradients()
+        mx.export_to_dot(str(tmp_path / "graph"), steady)  # before anything is computed
+        monkeypatch.undo()
+        assert used
+        for (name, a), (_, b) in zip(tree_flatten(steady), tree_flatten(plain), strict=True):
+            np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=2e-5, err_msg=name)
+        # what is left, each place once: the positions before a sampled token, the grid of log-probs, tokens unsorted
+        left = re.findall(r'label ="(Scatter[^"]*)"', (tmp_path / "graph").read_text())
+        assert left.count("Scatter Sum") == len(layout.passes) + 1 + unsorted, left

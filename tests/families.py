@@ -4,6 +4,8 @@ import contextlib
 import importlib
 import io
 import pkgutil
+import re
+from dataclasses import replace
 
 import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below mlx
 
@@ -11,6 +13,8 @@ import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below m
 import mlx.core as mx
 import mlx_lm.models
 
+from textpolicy.errors import UserError
+from textpolicy.mlx.adapters.merging import attach, trainable
 from textpolicy.mlx.files.entries import family
 
 VOCABULARY = 60
@@ -109,6 +113,7 @@ CHANGES = {  # where one value does not do for all
         {"attention": {"replace_with_linear": True}, "ffn": {"replace_with_linear": True}},
         {"attention": {"n_heads_in_group": 2}, "ffn": {"no_op": True}},
     ]},
+    "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "openelm": {"num_kv_heads": [2] * 4},
     "phixtral": {"n_inner": 64},
     "rwkv7": {"a_low_rank_dim": 8, "v_low_rank_dim": 8, "gate_low_rank_dim": 8, "decay_low_rank_dim": 8},
@@ -156,3 +161,16 @@ def tiny_family(name, seed=3, **changes):
         part.update({k: v + 0.1 * mx.random.normal(v.shape) for k, v in drawn.items()})
     mx.eval(model.parameters())
     return model.eval()
+
+
+def adapted(name, adapter, **changes):
+    """A tiny model of the family with a random adapter on all the layers that can have one."""
+    try:
+        model = attach(tiny_family(name, **changes), adapter)
+    except UserError as error:
+        modules = re.search(r"by setting adapter.modules to (\S+)$", str(error))
+        model = attach(tiny_family(name, **changes), replace(adapter, modules=tuple(modules[1].split(","))))
+    mx.random.seed(4)
+    moved = [(key, value + 0.1 * mx.random.normal(value.shape)) for key, value in trainable(model).items()]
+    model.load_weights(moved, strict=False)
+    return model

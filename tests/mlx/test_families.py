@@ -1,13 +1,10 @@
 """Every family that mlx-lm has trains with an adapter on its default layers, or is refused in a sentence."""
 
-import re
-from dataclasses import replace
-
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import recipe
-from families import FAMILIES, VOCABULARY, tiny_family
+from families import FAMILIES, VOCABULARY, adapted, tiny_family
 from mlx.utils import tree_flatten
 
 from textpolicy.config.adapters import DoRA, Full, LoRA, LoRAXS
@@ -24,19 +21,6 @@ READS_ITSELF = {  # families whose code multiplies by the weights of linear laye
     "kimi_k3": ("mlp_res_proj", "self_attention_res_proj"),
 }
 CANNOT_SHARE = {"afm7", "deepseek_v41", "gpt_bigcode", "llama4", "minimax_m3_vl"}  # whose caches fork wrongly
-
-
-def adapted(name, adapter):
-    """A tiny model of the family with a random adapter on all the layers that can have one."""
-    try:
-        model = attach(tiny_family(name), adapter)
-    except UserError as error:
-        modules = re.search(r"by setting adapter.modules to (\S+)$", str(error))
-        model = attach(tiny_family(name), replace(adapter, modules=tuple(modules[1].split(","))))
-    mx.random.seed(4)
-    moved = [(key, value + 0.1 * mx.random.normal(value.shape)) for key, value in trainable(model).items()]
-    model.load_weights(moved, strict=False)
-    return model
 
 
 def batch():

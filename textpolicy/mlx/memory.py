@@ -22,6 +22,7 @@ from ..errors import UserError
 from .adapters.merging import trainable
 from .decode import folded_weights as folded
 from .engine import MLXEngine
+from .kernels.plain import plain_operations
 from .read.context import Context
 from .read.sizes import size_up, slot_block
 from .score.checkpointing import checkpointed, held
@@ -106,6 +107,7 @@ class Costs:
     folded: float = 0.0  # copies of weights that a rollout makes
 
     @classmethod
+    @plain_operations()
     def measure(
         cls,
         model: nn.Module,

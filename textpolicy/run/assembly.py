@@ -118,6 +118,7 @@ def build_engine(config: Config, recipe: Algorithm | None = None) -> tuple[Any, 
     from ..mlx.adapters.merging import attach
     from ..mlx.blas import set_blas_threads  # the first import of mlx, and what it costs, is here
     from ..mlx.engine import MLXEngine
+    from ..mlx.kernels.plain import refuse_kernels_alone
     from ..mlx.models import load_model
 
     if config.machine.threads:
@@ -125,6 +126,7 @@ def build_engine(config: Config, recipe: Algorithm | None = None) -> tuple[Any, 
     refuse_beyond_context(config, config.rollout.max_tokens, "a completion")
     adapter = config.adapter.chosen()
     model, tokenizer = load_model(config.model, dequantize=adapter.dequantize)
+    refuse_kernels_alone(model)
     attach(model, adapter, config.seed)
     engine = MLXEngine(
         model,

@@ -13,6 +13,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from ..errors import UserError
+from ..mlx.kernels.plain import plain_operations
 from ..mlx.score.micro_batches import Gradients, Layout, logprobs_of, micro_batches, score
 from ..types import Batch, Episode
 
@@ -72,6 +73,7 @@ class FlatPasses:
         now = logprobs_of(self.model, tokens.batch, sys.maxsize, self.size)
         return tokens.apply(fn, mx.array(now[tokens.batch.weights != 0]))
 
+    @plain_operations()
     def gradients(self, tokens: FlatTokens, loss_fn: FlatFunction) -> tuple[float, Any]:
         """Return the loss L and its gradients by the trainable parameters, which no micro-batch size changes.
 

@@ -207,7 +207,9 @@ def _check(
 ) -> None:
     """Raise UserError for a setting of ``Trainer`` that is out of range, or a model with nothing to train."""
     from ..mlx.adapters.merging import trainable
+    from ..mlx.kernels.plain import refuse_kernels_alone
 
+    refuse_kernels_alone(model)
     if compile_training not in (True, False, "auto"):
         raise UserError(f"compile_training is {compile_training!r}; set it to True, False or 'auto'")
     if type(gradient_checkpointing) is not bool and (

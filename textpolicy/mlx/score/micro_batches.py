@@ -22,6 +22,7 @@ import numpy as np
 
 from ...types import Batch
 from ..kernels.gathers import take_rows
+from ..kernels.plain import plain_operations, refuse_kernels_alone
 from ..read.context import Context, PromptTree
 from ..read.sizes import size_up
 from .checkpointing import checkpointed
@@ -175,6 +176,7 @@ def score(model: nn.Module, layout: Layout, *, checkpoint_every: int = 0, gradie
     return take_rows(grid, mx.array(layout.which))
 
 
+@plain_operations()
 def logprobs_of(model: nn.Module, batch: Batch, max_tokens: int, max_rows: int | None = None) -> np.ndarray:
     """Return (B, T) float32 log-probs of the sampled targets under ``model``, without gradients; 0 elsewhere."""
     out = np.zeros(batch.weights.shape, np.float32)
@@ -243,8 +245,10 @@ class Gradients:
     # the shapes so far, oldest first; None: occurred once. A resumed run knows them by their ``repr``.
     known: OrderedDict[Hashable, Callable[..., Any] | None] = field(default_factory=OrderedDict)
 
+    @plain_operations()
     def __call__(self, layout: Layout, objective: Objective) -> tuple[dict[str, mx.array], Any]:
         """Return the sums to report, and the gradients."""
+        refuse_kernels_alone(self.model)
         if not self.compiled:
             return self._differentiate(layout, objective)
         wide = padded(layout, prompts=not Context(self.model).recurrent)

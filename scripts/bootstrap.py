@@ -17,6 +17,10 @@ from pathlib import Path
 from shutil import rmtree
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from textpolicy._system.machine import why_no_mlx  # noqa: E402 (standard library alone)
+
 PROJECT = ROOT / "pyproject.toml"
 CONSTRAINTS = ROOT / "constraints.txt"
 VENV = ROOT / ".venv"
@@ -37,6 +41,8 @@ def make_environment() -> None:
     found = STATE.read_text() if STATE.exists() else ""
     if found == wanted:
         return
+    if why := why_no_mlx():
+        sys.exit(f"{why}; then run make again, with PYTHON=/path/to/python3 if need be.")
     if not found and (VENV / "pyvenv.cfg").exists():  # somebody else's: add to it, never empty it
         if not Path(sys.prefix).samefile(VENV):
             sys.exit(".venv was not made by make and its Python cannot be used: `make clean` removes it.")

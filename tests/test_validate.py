@@ -144,7 +144,7 @@ def test_a_model_that_cannot_be_described_is_advice_and_no_failure(monkeypatch):
     assert report["status"] == "ok"
     assert report["checks"]["model"] == {
         "available": False,
-        "advice": "to load models (No module named 'gguf'): pip install 'textpolicy[mlx]'",
+        "advice": "to load models (No module named 'gguf'), install it with: pip install 'textpolicy[mlx]'",
     }
 
 

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
+from ._system.machine import how_to_install
 from .errors import MissingDependencyError
 
 Check = dict[str, Any]  # facts by name; "advice" is a sentence, "error" a sentence that fails the check
@@ -92,7 +93,7 @@ def _model() -> Check:
     except MissingDependencyError:  # the check of mlx reports it
         return {"available": False}
     except ModuleNotFoundError as error:
-        return {"available": False, "advice": f"to load models ({error}): pip install 'textpolicy[mlx]'"}
+        return {"available": False, "advice": f"to load models ({error}), {how_to_install('textpolicy[mlx]')}"}
 
 
 def _environment_contract() -> Check:
@@ -133,7 +134,7 @@ class _LetterTokenizer:
 CHECKS: dict[str, Callable[[], Check]] = {
     "python": partial(dict, version=platform.python_version(), executable=sys.executable),
     "mlx": _mlx,
-    "mlx_lm": partial(_package, "mlx_lm", "to load models: pip install 'textpolicy[mlx]'"),
+    "mlx_lm": partial(_package, "mlx_lm", f"to load models, {how_to_install('textpolicy[mlx]')}"),
     "gymnasium": partial(_package, "gymnasium"),  # only its adapter needs it, so there is no advice
     "model": _model,
     "environment_contract": _environment_contract,

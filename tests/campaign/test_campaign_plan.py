@@ -98,6 +98,9 @@ def test_the_commands_are_a_script_that_a_shell_can_read(file):
 
 
 def test_planning_twice_is_the_same_plan_and_another_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in (".DS_Store", "._.DS_Store"):  # of a folder made in Finder
+        (tmp_path / "out" / name).write_text("x")
     write_plan(campaign(), tmp_path / "out")
     created = json.loads((tmp_path / "out" / "manifest.json").read_text())["created_at"]
     write_plan(campaign(prices={"hour": 2.0}), tmp_path / "out")

@@ -108,10 +108,16 @@ def test_no_threads_are_refused():
         blas.set_blas_threads(0)
 
 
-def test_threads_without_openblas_are_refused(monkeypatch):
+def test_threads_without_openblas_have_no_effect_which_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    with pytest.raises(UserError, match="OpenBLAS is not loaded"):
-        blas.set_blas_threads(2)
+    blas._say_without_effect.cache_clear()
+    for n in (2, 1, 64):
+        blas.set_blas_threads(n)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "the number of BLAS threads has no effect here"
+    ]
+    with pytest.raises(UserError, match="is 0; set it to 1 or more"):
+        blas.set_blas_threads(0)
 
 
 @pytest.fixture

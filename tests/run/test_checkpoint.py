@@ -40,6 +40,24 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001", "step-000004", "step-000005"]
 
 
+def test_what_macos_puts_beside_files_is_no_part_of_a_checkpoint(tmp_path):
+    def with_litter(new):
+        fill("abc")(new)
+        for name in (".DS_Store", "._weights", "best/._weights"):
+            (new / name).write_text("Mac")
+
+    written = Checkpoints(tmp_path).write(3, {}, with_litter)
+    (tmp_path / "._step-000003").write_text("Mac")
+    (tmp_path / ".DS_Store").write_text("Mac")
+    for path in [p for p in written.path.rglob("*") if "Mac" in (p.read_text() if p.is_file() else "")]:
+        path.unlink()  # as a copy to another disk leaves them behind
+    assert Checkpoints(tmp_path).latest().checkpoint == written
+    link_tree(written.path, tmp_path / "copy")
+    (written.path / "best" / "._weights").write_text("Mac")
+    assert Checkpoints(tmp_path).latest().checkpoint == written
+    assert Checkpoints(tmp_path).steps() == [3]
+
+
 def test_a_step_can_be_written_again(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.write(3, {"n": 1}, fill("old"))

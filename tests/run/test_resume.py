@@ -127,6 +127,14 @@ def test_a_run_cut_short_before_its_first_checkpoint_begins_again_in_its_folder(
     assert outcome(tmp_path / "run") == outcome(whole)
 
 
+def test_a_run_begins_in_a_folder_that_finder_has_looked_into(config, whole, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in (".DS_Store", "._config.json"):
+        (tmp_path / "run" / name).write_text("x")
+    assert main(["train", str(config), f"--output={tmp_path / 'run'}"]) == 0
+    assert outcome(tmp_path / "run") == outcome(whole)
+
+
 def test_rows_after_the_checkpoint_and_half_a_line_are_cut_off(config, whole, tmp_path):
     folder = tmp_path / "run"
     cut_short(config, folder, 3)

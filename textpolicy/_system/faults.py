@@ -1,4 +1,4 @@
-"""Turn disk-full and out-of-memory errors into a UserError that says how to resume."""
+"""Turn errors of the disk, of memory and of the GPU into a UserError that says how to resume."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 from ..errors import UserError
 
 TRAIN_MATH = "train_math.json"  # the settings of a run of textpolicy.tinker.train_math, in its folder
-_NO_MEMORY = ("alloc]", "out of memory", "Insufficient Memory")  # in MLX's errors on a CPU, on CUDA and on Metal
+# The words of MLX's errors: on a CPU, CUDA and Metal; where Metal counts buffers; and where macOS ends the GPU's work.
+_NO_MEMORY, _TOO_MANY = ("alloc]", "out of memory", "Insufficient Memory"), "Resource limit ("
+_GPU_ENDED, _TOO_LONG = "[METAL] Command buffer", ("Interactivity", "Timeout")
 
 
 def how_to_resume(folder: Path) -> str:
@@ -35,10 +37,32 @@ def resumable_errors(folder: Path) -> Iterator[None]:
             f"fix that and resume with: {how_to_resume(folder)}"
         ) from error
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _NO_MEMORY):
+        if (what := machine_fault(error)) is None:
             raise
-        raise UserError(
-            f"memory ran out ({str(error).strip() or 'MemoryError'}); lower machine.micro_batch_tokens or "
-            f"machine.decode_rows, or set machine.memory_limit_gb below what is free, and resume with: "
-            f"{how_to_resume(folder)} --allow machine"
-        ) from error
+        allow = " --allow machine" if "machine." in what else ""
+        raise UserError(f"{what}, and resume with: {how_to_resume(folder)}{allow}") from error
+
+
+def machine_fault(error: BaseException) -> str | None:
+    """Return what ended the machine's work, and what to do about it; None for an error of another kind.
+
+    MLX computes nothing more in this process after an error of the GPU, so the process should end.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, MemoryError | RuntimeError):
+        return None
+    if _TOO_MANY in text:  # it also says malloc
+        return f"MLX holds more buffers than Metal allows ({text}); a new process begins without them"
+    if isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY):
+        return (
+            f"memory ran out ({text}); lower machine.micro_batch_tokens or machine.decode_rows, or set "
+            "machine.memory_limit_gb below what is free"
+        )
+    if _GPU_ENDED not in text:
+        return None
+    if any(words in text for words in _TOO_LONG):
+        return (
+            f"macOS ended work of the GPU that kept the display waiting ({text}); let the display sleep (caffeinate -s "
+            "keeps the Mac awake meanwhile), or close what draws on it"
+        )
+    return f"the GPU gave up ({text}); update macOS if it does so again"

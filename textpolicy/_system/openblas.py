@@ -1,9 +1,10 @@
-"""Load OpenBLAS into the process before mlx is first imported, by any module.
+"""Prepare the process for mlx before any module imports it: OpenBLAS on a Linux CPU, two variables on a Mac.
 
 The CPU wheel of mlx links a reference BLAS about thirty times slower than OpenBLAS. The loader binds
 ``cblas_sgemm`` when ``mlx.core`` is imported, so OpenBLAS must be in the process, with global symbols,
 before that; afterwards nothing helps. ``import textpolicy`` imports no mlx, and the program may import
-it next, so this module waits for that import. Standard library only.
+it next, so this module waits for that import. The variables are read later, when MLX first computes.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -17,18 +18,28 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+ON_A_MAC = {  # unless the environment says otherwise
+    "AGX_RELAX_CDM_CTXSTORE_TIMEOUT": "1",  # macOS then waits for long GPU work, though the display is on (mlx 3267)
+    "MLX_ENABLE_TF32": "0",  # an M5 would round the operands of float32 products to 11 bits
+}
+
 
 class BeforeMLX(importlib.abc.MetaPathFinder):
-    """The import hook that finds nothing, but loads OpenBLAS when ``mlx.core`` is first looked for."""
+    """The import hook that finds nothing, but loads OpenBLAS when ``mlx.core`` is looked for.
+
+    It stays in ``sys.meta_path``: Python walks that list while it is called, and would pass over the next finder.
+    """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name == "mlx.core":
-            sys.meta_path.remove(self)
             preload()
 
 
 def await_mlx() -> None:
-    """Load OpenBLAS when ``mlx.core`` is about to be imported, where mlx would compute on a Linux CPU."""
+    """Load OpenBLAS when ``mlx.core`` is about to be imported, on a Linux CPU; on a Mac, set ``ON_A_MAC``."""
+    if sys.platform == "darwin":
+        for name, value in ON_A_MAC.items():
+            os.environ.setdefault(name, value)
     if sys.platform == "linux" and "mlx.core" not in sys.modules:
         sys.meta_path.insert(0, BeforeMLX())
 

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .._system.files import write_whole
+from .._system.files import names, write_whole
 from ..errors import UserError
 from ..record.layout import CONFIG
 from .jobs import Job, read_attempts
@@ -74,7 +74,7 @@ def write_plan(settings: CampaignSettings, root: Path) -> None:
                 f"{root} holds a campaign whose {', '.join(changed)} differ{seeds}: choose another folder, because a "
                 "plan may not change once results have been seen"
             )
-    elif root.exists() and any(root.iterdir()):
+    elif root.exists() and names(root):
         raise UserError(f"{root} exists and is not a campaign; choose another folder")
     write_manifest(settings, root, "planned")
     lines = [

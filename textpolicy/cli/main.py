@@ -12,6 +12,8 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
+from .._system.faults import machine_fault
+from .._system.machine import how_to_install
 from ..config.flags import parse
 from ..config.settings import Section, read_values
 from ..errors import StoppedError, TextPolicyError
@@ -46,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "textpolicy":
             raise
-        message = f"the package {error.name!r} is not installed; install it with: pip install 'textpolicy[mlx]'"
+        message = f"the package {error.name!r} is not installed; {how_to_install('textpolicy[mlx]')}"
+    except (MemoryError, RuntimeError) as error:
+        if (fault := machine_fault(error)) is None:
+            raise
+        message = fault
     except KeyboardInterrupt:
         message, code = "stopped by Ctrl-C", 130
     print(f"textpolicy: {message}", file=sys.stderr)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import logging
 import platform
 import sys
 import time
 import warnings
+from functools import cache
 from pathlib import Path
 
+from .._system.machine import how_to_install
 from .._system.openblas import runs_on_linux_cpu
 from ..errors import MissingDependencyError, UserError
+
+logger = logging.getLogger(__name__)
 
 _PACKAGE = "ngsolve-openblas" if platform.machine() == "x86_64" else "cmeel-openblas"
 SLOW_GFLOPS = 20.0  # the reference BLAS reaches about 6, OpenBLAS 80 or more per core
@@ -25,7 +30,7 @@ BUSY_ADVICE = "OpenBLAS is in place, so check again when no other program uses t
 def import_mlx() -> None:
     """Import ``mlx.core``, after ``textpolicy/_system/openblas.py`` has loaded OpenBLAS; warn if products are slow."""
     late = "mlx.core" in sys.modules
-    line = "pip install 'textpolicy[mlx]'"
+    line = how_to_install("textpolicy[mlx]")
     if Path("/proc/driver/nvidia/version").exists():
         line += " (or 'textpolicy[cuda13]' to use the NVIDIA GPU of this machine)"
     try:
@@ -33,11 +38,10 @@ def import_mlx() -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("mlx", "mlx.core"):
             raise
-        raise MissingDependencyError(f"mlx is not installed; install it with: {line}") from error
+        raise MissingDependencyError(f"mlx is not installed; {line}") from error
     except ImportError as error:
         raise MissingDependencyError(
-            f"mlx is installed but its native library does not load here ({error}); "
-            f"install the build for this machine with: {line}"
+            f"mlx is installed but its native library does not load here ({error}); for its build for here, {line}"
         ) from error
     if not runs_on_linux_cpu() or blas_threads():
         return
@@ -55,17 +59,23 @@ def import_mlx() -> None:
 
 
 def set_blas_threads(n: int) -> None:
-    """Set the number of OpenBLAS threads to ``n``; two threads wait for each other on a busy machine."""
+    """Set the number of OpenBLAS threads to ``n``; where there is no OpenBLAS, say once that this has no effect.
+
+    Two threads wait for each other on a busy machine.
+    """
     if n < 1:
         raise UserError(f"the number of BLAS threads is {n}; set it to 1 or more")
     try:
         set_threads = ctypes.CDLL(None).openblas_set_num_threads
     except AttributeError:
-        raise UserError(
-            f"cannot use {n} BLAS threads because OpenBLAS is not loaded (it is used on a Linux CPU only); "
-            "leave the number of threads unset"
-        ) from None
-    set_threads(ctypes.c_int(n))
+        _say_without_effect()
+    else:
+        set_threads(ctypes.c_int(n))
+
+
+@cache
+def _say_without_effect() -> None:
+    logger.warning("the number of BLAS threads has no effect here: OpenBLAS, whose it is, serves a Linux CPU alone")
 
 
 def blas_threads() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -230,6 +231,7 @@ class MLXEngine:
         return {
             "device": f"{mx.default_device()} {' '.join(names)}".strip(),
             "blas_threads": str(blas_threads()),
+            "MLX_ENABLE_TF32": os.environ.get("MLX_ENABLE_TF32", "1"),  # 1: GPUs round operands of float32 to 11 bits
             "copies": str(copies(self.model)),  # bytes; whether rollouts make them depends on the machine's memory
         }
 

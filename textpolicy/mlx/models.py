@@ -96,7 +96,8 @@ def load_model(
     ``adapter_path`` is a folder in mlx-lm's layout, or a file of ``save_adapters``; ``tokenizer_config`` goes
     to ``AutoTokenizer``.
     On a CPU all weights become float32 and quantised layers are dequantised, because everything else is slow
-    there. A built-in is converted in the same way on every device, because it is small and float32 is exact.
+    there. A built-in is converted in the same way on every device, because it is small and float32 is exact (on a GPU
+    where MLX_ENABLE_TF32 is 0).
     Other models stay as stored on an accelerator. ``dequantize`` True or False overrides this. Layers of a GGUF file
     whose type has no exact form in MLX (Q6_K, Q3_K, Q2_K) become floats, exactly; False quantises them again, to the
     next larger number of bits, and logs by how much the weights change.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .._system.files import to_disk
 from ..errors import UserError
 
 
@@ -34,7 +34,7 @@ class MetricsFile:
 
     def sync(self) -> int:
         """Force the file to disk and return its size in bytes. Raises OSError."""
-        os.fsync(self.file.fileno())
+        to_disk(self.file.fileno())
         return self.file.tell()
 
     def rows(self, kind: str) -> list[dict[str, Any]]:

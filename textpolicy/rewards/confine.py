@@ -1,7 +1,7 @@
 """The script inside the sandbox: it gives up its rights, and then runs a program. Standard library only.
 
 POSIX resource limits work everywhere. On Linux, Landlock blocks the file system except for reading Python's own
-folders, and seccomp refuses the system calls below.
+folders, and seccomp refuses the system calls below. On a Mac, sandbox-exec starts this script under ``SEATBELT``.
 """
 
 from __future__ import annotations
@@ -54,9 +54,60 @@ SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/dev/null", "/dev/zero", "/dev/uran
 EPERM = 0x00050001  # the call fails with error 1
 READY = b"ready"
 
+# ---- what macOS allows a program; everything else is denied, such as the network and to start a process
+
+SANDBOX_EXEC = "/usr/bin/sandbox-exec"
+SEATBELT = """(version 1)
+(deny default)
+; sandbox-exec starts Python, and a Python that is a framework starts the one inside it
+(allow process-exec (literal (param "PYTHON")) (subpath (param "BASE")))
+(allow process-info* (target self))
+(allow signal (target self))
+(allow file-read-metadata file-test-existence file-map-executable)
+(allow file-read*
+  (literal "/") (subpath (param "PREFIX")) (subpath (param "BASE")) (literal (param "PYTHON"))
+  (literal (param "SCRIPT")) (literal (param "PROGRAM")) (subpath (param "FOLDER"))
+  (subpath "/usr/lib") (subpath "/usr/share") (subpath "/System/Library") (subpath "/System/Cryptexes")
+  (subpath "/System/Volumes/Preboot/Cryptexes") (subpath "/Library/Apple") (subpath "/private/var/db/dyld")
+  (subpath "/private/var/db/timezone") (literal "/private/etc/localtime")
+  ; where Homebrew, MacPorts and Nix have the libraries of their Pythons
+  (subpath "/opt/homebrew/Cellar") (subpath "/opt/homebrew/opt") (subpath "/opt/homebrew/lib")
+  (subpath "/usr/local/Cellar") (subpath "/usr/local/opt") (subpath "/usr/local/lib")
+  (subpath "/opt/local/lib") (subpath "/nix/store")
+  (literal "/dev/null") (literal "/dev/zero") (literal "/dev/random") (literal "/dev/urandom")
+  (literal "/dev/stdin") (literal "/dev/fd/0"))
+(allow file-write-data
+  (literal "/dev/null") (literal "/dev/stdout") (literal "/dev/stderr") (literal "/dev/fd/1") (literal "/dev/fd/2"))
+(allow sysctl-read
+  (sysctl-name-prefix "hw.") (sysctl-name-prefix "machdep.cpu.") (sysctl-name-prefix "kern.os")
+  (sysctl-name "kern.version") (sysctl-name "kern.hostname") (sysctl-name "kern.argmax")
+  (sysctl-name "kern.maxfilesperproc") (sysctl-name "kern.usrstack64") (sysctl-name "kern.secure_kernel")
+  (sysctl-name "sysctl.proc_cputype"))
+"""
+SEATBELT_WRITES = '(allow file-write* (subpath (param "FOLDER")))\n'
+
+
+def seatbelt(program: str, folder: str, writes: bool) -> list[str]:
+    """Return the words before a command of this Python that confine it on a Mac; ``writes`` in ``folder`` alone.
+
+    Seatbelt compares paths without links, so those that go into the profile have none.
+    """
+    paths = {
+        "PYTHON": sys.executable,
+        "PREFIX": sys.prefix,
+        "BASE": sys.base_prefix,
+        "SCRIPT": __file__,
+        "PROGRAM": program,
+        "FOLDER": folder,
+    }
+    given = [f"-D{name}={os.path.realpath(path)}" for name, path in paths.items()]
+    return [SANDBOX_EXEC, "-p", SEATBELT + SEATBELT_WRITES * writes, *given, "--"]
+
 
 def can_confine() -> bool:
-    """Return whether the kernel can block files, network and other processes (Landlock and seccomp)."""
+    """Return whether the system can block files, network and other processes (Landlock and seccomp, or Seatbelt)."""
+    if sys.platform == "darwin":
+        return os.access(SANDBOX_EXEC, os.X_OK)
     return sys.platform == "linux" and platform.machine() in REFUSED and _landlock_version() > 0
 
 
@@ -79,6 +130,34 @@ def refuse_calls() -> None:
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
     program = struct.pack("HxxxxxxP", len(steps), ctypes.addressof(code))
     _checked(_libc().prctl(22, 2, program, 0, 0))
+
+
+def give_up_files(folder: str, writes: bool) -> None:
+    """Give up the file system by Landlock, except for reading Python's folders and ``folder``, which may be written."""
+    everything = WRITE_BY_VERSION.get(_landlock_version(), 0xFFFF)
+    rights = [(path, READ) for path in (sys.prefix, sys.base_prefix, *SYSTEM_FOLDERS, folder)]
+    rights += [("/dev/stdout", WRITE_FILE), ("/dev/stderr", WRITE_FILE)]
+    rights += [(folder, everything)] if writes else []
+    libc = _libc()
+    ruleset = _checked(libc.syscall(CREATE_RULESET, struct.pack("Q", everything), 8, 0))
+    for path, right in rights:
+        if os.path.exists(path):
+            kept = right & everything & (everything if os.path.isdir(path) else WRITE_FILE | 1 << 2)
+            opened = os.open(path, os.O_PATH)
+            _checked(libc.syscall(ADD_RULE, ruleset, 1, struct.pack("=Qi", kept, opened), 0))
+            os.close(opened)
+    _checked(libc.prctl(38, 1, 0, 0, 0))  # no new privileges
+    _checked(libc.syscall(RESTRICT_SELF, ruleset, 0))
+    os.close(ruleset)
+
+
+def refuse_unless_closed(folder: str) -> None:
+    """End this process if it can list ``folder``, which lies outside of what sandbox-exec should have left it."""
+    try:
+        os.listdir(folder)
+    except PermissionError:
+        return
+    sys.exit("sandbox-exec has not confined this process")
 
 
 def _landlock_version() -> int:
@@ -111,24 +190,11 @@ def main() -> None:
             if name != "RLIMIT_AS":
                 raise
     if settings["confined"]:
-        # give up the file system except for these folders
-        everything = WRITE_BY_VERSION.get(_landlock_version(), 0xFFFF)
-        readable = [sys.prefix, sys.base_prefix, *SYSTEM_FOLDERS, settings["folder"]]
-        rights = [(folder, READ) for folder in readable]
-        rights += [("/dev/stdout", WRITE_FILE), ("/dev/stderr", WRITE_FILE)]
-        rights += [(settings["folder"], everything)] if settings["writes"] else []
-        libc = _libc()
-        ruleset = _checked(libc.syscall(CREATE_RULESET, struct.pack("Q", everything), 8, 0))
-        for folder, right in rights:
-            if os.path.exists(folder):
-                kept = right & everything & (everything if os.path.isdir(folder) else WRITE_FILE | 1 << 2)
-                path = os.open(folder, os.O_PATH)
-                _checked(libc.syscall(ADD_RULE, ruleset, 1, struct.pack("=Qi", kept, path), 0))
-                os.close(path)
-        _checked(libc.prctl(38, 1, 0, 0, 0))  # no new privileges
-        _checked(libc.syscall(RESTRICT_SELF, ruleset, 0))
-        os.close(ruleset)
-        refuse_calls()
+        if sys.platform == "darwin":
+            refuse_unless_closed(os.path.dirname(settings["program"]))
+        else:
+            give_up_files(settings["folder"], settings["writes"])
+            refuse_calls()
     os.write(settings["ready"], READY)
     os.close(settings["ready"])
     sys.argv = ["program.py"]

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from .._system.machine import resident
 from ..errors import RewardError, UserError
 from . import confine
 from .answer import answered, code_blocks
@@ -61,8 +62,9 @@ def run_python(program: str, stdin: str = "", limits: Limits = Limits()) -> Ran:
     """Run the text of a Python ``program`` in a process of its own, and wait for it.
 
     It sees an empty folder, the standard library and what is installed beside this package, and cannot start
-    processes or threads. With ``confined`` (Linux 5.13 or later on x86_64 or arm64: Landlock and seccomp) it
-    reads no other files, writes none, and has no network. docs/02_rewards.md lists what this does not prevent.
+    processes or threads. With ``confined`` (Linux 5.13 or later on x86_64 or arm64: Landlock and seccomp; a Mac:
+    Seatbelt) it reads no other files, writes none, and has no network. docs/02_rewards.md lists what this does not
+    prevent.
 
     Raises UserError where the system cannot confine, RewardError when the process could not be started.
     """
@@ -71,7 +73,8 @@ def run_python(program: str, stdin: str = "", limits: Limits = Limits()) -> Ran:
     if limits.confined and not confine.can_confine():
         raise UserError(
             "this system cannot confine a program to its folder and off the network (that takes Linux 5.13 with "
-            "Landlock, on x86_64 or arm64); run rewards in a virtual machine with Limits(confined=False)"
+            f"Landlock, on x86_64 or arm64, or a Mac with {confine.SANDBOX_EXEC}); run rewards in a virtual machine "
+            "with Limits(confined=False)"
         )
     with tempfile.TemporaryDirectory(prefix="textpolicy-") as outside:
         folder = Path(outside, "folder")
@@ -109,12 +112,15 @@ def _run(program: Path, folder: Path, files: Sequence[IO[bytes]], limits: Limits
             "RLIMIT_CORE": 0,
         },
     }
+    command = [sys.executable, "-I", "-B", confine.__file__]
+    if limits.confined and sys.platform == "darwin":
+        command = [*confine.seatbelt(str(program), str(folder), limits.writes), *command]
     reading, writing = os.pipe()
     started = time.perf_counter()
     with open(reading, "rb") as ready:
         try:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-B", confine.__file__, json.dumps(settings | {"ready": writing})],
+                [*command, json.dumps(settings | {"ready": writing})],
                 cwd=folder,
                 env={"PATH": "", "HOME": str(folder), "TMPDIR": str(folder), "OPENBLAS_NUM_THREADS": "1"},
                 stdin=files[0],
@@ -127,9 +133,7 @@ def _run(program: Path, folder: Path, files: Sequence[IO[bytes]], limits: Limits
             os.close(writing)
         timed_out = False
         try:
-            process.wait(limits.seconds)
-        except subprocess.TimeoutExpired:
-            timed_out = True
+            timed_out = _late(process, limits, files[2])
         finally:  # kill its session when it is late, when anything goes wrong, and after it ended
             with suppress(ProcessLookupError, PermissionError):  # no process of it is left
                 os.killpg(process.pid, signal.SIGKILL)
@@ -137,6 +141,20 @@ def _run(program: Path, folder: Path, files: Sequence[IO[bytes]], limits: Limits
         seconds = time.perf_counter() - started
         os.set_blocking(ready.fileno(), False)  # unconfined, a child of it may hold the other end
         return Ran(process.returncode, "", "", seconds, timed_out), ready.read(len(confine.READY)) == confine.READY
+
+
+def _late(process: subprocess.Popen[bytes], limits: Limits, err: IO[bytes]) -> bool:
+    """Wait until the program ends, or holds too much memory where that has no limit; return whether it is late."""
+    look = math.inf if sys.platform == "linux" else 0.02  # seconds between two looks; Linux has RLIMIT_AS
+    until = time.monotonic() + limits.seconds
+    while (left := until - time.monotonic()) > 0:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(min(left, look))
+            return False
+        if look < left and resident(process.pid) > limits.memory:
+            os.write(err.fileno(), b"MemoryError: the program held %d bytes or more, its limit\n" % limits.memory)
+            return False
+    return True
 
 
 # ---- the reward

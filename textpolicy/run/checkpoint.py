@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._system.files import sync
+from .._system.files import is_litter, sync
 
 MANIFEST, STATE = "manifest.json", "state.json"
 _FORMAT = 1
@@ -66,7 +66,7 @@ class Checkpoints:
         new.mkdir()
         fill(new)
         (new / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
-        files = sorted(p for p in new.rglob("*") if p.is_file())
+        files = sorted(p for p in new.rglob("*") if p.is_file() and not is_litter(p))
         for file in files:
             sync(file)
         digests = {file.relative_to(new).as_posix(): _digest(file) for file in files}
@@ -136,7 +136,7 @@ def read(path: Path) -> Checkpoint:
 
 def link_tree(source: Path, target: Path) -> None:
     """Copy the folder ``source`` to ``target``, by hard links where the file system has them."""
-    for file in sorted(p for p in source.rglob("*") if p.is_file()):
+    for file in sorted(p for p in source.rglob("*") if p.is_file() and not is_litter(p)):
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         try:

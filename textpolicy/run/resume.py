@@ -14,6 +14,7 @@ from typing import Any, Self
 from pydantic import model_validator
 
 from .._system.faults import TRAIN_MATH, how_to_resume
+from .._system.files import names
 from .._system.lock import LOCK, RunLock
 from ..config.settings import MONEY, Config, PositiveInt, check_config
 from ..errors import UserError
@@ -89,7 +90,7 @@ def reopen(
         if allow:
             raise UserError(f"--allow {','.join(allow)} needs a run to resume; name its folder with --resume")
         return None
-    started = folder.is_dir() and ((folder / CONFIG).is_file() or {p.name for p in folder.iterdir()} <= _BEFORE_CONFIG)
+    started = folder.is_dir() and ((folder / CONFIG).is_file() or names(folder) <= _BEFORE_CONFIG)
     if not started:
         raise UserError(f"the output folder {folder} exists; choose another or remove it")
     held.enter_context(RunLock(folder))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .._system.files import to_disk
 from ..algorithms import Algorithm
 from ..config.settings import Config, TinkerSettings
 from ..engine import ResumableEngine, Sampling
@@ -293,7 +294,7 @@ def append_line(path: Path, line: Mapping[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
-        os.fsync(file.fileno())
+        to_disk(file.fileno())
 
 
 def cut(path: Path, step: float = math.inf) -> None:

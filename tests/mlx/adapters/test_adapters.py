@@ -439,6 +439,18 @@ def test_a_folder_with_anything_else_in_it_is_not_replaced(tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == ["results.txt"]
 
 
+@pytest.mark.parametrize("saved_before", [False, True])
+def test_what_finder_leaves_in_a_folder_is_nothing_else(saved_before, tmp_path):
+    if saved_before:
+        save_adapter(adapted("lora", seed=3), tmp_path / "a")
+    (tmp_path / "a").mkdir(exist_ok=True)
+    for name in (".DS_Store", "._adapters.safetensors", "._.DS_Store"):
+        (tmp_path / "a" / name).write_text("x")
+    model = adapted("lora")
+    save_adapter(model, tmp_path / "a")
+    assert np.array_equal(logprobs(reread_adapter(adapted("lora", seed=5), tmp_path / "a")), logprobs(model))
+
+
 def test_an_interrupted_save_leaves_the_older_adapter(tmp_path, monkeypatch):
     model = adapted("lora")
     for place in ("adapter", "adapter.safetensors"):

@@ -111,6 +111,7 @@ GO_ALONG = (
 STAY = (
     "adapter_config.json adapter_model.safetensors adapters.safetensors hf_quant_config.json quantize_config.json "
     "training_args.json trainer_state.json all_results.json model.safetensors.index.json pytorch_model.bin.index.json "
+    "._tokenizer.json ._chat_template.jinja .DS_Store additional_chat_templates/.DS_Store vocab/._a "
     "optimizer.pt README.md notes.txt logs/events.json checkpoint-100/config.json .gitattributes config.json"
 )
 

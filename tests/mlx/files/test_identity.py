@@ -20,6 +20,14 @@ def folder(tmp_path):
     return made
 
 
+def test_what_macos_puts_there_is_no_part_of_a_model(folder):
+    before = identity(folder)
+    for name in (".DS_Store", "._tokenizer.json", "._tokenizer.model", "._chat_template.jinja", "._config.json"):
+        (folder / name).write_bytes(b"\0\5\26\7")
+    (folder / "additional_chat_templates" / "._tools.jinja").write_bytes(b"\0\5\26\7")
+    assert identity(folder) == before
+
+
 def edited(name, **changes):
     def edit(folder):
         path = folder / name

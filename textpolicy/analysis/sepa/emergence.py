@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..._system.files import to_disk
 from ...algorithms.grams import DEFAULT_STRATEGIC_GRAMS
 from ...algorithms.planning import PlanningGrams, planning_mask
 from ...buffer import Episode as BufferedEpisode
@@ -200,7 +200,7 @@ class EmergenceLogger:
         with (self.folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(plain(row), separators=(",", ":")) + "\n" for row in rows)
             file.flush()
-            os.fsync(file.fileno())
+            to_disk(file.fileno())
 
 
 def _mean(values: Any) -> float | None:

@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from ..._system.files import names
 from ...config.adapters import Adapter, DoRA, Full, LoRA, make_adapter, settings_of
 from ...errors import UserError
 from ..files.safetensors import load_arrays, save_arrays
@@ -158,7 +159,7 @@ def saved_arrays(model: nn.Module) -> dict[str, mx.array]:
 
 
 def _write_folder(arrays: dict[str, mx.array], config: dict[str, Any], workspace: Path, path: Path) -> None:
-    if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {WEIGHTS, CONFIG}):
+    if path.exists() and (not path.is_dir() or names(path) - {WEIGHTS, CONFIG}):
         raise UserError(f"{path} contains something other than an adapter; choose another folder, or empty this one")
     new = workspace / "adapter"
     new.mkdir()

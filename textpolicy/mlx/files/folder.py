@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..._system.files import is_litter
 from ...errors import UserError
 from .safetensors import check_safetensors
 
@@ -85,8 +86,9 @@ def tensor_names(files: list[Path]) -> set[str]:
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy what goes along with a model: tokenizer, chat templates, code and licence, in files and folders."""
-    for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
+    for path in sorted({p for pattern in COMPANIONS for p in source.glob(pattern) if not is_litter(p)}):
         if path.is_dir():
-            shutil.copytree(path, target / path.name)
+            litter = lambda _, names: [name for name in names if is_litter(Path(name))]  # noqa: E731
+            shutil.copytree(path, target / path.name, ignore=litter)
         else:
             shutil.copyfile(path, target / path.name)

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..._system.files import is_litter
 from .folder import weight_files
 from .tokenizer import read_json
 
@@ -24,7 +25,8 @@ def identity(folder: Path) -> dict[str, str]:
     That of the weights covers all bytes up to ``WHOLE``; of larger ones headers and a share of every tensor, so that
     other training of the same model shows and a single number need not. Raises UserError and OSError.
     """
-    files = sorted(path for pattern in ("*", "*/*.jinja") for path in folder.glob(pattern) if path.is_file())
+    found = {path for pattern in ("*", "*/*.jinja") for path in folder.glob(pattern) if path.is_file()}
+    files = sorted(path for path in found if not is_litter(path))
     return dict(_identity(folder, tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)))
 
 
@@ -37,7 +39,7 @@ def _identity(folder: Path, files: tuple[tuple[Any, ...], ...]) -> dict[str, str
     tokenizer = settings("tokenizer_config.json")
     templates = [tokenizer.pop("chat_template", None), settings("chat_template.json").get("chat_template")]
     templates += [path.read_bytes().hex() for path, *_ in files if path.suffix == ".jinja"]
-    named = sorted({path for pattern in _TOKENIZER for path in folder.glob(pattern)})
+    named = sorted({path for pattern in _TOKENIZER for path in folder.glob(pattern) if not is_litter(path)})
     read = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in named}
     return {
         "config": _digest([settings("config.json"), settings("generation_config.json")]),

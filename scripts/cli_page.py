@@ -8,12 +8,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_settings.sources.types import _CliPositionalArg as Positional
 
 from textpolicy.cli.campaign import COMMANDS as CAMPAIGN
 from textpolicy.cli.main import COMMANDS, AlgorithmsArguments, DoctorArguments, TasksArguments
 from textpolicy.cli.tinker_server import ServerArguments
-from textpolicy.config.settings import Config
+from textpolicy.config.settings import Config, Positional
 from textpolicy.report.page import ReportArguments
 from textpolicy.report.view.server import ViewArguments
 from textpolicy.run.export import ExportArguments
@@ -38,7 +37,9 @@ Row = tuple[str, str, str, str]  # name, kind, default, meaning
 
 def commands() -> str:
     """The table of commands, one line each, as ``textpolicy --help`` prints them."""
-    rows = [(f"`{name}`", first_line(command)) for name, command in COMMANDS.items()]
+    rows = [
+        (f"`{name}`", meaning.split(": textpolicy")[0].rstrip(".") + ".") for name, (_, meaning) in COMMANDS.items()
+    ]
     return table(("command", "what it does"), rows)
 
 
@@ -48,7 +49,7 @@ def arguments() -> str:
     own = {name: field for name, field in TrainArguments.model_fields.items() if name not in Config.model_fields}
     train = table(("argument", "kind", "default", "meaning"), [row(name, field, "--") for name, field in own.items()])
     first = f"### textpolicy train\n\nA TOML file, every setting [below](#settings) as a flag, and:\n\n{train}"
-    campaign = [section(f"textpolicy campaign {name}", kind) for name, (kind, _) in CAMPAIGN.items()]
+    campaign = [section(f"textpolicy campaign {name}", kind) for name, (kind, *_) in CAMPAIGN.items()]
     return "\n\n".join([first, *parts, *campaign])
 
 
@@ -120,10 +121,6 @@ def limits(metadata: Any) -> list[str]:
 def table(head: tuple[str, ...], rows: list[Any]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def first_line(function: Any) -> str:
-    return (function.__doc__ or "").splitlines()[0].split(": textpolicy")[0].rstrip(".") + "."
 
 
 def filled(text: str) -> str:

@@ -6,4 +6,4 @@ from textpolicy.campaign.presets.scripts import script
 from textpolicy.campaign.presets.sepa import SEPACampaignArguments, run
 
 if __name__ == "__main__":
-    sys.exit(script("scripts/sepa_campaign.py", SEPACampaignArguments, run, ["--seeds"], sys.argv[1:]))
+    sys.exit(script("scripts/sepa_campaign.py", SEPACampaignArguments, run, sys.argv[1:]))

@@ -6,4 +6,4 @@ from textpolicy.campaign.presets.scripts import script
 from textpolicy.campaign.presets.tinker_math import MathCampaignArguments, run
 
 if __name__ == "__main__":
-    sys.exit(script("scripts/tinker_campaign.py", MathCampaignArguments, run, ["--seeds"], sys.argv[1:]))
+    sys.exit(script("scripts/tinker_campaign.py", MathCampaignArguments, run, sys.argv[1:]))

@@ -6,5 +6,4 @@ from textpolicy.campaign.presets.lr_sweep import SweepArguments, run
 from textpolicy.campaign.presets.scripts import script
 
 if __name__ == "__main__":
-    lists = ["--seeds", "--lr-values", "--algorithms"]
-    sys.exit(script("scripts/tinker_lr_sweep.py", SweepArguments, run, lists, sys.argv[1:]))
+    sys.exit(script("scripts/tinker_lr_sweep.py", SweepArguments, run, sys.argv[1:]))

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from textpolicy.campaign.plan import flags_of, jobs_of, planned, write_plan
-from textpolicy.campaign.settings import check_campaign, merged, read_campaign
+from textpolicy.campaign.settings import check_campaign, read_campaign
 from textpolicy.cli.main import main
 from textpolicy.config.flags import parse
-from textpolicy.config.settings import Config, check_config
+from textpolicy.config.settings import Config, check_config, merged
 from textpolicy.errors import UserError
 
 ARMS = {"grpo": {"algorithm": {"name": "grpo"}}, "full": {"algorithm": {"name": "full", "hicra_alpha": 0.3}}}
@@ -157,7 +157,7 @@ def test_a_campaign_that_cannot_work_is_refused(changes, message):
         (["plan", "missing.toml"], "cannot read the config missing.toml"),
         (["pln"], "did you mean 'plan'"),
         (["status", "nowhere"], "nowhere has no manifest.json"),
-        (["plan"], "required: SOURCE"),
+        (["plan"], "SOURCE is missing; give it"),
     ],
 )
 def test_commands_that_cannot_work_are_one_sentence_and_exit_code_2(words, message, capsys, tmp_path, monkeypatch):

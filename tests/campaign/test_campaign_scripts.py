@@ -25,17 +25,17 @@ def pretend(monkeypatch):
 
 
 def campaign(root, *words):
-    return script("campaign", math_campaign.MathCampaignArguments, math_campaign.run, ["--seeds"],
+    return script("campaign", math_campaign.MathCampaignArguments, math_campaign.run,
                   [f"--campaign-root={root}", "--max-steps=3", *words])  # fmt: skip
 
 
 def sweep(root, *words):
-    return script("sweep", lr_sweep.SweepArguments, lr_sweep.run, ["--lr-values", "--algorithms", "--seeds"],
+    return script("sweep", lr_sweep.SweepArguments, lr_sweep.run,
                   [f"--sweep-root={root}", *words])  # fmt: skip
 
 
 def sepa(root, *words):
-    return script("sepa", sepa_campaign.SEPACampaignArguments, sepa_campaign.run, ["--seeds"],
+    return script("sepa", sepa_campaign.SEPACampaignArguments, sepa_campaign.run,
                   [f"--campaign-root={root}", *words])  # fmt: skip
 
 
@@ -218,7 +218,5 @@ def test_ctrl_c_prints_how_to_resume(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("words", [["--seeds", "1", "2", "--lr", "3"], ["--seeds=1", "2", "--lr=3"]])
 def test_lists_may_stand_word_by_word(words):
     parsed = []
-    assert (
-        script("x", math_campaign.MathCampaignArguments, lambda args: parsed.append(args) or 0, ["--seeds"], words) == 0
-    )
+    assert script("x", math_campaign.MathCampaignArguments, lambda args: parsed.append(args) or 0, words) == 0
     assert (parsed[0].seeds, parsed[0].lr) == ((1, 2), 3.0)

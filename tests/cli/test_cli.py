@@ -144,7 +144,7 @@ def test_a_package_that_is_missing_is_named_with_the_install_line(capsys, monkey
     def lacks(arguments):
         raise ModuleNotFoundError("No module named 'gguf'", name="gguf")
 
-    monkeypatch.setitem(COMMANDS, "tasks", lacks)
+    monkeypatch.setitem(COMMANDS, "tasks", (lacks, ""))
     assert "the package 'gguf' is not installed; install it with: pip install" in refused(capsys, "tasks")
 
 
@@ -152,7 +152,7 @@ def test_a_module_of_our_own_that_is_missing_is_a_bug_and_stays_one(monkeypatch)
     def lacks(arguments):
         raise ModuleNotFoundError("No module named 'textpolicy.nonsense'", name="textpolicy.nonsense")
 
-    monkeypatch.setitem(COMMANDS, "tasks", lacks)
+    monkeypatch.setitem(COMMANDS, "tasks", (lacks, ""))
     with pytest.raises(ModuleNotFoundError):
         main(["tasks"])
 
@@ -161,7 +161,7 @@ def test_ctrl_c_exits_with_130(capsys, monkeypatch):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(COMMANDS, "tasks", interrupted)
+    monkeypatch.setitem(COMMANDS, "tasks", (interrupted, ""))
     assert main(["tasks"]) == 130
     assert capsys.readouterr().err == "textpolicy: stopped by Ctrl-C\n"
 

@@ -114,7 +114,7 @@ def test_several_mistakes_are_all_named():
         ('steps = "many\\nlines"', "steps is many lines; input should be a valid integer"),
         (f'steps = "{"x" * 5000}"', "xxx...; input should be a valid integer"),
         (f"steps = {'9' * 5000}", "is not TOML"),
-        ("rollout = 3", "rollout is 3; input should be a valid dictionary"),
+        ("rollout = 3", "rollout is 3; it is a section, so set rollout.prompts_per_step and others"),
         ("a = " + "[" * 5000, "is not TOML"),
         ("[algorithm]\nclip_low = -0.1", "algorithm.clip_low is -0.1; input should be greater than or equal to 0"),
         ("[algorithm.kl]\ncoefficient = nan", "algorithm.kl.coefficient is nan"),

@@ -281,13 +281,12 @@ def test_commands_that_are_not_run_still_parse():
 def understand(name: str, arguments: list[str]) -> None:
     assert name in COMMANDS
     if name == "campaign":
-        kind, _ = CAMPAIGN[arguments[0]]
+        kind, *_ = CAMPAIGN[arguments[0]]
         parse(kind, arguments[1:], "campaign")
     elif name == "validate":
         assert arguments in ([], ["--json"])
     else:
-        positional = name == "train" and arguments and not arguments[0].startswith("-")
-        parse(ARGUMENTS[name], arguments[1:] if positional else arguments, name)
+        parse(ARGUMENTS[name], arguments, name)
 
 
 def test_every_command_is_one_whose_flags_the_tests_can_read():

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from ..config.settings import Config, NonNegative, Section, check_config, explain, read_values
+from ..config.settings import Config, NonNegative, Section, check_config, explain, merged, read_values
 from ..errors import UserError, unknown_name
 
 Summary = Literal["last", "auc", "kept"]
@@ -119,12 +119,3 @@ def check_campaign(values: dict[str, Any], source: str) -> CampaignSettings:
     for arm in settings.arms:
         settings.config(arm, settings.seeds[0])
     return settings
-
-
-def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with ``changes`` merged into it, table by table."""
-    both = dict(base)
-    for name, value in changes.items():
-        old = base.get(name)
-        both[name] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return both

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from pydantic_settings import CliPositionalArg
 
 from ..analysis.comparison import compare_arms
 from ..analysis.permutation import smallest_sign_flip_p
@@ -16,14 +15,14 @@ from ..campaign.outcomes import read_outcome
 from ..campaign.plan import finished, jobs_of, planned, write_manifest, write_plan
 from ..campaign.report import write_analysis, write_report
 from ..campaign.settings import SUMMARIES, CampaignSettings, Summary, read_campaign
-from ..config.settings import Section
+from ..config.settings import Positional, Section
 from ..errors import UserError, unknown_name
 
 
 class PlanArguments(Section):
     """Write a campaign's plan into a folder, or run it there."""
 
-    source: CliPositionalArg[Path]
+    source: Annotated[Path, Positional]
     """A campaign's TOML file, or the folder of one that was planned."""
     output: Path | None = None
     """Folder of the campaign; campaigns/NAME after the file if not given."""
@@ -56,10 +55,22 @@ class RunArguments(PlanArguments):
 
 
 class FolderArguments(Section):
-    """Inspect a campaign."""
+    """The folder of a campaign."""
 
-    folder: CliPositionalArg[Path]
+    folder: Annotated[Path, Positional]
     """Folder of the campaign."""
+
+
+class StatusArguments(FolderArguments):
+    """Print which runs of a campaign are finished, failed or to come."""
+
+
+class AnalyzeArguments(FolderArguments):
+    """Compare the finished runs of a campaign, write analysis.json and print the verdict."""
+
+
+class ReportArguments(FolderArguments):
+    """Write a campaign's report as Markdown, JSON and HTML."""
 
 
 def main(arguments: list[str]) -> int:
@@ -69,18 +80,18 @@ def main(arguments: list[str]) -> int:
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         print("usage: textpolicy campaign COMMAND [ARGUMENTS]\n\nArms x seeds, and what they show.\n")
-        for command, (_, function) in COMMANDS.items():
-            print(f"  {command:<10} {(function.__doc__ or '').splitlines()[0]}")
+        for command, (_, _, meaning) in COMMANDS.items():
+            print(f"  {command:<10} {meaning}")
         print("\n'textpolicy campaign COMMAND --help' describes one.")
         return 0
     if name not in COMMANDS:
         raise unknown_name("campaign command", name, COMMANDS)
-    kind, command = COMMANDS[name]
+    kind, command, _ = COMMANDS[name]
     return command(parse(kind, arguments[1:], f"campaign {name}"))
 
 
 def plan(args: PlanArguments) -> int:
-    """Check every run's settings and write them down: plan FILE.toml [--output FOLDER]."""
+    """Check every run's settings and write them down."""
     settings, root = args.settings()
     write_plan(settings, root)
     n = len(settings.seeds)
@@ -96,7 +107,7 @@ def plan(args: PlanArguments) -> int:
 
 
 def run(args: RunArguments) -> int:
-    """Run the campaign, or resume it, and report: run FILE.toml|FOLDER [--parallel N]."""
+    """Run the campaign, or resume it, and report."""
     settings, root = args.settings()
     write_plan(settings, root)
     jobs = jobs_of(settings, root)
@@ -129,7 +140,7 @@ def enough(settings: CampaignSettings, root: Path) -> bool:
 
 
 def status(args: FolderArguments) -> int:
-    """Print which runs are finished, failed or to come: status FOLDER."""
+    """Print which runs are finished, failed or to come."""
     last = {(a.arm, a.seed): a for a in read_attempts(args.folder)}
     for job in jobs_of(planned(args.folder), args.folder):
         attempt = last.get((job.arm, job.seed))
@@ -143,7 +154,7 @@ def status(args: FolderArguments) -> int:
 
 
 def analyze(args: FolderArguments) -> int:
-    """Compare the finished runs and print the verdict: analyze FOLDER."""
+    """Compare the finished runs and print the verdict."""
     settings = planned(args.folder)
     found = find(settings, args.folder, jobs_of(settings, args.folder))
     print(found.verdict)
@@ -152,7 +163,7 @@ def analyze(args: FolderArguments) -> int:
 
 
 def report(args: FolderArguments) -> int:
-    """Write the report as Markdown, JSON and HTML: report FOLDER."""
+    """Write the report as Markdown, JSON and HTML."""
     settings = planned(args.folder)
     found = find(settings, args.folder, jobs_of(settings, args.folder))
     paths = write_report(found, args.folder)
@@ -161,10 +172,10 @@ def report(args: FolderArguments) -> int:
     return 0
 
 
-COMMANDS: dict[str, tuple[type[Section], Any]] = {
-    "plan": (PlanArguments, plan),
-    "run": (RunArguments, run),
-    "status": (FolderArguments, status),
-    "analyze": (FolderArguments, analyze),
-    "report": (FolderArguments, report),
+COMMANDS: dict[str, tuple[type[Section], Any, str]] = {
+    "plan": (PlanArguments, plan, "Check every run's settings and write them down: plan FILE.toml [--output FOLDER]."),
+    "run": (RunArguments, run, "Run the campaign, or resume it, and report: run FILE.toml|FOLDER [--parallel N]."),
+    "status": (StatusArguments, status, "Print which runs are finished, failed or to come: status FOLDER."),
+    "analyze": (AnalyzeArguments, analyze, "Compare the finished runs and print the verdict: analyze FOLDER."),
+    "report": (ReportArguments, report, "Write the report as Markdown, JSON and HTML: report FOLDER."),
 }

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
-from pydantic_settings import CliPositionalArg
 
 from .._system.faults import machine_fault
 from .._system.machine import how_to_install
-from ..config.flags import parse
-from ..config.settings import Section, read_values
+from ..config.flags import checked, parse, read
+from ..config.settings import Positional, Section, check_config, merged, read_values
 from ..errors import StoppedError, TextPolicyError
 from ..validate import main as validate
 
@@ -27,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print("usage: textpolicy COMMAND [ARGUMENTS]\n")
         print("Reinforcement learning for text generation, on your own machine.\n")
-        for name, command in COMMANDS.items():
-            print(f"  {name:<13} {(command.__doc__ or '').splitlines()[0]}")
+        for name, (_, meaning) in COMMANDS.items():
+            print(f"  {name:<14} {meaning}")
         print("\n'textpolicy COMMAND --help' describes one.")
         return 0
     if name == "--version":
@@ -37,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = 2
     try:
         if name in COMMANDS:
-            return COMMANDS[name](arguments)
+            return COMMANDS[name][0](arguments)
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         message = f"there is no command {name!r}; {hint}run 'textpolicy --help' for the list"
@@ -60,19 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(arguments: list[str]) -> int:
-    """Train a model: textpolicy train [CONFIG.toml] [--resume RUN] [--flags]."""
-    from ..config.settings import check_config
-    from ..run.resume import TrainArguments, run_to_resume, saved_values
+    """Train a model, or resume a run."""
+    from ..run.resume import TrainArguments, saved_values
 
+    given = read(TrainArguments, arguments, "train")
     values: dict[str, Any] = {}
-    resume = run_to_resume(arguments)
-    if arguments and not arguments[0].startswith("-"):
-        path = Path(arguments.pop(0))
-        values = read_values(path)
-        check_config(values, str(path))
-    elif resume is not None:
-        values = saved_values(resume)
-    args = parse(TrainArguments, arguments, "train [CONFIG.toml]", **values)
+    if "config_file" in given:
+        values = read_values(Path(given["config_file"]))
+        check_config(values, given["config_file"])
+    elif "resume" in given:
+        values = saved_values(Path(given["resume"]))
+    args = checked(TrainArguments, merged(values, given))
     if args.dry_run:
         from ..run.assembly import price
 
@@ -85,7 +82,7 @@ def train(arguments: list[str]) -> int:
 
 
 def generate(arguments: list[str]) -> int:
-    """Ask a model, or a trained run: textpolicy generate [--run RUN | --adapter RUN | --model NAME] PROMPT."""
+    """Print a completion."""
     from ..run import inference
 
     print(inference.generate(parse(inference.GenerateArguments, arguments, "generate")))
@@ -93,7 +90,7 @@ def generate(arguments: list[str]) -> int:
 
 
 def evaluate(arguments: list[str]) -> int:
-    """Measure accuracy: textpolicy eval [--run RUN | --adapter RUN | --model NAME --task TASK]."""
+    """Print the accuracy of a model."""
     from ..run import inference
 
     print(inference.evaluate(parse(inference.EvalArguments, arguments, "eval")))
@@ -101,7 +98,7 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def export(arguments: list[str]) -> int:
-    """Take a trained run elsewhere: textpolicy export RUN --to mlx|hf|peft|gguf [--out PATH]."""
+    """Write a trained run for other programs."""
     from ..run import export as exporting
 
     print(exporting.export(parse(exporting.ExportArguments, arguments, "export")))
@@ -109,7 +106,7 @@ def export(arguments: list[str]) -> int:
 
 
 def view(arguments: list[str]) -> int:
-    """Browse a run's completions, or compare two runs, on a local page: textpolicy view RUN [RUN]."""
+    """Serve the page of one run or two."""
     from ..report.view import server
 
     server.view(parse(server.ViewArguments, arguments, "view"))
@@ -117,7 +114,7 @@ def view(arguments: list[str]) -> int:
 
 
 def report(arguments: list[str]) -> int:
-    """Write one run, or several side by side, as an HTML file: textpolicy report RUN [RUN ...] [--out FILE]."""
+    """Write the report and print its path."""
     from ..record import layout
     from ..report.page import ReportArguments, write_report
 
@@ -131,14 +128,14 @@ def report(arguments: list[str]) -> int:
 class DoctorArguments(Section):
     """Say what is wrong with a run, and what to change; exit code 1 if anything is."""
 
-    run: CliPositionalArg[Path]
+    run: Annotated[Path, Positional]
     """Folder of the run, finished or not."""
     as_json: bool = Field(False, alias="json")
     """Print JSON, for a program to read."""
 
 
 def doctor(arguments: list[str]) -> int:
-    """Say what is wrong with a run, and what to change: textpolicy doctor RUN [--json]."""
+    """Print what the doctor finds; return 1 if that is anything."""
     from ..doctor import examine
     from ..doctor.words import as_json, full
 
@@ -151,12 +148,12 @@ def doctor(arguments: list[str]) -> int:
 class AlgorithmsArguments(Section):
     """List the algorithms, or show one of them in full."""
 
-    name: CliPositionalArg[str | None] = None
+    name: Annotated[str | None, Positional] = None
     """The algorithm to show; a list of all if not given."""
 
 
 def algorithms(arguments: list[str]) -> int:
-    """List the algorithms, or show one: textpolicy algorithms [NAME]."""
+    """Print the algorithms, or one of them."""
     from ..algorithms import ALGORITHMS, algorithm
     from .describe import describe
 
@@ -173,20 +170,20 @@ def algorithms(arguments: list[str]) -> int:
 class TasksArguments(Section):
     """List the tasks, or show one of them with some of its problems."""
 
-    name: CliPositionalArg[str | None] = None
+    name: Annotated[str | None, Positional] = None
     """The task to show; a list of all if not given."""
     show: Annotated[int, Field(ge=0)] = 0
     """Number of its training problems to print, as the model gets them."""
 
 
 def tasks(arguments: list[str]) -> int:
-    """List the tasks, or show problems of one: textpolicy tasks [NAME [--show N]]."""
-    from ..tasks import REASONING_GYM, TASKS, load_task
+    """Print the tasks, or one of them."""
+    from ..tasks import MEANINGS, REASONING_GYM, TASKS, load_task
 
     args = parse(TasksArguments, arguments, "tasks")
     if args.name is None:
-        for name, loader in TASKS.items():
-            print(f"{name:<16} {(loader.__doc__ or '').splitlines()[0]}")
+        for name in TASKS:
+            print(f"{name:<16} {MEANINGS.get(name, '')}".rstrip())
         print(f"{REASONING_GYM + 'NAME':<16} Any data set of reasoning-gym, by its name (textpolicy[reasoning-gym]).")
         print("\n'textpolicy tasks NAME --show 3' prints problems of one.")
         return 0
@@ -204,7 +201,7 @@ def tasks(arguments: list[str]) -> int:
 
 
 def tinker_server(arguments: list[str]) -> int:
-    """Start a Tinker server on this machine: textpolicy tinker-server [--model NAME] [--port PORT]."""
+    """Serve Tinker's API until Ctrl-C."""
     from . import tinker_server as server
 
     server.serve(parse(server.ServerArguments, arguments, "tinker-server"))
@@ -212,23 +209,33 @@ def tinker_server(arguments: list[str]) -> int:
 
 
 def campaign(arguments: list[str]) -> int:
-    """Plan, run and judge arms x seeds: textpolicy campaign plan|run|status|analyze|report."""
+    """Run a subcommand of campaigns."""
     from .campaign import main as command
 
     return command(arguments)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": train,
-    "generate": generate,
-    "eval": evaluate,
-    "view": view,
-    "report": report,
-    "export": export,
-    "doctor": doctor,
-    "validate": validate,
-    "algorithms": algorithms,
-    "tasks": tasks,
-    "tinker-server": tinker_server,
-    "campaign": campaign,
+Command = Callable[[list[str]], int]
+COMMANDS: dict[str, tuple[Command, str]] = {  # with the line of --help: python -OO has no docstrings
+    "train": (train, "Train a model: textpolicy train [CONFIG.toml] [--resume RUN] [--flags]."),
+    "generate": (
+        generate,
+        "Ask a model, or a trained run: textpolicy generate [--run RUN | --adapter RUN | --model NAME] PROMPT.",
+    ),
+    "eval": (evaluate, "Measure accuracy: textpolicy eval [--run RUN | --adapter RUN | --model NAME --task TASK]."),
+    "view": (view, "Browse a run's completions, or compare two runs, on a local page: textpolicy view RUN [RUN]."),
+    "report": (
+        report,
+        "Write one run, or several side by side, as an HTML file: textpolicy report RUN [RUN ...] [--out FILE].",
+    ),
+    "export": (export, "Take a trained run elsewhere: textpolicy export RUN --to mlx|hf|peft|gguf [--out PATH]."),
+    "doctor": (doctor, "Say what is wrong with a run, and what to change: textpolicy doctor RUN [--json]."),
+    "validate": (validate, "Check this installation: textpolicy validate [--json]."),
+    "algorithms": (algorithms, "List the algorithms, or show one: textpolicy algorithms [NAME]."),
+    "tasks": (tasks, "List the tasks, or show problems of one: textpolicy tasks [NAME [--show N]]."),
+    "tinker-server": (
+        tinker_server,
+        "Start a Tinker server on this machine: textpolicy tinker-server [--model NAME] [--port PORT].",
+    ),
+    "campaign": (campaign, "Plan, run and judge arms x seeds: textpolicy campaign plan|run|status|analyze|report."),
 }

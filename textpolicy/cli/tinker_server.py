@@ -20,7 +20,7 @@ class ServerArguments(Section):
     model: str = "smollm2-135m"
     """Built-in name, folder of a model in float32, or tiny: a random one for tests."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    """0 is any free one."""
+    """Port on this machine; a free one if 0."""
     folder: Path | None = None
     """Database, checkpoints and log, kept for the next start; if not given, one in the cache."""
     rank: PositiveInt = 32

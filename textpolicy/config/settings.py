@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -23,6 +23,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from ..algorithms import algorithm
@@ -37,33 +38,29 @@ COLDEST = 0.01  # lowest sampling temperature in training
 MONEY = ("price_prefill", "price_sample", "price_train", "max_tokens_total", "max_cost")  # of TinkerSettings
 _UNTRAINABLE = ("top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 _LONGEST = 60  # characters of a wrong value that are shown
+_SECRET = re.compile(r"[?&;](?=[^=&;]*(key|token|secret|passw|pwd|auth|sig|cred))[^=&;]*=", re.IGNORECASE)  # name=value
 _PASSWORD_GOES_IN = {
     "base_url": "TINKER_API_KEY, or TINKER_BASE_URL",
     "uri": "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
 }
 
 
-def _without_password(address: str | None, info: ValidationInfo) -> str | None:
-    """Return ``address``. Raises ValueError for one with a password, which the run's folder would keep."""
+def _without_secret(address: str | None, info: ValidationInfo) -> str | None:
+    """Return ``address``. Raises ValueError for one with a password or key, which the run's folder would keep."""
+    text = address or ""
     try:
-        password = urlsplit(address or "").password
+        parts = urlsplit(text if "://" in text else f"//{text}")
+        name_or_key, password = parts.username, parts.password
     except ValueError:  # not an address at all; connecting to it reports that
         return address
-    if password:
+    web = parts.scheme.lower() in ("http", "https")
+    after = f"{parts.query}&{parts.fragment}" if web else parts.query
+    if password or (web and (name_or_key or after != "&")) or _SECRET.search(unquote(f"{parts.path}?{after}")):
         raise ValueError(
-            "an address with a password would be written to the run's folder; remove the password and set "
-            + _PASSWORD_GOES_IN[str(info.field_name)]
+            f"{info.field_name} has a password, key or query, which would be written to the run's folder; give the "
+            "address without it, and set " + _PASSWORD_GOES_IN[str(info.field_name)]
         )
     return address
-
-
-def _as_spelled(given: Any) -> Any:
-    """Return a table with the texts true, false, null and numbers as what they spell: flags can give nothing else."""
-    if not isinstance(given, dict):
-        return given
-    spells = re.compile(r"true|false|null|-?(0|[1-9]\d*)(\.\d+)?", re.IGNORECASE)
-    texts = {name: value for name, value in given.items() if isinstance(value, str) and spells.fullmatch(value)}
-    return {**given, **{name: json.loads(value.lower()) for name, value in texts.items()}}
 
 
 def _no_switch(value: Any) -> Any:
@@ -73,20 +70,31 @@ def _no_switch(value: Any) -> Any:
     return value
 
 
-TemplateArgs = Annotated[dict[str, JsonValue], BeforeValidator(_as_spelled)]
+TemplateArgs = dict[str, JsonValue]
 _Whole = Annotated[int, BeforeValidator(_no_switch)]
 _Real = Annotated[float, BeforeValidator(_no_switch)]
 PositiveInt = Annotated[_Whole, Field(ge=1, le=2**31 - 1)]
 NonNegativeInt = Annotated[_Whole, Field(ge=0, le=2**31 - 1)]
 NonNegative = Annotated[_Real, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[_Real, Field(gt=0, allow_inf_nan=False)]
-Address = Annotated[str | None, AfterValidator(_without_password)]
+Address = Annotated[str | None, AfterValidator(_without_secret)]
+
+
+class Positional:
+    """The mark of an argument without a flag: ``Annotated[Path, Positional]``."""
 
 
 class Section(BaseModel):
-    """The base of all sections: frozen, and strict about names, so a mistyped key is an error."""
+    """The base of all sections: frozen, and strict: no mistyped key, no number that is not finite, no zero byte."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_zero_byte(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str | Path) and "\0" in str(value):
+            raise ValueError(f"{info.field_name} has a zero byte, which no name or path can have; remove it")
+        return value
 
 
 def changed(section: Section) -> list[str]:
@@ -488,23 +496,75 @@ def explain(error: ValidationError, kind: type[BaseModel]) -> list[str]:
         key = ".".join(path)
         match mistake["type"]:
             case "extra_forbidden":
-                section = kind
-                for part in path[:-1]:
-                    annotation = section.model_fields[part].annotation
-                    section = annotation if isinstance(annotation, type) else get_args(annotation)[0]
-                near = difflib.get_close_matches(path[-1], section.model_fields, n=1)
-                choose = f"choose one of {', '.join(section.model_fields)}"
-                hint = untrainable(path[-1]) or (f"did you mean {near[0]!r}?" if near else choose)
-                clauses.append(f"there is no setting {key!r}; {hint}")
+                clauses.append(f"there is no setting {key!r}; {untrainable(path[-1]) or _did_you_mean(path, kind)}")
+            case "model_type":
+                first = next(iter(settings_of(_section(kind, path))))[0][0]
+                clauses.append(f"{key} is {_short(mistake['input'])}; it is a section, so set {key}.{first} and others")
+            case "tuple_type" | "list_type" if isinstance(mistake["input"], str):
+                clauses.append(f'{key} is {_short(mistake["input"])}; write a list: ["{_short(mistake["input"])}"]')
             case "value_error":
                 clauses.append(str(mistake["ctx"]["error"]))
             case "missing":
                 clauses.append(f"{key} is missing; set it")
             case _:
-                value = " ".join(str(mistake["input"]).split())
-                shown = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
-                clauses.append(f"{key} is {shown}; {mistake['msg'][0].lower()}{mistake['msg'][1:]}")
+                message = f"{mistake['msg'][0].lower()}{mistake['msg'][1:]}"
+                clauses.append(f"{key} is {_short(mistake['input'])}; {message}")
     return clauses
+
+
+def _short(value: Any) -> str:
+    """Return the beginning of a wrong value on one line."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _section(kind: type[BaseModel], path: Iterable[str]) -> type[BaseModel]:
+    """Return the section at ``path`` below a ``kind``."""
+    for part in path:
+        annotation = kind.model_fields[part].annotation
+        kind = annotation if isinstance(annotation, type) else get_args(annotation)[0]
+    return kind
+
+
+def _did_you_mean(path: list[str], kind: type[BaseModel]) -> str:
+    """Return a hint at the settings that the unknown one at ``path`` may be: in its section, or else in any."""
+    section = _section(kind, path[:-1])
+    near = difflib.get_close_matches(path[-1], section.model_fields, n=1)
+    near = near or nearest(path[-1], [".".join(known) for known, _ in settings_of(kind)])
+    return (
+        f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose one of {', '.join(section.model_fields)}"
+    )
+
+
+def settings_of(kind: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """Yield the path and field of every setting of a ``kind``, those of its sections included."""
+    for name, field in kind.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            yield from settings_of(type(field.default), (*above, name))
+        else:
+            yield (*above, field.alias or name), field
+
+
+def nearest(name: str, known: Sequence[str]) -> list[str]:
+    """Return the ``known`` dotted names that ``name`` may mean: its last word elsewhere, initials, or a misspelling."""
+    last = name.rpartition(".")[2]
+    words = {path: path.rpartition(".")[2] for path in known}
+    found = [path for path, word in words.items() if word == last]
+    found = found or [path for path, word in words.items() if "".join(part[0] for part in word.split("_")) == last]
+    if found or len(name) < 3:
+        return [path for path in found if len(last) > 1][:3]
+    return difflib.get_close_matches(name, known, n=1) or [
+        path for path, word in words.items() if word in difflib.get_close_matches(last, words.values(), n=1)
+    ]
+
+
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``values`` with ``changes`` merged into them, table by table."""
+    both = dict(values)
+    for name, value in changes.items():
+        old = values.get(name)
+        both[name] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return both
 
 
 def untrainable(name: str) -> str:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
-from pydantic_settings import CliPositionalArg
 
 from .._system.files import write_whole
-from ..config.settings import Section
+from ..config.settings import Positional, Section
 from ..errors import UserError
 from ..record.prompts import compare, halves
 from ..record.reader import RecordedRun, flat, load_run
@@ -44,7 +43,7 @@ _METRICS: tuple[tuple[str, str, str, bool], ...] = (  # name in metrics.jsonl, t
 class ReportArguments(Section):
     """Write one run, or several side by side, as an HTML file; runs that differ in their seed alone are averaged."""
 
-    runs: CliPositionalArg[Annotated[list[Path], Field(min_length=1)]]
+    runs: Annotated[list[Path], Field(min_length=1), Positional]
     """Folders of the runs."""
     out: Path | None = None
     """The file; report.html in the first run's folder if not given."""

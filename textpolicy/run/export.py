@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
-from pydantic_settings import CliPositionalArg
 
-from ..config.settings import Section, check_config
+from ..config.settings import Positional, Section, check_config
 from ..errors import UserError
 from .inference import Source, load
 from .resume import saved_settings
@@ -27,7 +26,7 @@ HOW_TO_LOAD: dict[Target, str] = {
 class ExportArguments(Section):
     """Write a trained run, or a model, in the form that other programs load."""
 
-    run: CliPositionalArg[Path | None] = None
+    run: Annotated[Path | None, Positional] = None
     """Folder of a run: its model and adapter."""
     to: Target
     """mlx, hf: the merged model as a folder for mlx-lm, for transformers; peft: the adapter alone; gguf: one file."""

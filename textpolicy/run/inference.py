@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from pydantic_settings import CliPositionalArg
 
-from ..config.settings import Config, PositiveInt, Section, TemplateArgs, check_config
+from ..config.settings import Config, Positional, PositiveInt, Section, TemplateArgs, check_config
 from ..engine import Sampling, stop_tokens
 from ..environment.single_turn import TextGenerationEnv
 from ..errors import UserError
@@ -49,7 +48,7 @@ class Source(Section):
 class GenerateArguments(Source):
     """Write a completion."""
 
-    prompt: CliPositionalArg[str]
+    prompt: Annotated[str, Positional]
     """The prompt."""
     max_tokens: int = 256
     """Longest completion, in tokens."""

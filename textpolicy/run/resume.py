@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import model_validator
 
 from .._system.faults import TRAIN_MATH, how_to_resume
 from .._system.files import names
 from .._system.lock import LOCK, RunLock
-from ..config.settings import MONEY, Config, PositiveInt, check_config
+from ..config.settings import MONEY, Config, Positional, PositiveInt, check_config
 from ..errors import UserError
 from ..record.layout import CONFIG, SUMMARY, TASK, VERSIONS
 from .checkpoint import Checkpoint, Checkpoints
@@ -40,11 +39,12 @@ class Resumed:
 class TrainArguments(Config):
     """Train a model, or resume a run that was cut short."""
 
+    config_file: Annotated[Path | None, Positional] = None
+    """TOML file of settings, which flags override."""
     resume: Path | None = None
     """Resume the run in this folder, with its own settings."""
     allow: tuple[str, ...] = ()
     """With resume: settings that may differ from the run's own, such as steps,machine.threads, or sections."""
-
     dry_run: bool = False
     """With engine tinker: print what the run may cost, and exit."""
     expected_tokens: PositiveInt | None = None
@@ -61,18 +61,8 @@ class TrainArguments(Config):
     @property
     def config(self) -> Config:
         """The settings of the run alone; those that were not given stay unset."""
-        given = self.model_dump(exclude_unset=True, exclude={"resume", "allow", "dry_run", "expected_tokens"})
+        given = self.model_dump(exclude_unset=True, include={*Config.model_fields})
         return Config.model_validate(given if self.resume is None else {**given, "output": self.resume})
-
-
-def run_to_resume(arguments: Sequence[str]) -> Path | None:
-    """Return the folder after --resume, which is read first because its settings are the defaults."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--resume", type=Path)
-    try:
-        return parser.parse_known_args(arguments)[0].resume
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error.message} after --resume; name the folder of a run") from error
 
 
 def reopen(

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from dotenv import dotenv_values
 from pydantic import AfterValidator, Field, model_validator
 
+from .._system.extras import extra
 from .._system.faults import TRAIN_MATH
 from .._system.files import write_whole
 from ..algorithms import Algorithm
@@ -26,7 +26,7 @@ from ..algorithms.planning import planning_masks
 from ..algorithms.sepa import Pooling
 from ..analysis.sepa.emergence import EmergenceLogger
 from ..config.flags import parse
-from ..config.settings import MONEY, Config, NonNegative, Positive, PositiveInt, Section, check_config
+from ..config.settings import MONEY, Address, Config, NonNegative, Positive, PositiveInt, Section, check_config
 from ..errors import StoppedError, TextPolicyError, UserError
 from ..loop.evaluation import Evaluation
 from ..loop.metrics import Row
@@ -52,7 +52,7 @@ class MathSettings(Section):
 
     model: str = "Qwen/Qwen3-4B-Instruct-2507"
     """A model that the server offers."""
-    base_url: str | None = None
+    base_url: Address = None
     """The server's address; TINKER_BASE_URL if not given, or else the hosted service."""
     lora_rank: PositiveInt = 32
     """Width of the LoRA."""
@@ -327,7 +327,7 @@ class MathFiles:
 
 def load_key(path: Path = Path(".env")) -> None:
     """Set the environment variables of Tinker's SDK that ``path`` defines and the environment does not."""
-    for name, value in dotenv_values(path).items():
+    for name, value in extra("dotenv", "textpolicy[tinker]").dotenv_values(path).items():
         if name.startswith("TINKER_") and value:
             os.environ.setdefault(name, value)
 

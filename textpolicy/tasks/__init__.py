@@ -23,6 +23,15 @@ TASKS: dict[str, Callable[[], Task]] = {
     "math_generated": generated_math_task,
     "math_hub": hub_math_task,
 }
+MEANINGS = {
+    "largest": "Name the largest of five numbers from 1 to 99, and nothing else; the default.",
+    "addition": "Add two numbers from 1 to 40, and answer with the number alone.",
+    "countdown": "Reach a target from three numbers with + - * / and parentheses, scored in exact fractions.",
+    "countdown_tool": 'Reach a target as in "countdown", with a calculator that the model may call before it answers.',
+    "math": "The MATH data set, answered in \\boxed{}, or made-up problems if it cannot be reached.",
+    "math_generated": "Made-up problems: equations, fractions, percentages, divisors, series, combinations.",
+    "math_hub": "The MATH data set, five subjects of it; needs the package datasets and, the first time, the network.",
+}
 REASONING_GYM = "reasoning_gym:"  # and the name of a data set
 
 

@@ -101,21 +101,10 @@ def run_campaign(
     return 1
 
 
-def script(
-    name: str, kind: type[Arguments], run: Callable[[Arguments], int], lists: Sequence[str], argv: Sequence[str]
-) -> int:
-    """Run one script and return its exit code; a UserError is one sentence on stderr and exit code 2.
-
-    The flags in ``lists`` also take their values word by word: ``--seeds 1 2 3`` is ``--seeds=1,2,3``.
-    """
-    words: list[str] = []
-    for word in argv:
-        if words and words[-1].split("=")[0] in lists and not word.startswith("-"):
-            words[-1] += ("," if "=" in words[-1] else "=") + word
-        else:
-            words.append(word)
+def script(name: str, kind: type[Arguments], run: Callable[[Arguments], int], argv: Sequence[str]) -> int:
+    """Run one script and return its exit code; a UserError is one sentence on stderr and exit code 2."""
     try:
-        return run(parse(kind, words, "", program=name))
+        return run(parse(kind, argv, "", program=name))
     except TextPolicyError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 from urllib.parse import urlencode
 
 from pydantic import Field, ValidationError
-from pydantic_settings import CliPositionalArg
 
 from ..._system.extras import extra
-from ...config.settings import Section, explain
+from ...config.settings import Positional, Section, explain
 from ...errors import UserError
 from ...record.prompts import compare, halves
 from ...record.reader import load_run
@@ -50,9 +49,9 @@ _INLINE_STYLES = {
 class ViewArguments(Section):
     """Browse the completions of a run, or compare two, on a page that only this machine can open."""
 
-    run: CliPositionalArg[Path]
+    run: Annotated[Path, Positional]
     """Folder of the run, which may still be running."""
-    other: CliPositionalArg[Path | None] = None
+    other: Annotated[Path | None, Positional] = None
     """Folder of a second run to compare with."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port on 127.0.0.1; a free one if 0."""

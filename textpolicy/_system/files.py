@@ -1,4 +1,4 @@
-"""Write files atomically, sync them to the disk so that they survive a power cut, and list what a folder holds."""
+"""Read paths as people write them; write files atomically, sync them to the disk, and list what a folder holds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from ..errors import UserError
 
 # What Finder, Spotlight and the trash leave in folders and at the top of volumes.
 _LITTER = {
@@ -20,6 +22,25 @@ _LITTER = {
     ".TemporaryItems",
     ".Trashes",
 }
+
+
+def local_path(given: Any) -> Any:
+    """Return a path as text with the home folder in place of ``~``; anything but text and paths as it is.
+
+    A relative path whose name begins with ``~`` becomes absolute, so that it is read only once. Raises UserError for
+    a user who is not known and a name that no file can have, or that is not UTF-8, as settings and tables need.
+    """
+    if not isinstance(given, str | os.PathLike):
+        return given
+    text = os.fspath(given)
+    if "\0" in text:
+        raise UserError(f"the path {text!r} has a zero byte; choose another")
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"the path {text!r} has a name that is not UTF-8; rename it")
+    full = os.path.expanduser(text)
+    if full.startswith("~"):
+        raise UserError(f"the path {text!r} begins with the home of a user who is not known; write ./{text} for a name")
+    return os.path.abspath(full) if Path(full).parts[:1] and Path(full).parts[0].startswith("~") else full
 
 
 def write_whole(path: Path, text: str) -> None:

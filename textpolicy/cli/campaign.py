@@ -15,16 +15,16 @@ from ..campaign.outcomes import read_outcome
 from ..campaign.plan import finished, jobs_of, planned, write_manifest, write_plan
 from ..campaign.report import write_analysis, write_report
 from ..campaign.settings import SUMMARIES, CampaignSettings, Summary, read_campaign
-from ..config.settings import Positional, Section
+from ..config.settings import LocalPath, Positional, Section
 from ..errors import UserError, unknown_name
 
 
 class PlanArguments(Section):
     """Write a campaign's plan into a folder, or run it there."""
 
-    source: Annotated[Path, Positional]
+    source: Annotated[LocalPath, Positional]
     """A campaign's TOML file, or the folder of one that was planned."""
-    output: Path | None = None
+    output: LocalPath | None = None
     """Folder of the campaign; campaigns/NAME after the file if not given."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Seeds of every arm, instead of the file's: 0,1,2,3,4,5."""
@@ -57,7 +57,7 @@ class RunArguments(PlanArguments):
 class FolderArguments(Section):
     """The folder of a campaign."""
 
-    folder: Annotated[Path, Positional]
+    folder: Annotated[LocalPath, Positional]
     """Folder of the campaign."""
 
 

@@ -12,9 +12,10 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from .._system.faults import machine_fault
+from .._system.files import local_path
 from .._system.machine import how_to_install
 from ..config.flags import checked, parse, read
-from ..config.settings import Positional, Section, check_config, merged, read_values
+from ..config.settings import LocalPath, Positional, Section, check_config, merged, read_values
 from ..errors import StoppedError, TextPolicyError
 from ..validate import main as validate
 
@@ -65,10 +66,10 @@ def train(arguments: list[str]) -> int:
     given = read(TrainArguments, arguments, "train")
     values: dict[str, Any] = {}
     if "config_file" in given:
-        values = read_values(Path(given["config_file"]))
+        values = read_values(Path(local_path(given["config_file"])))
         check_config(values, given["config_file"])
     elif "resume" in given:
-        values = saved_values(Path(given["resume"]))
+        values = saved_values(Path(local_path(given["resume"])))
     args = checked(TrainArguments, merged(values, given))
     if args.dry_run:
         from ..run.assembly import price
@@ -128,7 +129,7 @@ def report(arguments: list[str]) -> int:
 class DoctorArguments(Section):
     """Say what is wrong with a run, and what to change; exit code 1 if anything is."""
 
-    run: Annotated[Path, Positional]
+    run: Annotated[LocalPath, Positional]
     """Folder of the run, finished or not."""
     as_json: bool = Field(False, alias="json")
     """Print JSON, for a program to read."""

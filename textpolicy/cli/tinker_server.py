@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from .._system.cache import cache_folder
-from ..config.settings import PositiveInt, Section
+from ..config.settings import LocalPath, PositiveInt, Section
 
 TINY = "tiny"
 
@@ -21,7 +21,7 @@ class ServerArguments(Section):
     """Built-in name, folder of a model in float32, or tiny: a random one for tests."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port on this machine; a free one if 0."""
-    folder: Path | None = None
+    folder: LocalPath | None = None
     """Database, checkpoints and log, kept for the next start; if not given, one in the cache."""
     rank: PositiveInt = 32
     """Largest rank of a LoRA."""

@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from .._system.files import local_path
 from ..algorithms import algorithm
 from ..environment.text.template import DATE
 from ..errors import UserError
@@ -77,6 +78,7 @@ PositiveInt = Annotated[_Whole, Field(ge=1, le=2**31 - 1)]
 NonNegativeInt = Annotated[_Whole, Field(ge=0, le=2**31 - 1)]
 NonNegative = Annotated[_Real, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[_Real, Field(gt=0, allow_inf_nan=False)]
+LocalPath = Annotated[Path, BeforeValidator(local_path)]
 Address = Annotated[str | None, AfterValidator(_without_secret)]
 
 
@@ -233,7 +235,7 @@ class AlgorithmSettings(Section):
     """gtpo_paper: normalise successes and failures together, or separately as in the paper."""
     top_entropy: Annotated[float, Field(gt=0, le=1)] | None = None
     """Train only on this share of tokens, those with the highest entropy."""
-    grams: Path | None = None
+    grams: LocalPath | None = None
     """JSON file with a list of strategic grams; the built-in list by default."""
     kl: KLSettings = KLSettings()
     correction: CorrectionSettings = CorrectionSettings()
@@ -429,7 +431,7 @@ class Config(Section):
     """Number of training steps."""
     seed: Annotated[_Whole, Field(ge=0, lt=2**63)] = 0
     """Seed of the adapter's initial values, the order of problems and every sampled token."""
-    output: Path | None = None
+    output: LocalPath | None = None
     """Folder of the run; an interrupted run in it is resumed. By default a new folder under runs/."""
     engine: Literal["mlx", "tinker"] = "mlx"
     """Train on this machine, or on a Tinker server, which knows the model by its own name."""

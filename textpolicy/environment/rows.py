@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .._system.extras import extra
+from .._system.files import local_path
 from ..errors import UserError, unknown_name
 from ..rewards.contract import RewardFunction
 from ..rewards.example import missing
@@ -109,7 +110,7 @@ def read_rows(path: str | Path, limit: int | None = None) -> list[dict[str, Any]
     UserError for a file that cannot be read, with the number of the bad line, or that has two columns of one name, and
     MissingDependencyError for Parquet without pyarrow.
     """
-    path = Path(path)
+    path = Path(local_path(path))
     kind = path.suffix.lower()
     if kind not in READERS:
         raise unknown_name("kind of file called", path.suffix or path.name, READERS)
@@ -159,11 +160,11 @@ def _csv(path: Path) -> Iterator[dict[str, Any]]:
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:
     parquet = extra("pyarrow.parquet", "textpolicy[data]")
-    try:
-        file = parquet.ParquetFile(path)
-    except ValueError as error:  # pyarrow's ArrowInvalid
-        raise UserError(f"{path} is not a Parquet file ({error}); check it") from error
-    with file:
+    with path.open("rb") as opened:  # pyarrow takes a path such as s3:x for an address
+        try:
+            file = parquet.ParquetFile(opened)
+        except ValueError as error:  # pyarrow's ArrowInvalid
+            raise UserError(f"{path} is not a Parquet file ({error}); check it") from error
         _pairs(str(path), [(name, None) for name in file.schema_arrow.names])
         for batch in file.iter_batches():
             yield from batch.to_pylist()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._system.files import local_path
 from ..errors import UserError
 from . import layout
 
@@ -97,7 +99,8 @@ class RecordedRun:
             empty = layout.schema().empty_table()
             return empty if names is None else empty.select(names)
         try:
-            data = ds.dataset([str(path) for path in files], schema=layout.schema(), format="parquet")
+            paths = [os.path.join(".", path) for path in files]  # or pyarrow takes s3:x for an address and ~ for home
+            data = ds.dataset(paths, schema=layout.schema(), format="parquet")
             return data.to_table(columns=names, filter=where)
         except (pa.ArrowException, OSError) as error:
             raise damaged(f"a file in {files[0].parent}", error) from error
@@ -113,7 +116,7 @@ class RecordedRun:
 
 def load_run(run: Path | str) -> RecordedRun:
     """Load a folder made by `textpolicy train`, finished or not. Raises UserError for any other folder."""
-    folder = Path(run)
+    folder = Path(local_path(run))
     if not (folder / layout.METRICS).is_file():
         raise UserError(f"{folder} is not a run folder (it has no {layout.METRICS}); give the folder of a run")
     return RecordedRun(folder)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from .._system.files import write_whole
-from ..config.settings import Positional, Section
+from ..config.settings import LocalPath, Positional, Section
 from ..errors import UserError
 from ..record.prompts import compare, halves
 from ..record.reader import RecordedRun, flat, load_run
@@ -43,9 +43,9 @@ _METRICS: tuple[tuple[str, str, str, bool], ...] = (  # name in metrics.jsonl, t
 class ReportArguments(Section):
     """Write one run, or several side by side, as an HTML file; runs that differ in their seed alone are averaged."""
 
-    runs: Annotated[list[Path], Field(min_length=1), Positional]
+    runs: Annotated[list[LocalPath], Field(min_length=1), Positional]
     """Folders of the runs."""
-    out: Path | None = None
+    out: LocalPath | None = None
     """The file; report.html in the first run's folder if not given."""
 
 

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -233,7 +234,7 @@ def with_full_paths(config: Config) -> Config:
 
         changes["model"] = full_name(config.model)
     if config.algorithm.grams is not None:
-        grams = Path(os.path.abspath(config.algorithm.grams.expanduser()))
+        grams = Path(os.path.abspath(config.algorithm.grams))
         changes["algorithm"] = config.algorithm.model_copy(update={"grams": grams})
     return config.model_copy(update=changes)
 
@@ -252,6 +253,17 @@ def schedule(config: Config) -> Schedule:
     o = config.optimizer
     peak = o.learning_rate or config.adapter.chosen().learning_rate
     return Schedule(peak, config.steps, min(o.warmup_steps, config.steps), o.final_fraction, o.updates_per_step)
+
+
+def try_folder(config: Config) -> None:
+    """Make the run's folder and remove it again, before there is any work to lose. Raises UserError."""
+    absent = [path for path in (config.output or Path("runs", "new")).parents if not path.exists()]
+    try:
+        absent.insert(0, claim_folder(config))
+    finally:
+        for path in absent:
+            with suppress(OSError):  # it was not made, or another run has begun in it
+                path.rmdir()
 
 
 def claim_folder(config: Config) -> Path:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..config.settings import Positional, Section, check_config
+from ..config.settings import LocalPath, Positional, Section, check_config
 from ..errors import UserError
 from .inference import Source, load
 from .resume import saved_settings
@@ -26,11 +25,11 @@ HOW_TO_LOAD: dict[Target, str] = {
 class ExportArguments(Section):
     """Write a trained run, or a model, in the form that other programs load."""
 
-    run: Annotated[Path | None, Positional] = None
+    run: Annotated[LocalPath | None, Positional] = None
     """Folder of a run: its model and adapter."""
     to: Target
     """mlx, hf: the merged model as a folder for mlx-lm, for transformers; peft: the adapter alone; gguf: one file."""
-    out: Path | None = None
+    out: LocalPath | None = None
     """Output path; RUN/export/ and the name of the form if not given."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Type of the numbers, not for gguf; that of the stored base if not given, and float32 for peft."""
@@ -40,7 +39,7 @@ class ExportArguments(Section):
     """peft: folder or hub id of the base that peft is to load; the run's own model if not given."""
     model: str | None = None
     """Built-in name, folder, .gguf file or hub id; instead of a run."""
-    adapter: Path | None = None
+    adapter: LocalPath | None = None
     """Adapter folder for the model."""
     threads: Annotated[int, Field(ge=0)] = 0
     """BLAS threads on a Linux CPU; 0 leaves it to OpenBLAS."""

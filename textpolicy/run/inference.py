@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..config.settings import Config, Positional, PositiveInt, Section, TemplateArgs, check_config
+from ..config.settings import Config, LocalPath, Positional, PositiveInt, Section, TemplateArgs, check_config
 from ..engine import Sampling, stop_tokens
 from ..environment.single_turn import TextGenerationEnv
 from ..errors import UserError
@@ -26,11 +25,11 @@ logger = logging.getLogger(__name__)
 class Source(Section):
     """The model to use: that of a trained run, or one with or without an adapter."""
 
-    run: Path | None = None
+    run: LocalPath | None = None
     """Folder of a run: its model, adapter and prompts."""
     model: str | None = None
     """Built-in name, folder, .gguf file or hub id; instead of a run."""
-    adapter: Path | None = None
+    adapter: LocalPath | None = None
     """A run whose adapter to use, or an adapter folder; without --model on the run's own model."""
     template_args: TemplateArgs | None = None
     """Further arguments of the model's chat template, such as enable_thinking=false; a run's own if not given."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,15 +17,17 @@ from pydantic import model_validator
 from .._system.faults import TRAIN_MATH, how_to_resume
 from .._system.files import names
 from .._system.lock import LOCK, RunLock
-from ..config.settings import MONEY, Config, Positional, PositiveInt, check_config
+from ..config.settings import MONEY, Config, LocalPath, Positional, PositiveInt, check_config
 from ..errors import UserError
-from ..record.layout import CONFIG, SUMMARY, TASK, VERSIONS
+from ..record.layout import CONFIG, EVALS, METRICS, REPORT, ROLLOUTS, SUMMARY, TASK, VERSIONS, parquet_files
 from .checkpoint import Checkpoint, Checkpoints
 
 CHECKPOINTS = "checkpoints"
 QUESTIONS = "questions"  # the entry of a run's versions with the digest of its task
 BASE = "model "  # what the entries with digests of its base begin with
+_ALWAYS = {"model", "task", "steps", "seed", "algorithm", "rollout"}  # in the config of a run of any version
 _BEFORE_CONFIG = {LOCK, TASK, VERSIONS, *(f".{name}.new" for name in (TASK, VERSIONS, CONFIG))}  # files of a new run
+_STEP, _LATER = re.compile(rb'"kind":\s*"train"'), re.compile(rb'"step":\s*[1-9]')  # in rows of metrics, if damaged
 _FREE = ("output", "quiet", *(f"tinker.{name}" for name in MONEY))  # settings without effect on the numbers
 
 
@@ -39,9 +43,9 @@ class Resumed:
 class TrainArguments(Config):
     """Train a model, or resume a run that was cut short."""
 
-    config_file: Annotated[Path | None, Positional] = None
+    config_file: Annotated[LocalPath | None, Positional] = None
     """TOML file of settings, which flags override."""
-    resume: Path | None = None
+    resume: LocalPath | None = None
     """Resume the run in this folder, with its own settings."""
     allow: tuple[str, ...] = ()
     """With resume: settings that may differ from the run's own, such as steps,machine.threads, or sections."""
@@ -76,12 +80,11 @@ def reopen(
     that is finished, changed settings and damaged checkpoints.
     """
     folder = config.output
-    if folder is None or not folder.exists():
+    if folder is None or not os.path.exists(folder):
         if allow:
             raise UserError(f"--allow {','.join(allow)} needs a run to resume; name its folder with --resume")
         return None
-    started = folder.is_dir() and ((folder / CONFIG).is_file() or names(folder) <= _BEFORE_CONFIG)
-    if not started:
+    if not folder.is_dir() or not is_run(folder):
         raise UserError(f"the output folder {folder} exists; choose another or remove it")
     held.enter_context(RunLock(folder))
     checkpoints = Checkpoints(folder / CHECKPOINTS)
@@ -89,14 +92,20 @@ def reopen(
     if found.checkpoint is None:
         if found.faults:
             raise UserError(f"{found.faults[0]}, nor is any other; remove {folder} to begin again")
+        if has_trained(folder):
+            ended = "is finished" if (folder / SUMMARY).exists() else "has made steps"
+            raise UserError(
+                f"the run in {folder} {ended} and its checkpoints are gone, so it cannot resume; choose another output"
+            )
         return Resumed(folder, None)
     done, began = found.checkpoint.step, found.checkpoint.state["config"]
     if config.steps < done:
         raise UserError(f"steps is {config.steps} and the run in {folder} has made {done}; set it to {done} or more")
-    if (folder / SUMMARY).exists() and done >= began["steps"] and config.steps == began["steps"]:
+    made = max(done, len(_STEP.findall(_metrics(folder))))
+    if (folder / SUMMARY).exists() and config.steps <= made:
         raise UserError(
-            f"the run in {folder} is finished, with {done} steps; choose another output, or train it further with: "
-            f"{how_to_resume(folder)} --steps {2 * done} --allow steps"
+            f"the run in {folder} is finished, with {made} steps; choose another output, or train it further with: "
+            f"{how_to_resume(folder)} --steps {2 * made} --allow steps"
         )
     new, now = (dict(_leaves(json.loads(c.model_dump_json()))) for c in (Config(), config))
     then = {**new, **dict(_leaves(began))}  # a setting that is younger than the run had its default
@@ -120,6 +129,41 @@ def reopen(
         )
     checkpoints.set_aside(done)
     return Resumed(folder, found.checkpoint, tuple(f"{fault}; resuming from step {done}" for fault in found.faults))
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether ``folder`` is empty or a run's.
+
+    A run's has two of its settings, versions and checkpoints, or what one that was cut short had before its settings.
+    Raises UserError for a folder that cannot be read.
+    """
+    try:
+        found = names(folder)
+    except OSError as error:
+        raise UserError(f"the output folder {folder} cannot be read ({error.strerror}); choose another") from error
+    if not found or (LOCK in found and found <= _BEFORE_CONFIG):
+        return True
+    try:
+        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # none, or damaged
+        settings = None
+    settled = isinstance(settings, dict) and settings.keys() >= _ALWAYS
+    return settled + (VERSIONS in found) + bool(Checkpoints(folder / CHECKPOINTS).steps()) >= 2
+
+
+def has_trained(folder: Path) -> bool:
+    """Return whether the run in ``folder`` has left anything that only a run with a checkpoint writes."""
+    if any((folder / name).exists() for name in (SUMMARY, REPORT, "adapter")):
+        return True
+    evaluated = (path for path in parquet_files(folder / EVALS) if not path.stem.endswith("-000000"))
+    if any(parquet_files(folder / ROLLOUTS)) or any(evaluated):
+        return True
+    rows = _metrics(folder)
+    return bool(_STEP.search(rows) or _LATER.search(rows))
+
+
+def _metrics(folder: Path) -> bytes:
+    return path.read_bytes() if (path := folder / METRICS).is_file() else b""
 
 
 def saved_values(folder: Path) -> dict[str, Any]:

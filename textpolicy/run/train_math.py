@@ -26,7 +26,17 @@ from ..algorithms.planning import planning_masks
 from ..algorithms.sepa import Pooling
 from ..analysis.sepa.emergence import EmergenceLogger
 from ..config.flags import parse
-from ..config.settings import MONEY, Address, Config, NonNegative, Positive, PositiveInt, Section, check_config
+from ..config.settings import (
+    MONEY,
+    Address,
+    Config,
+    LocalPath,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Section,
+    check_config,
+)
 from ..errors import StoppedError, TextPolicyError, UserError
 from ..loop.evaluation import Evaluation
 from ..loop.metrics import Row
@@ -88,7 +98,7 @@ class MathSettings(Section):
     """Evaluate on the first so many held-out problems; 0 for all."""
     task: str = "math"
     """math is the MATH data set where it can be reached, else made-up problems; `textpolicy tasks` lists others."""
-    data: Annotated[Path, AfterValidator(Path.absolute)] | None = None
+    data: Annotated[LocalPath, AfterValidator(Path.absolute)] | None = None
     """Problems of your own, .jsonl, .csv or .parquet: columns problem and answer, or problem and solution."""
     reduction: Literal["sum", "mean"] = "sum"
     """How the server's losses reduce: sum on hosted Tinker, mean on SkyRL's JAX engine."""
@@ -109,7 +119,7 @@ class TrainMathArguments(MathSettings):
     """Learning rate of Adam."""
     strategic_grams: str | None = None
     """JSON list of phrases that mark planning, or a file with one; the built-in list if not given."""
-    log_dir: Path = Path("logs/tinker_math")
+    log_dir: LocalPath = Path("logs/tinker_math")
     """Folder of the run."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Fixes the adapter's start, the order of problems and every draw, as far as the server allows."""

@@ -40,6 +40,7 @@ from .assembly import (
     base_of,
     claim_folder,
     fit_memory,
+    try_folder,
     with_full_paths,
     with_max_tokens,
     write_setup,
@@ -85,6 +86,8 @@ def run(
     recipe = extension.recipe or configure(config)
     with ExitStack() as held:
         resumed = reopen(config, task.digest, partial(base_of, config), allow, held)
+        if resumed is None:
+            try_folder(config)
         parts = extension.replace_parts(assemble(config, task, recipe))
         ends: dict[Any, Any] = {None: "success", KeyboardInterrupt: "interrupted", StoppedError: "interrupted"}
         held.push(lambda kind, error, trace: parts.engine.close(ends.get(kind, "errored")))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from ..._system.files import write_whole
 from ...analysis.sepa.emergence_runs import read_rows
-from ...config.settings import Positive, PositiveInt
+from ...config.settings import LocalPath, Positive, PositiveInt
 from ..jobs import Job, carry_out
 from .scripts import MathAlgorithm, MathCampaignSettings, Seeds, math_job, new_root
 
@@ -20,7 +19,7 @@ from .scripts import MathAlgorithm, MathCampaignSettings, Seeds, math_job, new_r
 class SweepArguments(MathCampaignSettings):
     """Try learning rates with short runs on a Tinker server; this costs money on the hosted one."""
 
-    sweep_root: Path | None = None
+    sweep_root: LocalPath | None = None
     """Folder of the sweep; a new one under results/ if not given."""
     probe_steps: PositiveInt = 20
     """Training steps of each run."""

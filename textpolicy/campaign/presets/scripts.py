@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 
 from ...config.flags import parse
-from ...config.settings import PositiveInt, Section
+from ...config.settings import LocalPath, PositiveInt, Section
 from ...errors import TextPolicyError
 from ...run.train_math import MathSettings
 from ..jobs import Attempt, Job, carry_out
@@ -27,7 +27,7 @@ MODULE = "textpolicy.tinker.train_math"
 class CampaignArguments(Section):
     """The flags that every campaign script has."""
 
-    campaign_root: Path | None = None
+    campaign_root: LocalPath | None = None
     """Folder of the campaign; a new one under results/ if not given."""
     execute: bool = False
     """Train; without it only the plan is written."""

@@ -172,7 +172,7 @@ def _read(path: Path, columns: Sequence[str] | None) -> pa.Table:
 
     schema = layout.schema()
     try:
-        with pq.ParquetFile(path) as file:
+        with path.open("rb") as opened, pq.ParquetFile(opened) as file:  # a path may look like an address
             table = file.read(columns=None if columns is None else list(columns), use_threads=False)
         names = schema.names if columns is None else list(columns)
         return table.select(names).cast(pa.schema([schema.field(name) for name in names]))

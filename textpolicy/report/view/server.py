@@ -17,7 +17,7 @@ from urllib.parse import urlencode
 from pydantic import Field, ValidationError
 
 from ..._system.extras import extra
-from ...config.settings import Positional, Section, explain
+from ...config.settings import LocalPath, Positional, Section, explain
 from ...errors import UserError
 from ...record.prompts import compare, halves
 from ...record.reader import load_run
@@ -49,9 +49,9 @@ _INLINE_STYLES = {
 class ViewArguments(Section):
     """Browse the completions of a run, or compare two, on a page that only this machine can open."""
 
-    run: Annotated[Path, Positional]
+    run: Annotated[LocalPath, Positional]
     """Folder of the run, which may still be running."""
-    other: Annotated[Path | None, Positional] = None
+    other: Annotated[LocalPath | None, Positional] = None
     """Folder of a second run to compare with."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port on 127.0.0.1; a free one if 0."""

@@ -27,7 +27,9 @@ def _processor() -> str:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
         return names[0] if names else "unknown processor"
-    return platform.processor()
+    named = ["sysctl", "-n", "machdep.cpu.brand_string"]  # "Apple M4 Max"; platform knows only "arm"
+    asked = subprocess.run(named, capture_output=True, text=True, check=False) if shutil.which(named[0]) else None
+    return asked.stdout.strip() if asked else platform.processor()
 
 
 def _gpu() -> str:

@@ -5,6 +5,7 @@ Standard library only, so that it runs in any peer's environment.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -58,13 +59,13 @@ def load_openblas() -> None:
     """Put OpenBLAS below mlx, as ``import textpolicy`` does, whatever the peer is. Call before mlx is imported."""
     if Task.from_command_line().on_gpu:
         return
-    spec = importlib.util.spec_from_file_location("_openblas", REPOSITORY / "textpolicy" / "_openblas.py")
+    spec = importlib.util.spec_from_file_location("_openblas", REPOSITORY / "textpolicy" / "_system" / "openblas.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    library = module.find_openblas()
-    if library is None or not module.load(library):
+    module.preload()
+    if module.runs_on_linux_cpu() and not hasattr(ctypes.CDLL(None), "openblas_get_num_threads"):
         raise SystemExit("OpenBLAS did not load; the comparison would be with a slow reference BLAS")
 
 
@@ -83,7 +84,9 @@ class Moment:
 
 
 def cpu_seconds_of_the_machine() -> float:
-    """CPU time spent on anything since the machine started, over all cores (Linux)."""
+    """CPU time spent on anything since the machine started, over all cores; of this process, except on Linux."""
+    if sys.platform != "linux":
+        return time.process_time()
     with open("/proc/stat", encoding="ascii") as file:
         user, nice, system, _, _, irq, softirq, *_ = map(int, file.readline().split()[1:])
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
@@ -134,6 +137,7 @@ class Gate:
         before, self.weights_sum = self.weights_sum, self.sum_weights()
         seconds = ended.clock - begun.clock
         mine, all_of_it = ended.mine - begun.mine, ended.machine - begun.machine
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
         gpu = {"peak_gpu_gb": self.peak_gpu_bytes() / 1e9} if self.peak_gpu_bytes else {}
         return {
             "seconds": seconds,
@@ -144,7 +148,7 @@ class Gate:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completions,
             "weights_moved": self.weights_sum != before,
-            "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+            "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9,
             **gpu,
         }
 

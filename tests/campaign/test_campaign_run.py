@@ -16,10 +16,10 @@ from textpolicy.cli.main import main
 from textpolicy.errors import UserError
 
 RUN = """
-import json, pathlib, sys, time
+import json, os, pathlib, sys, time
 folder = pathlib.Path(sys.argv[1])
 folder.mkdir()
-(folder / "began").write_text("")
+(folder / "began").write_text(os.environ["TEXTPOLICY_RUNS_AT_A_TIME"])
 time.sleep(float(sys.argv[2]))
 if sys.argv[3:] == ["fail"]:
     sys.exit(3)
@@ -57,6 +57,13 @@ def test_runs_are_made_in_order_and_never_again(tmp_path, module):
     assert quietly(jobs, root) == []
     assert len(read_attempts(root)) == 4
     assert (root / "logs" / "a-seed0.log").exists()
+
+
+@pytest.mark.parametrize(("parallel", "runs", "told"), [(1, 2, "1"), (2, 3, "2"), (8, 2, "2")])
+def test_runs_at_the_same_time_are_told_how_many_share_the_memory(parallel, runs, told, tmp_path, module):
+    jobs = [job(tmp_path / "c", module, "a", seed) for seed in range(runs)]
+    quietly(jobs, tmp_path / "c", parallel=parallel)
+    assert {(j.folder / "began").read_text() for j in jobs} == {told}
 
 
 def test_two_at_a_time_take_half_as_long(tmp_path, module):

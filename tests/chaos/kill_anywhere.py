@@ -5,7 +5,8 @@
     python tests/chaos/kill_anywhere.py --set size --trials 10  the same by a limit on the size of files (RLIMIT_FSIZE)
     python tests/chaos/kill_anywhere.py --set term --trials 20  SIGTERM or SIGINT, sometimes twice
 
-Every attempt is a child of this process, forked once everything but mlx is imported, so that it starts in a moment.
+Every attempt is a child of this process, forked once everything but mlx is imported, so that it starts in a moment. On
+a Mac, and with --spawn, it is a new program: macOS gives a process that was forked no Metal.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,13 @@ import toy_run  # noqa: E402
 LIMIT = 600.0  # seconds an attempt may take, on a machine that is busy with other things
 PHASES = ("rollout", "reward", "update", "checkpoint", "rename", "eval", "logging", "start", "finish")
 SETS = ("kill", "term", "disk", "size")
+SPAWN = False  # whether an attempt is a new program, not a fork
 
 
 # ---- in the child
 
 
-def child(argv: list[str], folder: Path, pipe: int, prepare: Callable[[], None]) -> None:
+def child(argv: list[str], folder: Path, pipe: int, fault: Fault | None) -> None:
     """Run ``textpolicy`` with ``argv``, writing a line to ``pipe`` at each end of each phase; never returns."""
     output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -52,7 +54,8 @@ def child(argv: list[str], folder: Path, pipe: int, prepare: Callable[[], None])
     try:
         toy_run.register()
         _probe(pipe)
-        prepare()
+        if fault is not None:
+            FAULTS[fault[0]](fault[1])
         from textpolicy.cli.main import main
 
         code = main(argv)
@@ -97,42 +100,42 @@ def _probe(pipe: int) -> None:
     wrap(run.Run, "finish", "finish")
 
 
-def full_disk(after: int) -> Callable[[], None]:
+def full_disk(after: int) -> None:
     """From the ``after``-th call on every sync, and every file opened to be written, finds no room."""
+    import builtins
+    import io
 
-    def prepare() -> None:
-        import builtins
-        import io
+    from textpolicy._system import files
 
-        true_sync, true_open, calls = os.fsync, io.open, [0]
+    true_sync, true_open, calls = files.to_disk, io.open, [0]
 
-        def no_room(path: Any = None) -> None:
-            calls[0] += 1
-            if calls[0] > after:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+    def no_room(path: Any = None) -> None:
+        calls[0] += 1
+        if calls[0] > after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
-        def fsync(descriptor: int) -> None:
-            no_room()
-            true_sync(descriptor)
+    def to_disk(descriptor: int) -> None:
+        no_room()
+        true_sync(descriptor)
 
-        def opened(file: Any, mode: str = "r", *arguments: Any, **keywords: Any) -> Any:
-            if set(mode) & set("wax+") and "checkpoints" in str(file):
-                no_room(str(file))
-            return true_open(file, mode, *arguments, **keywords)
+    def opened(file: Any, mode: str = "r", *arguments: Any, **keywords: Any) -> Any:
+        if set(mode) & set("wax+") and "checkpoints" in str(file):
+            no_room(str(file))
+        return true_open(file, mode, *arguments, **keywords)
 
-        os.fsync = fsync
-        io.open = builtins.open = opened
-
-    return prepare
+    for module in [m for name, m in sys.modules.items() if name.startswith("textpolicy")]:
+        if vars(module).get("to_disk") is true_sync:
+            module.to_disk = to_disk  # type: ignore[attr-defined]
+    io.open = builtins.open = opened
 
 
-def small_files(size: int) -> Callable[[], None]:
+def small_files(size: int) -> None:
     """No file may grow beyond ``size`` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    def prepare() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    return prepare
+FAULTS = {"full_disk": full_disk, "small_files": small_files}
+Fault = tuple[str, int]  # one of these, and its number
 
 
 # ---- in the parent
@@ -149,12 +152,17 @@ class Attempt:
     text: bytes = b""
 
     @classmethod
-    def start(cls, argv: list[str], folder: Path, prepare: Callable[[], None] = lambda: None) -> Attempt:
+    def start(cls, argv: list[str], folder: Path, fault: Fault | None = None) -> Attempt:
         ours, theirs = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.close(ours)
-            child(argv, folder, theirs, prepare)
+        if SPAWN:
+            os.set_inheritable(theirs, True)
+            told = json.dumps([argv, str(folder), theirs, fault])
+            pid = os.posix_spawn(sys.executable, [sys.executable, __file__, "--child", told], os.environ)
+        else:
+            pid = os.fork()
+            if pid == 0:
+                os.close(ours)
+                child(argv, folder, theirs, fault)
         os.close(theirs)
         return cls(pid, ours, time.perf_counter())
 
@@ -292,14 +300,14 @@ class Chaos:
 
     def disk(self, place: Path, phase: str) -> tuple[Counter[str], list[str]]:
         """A full disk from a random moment on."""
-        return self._refused(place, full_disk(self.random.randrange(1, 60)))
+        return self._refused(place, ("full_disk", self.random.randrange(1, 60)))
 
     def size(self, place: Path, phase: str) -> tuple[Counter[str], list[str]]:
         """Files that may not grow, as with a quota."""
-        return self._refused(place, small_files(self.random.choice((200, 2000, 6000, 20000, 60000))))
+        return self._refused(place, ("small_files", self.random.choice((200, 2000, 6000, 20000, 60000))))
 
-    def _refused(self, place: Path, prepare: Callable[[], None]) -> tuple[Counter[str], list[str]]:
-        code, _, _ = to_the_end(Attempt.start(self.command(place), place, prepare))
+    def _refused(self, place: Path, fault: Fault) -> tuple[Counter[str], list[str]]:
+        code, _, _ = to_the_end(Attempt.start(self.command(place), place, fault))
         printed = (place / "output.txt").read_text()
         if code not in (0, 2) or "Traceback" in printed:
             return Counter(), [f"it ended with {code}: {printed[-300:]}"]
@@ -349,8 +357,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", choices=(*SETS, "all"), default="kill", help="all: one of each in turn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true", help="append the row to benchmarks/results/chaos.jsonl")
+    parser.add_argument("--spawn", action="store_true", help="start attempts as new programs, as always on a Mac")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    warm_up()
+    if args.child:
+        words, place, pipe, fault = args.child
+        child(words, Path(place), pipe, fault)
+    global SPAWN
+    SPAWN = args.spawn or sys.platform == "darwin"
+    if not SPAWN:
+        warm_up()
     with tempfile.TemporaryDirectory() as folder:
         chaos = Chaos.prepare(Path(folder), args.seed)
         row = {**trials(chaos, args.set, args.trials), "seed": args.seed}

@@ -24,6 +24,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import toy_run  # noqa: E402
 
+from textpolicy._system.machine import resident  # noqa: E402
 from textpolicy.cli.main import main as textpolicy  # noqa: E402
 from textpolicy.run import training_run as run  # noqa: E402
 
@@ -37,12 +38,6 @@ SMALL = [
 ]
 
 
-def resident() -> int:
-    """Bytes of this process in memory, on Linux."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 def soak(argv: list[str], steps: int) -> dict[str, Any]:
     """Train, and measure the process after every step."""
     memory: list[int] = []
@@ -52,8 +47,8 @@ def soak(argv: list[str], steps: int) -> dict[str, Any]:
 
     def on_step(self: run.Run, *arguments: Any) -> None:
         true(self, *arguments)
-        memory.append(resident())
-        files.append(len(os.listdir("/proc/self/fd")))
+        memory.append(resident(os.getpid()))
+        files.append(len(os.listdir("/dev/fd")))
         shapes.append(len(self.parts.engine._gradients.known))
 
     run.Run.on_step = on_step  # type: ignore[method-assign]

@@ -309,6 +309,19 @@ def test_a_container_sees_its_own_share_of_the_machine(tmp_path, monkeypatch):
     assert usable_memory() == pytest.approx(0.8e6)
 
 
+@pytest.mark.parametrize("runs", [2, 3, 8])
+@pytest.mark.parametrize("gpu", [True, False])
+def test_runs_at_the_same_time_have_equal_parts_of_the_memory(runs, gpu, monkeypatch):
+    if gpu:
+        info = {"memory_size": 64 * 2**30, "max_recommended_working_set_size": 48 * 2**30}
+        monkeypatch.setattr(mx, "device_info", lambda: info)
+        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setenv(host.RUNS, "1")
+    whole = usable_memory()
+    monkeypatch.setenv(host.RUNS, str(runs))
+    assert usable_memory() == pytest.approx(whole / runs)
+
+
 def test_copies_give_way_before_any_size_shrinks_for_them():
     costs = Costs.measure(model_of("lora"))
     assert costs.folded > 0

@@ -12,6 +12,14 @@ from pathlib import Path
 _CGROUP = Path("/sys/fs/cgroup/memory.max")  # a container's share of the machine, on Linux
 
 
+RUNS = "TEXTPOLICY_RUNS_AT_A_TIME"  # in the environment of a run: how many share the memory of this machine
+
+
+def runs_at_a_time() -> int:
+    """Return how many runs share the memory of this machine, this one included; a campaign says so to its runs."""
+    return max(1, int(os.environ.get(RUNS, "1")))
+
+
 def memory() -> int:
     """Return the bytes of memory of this machine, or of this container's share of it."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .._system.machine import RUNS
 from ..errors import UserError
 
 _POLL = 0.05  # seconds between checks of the processes
@@ -75,13 +77,15 @@ def carry_out(
 ) -> list[Attempt]:
     """Run the unfinished ``jobs`` in order, at most ``parallel`` at a time, until ``enough()`` between two runs.
 
-    After a run that failed no further one starts, unless ``continue_on_error``. Each attempt is a line of
-    ``root/progress.jsonl`` and has a log in ``root/logs``. The same call resumes where it was killed, once the runs
-    of the killed campaign have ended. Raises UserError while another campaign works in ``root``.
+    Each of those plans with its share of the machine's memory. After a run that failed no further one starts, unless
+    ``continue_on_error``. Each attempt is a line of ``root/progress.jsonl`` and has a log in ``root/logs``. The same
+    call resumes where it was killed, once the runs of the killed campaign have ended. Raises UserError while another
+    campaign works in ``root``.
     """
     if parallel < 1:
         raise UserError(f"parallel is {parallel}; set it to at least 1")
     waiting, running, attempts = [j for j in jobs if not j.done], list[_Running](), list[Attempt]()
+    together = min(parallel, len(waiting))
     with _locked(root) as lock:
         try:
             changed = True
@@ -89,7 +93,7 @@ def carry_out(
                 if changed and (enough() or (not continue_on_error and any(a.returncode for a in attempts))):
                     waiting = []
                 while waiting and len(running) < parallel:
-                    running.append(_start(waiting.pop(0), root, lock, log))
+                    running.append(_start(waiting.pop(0), root, lock, log, together))
                 ended = [r for r in running if r.process.poll() is not None]
                 running = [r for r in running if r not in ended]
                 attempts += [_finish(r, root, log) for r in ended]
@@ -117,8 +121,8 @@ def read_attempts(root: Path) -> list[Attempt]:
     return [Attempt(**json.loads(line)) for line in whole]
 
 
-def _start(job: Job, root: Path, lock: int, log: Callable[[str], None]) -> _Running:
-    """Start or resume a run in a process that ends with this one."""
+def _start(job: Job, root: Path, lock: int, log: Callable[[str], None], together: int) -> _Running:
+    """Start or resume a run in a process that ends with this one, one of as many that go on ``together``."""
     resumed = job.resumes and job.folder.exists()
     if job.folder.exists() and not resumed:  # move what a killed or failed run left out of the way
         n = 1
@@ -135,6 +139,7 @@ def _start(job: Job, root: Path, lock: int, log: Callable[[str], None]) -> _Runn
             stdin=subprocess.PIPE,  # never written to: it closes when this process ends, and the run with it
             stdout=file,
             stderr=subprocess.STDOUT,
+            env={**os.environ, RUNS: str(together)},
             pass_fds=(lock,),  # so that the lock is held until the last run has ended
         )
     return _Running(job, process, time.monotonic())

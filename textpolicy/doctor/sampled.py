@@ -207,7 +207,9 @@ def _spreads(found: Completions) -> dict[str, float]:
     within = columns - (sums / count)[ids]
     scores, reward = within[:, :-1], within[:, -1]
     weights = np.linalg.lstsq(scores, reward, rcond=None)[0]
-    if ((reward - scores @ weights) ** 2).sum() > 0.01 * (reward**2).sum():
+    with np.errstate(all="ignore"):  # Accelerate, on a Mac, raises flags over finite products (numpy 28687)
+        missed = reward - scores @ weights
+    if (missed**2).sum() > 0.01 * (reward**2).sum():
         return {}
     counted = np.abs(weights) > 1e-6 * np.abs(weights).max()
     return {n: float(abs(w) * s.std()) for n, w, s, c in zip(names, weights, scores.T, counted, strict=True) if c}

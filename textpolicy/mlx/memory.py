@@ -290,10 +290,13 @@ def preflight(
 
 
 def usable_memory() -> float:
-    """Return the bytes that a run may plan with: most of the default device's memory, or of the container's share."""
+    """Return the bytes that a run may plan with: most of the default device's memory, or of the container's share.
+
+    Runs of a campaign that go on at the same time have equal parts of it.
+    """
     info, device = mx.device_info(), mx.default_device().type
     known = [int(info[name]) for name in (_WIRED, "total_memory", "memory_size") if name in info]
-    return _SHARE[device] * (known[0] if known and device == mx.gpu else host.memory())
+    return _SHARE[device] * (known[0] if known and device == mx.gpu else host.memory()) / host.runs_at_a_time()
 
 
 def limit_memory(limit: float | None = None) -> float:

@@ -1,7 +1,7 @@
 """Arms against a baseline: tests, intervals, power and advice, against slow loops and hand-worked tables."""
 
 from itertools import combinations, product
-from math import inf, isclose
+from math import comb, inf, isclose, isnan
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from scipy.stats import ttest_ind
 
 from textpolicy import analysis
 from textpolicy.analysis.comparison import DECLINE, IMPROVEMENT, INSUFFICIENT
+from textpolicy.analysis.sequential import smallest_anytime_p
 from textpolicy.errors import UserError
 
 BASE = {0: 0.50, 1: 0.55, 2: 0.48, 3: 0.52, 4: 0.51, 5: 0.57}
@@ -110,6 +111,31 @@ def test_the_pairs_needed_are_the_fewest():
     assert analysis.runs_needed_by_labels(9) == 4  # 2/70; three and three have no p below 0.1
 
 
+@pytest.mark.parametrize(("alpha", "pairs"), [(0.01, 9), (0.01, 12), (0.002, 11), (0.002, 14), (0.0005, 12)])
+def test_at_a_small_alpha_power_is_that_of_the_few_signs_that_count(alpha, pairs):
+    """Counted by the sums of subsets that are at most 0: flipping those makes the mean no smaller."""
+    effect = analysis.detectable_by_sign_flips(pairs, alpha=alpha)
+    assert analysis.smallest_sign_flip_p(pairs) <= alpha
+    subsets = (np.arange(2**pairs)[:, None] >> np.arange(pairs)) & 1
+    found = []
+    for d in np.random.default_rng(9).normal(effect, 1, (600, pairs)):
+        found.append(min(1, 2 * (subsets @ (d if d.sum() > 0 else -d) <= 0).sum() / 2**pairs) <= alpha)
+    assert np.mean(found) == pytest.approx(0.8, abs=0.06)
+    assert analysis.pairs_needed_by_sign_flips(0.9 * effect, alpha=alpha) > pairs
+    assert analysis.pairs_needed_by_sign_flips(1.2 * effect, alpha=alpha) <= pairs
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.05 / 3, 0.001])
+@pytest.mark.parametrize("effect", [1e-15, 1.0, 50.0])
+def test_every_effect_has_a_number_of_runs(alpha, effect):
+    pairs = analysis.pairs_needed_by_sign_flips(effect, alpha=alpha)
+    assert analysis.smallest_sign_flip_p(min(pairs, 1000)) <= alpha
+    assert analysis.power_of_sign_flips(effect, pairs, alpha=alpha) >= 0.79
+    runs = analysis.runs_needed_by_labels(effect, alpha=alpha)
+    assert 2 / comb(2 * min(runs, 1000), min(runs, 1000)) <= alpha
+    assert analysis.power_of_labels(effect, runs, alpha=alpha) >= 0.79
+
+
 # ---- testing after every pair
 
 
@@ -161,7 +187,6 @@ def test_the_anytime_interval_contains_the_shifts_that_were_never_rejected():
 def test_six_pairs_can_bound_the_interval_and_five_cannot():
     assert np.isfinite(analysis.anytime_interval([0.1, 0.12, 0.11, 0.1, 0.12, 0.11]).low)
     assert analysis.anytime_interval([0.1, 0.12, 0.11, 0.1, 0.12]).low == -inf
-    assert analysis.anytime_interval([0.1] * 7).high == pytest.approx(0.1, abs=1e-3)
 
 
 def test_testing_after_every_pair_costs_seeds():
@@ -232,6 +257,108 @@ def test_pairs_that_all_differ_alike_have_a_p_and_no_spread():
     assert analysis.compare(BASE, BASE).p == 1
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.1, -0.25])
+@pytest.mark.parametrize("stopping", ["fixed", "anytime"])
+@pytest.mark.parametrize("seeds", [2, 6, 9, 20])
+def test_seeds_that_all_agree_have_no_interval_of_no_width(shift, stopping, seeds):
+    a = dict(enumerate(np.random.default_rng(seeds).random(seeds)))
+    b = {seed: value + shift for seed, value in a.items()}
+    c = analysis.compare(a, b, analysis.Question(stopping=stopping))
+    assert (c.interval.low, c.interval.high, c.bootstrap) == (-inf, inf, None)
+    assert isnan(c.detectable) == (c.detectable != inf) == (seeds >= 6)
+    assert (c.p <= 0.05) == (seeds >= 6 and shift != 0)
+    unpaired = analysis.compare(dict.fromkeys(a, 0.5), dict.fromkeys(a, 0.5 + shift), paired=False)
+    assert (unpaired.interval.low, unpaired.interval.high, unpaired.bootstrap) == (-inf, inf, None)
+
+
+def equal_on_average(rng, seeds):
+    """Two arms of shares of 100 whose sums are the same and whose pairs are not."""
+    a = rng.integers(20, 80, seeds)
+    moved = rng.integers(-9, 10, seeds)
+    moved[-1] -= moved.sum()
+    return dict(enumerate(a / 100)), dict(enumerate((a + moved) / 100))
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("stopping", ["fixed", "anytime"])
+def test_differences_that_cancel_are_none(paired, stopping):
+    rng = np.random.default_rng(3)
+    for _ in range(12):
+        a, b = equal_on_average(rng, int(rng.integers(2, 12)))
+        if stopping == "fixed" or paired:
+            c = analysis.compare(a, b, analysis.Question(stopping=stopping), paired=paired)
+            assert (c.difference, c.runs_needed, c.recommendation) == (0.0, None, INSUFFICIENT)
+
+
+@pytest.mark.parametrize("size", [1e-14, 1e-9, 1e-5])
+def test_a_difference_however_small_has_a_verdict(size):
+    a = {seed: 0.5 + 0.05 * (-1) ** seed for seed in range(8)}
+    b = {seed: 0.5 - 0.05 * (-1) ** seed + size for seed in a}
+    c = analysis.compare(a, b)
+    assert c.recommendation == INSUFFICIENT
+    assert c.runs_needed is None if size < 1e-12 else c.runs_needed > 100_000
+
+
+@pytest.mark.parametrize(("arms", "seeds"), [(3, 6), (5, 7), (9, 8)])
+@pytest.mark.parametrize("stopping", ["fixed", "anytime"])
+def test_what_no_result_can_show_among_so_many_arms_is_not_said_to_be_found(arms, seeds, stopping):
+    """However large and sure the differences, the least p of so few pairs, adjusted, is above alpha."""
+    rng = np.random.default_rng(arms)
+    base = dict(enumerate(rng.random(seeds)))
+    values = {"base": base}
+    for n in range(1, arms):
+        values[str(n)] = {s: v + 10.0**s * (1 + rng.random()) for s, v in base.items()}
+    found = analysis.compare_arms(values, "base", analysis.Question(stopping=stopping))
+    assert all(c.recommendation == INSUFFICIENT and c.detectable == inf for c in found)
+    alone = analysis.compare(base, values["1"], analysis.Question(stopping=stopping))
+    assert alone.recommendation == IMPROVEMENT
+    assert alone.detectable < inf
+
+
+@pytest.mark.parametrize(("arms", "seeds"), [(3, 8), (4, 9)])
+def test_what_is_detectable_among_arms_is_found_after_holms_correction(arms, seeds):
+    """Whatever the other arms show: here they differ by nothing."""
+    rng = np.random.default_rng(seeds)
+    family = arms - 1
+    effect = analysis.detectable_by_sign_flips(seeds, alpha=0.05 / family)
+    p = analysis.sign_flip_p_values(
+        rng.standard_normal((family * 3000, seeds)) + np.tile([effect] + [0] * (family - 1), 3000)[:, None]
+    )
+    found = [holm(row)[0] <= 0.05 for row in p.reshape(3000, family)]
+    assert 0.78 <= np.mean(found) <= 0.86
+    base = dict(enumerate(rng.standard_normal(seeds)))
+    values = {n: {s: v + rng.normal(0.1) for s, v in base.items()} for n in range(family)}
+    c = analysis.compare_arms({"base": base, **values}, "base")[0]
+    assert c.detectable == pytest.approx(c.sd * effect, abs=0.011 * c.sd)
+    assert c.runs_needed == analysis.pairs_needed_by_sign_flips(c.difference / c.sd, alpha=0.05 / family)
+
+
+def holm(p):
+    """Each p times the number of those not below it, and never below an adjusted smaller one."""
+    adjusted, largest = np.empty(len(p)), 0.0
+    for rank, i in enumerate(np.argsort(p)):
+        largest = max(largest, min(1.0, p[i] * (len(p) - rank)))
+        adjusted[i] = largest
+    return adjusted
+
+
+def test_the_least_p_of_an_anytime_test_is_never_passed():
+    rng = np.random.default_rng(4)
+    for pairs in range(1, 12):
+        growing = [1 / slow_e(1e9 ** np.arange(pairs))] if pairs < 12 else []
+        tried = [analysis.anytime_test(np.zeros(pairs), np.abs(rng.standard_cauchy(pairs))).p for _ in range(50)]
+        least = smallest_anytime_p(pairs)
+        assert min(1.0, growing[0]) == pytest.approx(min(1.0, least), rel=1e-6)
+        assert min(tried) >= min(1.0, least) * (1 - 1e-9)
+    assert smallest_anytime_p(5) > 0.05 >= smallest_anytime_p(6)
+
+
+def test_an_anytime_interval_of_pairs_that_drift_apart_is_none():
+    d = np.random.default_rng(6).normal(0, 0.01, 60) + np.repeat([1, -1], 30)
+    found = analysis.anytime_interval(d)
+    assert (found.low, found.high) == (-inf, inf)
+
+
 def test_p_is_adjusted_for_the_number_of_arms():
     arms = {"a": BASE, "b": BETTER, "c": MIXED}
     b, c = analysis.compare_arms(arms, "a")
@@ -255,6 +382,7 @@ def test_an_anytime_question_is_answered_by_the_e_process():
     [
         (lambda: analysis.Question(alpha=5), "alpha is 5"),
         (lambda: analysis.Question(stopping="early"), "no stopping rule 'early'"),
+        (lambda: analysis.Question(alpha=0.6, power=0.5), "power is 0.5 with alpha 0.6"),
         (lambda: analysis.Question(smallest_effect=-1), "smallest_effect is -1"),
         (lambda: analysis.Question(resamples=50), "resamples is 50"),
         (lambda: analysis.compare(BASE, {}), "candidate has no finished run"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from made_runs import write_run
 
-from textpolicy.campaign.findings import curve_of, find, pooled, same_models
+from textpolicy.campaign.findings import curve_of, find, in_points, pooled, same_models
 from textpolicy.campaign.plan import jobs_of, write_plan
 from textpolicy.campaign.report import markdown, write_report
 from textpolicy.campaign.settings import check_campaign
@@ -74,6 +74,57 @@ def test_arms_that_score_alike_do_not_differ(tmp_path):
     verdict = found_in(tmp_path / "c", settings).verdict
     assert verdict.startswith("new scored exactly as much as old in accuracy on the held-out validation problems")
     assert verdict.endswith("Recommendation: insufficient_statistical_evidence.")
+
+    assert "no 95% interval, because all pairs differ by the same amount" in verdict
+    assert "All seeds agree, so the scatter of seeds, and what 6 of them can find, is not known." in verdict
+
+
+def test_six_seeds_of_three_arms_are_not_said_to_find_what_holms_procedure_makes_impossible(tmp_path, capsys):
+    arms = {"old": {}, "new": {}, "newer": {}}
+    settings = made(tmp_path / "c", arms=arms)
+    for seed in range(6):
+        write_run(tmp_path / "c" / "runs" / "newer" / f"seed{seed}", [0.1, 0.3, 0.4 + 0.05 * (seed % 3)])
+    found = found_in(tmp_path / "c", settings)
+    assert found.recommendation == "insufficient_statistical_evidence"
+    assert found.verdict.count("6 seeds cannot find a difference of any size among 3 arms.") == 2
+    assert "95% interval of this difference alone" in found.verdict
+    write_report(found, tmp_path / "c")
+    (tmp_path / "plan.toml").write_text("seeds = [0, 1, 2, 3, 4, 5]\n[arms.a]\n[arms.b]\n[arms.c]\n")
+    for stopping in ("fixed", "anytime"):
+        out = f"--output={tmp_path / stopping}"
+        assert main(["campaign", "plan", str(tmp_path / "plan.toml"), out, f"--stopping={stopping}"]) == 0
+        assert "cannot reach p <= 0.05" in (said := capsys.readouterr().out)
+        assert "adjusted for 3 arms); 7 can" in said
+
+
+@pytest.mark.parametrize(
+    ("shares", "sign", "texts"),
+    [
+        ((0.1, 0.105), "+", ["+10.0", "+10.5"]),
+        ((0.1, 0.1001), "+", ["+10.00", "+10.01"]),
+        ((-1e-9, 1e-9), "+", ["-0.0000001", "+0.0000001"]),
+        ((-0.0, 0.0), "+", ["+0.0", "+0.0"]),
+        ((-0.0,), "", ["0.0"]),
+        ((1e-5,), "", ["0.001"]),
+        ((-0.2, 0.3), "+", ["-20.0", "+30.0"]),
+    ],
+)
+def test_points_that_differ_look_different_and_nothing_is_minus_nothing(shares, sign, texts):
+    assert in_points(*shares, sign=sign) == texts
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 6])
+@pytest.mark.parametrize("stopping", ["fixed", "anytime"])
+def test_a_campaign_judged_on_one_problem_has_a_report(tmp_path, seeds, stopping):
+    settings = made(tmp_path / "c", [], seeds=seeds, stopping=stopping)
+    for seed in range(seeds):
+        for arm, right in (("old", 0), ("new", seed % 2)):
+            write_run(tmp_path / "c" / "runs" / arm / f"seed{seed}", [0.0, right], solved=str(right))
+    for path in (tmp_path / "c" / "runs").glob("*/*/metrics.jsonl"):
+        path.write_text(path.read_text().replace('"problems": 10', '"problems": 1'))
+    found = found_in(tmp_path / "c", settings)
+    write_report(found, tmp_path / "c")
+    assert (found.contrasts[0].same_models is None) == (seeds > 1)
 
 
 def test_one_seed_per_arm_concludes_nothing_about_the_methods(tmp_path):

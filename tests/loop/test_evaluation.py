@@ -66,9 +66,15 @@ def test_no_interval_is_a_point():
         assert high - low == pytest.approx(
             Rate(20 * int(share), 20).interval[1] - Rate(20 * int(share), 20).interval[0]
         )
-    low, high = clustered_interval(np.full(20, 0.5), 8)  # each problem right half of the time
-    assert (low, high) == pytest.approx(Rate(80, 160).interval)
-    assert 0 < clustered_interval(np.array([0.5]), 2)[0] < clustered_interval(np.array([0.5]), 2)[1] < 1
+    low, high = clustered_interval(np.full(200, 0.5), 8)  # each problem right half of the time
+    assert (low, high) == pytest.approx(Rate(800, 1600).interval, abs=5e-4)
+
+
+@pytest.mark.parametrize("share", [0.0, 1 / 64, 0.5, 1.0])
+def test_one_problem_says_nothing_and_two_that_agree_little(share):
+    assert clustered_interval(np.array([share]), 64) == (0.0, 1.0)
+    low, high = clustered_interval(np.full(2, share), 64)
+    assert high - low > 0.5
 
 
 def test_more_samples_never_widen_and_cannot_beat_the_problems():
@@ -79,6 +85,14 @@ def test_more_samples_never_widen_and_cannot_beat_the_problems():
     soft = [rng.binomial(n, 0.4, 50) / n for n in (1, 4, 16)]
     widths = [np.diff(clustered_interval(x, n))[0] for x, n in zip(soft, (1, 4, 16), strict=True)]
     assert widths[0] > widths[1] > widths[2]
+
+
+@pytest.mark.parametrize(("a", "b", "problems", "samples"), [(2.0, 2.0, 3, 64), (0.4, 0.6, 4, 16), (5.0, 5.0, 6, 8)])
+def test_the_interval_of_a_few_problems_covers_the_truth(a, b, problems, samples):
+    rng = np.random.default_rng(2)
+    shares = rng.binomial(samples, rng.beta(a, b, (1500, problems))) / samples
+    covered = [low <= a / (a + b) <= high for low, high in (clustered_interval(x, samples) for x in shares)]
+    assert np.mean(covered) > 0.925
 
 
 @pytest.mark.parametrize(("a", "b"), [(0.4, 0.6), (2.0, 2.0), (0.2, 2.0)])

@@ -26,11 +26,17 @@ def sample(what: str, values: Numbers, least: int = 2) -> np.ndarray:
 
 
 def differences(baseline: Numbers, candidate: Numbers, least: int = 2) -> np.ndarray:
-    """Return candidate_i - baseline_i for runs paired by seed, (n,) float64. Raises UserError."""
+    """Return candidate_i - baseline_i for runs paired by seed, (n,) float64, equal ones alike. Raises UserError."""
     a, b = sample("baseline", baseline, least), sample("candidate", candidate, least)
     if len(a) != len(b):
         raise UserError(f"baseline has {len(a)} runs and candidate {len(b)}; give the same seeds to both, in one order")
-    return b - a
+    return settled(b - a, a, b)
+
+
+def settled(x: np.ndarray | float, *summed: np.ndarray) -> np.ndarray:
+    """Return sums or differences ``x`` of the numbers ``summed``, rounded to 12 digits of the largest."""
+    scale = max(float(np.abs(s).max()) for s in summed)
+    return np.round(np.divide(x, scale), 12) * scale if scale else np.asarray(x)
 
 
 def varies(x: np.ndarray) -> bool:
@@ -38,9 +44,15 @@ def varies(x: np.ndarray) -> bool:
     return bool(np.ptp(x) > 1e-12 * np.abs(x).max())
 
 
+def are_counts(values: Any) -> bool:
+    """Return whether ``values`` of any shape are whole numbers from 0 to 2^53, where floats stop counting."""
+    x = np.asarray(values)
+    return x.dtype.kind in "iuf" and bool(((x >= 0) & (x <= 2**53) & (x == np.floor(x))).all())
+
+
 def refuse_counts(correct: int, total: int) -> None:
     """Raise UserError unless ``correct`` of ``total`` is a rate."""
-    if not 0 <= correct <= total or total < 1:
+    if not are_counts([correct, total]) or not 0 <= correct <= total or total < 1:
         raise UserError(f"{correct} of {total} is not a rate; give 0 <= correct <= total with total at least 1")
 
 

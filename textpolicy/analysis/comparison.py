@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from math import comb, inf, sqrt
+from math import comb, inf, nan, sqrt
 from typing import Any, Literal
 
 import numpy as np
 
 from ..errors import UserError, unknown_name
-from ._inputs import refuse_unless_known, refuse_unless_share, varies
+from ._inputs import differences, refuse_unless_known, refuse_unless_share, settled, varies
 from .exact import (
     MOST_PAIRS,
     detectable_by_anytime,
@@ -24,8 +24,14 @@ from .exact import (
     sign_flip_interval,
 )
 from .intervals import Bootstrap, Interval, bootstrap_difference
-from .permutation import MOST_ARRANGEMENTS, Permutation, label_permutation_test, sign_flip_test
-from .sequential import Anytime, anytime_interval, anytime_test, pairs_needed_by_anytime
+from .permutation import (
+    MOST_ARRANGEMENTS,
+    Permutation,
+    label_permutation_test,
+    sign_flip_test,
+    smallest_sign_flip_p,
+)
+from .sequential import Anytime, anytime_interval, anytime_test, pairs_needed_by_anytime, smallest_anytime_p
 from .statistics import correct_p_values, welch_test
 
 Stopping = Literal["fixed", "anytime"]
@@ -54,11 +60,12 @@ class Comparison:
     p: float  # of the test that decides; 1 where the runs are too few for any
     p_adjusted: float  # for the number of candidates (Holm)
     test: str  # the name of that test
-    interval: Interval  # of the difference, by the same test where that has one; unbounded below six pairs
+    interval: Interval  # of this difference alone, by the same test where it has one; unbounded where it has no end
     bootstrap: Bootstrap | None  # BCa over runs; None where they do not vary
     anytime: Anytime | None  # for pairs
     sd: float | None  # of the paired differences, or of a run; None for fewer than two
-    detectable: float  # the difference that as many runs find with the wanted power; inf for none
+    detectable: float  # the difference that as many runs find with the wanted power, in the family; inf for none, NaN
+    # where runs that all agree leave it unknown
     runs_needed: int | None  # per arm, for the difference that matters; None where it is unknown
     difference_that_matters: float  # the smallest effect of the question, else the one observed
     recommendation: str
@@ -84,6 +91,8 @@ class Question:
         refuse_unless_share("alpha", self.alpha)
         refuse_unless_share("power", self.power)
         refuse_unless_known("stopping rule", self.stopping, ("fixed", "anytime"))
+        if self.power <= self.alpha:
+            raise UserError(f"power is {self.power} with alpha {self.alpha}; set it above alpha")
         if self.smallest_effect is not None and not self.smallest_effect > 0:
             raise UserError(f"smallest_effect is {self.smallest_effect}; set it above 0, in the units of the runs")
         if self.resamples is not None and self.resamples < 100:
@@ -95,13 +104,14 @@ def compare_arms(
 ) -> list[Comparison]:
     """Compare every other arm with ``baseline``, with p adjusted for their number by Holm's procedure.
 
+    Power is that of Holm's first step, alpha / candidates: what one of them is found with, whatever the others show.
     Raises UserError for an unknown baseline or an arm without a run.
     """
     if baseline not in arms:
         raise unknown_name("arm", baseline, arms)
     question = question or Question()
     found = [
-        compare(arms[baseline], runs, question, paired=paired, names=(baseline, name))
+        compare(arms[baseline], runs, question, paired=paired, names=(baseline, name), family=len(arms) - 1)
         for name, runs in arms.items()
         if name != baseline
     ]
@@ -119,8 +129,12 @@ def compare(
     *,
     paired: bool = True,
     names: tuple[str, str] = ("baseline", "candidate"),
+    family: int = 1,
 ) -> Comparison:
-    """Compare one candidate with the baseline by sign flips of pairs, or labels of unpaired runs. Raises UserError."""
+    """Compare one candidate with the baseline by sign flips of pairs, or labels of unpaired runs.
+
+    It is one of ``family`` candidates, among which alpha is divided for its power. Raises UserError.
+    """
     question = question or Question()
     for name, runs in zip(names, (baseline, candidate), strict=True):
         if not runs:
@@ -130,8 +144,8 @@ def compare(
         raise UserError(f"{names[0]} and {names[1]} share no seed; run both on the same, or compare them unpaired")
     a = np.array([baseline[s] for s in seeds or baseline], np.float64)
     b = np.array([candidate[s] for s in seeds or candidate], np.float64)
-    found = _paired(a, b, question) if paired else _unpaired(a, b, question)
-    difference = float(b.mean() - a.mean())
+    found = (_paired if paired else _unpaired)(a, b, question, question.alpha / family)
+    difference = float(settled(b.mean() - a.mean(), a, b))
     return Comparison(
         *names,
         paired=paired,
@@ -149,26 +163,26 @@ def compare(
 
 def _recommendation(p_adjusted: float, difference: float, question: Question) -> str:
     """Return one of RECOMMENDATIONS."""
-    if p_adjusted <= question.alpha:
+    if p_adjusted <= question.alpha and difference:
         return IMPROVEMENT if difference > 0 else DECLINE
     return INSUFFICIENT
 
 
-def _paired(a: np.ndarray, b: np.ndarray, question: Question) -> dict[str, Any]:
-    """Return the fields of Comparison that depend on pairing, for pairs."""
-    d, n, level = b - a, len(a), 1 - question.alpha
+def _paired(a: np.ndarray, b: np.ndarray, question: Question, alpha: float) -> dict[str, Any]:
+    """Return the fields of Comparison that depend on pairing, for pairs; ``alpha`` is its share of the family's."""
+    d, n, level = differences(a, b, 1), len(a), 1 - question.alpha
     draws: dict[str, Any] = {"resamples": question.resamples or _BOOTSTRAP, "rng": question.seed}
     sd = _sd(d) if n > 1 else None
     drawn = None if n <= MOST_PAIRS else question.resamples or _SIGNS
     test = sign_flip_test(a, b, resamples=drawn, rng=question.seed) if n > 1 else None
-    anytime = anytime_test(a, b, alpha=question.alpha)
+    anytime = anytime_test(a, b, alpha=alpha)
     if question.stopping == "anytime":
         p, name, interval = anytime.p, "e-process over pairs, valid after every pair", anytime_interval(d, level=level)
-        detectable, needed = detectable_by_anytime, pairs_needed_by_anytime
+        detectable, needed, least = detectable_by_anytime, pairs_needed_by_anytime, smallest_anytime_p(n)
     else:
         p, name = _p(test, "signs")
         interval = sign_flip_interval(d, level=level)
-        detectable, needed = detectable_by_sign_flips, pairs_needed_by_sign_flips
+        detectable, needed, least = detectable_by_sign_flips, pairs_needed_by_sign_flips, smallest_sign_flip_p(n)
     return {
         "p": p,
         "test": name,
@@ -176,22 +190,23 @@ def _paired(a: np.ndarray, b: np.ndarray, question: Question) -> dict[str, Any]:
         "bootstrap": bootstrap_difference(a, b, paired=True, level=level, **draws) if sd else None,
         "anytime": anytime,
         "sd": sd,
-        "detectable": sd * detectable(n, alpha=question.alpha, power=question.power) if sd else inf,
-        "runs_needed": _needed(needed, float(d.mean()), sd, question),
+        "detectable": _detectable(detectable, n, sd, least, question.power, alpha),
+        "runs_needed": _needed(needed, float(settled(d.mean(), a, b)), sd, question, alpha),
     }
 
 
-def _unpaired(a: np.ndarray, b: np.ndarray, question: Question) -> dict[str, Any]:
-    """Return the fields of Comparison that depend on pairing, for runs of different seeds."""
+def _unpaired(a: np.ndarray, b: np.ndarray, question: Question, alpha: float) -> dict[str, Any]:
+    """Return the same for runs of different seeds."""
     if question.stopping == "anytime":
         raise UserError("stopping is 'anytime', which needs pairs; run both arms on the same seeds")
     n, level = min(len(a), len(b)), 1 - question.alpha
     draws: dict[str, Any] = {"resamples": question.resamples or _BOOTSTRAP, "rng": question.seed}
     sd = float(np.hypot(_sd(a), _sd(b)) / sqrt(2)) if n > 1 else None
+    least = 2 / comb(2 * n, n)  # p
     few = comb(len(a) + len(b), len(a)) <= MOST_ARRANGEMENTS
     drawn, rng = None if few else question.resamples or _LABELS, np.random.default_rng(question.seed)
     p, name = _p(label_permutation_test(a, b, resamples=drawn, rng=rng) if n > 1 else None, "labels")
-    difference = float(b.mean() - a.mean())
+    difference = float(settled(b.mean() - a.mean(), a, b))
     welch = welch_test(a, b, level) if sd else None
     return {
         "p": p,
@@ -200,8 +215,8 @@ def _unpaired(a: np.ndarray, b: np.ndarray, question: Question) -> dict[str, Any
         "bootstrap": bootstrap_difference(a, b, paired=False, level=level, **draws) if sd else None,
         "anytime": None,
         "sd": sd,
-        "detectable": sd * detectable_by_labels(n, alpha=question.alpha, power=question.power) if sd else inf,
-        "runs_needed": _needed(runs_needed_by_labels, difference, sd, question),
+        "detectable": _detectable(detectable_by_labels, n, sd, least, question.power, alpha),
+        "runs_needed": _needed(runs_needed_by_labels, difference, sd, question, alpha),
     }
 
 
@@ -218,7 +233,18 @@ def _sd(x: np.ndarray) -> float:
     return float(x.std(ddof=1)) if varies(x) else 0.0
 
 
-def _needed(needed: Callable[..., int | None], observed: float, sd: float | None, question: Question) -> int | None:
+def _detectable(
+    effect: Callable[..., float], n: int, sd: float | None, least: float, power: float, alpha: float
+) -> float:
+    """Return the difference found with the power: inf where even the ``least`` p is above alpha, NaN for no SD."""
+    if least > alpha:
+        return inf
+    return sd * effect(n, alpha=alpha, power=power) if sd else nan
+
+
+def _needed(
+    needed: Callable[..., int | None], observed: float, sd: float | None, question: Question, alpha: float
+) -> int | None:
     """Return the runs per arm for the difference that matters; None where it or the SD is 0 or unknown."""
     matters = question.smallest_effect or abs(observed)
-    return needed(matters / sd, alpha=question.alpha, power=question.power) if sd and matters else None
+    return needed(matters / sd, alpha=alpha, power=question.power) if sd and matters else None

@@ -13,9 +13,9 @@ from math import ceil, comb, floor, inf
 import numpy as np
 
 from ..errors import UserError
-from ._inputs import Numbers, refuse_unless_share, sample
+from ._inputs import Numbers, refuse_unless_share, sample, varies
 from .intervals import Interval
-from .permutation import smallest_sign_flip_p
+from .permutation import MOST_ARRANGEMENTS, smallest_sign_flip_p
 from .power import (
     detectable_with_pairs,
     detectable_with_runs,
@@ -27,9 +27,9 @@ from .power import (
 from .sequential import power_of_anytime
 
 MOST_PAIRS = 17  # whose 2^17 subsets are enumerated
-_SIMULATED_PAIRS = 10  # power is simulated up to here; beyond, the t-test's is as good
-_SIMULATED_RUNS = 6  # per arm
+_FEW = 50  # arrangements that alpha allows: with fewer power is simulated; with more the t-test's is as good
 _DRAWS = 4000  # campaigns: a power of 80% is then known to 0.6 points
+_MOST_DRAWN = 2**25  # arrangements of all campaigns together
 _SLACK = 1e-9  # arrangements within this of the observed one, relative to the largest, tie with it
 
 
@@ -88,10 +88,13 @@ def sign_flip_interval(differences: Numbers, *, level: float = 0.95) -> Interval
 
     Its ends are the k-th smallest and k-th largest mean over a subset of the differences, k = floor(2^n (1-level)/2):
     exact where they are symmetric about the true one (Hartigan 1969, doi:10.2307/2283057). Unbounded below six
-    pairs at 95%. Above 17 pairs 2^17 random subsets stand for all. Raises UserError.
+    pairs at 95%, and where all pairs differ alike, whose spread is unknown. Above 17 pairs 2^17 random subsets stand
+    for all. Raises UserError.
     """
     refuse_unless_share("level", level)
     d = sample("differences", differences, 1)
+    if not varies(d):
+        return Interval(float(d.mean()), -inf, inf)
     n = min(len(d), MOST_PAIRS)
     if len(d) > MOST_PAIRS:
         chosen = np.random.default_rng(0).integers(0, 2, (2**n - 1, len(d)))
@@ -111,37 +114,41 @@ def sign_flip_interval(differences: Numbers, *, level: float = 0.95) -> Interval
 def power_of_sign_flips(dz: float, pairs: int, *, alpha: float = 0.05) -> float:
     """Return the chance that ``sign_flip_test`` on ``pairs`` seeds finds ``dz`` SD of normal differences.
 
-    Simulated up to 10 pairs; beyond, that of the paired t-test. Raises UserError.
+    Simulated where p can take few values, up to 10 pairs at alpha 0.05; beyond, that of the paired t-test.
+    Raises UserError.
     """
-    if pairs > _SIMULATED_PAIRS:
-        return power_of_pairs(dz, pairs, alpha=alpha)
     refuse_unless_share("alpha", alpha)
     if pairs < 2 or smallest_sign_flip_p(pairs) > alpha:
         return 0.0
-    d = np.random.default_rng(pairs).standard_normal((_DRAWS, pairs)) + dz
+    if not _few_signs(pairs, alpha):
+        return power_of_pairs(dz, pairs, alpha=alpha)
+    draws = min(_DRAWS, _MOST_DRAWN >> pairs)
+    d = np.random.default_rng(pairs).standard_normal((draws, pairs)) + dz
     return float((sign_flip_p_values(d) <= alpha).mean())
 
 
 def power_of_labels(d: float, per_arm: int, *, alpha: float = 0.05) -> float:
     """Return the chance that ``label_permutation_test`` on ``per_arm`` normal runs in each arm finds ``d`` SD.
 
-    Simulated up to 6 runs per arm; beyond, that of Student's t-test. Raises UserError.
+    Simulated where p can take few values, up to 6 runs per arm at alpha 0.05; beyond, that of Student's t-test.
+    Raises UserError.
     """
-    if per_arm > _SIMULATED_RUNS:
-        return power_of_runs(d, per_arm, alpha=alpha)
     refuse_unless_share("alpha", alpha)
-    if per_arm < 2 or 2 / comb(2 * per_arm, per_arm) > alpha:
+    if per_arm < 2 or 2 / _deals(per_arm) > alpha:
         return 0.0
-    both = np.random.default_rng(2 * per_arm).standard_normal((_DRAWS, 2 * per_arm))
+    if not _few_labels(per_arm, alpha):
+        return power_of_runs(d, per_arm, alpha=alpha)
+    draws = int(min(_DRAWS, _MOST_DRAWN // _deals(per_arm)))
+    both = np.random.default_rng(2 * per_arm).standard_normal((draws, 2 * per_arm))
     return float((label_permutation_p_values(both[:, :per_arm], both[:, per_arm:] + d) <= alpha).mean())
 
 
 def detectable_by_sign_flips(pairs: int, *, alpha: float = 0.05, power: float = 0.8) -> float:
     """Return the effect that ``sign_flip_test`` finds with ``power``, in SD of the differences. Raises UserError.
 
-    It is inf below six pairs.
+    It is inf where no p is small enough, below six pairs at alpha 0.05.
     """
-    if pairs > _SIMULATED_PAIRS:
+    if pairs > 1 and not _few_signs(pairs, alpha) and smallest_sign_flip_p(pairs) <= alpha:
         return detectable_with_pairs(pairs, alpha=alpha, power=power)
     return _least_effect(lambda dz: power_of_sign_flips(dz, pairs, alpha=alpha), power)
 
@@ -151,31 +158,50 @@ def detectable_by_labels(per_arm: int, *, alpha: float = 0.05, power: float = 0.
 
     It is inf where no p is small enough.
     """
-    if per_arm > _SIMULATED_RUNS:
+    if per_arm > 1 and not _few_labels(per_arm, alpha) and 2 / _deals(per_arm) <= alpha:
         return detectable_with_runs(per_arm, alpha=alpha, power=power)
     return _least_effect(lambda d: power_of_labels(d, per_arm, alpha=alpha), power)
 
 
 def pairs_needed_by_sign_flips(dz: float, *, alpha: float = 0.05, power: float = 0.8) -> int:
     """Return the pairs for ``sign_flip_test`` to find ``dz`` SD of the differences with ``power``. Raises UserError."""
-    for pairs in range(2, _SIMULATED_PAIRS + 1):
+    pairs = 2
+    while _few_signs(pairs, alpha) or smallest_sign_flip_p(pairs) > alpha:
         if power_of_sign_flips(abs(dz), pairs, alpha=alpha) >= power:
             return pairs
-    return max(_SIMULATED_PAIRS + 1, ceil(pairs_needed(dz, alpha=alpha, power=power)))
+        pairs += 1
+    return max(pairs, ceil(pairs_needed(dz, alpha=alpha, power=power)))
 
 
 def runs_needed_by_labels(d: float, *, alpha: float = 0.05, power: float = 0.8) -> int:
     """Return the runs per arm for ``label_permutation_test`` to find ``d`` SD with ``power``. Raises UserError."""
-    for per_arm in range(2, _SIMULATED_RUNS + 1):
+    per_arm = 2
+    while _few_labels(per_arm, alpha) or 2 / _deals(per_arm) > alpha:
         if power_of_labels(abs(d), per_arm, alpha=alpha) >= power:
             return per_arm
-    return max(_SIMULATED_RUNS + 1, ceil(runs_needed_per_arm(d, alpha=alpha, power=power)))
+        per_arm += 1
+    return max(per_arm, ceil(runs_needed_per_arm(d, alpha=alpha, power=power)))
+
+
+def _few_signs(pairs: int, alpha: float) -> bool:
+    """Return whether so few signs are as extreme as alpha allows that power is simulated, and can be."""
+    return pairs <= MOST_PAIRS and alpha * 2 ** (pairs - 1) < _FEW
+
+
+def _few_labels(per_arm: int, alpha: float) -> bool:
+    """Return the same of the labels of two arms."""
+    return _deals(per_arm) <= MOST_ARRANGEMENTS and alpha * _deals(per_arm) / 2 < _FEW
+
+
+def _deals(per_arm: int) -> float:
+    """Return C(2n, n), the deals of two arms' runs; inf where that is beyond a float."""
+    return float(comb(2 * per_arm, per_arm)) if per_arm < 500 else inf
 
 
 def detectable_by_anytime(pairs: int, *, alpha: float = 0.05, power: float = 0.8) -> float:
     """Return the effect at which ``anytime_test`` has stopped by ``pairs`` with ``power``, in SD. Raises UserError.
 
-    It is inf below six pairs.
+    It is inf below six pairs at alpha 0.05.
     """
     return _least_effect(lambda dz: power_of_anytime(dz, pairs, alpha=alpha), power)
 

@@ -6,10 +6,12 @@ Sizes are real numbers: round them up. All tests are two-sided.
 from __future__ import annotations
 
 import warnings
-from math import isnan, sqrt
-from typing import Any
+from collections.abc import Callable
+from math import sqrt
 
 import numpy as np
+from scipy import stats
+from scipy.optimize import brentq
 
 from ..errors import UserError
 from ._inputs import refuse_unless_share, statsmodels
@@ -22,33 +24,29 @@ STOPPING_RULE = "fix n in advance or use alpha spending; no optional stopping"
 
 
 def power_of_pairs(dz: float, pairs: float, *, alpha: float = 0.05) -> float:
-    """Return the chance that a paired t-test on ``pairs`` seeds finds ``dz`` SD of the differences.
-
-    statsmodels TTestPower. Raises UserError.
-    """
+    """Return the chance that a paired t-test on ``pairs`` seeds finds ``dz`` SD of differences. Raises UserError."""
     _refuse(alpha, pairs=pairs)
-    return _power(statsmodels("power").TTestPower().power(dz, pairs, alpha), dz)
+    return _power_of_t(abs(dz) * sqrt(pairs), float(pairs) - 1, alpha)
 
 
 def power_of_runs(d: float, per_arm: float, *, alpha: float = 0.05) -> float:
-    """Return the chance that a t-test on ``per_arm`` runs in each arm finds ``d`` SD (statsmodels TTestIndPower).
-
-    Raises UserError.
-    """
+    """Return the chance that Student's t-test on ``per_arm`` runs in each arm finds ``d`` SD. Raises UserError."""
     _refuse(alpha, per_arm=per_arm)
-    return _power(statsmodels("power").TTestIndPower().power(d, per_arm, alpha), d)
+    return _power_of_t(abs(d) * sqrt(per_arm / 2), 2 * float(per_arm) - 2, alpha)
 
 
 def pairs_needed(dz: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
     """Return the paired seeds for a t-test to find ``dz`` SD of the differences, at least 2. Raises UserError."""
     _refuse(alpha, power, effect=dz)
-    return _size(statsmodels("power").TTestPower(), "nobs", abs(dz), alpha, power)
+    given = {"effect_size": abs(dz), "alpha": alpha}
+    return _solved("TTestPower", "nobs", given, lambda pairs: power_of_pairs(dz, pairs, alpha=alpha), power)
 
 
 def runs_needed_per_arm(d: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
     """Return the runs in each arm for a t-test to find ``d`` SD, at least 2. Raises UserError."""
     _refuse(alpha, power, effect=d)
-    return _size(statsmodels("power").TTestIndPower(), "nobs1", abs(d), alpha, power)
+    given = {"effect_size": abs(d), "alpha": alpha}
+    return _solved("TTestIndPower", "nobs1", given, lambda per_arm: power_of_runs(d, per_arm, alpha=alpha), power)
 
 
 def runs_needed_per_arm_normal(d: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
@@ -63,13 +61,15 @@ def runs_needed_per_arm_normal(d: float, *, alpha: float = 0.05, power: float = 
 def detectable_with_pairs(pairs: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
     """Return the effect that ``pairs`` seeds find with ``power``, in SD of the differences. Raises UserError."""
     _refuse(alpha, power, pairs=pairs)
-    return _solved(statsmodels("power").TTestPower(), "effect_size", {"nobs": pairs, "alpha": alpha}, power)
+    given = {"nobs": pairs, "alpha": alpha}
+    return _solved("TTestPower", "effect_size", given, lambda dz: power_of_pairs(dz, pairs, alpha=alpha), power, 0.0)
 
 
 def detectable_with_runs(per_arm: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
     """Return the effect that ``per_arm`` runs in each arm find with ``power``, in SD. Raises UserError."""
     _refuse(alpha, power, per_arm=per_arm)
-    return _solved(statsmodels("power").TTestIndPower(), "effect_size", {"nobs1": per_arm, "alpha": alpha}, power)
+    given = {"nobs1": per_arm, "alpha": alpha}
+    return _solved("TTestIndPower", "effect_size", given, lambda d: power_of_runs(d, per_arm, alpha=alpha), power, 0.0)
 
 
 # ---- rates of independent answers
@@ -94,7 +94,12 @@ def answers_needed_per_arm(p1: float, p2: float, *, alpha: float = 0.05, power: 
     """
     h = cohens_h(p1, p2)
     _refuse(alpha, power, effect=h)
-    return _size(statsmodels("power").NormalIndPower(), "nobs1", abs(h), alpha, power)
+    z, one = stats.norm.isf(alpha / 2), abs(h) / sqrt(2)  # the limit; the difference of one answer an arm, in its s.e.
+
+    def power_of(n: float) -> float:
+        return float(stats.norm.sf(z - one * sqrt(n)) + stats.norm.sf(z + one * sqrt(n)))
+
+    return _solved("NormalIndPower", "nobs1", {"effect_size": abs(h), "alpha": alpha}, power_of, power)
 
 
 def answers_needed_per_arm_pooled_z(p1: float, p2: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
@@ -124,39 +129,43 @@ def effective_answers(n: float, cluster: float, icc: float) -> float:
     return n / design_effect(cluster, icc)
 
 
-# ---- statsmodels' solver
+# ---- the noncentral t, and solvers
 
 
-def _size(test: Any, unknown: str, effect: float, alpha: float, wanted: float) -> float:
-    """Return the size with the ``wanted`` power, or 2 where 2 give more. Raises UserError."""
-    given = {"effect_size": effect, "alpha": alpha}
-    return 2.0 if test.power(**given, **{unknown: 2}) >= wanted else _solved(test, unknown, given, wanted)
+def _power_of_t(shift: float, df: float, alpha: float) -> float:
+    """Return P(|T| > t_{1-alpha/2}) of a noncentral T = (Z + shift) / sqrt(chi2 / df); ``shift`` is at least 0.
 
-
-def _solved(test: Any, unknown: str, given: dict[str, float], wanted: float) -> float:
-    """Return the ``unknown`` that gives the wanted power. Raises UserError.
-
-    The result is checked: a solver that fails may return its start.
+    T < -t needs Z < -shift: where scipy's chance of that is NaN, it is too small to count. With one degree of freedom
+    scipy warns of a series that it ends within 0.001.
     """
+    limit = stats.t.isf(alpha / 2, df)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return float(stats.nct.sf(limit, df, shift) + np.nan_to_num(stats.nct.cdf(-limit, df, shift)))
+
+
+def _solved(
+    test: str,
+    unknown: str,
+    given: dict[str, float],
+    power_of: Callable[[float], float],
+    wanted: float,
+    low: float = 2.0,
+) -> float:
+    """Return the ``unknown``, from ``low`` on, at which ``power_of`` it, which grows with it, is the ``wanted`` power.
+
+    Solved by statsmodels' ``test``, and by bisection where its solver fails, which may return its start.
+    """
+    if power_of(low) >= wanted:
+        return low
     with warnings.catch_warnings(record=True):
-        warnings.simplefilter("always")  # failures are found by the check below
-        x = float(test.solve_power(power=wanted, **given))
-        if abs(test.power(**given, **{unknown: x}) - wanted) < 1e-3:
-            return x
-        if unknown == "effect_size":  # the power is NaN for some effects: interpolate between the others
-            effects = np.arange(0.01, 32, 0.01)
-            powers = test.power(effect_size=effects, **given)
-            known = np.isfinite(powers)
-            if powers[known].max(initial=0) >= wanted:
-                return float(np.interp(wanted, powers[known], effects[known]))
-    raise UserError(f"no {unknown} gives power {wanted} with {given}; choose a less extreme setting")
-
-
-def _power(power: float, effect: float) -> float:
-    """Return the power. Raises UserError where statsmodels' overflowed to NaN."""
-    if isnan(power):
-        raise UserError(f"the power to find {effect} SD is beyond floating point; give a smaller effect")
-    return float(power)
+        x = float(np.ravel(getattr(statsmodels("power"), test)().solve_power(power=wanted, **given))[0])
+    if x > low and abs(power_of(x) - wanted) < 1e-6:
+        return x
+    high = max(2 * low, 1.0)
+    while power_of(high) < wanted:
+        low, high = high, 2 * high
+    return float(brentq(lambda x: power_of(x) - wanted, low, high, xtol=1e-12, rtol=1e-12))
 
 
 def _refuse(alpha: float, power: float = 0.8, *, effect: float | None = None, **runs: float) -> None:

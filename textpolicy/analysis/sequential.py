@@ -46,11 +46,19 @@ def anytime_test(baseline: Numbers, candidate: Numbers, *, alpha: float = 0.05) 
     )
 
 
+def smallest_anytime_p(pairs: int) -> float:
+    """Return a bound on p of ``anytime_test`` that n pairs can only come near to; 1 / e of pairs that grow without end.
+
+    x_i = sqrt(i), its largest value, where each difference of one sign dwarfs those before.
+    """
+    return float(1 / _wealth(np.sqrt(np.arange(1, pairs + 1)))[-1])
+
+
 def anytime_interval(paired: Numbers, *, level: float = 0.95) -> Interval:
     """Return the shifts of (n,) paired differences that ``anytime_test`` has not rejected at any n so far.
 
-    Searched outward from the median on a grid of steps that grow by 3%. Unbounded below six pairs at 95%.
-    Raises UserError.
+    Searched outward from the median on a grid of steps that grow by 3%. Unbounded below six pairs at 95%, and where
+    no shift is left: pairs that all differ alike, or drift. Raises UserError.
     """
     refuse_unless_share("level", level)
     d = sample("differences", paired, 1)
@@ -64,7 +72,7 @@ def anytime_interval(paired: Numbers, *, level: float = 0.95) -> Interval:
             ends.append(center)
         else:
             ends.append(float(shifts[kept[-1]]) if kept[-1] < len(shifts) - 1 else sign * np.inf)
-    return Interval(float(d.mean()), *ends)
+    return Interval(float(d.mean()), *(ends if ends[0] < ends[1] else (-np.inf, np.inf)))
 
 
 def power_of_anytime(dz: float, pairs: int, *, alpha: float = 0.05) -> float:
@@ -97,6 +105,11 @@ def e_process(d: np.ndarray) -> np.ndarray:
     d = np.asarray(d, np.float64)
     rms = np.sqrt(np.cumsum(d * d, axis=-1) / np.arange(1, d.shape[-1] + 1))
     x = np.divide(d, rms, out=np.zeros_like(d), where=rms > 0)
-    mixed = np.array([*BETS, *(-l for l in BETS)]).reshape(-1, *[1] * d.ndim) * x  # (2 len(BETS), ..., n)
+    return _wealth(x)
+
+
+def _wealth(x: np.ndarray) -> np.ndarray:
+    """Return the mean over bets l of the products of exp(l x_i) / cosh(l x_i) so far, (..., n)."""
+    mixed = np.array([*BETS, *(-l for l in BETS)]).reshape(-1, *[1] * x.ndim) * x  # (2 len(BETS), ..., n)
     log_factors = mixed - (np.logaddexp(mixed, -mixed) - np.log(2))  # l x - log cosh(l x)
     return np.exp(np.cumsum(log_factors, axis=-1)).mean(axis=0)

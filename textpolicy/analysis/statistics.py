@@ -19,6 +19,7 @@ from ._inputs import (
     ALTERNATIVES,
     Alternative,
     Numbers,
+    are_counts,
     differences,
     refuse_counts,
     refuse_unless_known,
@@ -104,7 +105,7 @@ def mcnemar_test(
     """
     b, c = only_baseline, only_candidate
     refuse_unless_known("McNemar method", method, ("exact", "mid-p", "chi2"))
-    if min(b, c) < 0:
+    if not are_counts([b, c]):
         raise UserError(f"the counts are {b} and {c}; give how many problems only one of the models solved")
     if b + c == 0:
         return Outcome(0.0, 1.0)
@@ -128,10 +129,13 @@ def pooled_z_test(correct_a: int, total_a: int, correct_b: int, total_b: int) ->
 
 def _counts(table: Table) -> np.ndarray:
     """Return the (2, 2) counts. Raises UserError for anything else."""
-    counts = np.asarray(table)
-    if counts.shape != (2, 2) or (counts < 0).any():
+    try:
+        counts = np.asarray(table)
+    except ValueError:  # rows of several lengths
+        counts = np.empty(0)
+    if counts.shape != (2, 2) or not are_counts(counts):
         raise UserError(f"the table is {table}; give counts as [[correct, wrong], [correct, wrong]], a row per arm")
-    return counts
+    return counts.astype(np.int64)
 
 
 # ---- means over runs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, isnan
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +132,7 @@ def find(settings: CampaignSettings, root: Path, jobs: Sequence[Job]) -> Finding
         same, together = None, None
         if a is not None and b is not None and a.shape == b.shape:
             same, together = same_models(a, b, settings.alpha), pooled(a, b)
-        contrasts.append(Contrast(c, same, together, verdict(c, settings, complete)))
+        contrasts.append(Contrast(c, same, together, verdict(c, settings, complete, len(comparisons))))
     last = {(a.arm, a.seed): a.returncode for a in attempts}
     return Findings(
         settings=settings,
@@ -155,10 +155,13 @@ def decided(comparisons: Sequence[Comparison], settings: CampaignSettings) -> bo
     return all(c.p_adjusted <= settings.alpha for c in comparisons)
 
 
-def same_models(a: np.ndarray, b: np.ndarray, alpha: float) -> SameModels:
-    """Compare (S, P) answers, clustered by problem; for one run an arm by McNemar's test and Newcombe's interval."""
+def same_models(a: np.ndarray, b: np.ndarray, alpha: float) -> SameModels | None:
+    """Compare (S, P) answers, clustered by problem; for one run an arm by McNemar's test and Newcombe's interval.
+
+    One problem is no sample of problems: None.
+    """
     if len(a) > 1:
-        return SameModels(clustered_difference(a, b), None, None)
+        return SameModels(clustered_difference(a, b), None, None) if a.shape[1] > 1 else None
     only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
     interval = rate_difference_interval(int(a.sum()), a.size, int(b.sum()), b.size, alpha=alpha)
     return SameModels(None, mcnemar_test(only_a, only_b).p, interval)
@@ -171,14 +174,20 @@ def pooled(a: np.ndarray, b: np.ndarray) -> Pooled:
     return Pooled(fisher_test(table).p, effect, a.size, a.size / effect)
 
 
-def verdict(c: Comparison, settings: CampaignSettings, complete: bool = True) -> str:
-    """Describe the comparison in a few sentences that end with the recommendation."""
+def verdict(c: Comparison, settings: CampaignSettings, complete: bool = True, family: int = 1) -> str:
+    """Describe the comparison, one of a ``family``, in a few sentences that end with the recommendation."""
     n, level = len(c.seeds), f"{1 - settings.alpha:.0%} interval"
-    scored = f"scored {100 * abs(c.difference):.1f} points {'above' if c.difference > 0 else 'below'}"
-    interval = f"no {level}, because there are too few pairs"
+    [scored] = in_points(abs(c.difference))
+    scored = f"scored {scored} points {'above' if c.difference > 0 else 'below'}"
+    alone = " of this difference alone" if family > 1 else ""
     if isfinite(c.interval.low):
         kind = {"fixed": "exact ", "anytime": "always valid "}[settings.stopping]
-        interval = f"{kind}{level} {100 * c.interval.low:+.1f} to {100 * c.interval.high:+.1f} points"
+        low, high = in_points(c.interval.low, c.interval.high, sign="+")
+        interval = f"{kind}{level}{alone} {low} to {high} points"
+    elif n > 1 and c.sd == 0:
+        interval = f"no {level}, because all pairs differ by the same amount"
+    else:
+        interval = f"no {level}, because there are too few pairs"
     adjusted = f", {c.p_adjusted:.3g} adjusted for the number of arms" if c.p_adjusted != c.p else ""
     lead = (
         f"{c.candidate} {scored if c.difference else 'scored exactly as much as'} {c.baseline} in "
@@ -186,10 +195,10 @@ def verdict(c: Comparison, settings: CampaignSettings, complete: bool = True) ->
         f"({interval}; {c.test}, p = {c.p:.3g}{adjusted})."
     )
     recommendation = c.recommendation if complete else INSUFFICIENT
-    return " ".join([lead, *_evidence(c, settings, complete), f"Recommendation: {recommendation}."])
+    return " ".join([lead, *_evidence(c, settings, complete, family), f"Recommendation: {recommendation}."])
 
 
-def _evidence(c: Comparison, settings: CampaignSettings, complete: bool) -> list[str]:
+def _evidence(c: Comparison, settings: CampaignSettings, complete: bool, family: int) -> list[str]:
     """Return sentences on the strength of the evidence, and on the seeds that would add to it."""
     if not complete:
         return ["The campaign is not finished, so this decides nothing yet."]
@@ -201,24 +210,36 @@ def _evidence(c: Comparison, settings: CampaignSettings, complete: bool) -> list
             "One seed per arm cannot say whether another seed would agree: nothing is concluded about the methods, "
             "only these two trained models can be compared. Use at least 6 seeds."
         ]
+    among = f" among {family + 1} arms" if family > 1 else ""
     words = ["That is not enough evidence for a difference, nor for there being none."]
-    if isfinite(c.detectable):
-        words.append(
-            f"{n} seeds find a difference of {100 * c.detectable:.1f} points {settings.power:.0%} of the time."
-        )
+    if isnan(c.detectable):
+        words.append(f"All seeds agree, so the scatter of seeds, and what {n} of them can find, is not known.")
+    elif isfinite(c.detectable):
+        [found] = in_points(c.detectable)
+        words.append(f"{n} seeds find a difference of {found} points{among} {settings.power:.0%} of the time.")
     else:
-        words.append(f"{n} seeds cannot find a difference of any size.")
+        words.append(f"{n} seeds cannot find a difference of any size{among}.")
     if c.further_runs:
         kind = "the least that matters" if settings.smallest_effect else "the observed one, if that is the true one"
-        size = f"a difference of {100 * c.difference_that_matters:.1f} points, {kind}"
-        where = f"as a new campaign of {c.runs_needed}, because these have been evaluated"
+        size = f"a difference of {in_points(c.difference_that_matters)[0]} points{among}, {kind}"
+        where = f"as a new campaign of {c.runs_needed:,}, because these have been evaluated"
         if settings.stopping == "anytime":
             where = "and may add them here"
         words.append(
-            f"To find {size}, {settings.power:.0%} of the time takes {c.runs_needed} seeds: "
-            f"you need {c.further_runs} more, {where}."
+            f"To find {size}, {settings.power:.0%} of the time takes {c.runs_needed:,} seeds: "
+            f"you need {c.further_runs:,} more, {where}."
         )
     return words
+
+
+def in_points(*shares: float, sign: str = "", decimals: int = 1) -> list[str]:
+    """Return shares as percentage points, with more ``decimals`` where different ones, or 0 and another, look alike."""
+    points = [100 * share + 0.0 for share in shares]
+    for digits in range(decimals, 14):
+        texts = [f"{x:{sign}.{digits}f}" for x in points]
+        if len({0.0, *map(float, texts)}) == len({0.0, *points}):
+            break
+    return [text.replace("-", "+" if sign else "") if float(text) == 0 else text for text in texts]
 
 
 def curve_of(arm: ArmFindings) -> list[tuple[int, list[float]]]:

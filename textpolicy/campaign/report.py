@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from .._system.files import write_whole
+from ..analysis.comparison import DECLINE, IMPROVEMENT, INSUFFICIENT
 from ..analysis.plain import plain
 from ..loop.evaluation import Rate
 from ..report.rendering import render
 from .figures import figures
-from .findings import Findings
+from .findings import Findings, in_points
 from .plan import versions
 from .settings import SUMMARIES
 
 Rows = list[Sequence[str]]
+_PLAIN = {IMPROVEMENT: "better", DECLINE: "worse", INSUFFICIENT: "not enough evidence"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +90,8 @@ def sections(found: Findings) -> list[ReportSection]:
         f"The number of a run is its {SUMMARIES[s.summary]}, chosen before the runs were made; the run is the unit."
     )
     test = {
-        "fixed": "p permutes the signs of the paired differences and the interval is that test's, exact; Holm's "
-        "procedure adjusts p for the number of arms.",
+        "fixed": "p permutes the signs of the paired differences and the interval is that test's, exact, of one "
+        "difference alone; Holm's procedure adjusts p, and divides the power, for the number of arms.",
         "anytime": "p and the interval are of the e-process over pairs, which is valid after every pair.",
     }[s.stopping]
     problems = (
@@ -107,7 +109,7 @@ def sections(found: Findings) -> list[ReportSection]:
         ReportSection(
             "Differences",
             f"Candidate minus {baseline}, in points. {test}",
-            ("candidate", "difference", "interval", "BCa bootstrap", "p", "p adjusted", "e", "recommendation"),
+            ("candidate", "difference", "interval", "BCa bootstrap", "p", "p adjusted", "e", "verdict"),
             differences,
             "differences",
         ),
@@ -164,11 +166,12 @@ def _contrast_rows(found: Findings) -> tuple[Rows, Rows, Rows, Rows]:
     pooled: Rows = []
     for contrast in found.contrasts:
         c, same, p = contrast.comparison, contrast.same_models, contrast.pooled
+        absent = "all pairs agree" if c.sd == 0 else "too few pairs"
         bootstrap = "" if c.bootstrap is None else _range(c.bootstrap.low, c.bootstrap.high)
         e = "" if c.anytime is None else f"{c.anytime.e[-1]:.3g}"
-        tested = [_range(c.interval.low, c.interval.high), bootstrap, f"{c.p:.4g}", f"{c.p_adjusted:.4g}", e]
-        differences.append([c.candidate, _signed(c.difference), *tested, c.recommendation])
-        needed = "unknown" if c.runs_needed is None else str(c.runs_needed)
+        tested = [_range(c.interval.low, c.interval.high, absent), bootstrap, f"{c.p:.4g}", f"{c.p_adjusted:.4g}", e]
+        differences.append([c.candidate, _signed(c.difference), *tested, _PLAIN[c.recommendation]])
+        needed = "unknown" if c.runs_needed is None else f"{c.runs_needed:,}"
         sizes = [_points(x) for x in (c.sd, c.detectable, c.difference_that_matters)]
         power.append([c.candidate, str(len(c.seeds)), *sizes, needed])
         if same is not None and (k := same.clustered) is not None:
@@ -185,14 +188,16 @@ def _contrast_rows(found: Findings) -> tuple[Rows, Rows, Rows, Rows]:
 
 def _points(value: float | None) -> str:
     """Return a share as percentage points."""
-    return "unknown" if value is None or not isfinite(value) else f"{100 * value:.2f}"
+    if value is None or not isfinite(value):
+        return "none" if value == inf else "unknown"
+    return in_points(value, decimals=2)[0]
 
 
 def _signed(value: float) -> str:
     """Return a difference of shares as percentage points."""
-    return f"{100 * value:+.2f}"
+    return in_points(value, sign="+", decimals=2)[0]
 
 
-def _range(low: float, high: float) -> str:
-    """Return an interval of such differences."""
-    return f"{_signed(low)} to {_signed(high)}" if isfinite(low) else "too few pairs"
+def _range(low: float, high: float, absent: str = "none") -> str:
+    """Return an interval of such differences, or the reason why it has no end."""
+    return " to ".join(in_points(low, high, sign="+", decimals=2)) if isfinite(low) else absent

@@ -66,6 +66,8 @@ class CampaignSettings(Section):
             raise ValueError(f"there is {len(self.arms)} arm; give at least two, each a table under [arms]")
         if not self.seeds:
             raise ValueError("there is no seed; give at least one, six for a p below 0.05")
+        if self.power <= self.alpha:
+            raise ValueError(f"power is {self.power} and alpha {self.alpha}; set power above alpha")
         twice = sorted({s for s in self.seeds if self.seeds.count(s) > 1})
         if twice:
             raise ValueError(f"seed {twice[0]} is given twice; give every seed once, because a copy adds no evidence")

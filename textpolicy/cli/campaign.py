@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,6 +10,7 @@ from pydantic import Field
 
 from ..analysis.comparison import compare_arms
 from ..analysis.permutation import smallest_sign_flip_p
+from ..analysis.sequential import smallest_anytime_p
 from ..campaign.findings import decided, find, question
 from ..campaign.jobs import carry_out, read_attempts
 from ..campaign.outcomes import read_outcome
@@ -97,10 +99,14 @@ def plan(args: PlanArguments) -> int:
     n = len(settings.seeds)
     print(f"{len(settings.arms)} arms x {n} {'seed' if n == 1 else 'seeds'}, planned in {root}")
     print(f"decided by {SUMMARIES[settings.summary]}, against {settings.reference}")
-    if settings.stopping == "fixed" and smallest_sign_flip_p(n) > settings.alpha:
+    family = len(settings.arms) - 1
+    least = smallest_sign_flip_p if settings.stopping == "fixed" else smallest_anytime_p
+    if family * least(n) > settings.alpha:
+        adjusted = f", {min(1.0, family * least(n)):.3g} adjusted for {family + 1} arms" if family > 1 else ""
+        wanted = next(pairs for pairs in count(n) if family * least(pairs) <= settings.alpha)
         print(
-            f"note: {n} paired seeds cannot reach p <= {settings.alpha:g}, whatever they show (the least p is "
-            f"{smallest_sign_flip_p(n):.3g}); six can at 0.05"
+            f"note: {n} paired {'seed' if n == 1 else 'seeds'} cannot reach p <= {settings.alpha:g}, whatever they "
+            f"show (the least p is {min(1.0, least(n)):.3g}{adjusted}); {wanted} can"
         )
     print(f"run it with: textpolicy campaign run {root}")
     return 0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, norm, t
 
 from ..engine import Engine, Sampling
 from ..environment.base import DrivenEnv
@@ -126,14 +126,17 @@ def evaluate(engine: Engine, env: TextGenerationEnv | DrivenEnv, sampling: Sampl
 def clustered_interval(shares: np.ndarray, samples: int) -> tuple[float, float]:
     """Return Wilson's 95% interval for the mean p of (N,) shares of problems, at the effective sample size m.
 
-    m = p (1 - p) / (s^2 / N), with s^2 the variance of the shares over problems (Kish, 1965): these shares tell as
-    much as m independent answers. m lies between N, where all answers to a problem agree, and N times ``samples``.
+    m = p (1 - p) / (s^2 / N) (z / t)^2, with s^2 the variance of the shares over problems (Kish, 1965), and z and t the
+    97.5% quantiles of the normal and of Student's t with N - 1 df, because s^2 is known from N problems alone (Korn and
+    Graubard, 1998). m lies between N, where all answers to a problem agree, and N times ``samples``. One problem says
+    nothing of others: its interval is all of 0 to 1.
     """
-    n, p = len(shares), float(shares.mean())
-    of_mean = float(shares.var(ddof=1)) / n if n > 1 else 0.0
-    effective = p * (1 - p) / of_mean if of_mean > 0 else math.inf if 0 < p < 1 else n
-    m = min(max(effective, n), n * samples)
-    z = float(norm.ppf(0.975))
+    n, p, z = len(shares), float(shares.mean()), float(norm.ppf(0.975))
+    if n == 1:
+        return 0.0, 1.0
+    of_mean = float(shares.var(ddof=1)) / n
+    effective = p * (1 - p) / of_mean if of_mean > 0 else n * samples if 0 < p < 1 else n
+    m = min(max(min(effective, n * samples) * (z / float(t.ppf(0.975, n - 1))) ** 2, n), n * samples)
     center = (p + z * z / (2 * m)) / (1 + z * z / m)
     half = z / (1 + z * z / m) * math.sqrt(p * (1 - p) / m + z * z / (4 * m * m))
     return max(0.0, center - half), min(1.0, center + half)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import comb
+from numbers import Integral
 from statistics import fmean
 
 from ..errors import UserError
@@ -49,6 +50,8 @@ def mean_pass_hat_k(n: Sequence[int], c: Sequence[int], k: int) -> float:
 
 
 def _refuse_impossible(n: int, c: int, k: int) -> None:
+    if not all(isinstance(x, Integral) for x in (n, c, k)):
+        raise UserError(f"n, c and k are {n}, {c} and {k}; give whole numbers of samples")
     if not 0 <= c <= n:
         raise UserError(f"{c} of {n} samples correct is impossible; give 0 <= c <= n")
     if not 1 <= k <= n:

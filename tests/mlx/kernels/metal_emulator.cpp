@@ -1,8 +1,8 @@
 // A machine that runs the threads of a Metal kernel, a threadgroup after the other.
 //
-// A thread is a fibre, which runs until it meets others (at a barrier, in a sum over its simdgroup). So a barrier that
-// is missing shows, since the others have not written yet. A thread that others wait for in vain is an error, as is
-// more than 32 KB of threadgroup memory, which starts as NaN.
+// A thread is a fibre, which runs until it has to wait for others (at a barrier, in a sum over its simdgroup). So a
+// barrier that is missing shows: the others have not written or not read yet. A thread that others wait for in vain is
+// an error, as is more than 32 KB of threadgroup memory, which starts as NaN.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -68,15 +68,23 @@ void run_threadgroup(uint3 at, uint3 size, uint3 begin, bool backwards) {
     f.context.uc_link = &scheduler;
     makecontext(&f.context, enter, 0);
   }
+  const int groups = (count + 31) / 32;
   for (int left = count; left > 0;) {
-    moved = false;
-    for (int j = 0; j < count; j++) {
-      current = &fibres[backwards ? count - 1 - j : j];
-      if (current->done) continue;
-      swapcontext(&scheduler, &current->context);
-      left -= current->done;
+    bool any = false;
+    for (int j = 0; j < groups; j++) {
+      const int first = 32 * (backwards ? groups - 1 - j : j), end = std::min(count, first + 32);
+      do {  // a simdgroup goes as far ahead of the others as it can
+        moved = false;
+        for (int i = first; i < end; i++) {
+          current = &fibres[backwards ? first + end - 1 - i : i];
+          if (current->done) continue;
+          swapcontext(&scheduler, &current->context);
+          left -= current->done;
+        }
+        any |= moved;
+      } while (moved);
     }
-    if (!moved) fail("threads wait for others that do not come");
+    if (!any) fail("threads wait for others that do not come");
   }
 }
 }  // namespace

@@ -196,7 +196,7 @@ def test_drawing_gives_a_token_of_positive_probability_at_the_point_and_its_log_
     logits = normal(7, 3, vocabulary, dtype=dtype, scale=3.0)
     logits[1, ::3] = -mx.inf  # a probability of exactly 0
     logits[2, : vocabulary - 2] = -mx.inf  # all of it in the tail
-    state, uniform = mx.array([1, 2, 0, 1, 2, 0]), mx.array([0.43, 0.99999994, 0.0, 0.0, 0.2, 0.9])
+    state, uniform = mx.array([1, 2, 0, 1, 2, 0, 1]), mx.array([0.43, 0.99999994, 0.0, 0.0, 0.2, 0.9, 1.0])
     if vocabulary > 10_000:
         logits, state, uniform = logits[1:], state[:2] - 1, uniform[:2]
     tokens, logprobs, entropy = (np.array(a) for a in metal.draw(logits, state, uniform, temperature))
@@ -209,7 +209,13 @@ def test_drawing_gives_a_token_of_positive_probability_at_the_point_and_its_log_
     assert (upto[rows, tokens] - p[rows, tokens] <= np.array(uniform) + 1e-6).all()
     np.testing.assert_allclose(logprobs, np.log(p[rows, tokens]), atol=1e-5)
     np.testing.assert_allclose(entropy, -(p * np.log(np.maximum(p, 1e-300))).sum(axis=-1), atol=1e-5)
-    np.testing.assert_array_equal(tokens, np.array(draw(logits, state, uniform, temperature).tokens))
+    below = np.array(uniform) < 1  # at 1 the running sum exceeds the point nowhere, as rounding may leave it
+    np.testing.assert_array_equal(tokens[below], np.array(draw(logits, state, uniform, temperature).tokens)[below])
+
+
+def test_drawing_at_a_point_between_two_tokens_gives_the_second():
+    uniform = mx.array([0.0, 0.25, 0.5, 0.875])
+    assert metal.draw(mx.zeros((1, 8)), mx.zeros(4, mx.int32), uniform, 1.0)[0].tolist() == [0, 2, 4, 7]
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
@@ -246,6 +252,11 @@ def test_what_the_kernels_do_not_support_is_refused(monkeypatch):
         ("out[i + 1] = x[i];", "heap-buffer-overflow"),
         ("out[i] = x[i - 1];", "heap-buffer-overflow"),
         ("threadgroup float all[64]; all[i] = x[i]; out[i] = all[63 - i];", "order of the threads"),  # no barrier
+        (  # no barrier after the reading
+            "threadgroup float all[1]; if (i == 0) all[0] = 1; threadgroup_barrier(metal::mem_flags::mem_threadgroup); "
+            "out[i] = metal::simd_sum(all[0]); if (i == 0) all[0] = 2;",
+            "order of the threads",
+        ),
         ("threadgroup float all[32]; all[i] = x[i];", "out of bounds"),
         ("threadgroup float all[9000]; all[i] = x[i];", "32 KB"),
         ("if (i < 40) out[i] = metal::simd_sum(x[i]);", "do not come"),

@@ -25,7 +25,7 @@ from .blas import blas_threads
 from .decode.compiled_steps import Steps
 from .decode.decoder import decode
 from .decode.folded_weights import copies, folded
-from .kernels import cuda, exponentials, gathers
+from .kernels import exponentials, gathers, masks
 from .kernels.patching import patched
 from .read.bounds import Bounds
 from .score.micro_batches import Gradients, Objective, logprobs_of, micro_batches
@@ -88,8 +88,8 @@ class MLXEngine:
         rows = [p for p in read for _ in range(n)]
         with patched(self.model, exponentials.patches()):
             model = folded(self.model, min(len(rows), self.decode_rows)) if self.copies else self.model
-            if self._steps is None and cuda.is_default():
-                self._steps = Steps(self.model, compiled=self.compiled, share=True)
+            if self._steps is None and mx.default_device() == mx.Device(mx.gpu):
+                self._steps = Steps.chosen(self.model, self.compiled)
             flat = decode(model, rows, sampling, self.stop, self.decode_rows, steps=self._steps)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
 
@@ -238,7 +238,7 @@ class MLXEngine:
 
 def _patches() -> Mapping[str, Callable[..., Any]]:
     """Return the functions that replace mlx-lm's in passes over whole batches."""
-    return {**exponentials.patches(), **cuda.patches(), **gathers.patches()}
+    return {**exponentials.patches(), **masks.patches(), **gathers.patches()}
 
 
 @dataclass(frozen=True, repr=False)

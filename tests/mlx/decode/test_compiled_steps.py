@@ -1,5 +1,7 @@
 """Compiled decoding steps of one shape give the completions of the plain loop, whatever happens to their rows."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -16,7 +18,9 @@ from textpolicy.engine import Sampling
 from textpolicy.mlx.decode import compiled_steps
 from textpolicy.mlx.decode.compiled_steps import Steps
 from textpolicy.mlx.decode.decoder import decode
+from textpolicy.mlx.kernels import operations
 from textpolicy.mlx.kernels.fused_linear import View
+from textpolicy.mlx.read.context import PromptTree
 
 LONG = [prompt for prompt in PROMPTS if len(prompt) > 1]  # a prompt of one token leaves nothing to continue
 
@@ -25,34 +29,47 @@ def assert_same(ours, expected):
     assert_close(ours, expected, atol=1e-4)  # other products round otherwise; the plain loop is as far from float64
 
 
+def device(**changes):
+    """What stands for the kernels of a device: MLX's operations, called as a device's kernels are."""
+
+    def add_lora(y, b, widths):
+        return operations.add_lora(y, operations.spread(mx.split(b, np.cumsum(widths)[:-1].tolist(), axis=1)), widths)
+
+    ours = {"HEAD_SIZES": (), "add_lora": add_lora, "can_attend": lambda *arrays: False, "is_default": lambda: True}
+    return SimpleNamespace(**{**vars(operations), **ours, **changes})
+
+
 def both(model, sampling, max_rows, **settings):
     """Return the completions of compiled steps, and those of the plain loop."""
-    steps = Steps(model, **{"compiled": True, "share": False, **settings})
+    steps = Steps(model, **{"compiled": True, **settings})
     ours = decode(model, LONG, sampling, STOP, max_rows, steps=steps)
     return ours, decode(model, LONG, sampling, STOP, 100)
 
 
-@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("recent", [0, 3, 32])
 @pytest.mark.parametrize("max_rows", [1, 3, 7, 100])
-def test_rows_that_enter_or_leave_change_no_completion(tiny_engine, max_rows, share):
-    ours, expected = both(tiny_engine.model, Sampling(max_tokens=24, seed=3), max_rows, share=share)
+def test_rows_that_enter_or_leave_change_no_completion(tiny_engine, max_rows, recent, monkeypatch):
+    monkeypatch.setattr(compiled_steps, "_RECENT", recent)
+    kernels = operations if recent else device()
+    ours, expected = both(tiny_engine.model, Sampling(max_tokens=24, seed=3), max_rows, kernels=kernels)
     lengths = [len(c.tokens) for c in expected]
     assert min(lengths) < max(lengths)
     assert_same(ours, expected)
 
 
-@pytest.mark.parametrize("share", [False, True])
-def test_rows_outgrow_their_slots(tiny_engine, share, monkeypatch):
+@pytest.mark.parametrize("recent", [0, 1, 4, 16])
+def test_rows_outgrow_their_slots(tiny_engine, recent, monkeypatch):
+    monkeypatch.setattr(compiled_steps, "_RECENT", recent)
     monkeypatch.setitem(compiled_steps._ROOM, mx.default_device().type, 8)
     sampling = Sampling(max_tokens=40, seed=5)
-    steps = Steps(tiny_engine.model, compiled=True, share=share)
+    steps = Steps(tiny_engine.model, compiled=True, kernels=operations if recent else device())
     ours = decode(tiny_engine.model, LONG, sampling, np.array([0]), 5, steps=steps)
     assert max(len(c.tokens) for c in ours) == 40
     assert_same(ours, decode(tiny_engine.model, LONG, sampling, np.array([0]), 100))
 
 
 def test_computing_ahead_changes_no_completion(tiny_engine):
-    steps = Steps(tiny_engine.model, compiled=True, share=True)
+    steps = Steps(tiny_engine.model, compiled=True)
     sampling = Sampling(max_tokens=24, seed=9)
     ours = decode(tiny_engine.model, LONG, sampling, STOP, 5, ahead=True, steps=steps)
     assert_same(ours, decode(tiny_engine.model, LONG, sampling, STOP, 100))
@@ -64,7 +81,7 @@ def test_every_sampling_setting_gives_the_completions_of_the_plain_loop(tiny_eng
 
 
 def test_prompts_of_one_token_use_the_plain_loop(tiny_engine):
-    steps = Steps(tiny_engine.model, compiled=True, share=False)
+    steps = Steps(tiny_engine.model, compiled=True)
     sampling = Sampling(max_tokens=12, seed=3)
     ours = decode(tiny_engine.model, PROMPTS, sampling, STOP, 5, steps=steps)
     assert_same(ours, decode(tiny_engine.model, PROMPTS, sampling, STOP, 100))
@@ -72,7 +89,7 @@ def test_prompts_of_one_token_use_the_plain_loop(tiny_engine):
 
 def test_a_step_of_training_is_seen_by_functions_compiled_before_it(tiny_engine):
     model, sampling = tiny_engine.model, Sampling(max_tokens=12, seed=3)
-    steps = Steps(model, compiled=True, share=False)
+    steps = Steps(model, compiled=True)
     before = decode(model, LONG, sampling, STOP, 100, steps=steps)
     compiled = len(steps.known)
     for layer in model.modules():
@@ -89,7 +106,7 @@ def test_a_step_of_training_is_seen_by_functions_compiled_before_it(tiny_engine)
 def test_fully_trained_weights_are_read_again(tiny_engine):
     model, sampling = tiny_engine.model, Sampling(max_tokens=12, seed=3)
     model.unfreeze()
-    steps = Steps(model, compiled=True, share=True)
+    steps = Steps(model, compiled=True)
     decode(model, LONG, sampling, STOP, 100, steps=steps)
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
@@ -99,20 +116,20 @@ def test_fully_trained_weights_are_read_again(tiny_engine):
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_every_kind_of_adapter_gives_the_completions_of_the_plain_loop(kind):
-    assert_same(*both(adapter_of_kind(kind), Sampling(max_tokens=12, seed=3), 5, share=True))
+    assert_same(*both(adapter_of_kind(kind), Sampling(max_tokens=12, seed=3), 5))
 
 
 def test_a_model_that_leaves_a_running_state_unused_takes_the_plain_loop(monkeypatch):
     model = adapted("lfm2")
     caches = [KVCache if layer.is_attention_layer else lambda: ArraysCache(size=2) for layer in model.layers]
     monkeypatch.setattr(type(model), "make_cache", lambda self: [make() for make in caches])
-    assert decoding_error(model, 4, Steps(model, compiled=True, share=False)) < 1e-4
+    assert decoding_error(model, 4, Steps(model, compiled=True)) < 1e-4
 
 
 def test_layers_of_a_quantised_base_are_fused():
     model = adapted("llama", hidden_size=64, intermediate_size=128)
     nn.quantize(model, group_size=32, bits=8, class_predicate=lambda path, _: path.endswith(".linear"))
-    steps = Steps(model, compiled=True, share=False)
+    steps = Steps(model, compiled=True)
     assert any(len(group.layers) == 3 for group in steps.view.groups)
     assert decoding_error(model, 4, steps) < 1e-4
 
@@ -138,4 +155,59 @@ def test_a_slot_too_many_seen_shows_in_the_logprobs(name, monkeypatch):
 
     monkeypatch.setattr(compiled_steps._Slots, "make_mask", shifted)
     model = adapted(name)
-    assert decoding_error(model, 4, Steps(model, compiled=False, share=True)) > 1e-3
+    assert decoding_error(model, 4, Steps(model, compiled=False)) > 1e-3
+
+
+def test_prompts_whose_completions_have_ended_are_let_go(tiny_engine):
+    steps = Steps(tiny_engine.model, compiled=False)
+    steps.refresh()
+    prompts = [np.arange(1, n + 2) for n in range(1, 9) for _ in range(3)]
+    rows = steps.begin(PromptTree.build(prompts), np.arange(24))
+    assert rows.prompts == 8
+    kept = np.array([4, 18, 20])
+    fewer = rows.only(kept)
+    assert fewer.prompts == 2
+    uniform = mx.full((24,), 0.3)
+    whole, _ = steps(rows, uniform, Sampling(8))
+    part, _ = steps(fewer, uniform[:3], Sampling(8))
+    np.testing.assert_array_equal(np.array(part.tokens), np.array(whole.tokens)[kept])
+    np.testing.assert_allclose(np.array(part.logprobs), np.array(whole.logprobs)[kept], atol=1e-5)
+
+
+class TestKernelsOfTheDevice:
+    """Kernels are taken where they serve every layer and draw what MLX's operations draw."""
+
+    @pytest.fixture
+    def ours(self, monkeypatch):
+        """The kernels of a device, which draw ``off`` nats beside what they should."""
+        ours, original = device(off=0.0, in_place=True), Steps._tried
+
+        def tried(steps, forced=None):
+            drawn, _ = original(steps, forced)
+            off = ours.off if steps.kernels is ours else 0.0
+            return [drawn[0], drawn[1] + off, drawn[2]], ours.in_place
+
+        monkeypatch.setattr(compiled_steps, "metal", ours)
+        monkeypatch.setattr(Steps, "_tried", tried)
+        return ours
+
+    def test_right_ones_are_taken(self, tiny_engine, ours):
+        assert Steps.chosen(tiny_engine.model, compiled=True).kernels is ours
+
+    def test_wrong_ones_are_not_and_a_line_says_so(self, tiny_engine, ours, caplog):
+        ours.off = 0.2
+        assert Steps.chosen(tiny_engine.model, compiled=True).kernels is operations
+        assert "differ from MLX's operations by 0.2 nats; decoding goes on" in caplog.text
+
+    def test_broken_ones_are_not_and_a_line_says_so(self, tiny_engine, ours, caplog):
+        def broken(*arguments):
+            raise RuntimeError("[metal::Device] Unable to build metal library")
+
+        ours.add_lora = broken
+        assert Steps.chosen(tiny_engine.model, compiled=True).kernels is operations
+        assert "failed: [metal::Device] Unable to build metal library" in caplog.text
+
+    def test_those_that_do_not_serve_every_layer_are_not(self, tiny_engine, ours, caplog):
+        ours.in_place = False
+        assert Steps.chosen(tiny_engine.model, compiled=True).kernels is operations
+        assert not caplog.text

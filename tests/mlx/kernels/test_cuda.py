@@ -13,7 +13,7 @@ from textpolicy.mlx.adapters.merging import attach_lora
 from textpolicy.mlx.decode.compiled_steps import StaticRows, Steps
 from textpolicy.mlx.decode.sampling import draw
 from textpolicy.mlx.kernels import cuda
-from textpolicy.mlx.kernels.cuda import SharedMasks
+from textpolicy.mlx.kernels.masks import SharedMasks
 from textpolicy.mlx.read.context import PromptTree
 
 pytestmark = pytest.mark.skipif(not cuda.is_default(), reason="needs an NVIDIA GPU and MLX's CUDA backend")
@@ -137,7 +137,7 @@ def test_the_gate_is_multiplied_with_the_up_projection(width):
 def test_blocks_of_few_kernels_draw_what_the_model_draws(kind):
     model = small(kind)
     prompts = [p for p in np.random.default_rng(0).integers(0, 1000, (3, 9)) for _ in range(5)]
-    fused, plain = (Steps(model, compiled=True, share=True) for _ in range(2))
+    fused, plain = (Steps(model, compiled=True) for _ in range(2))
     assert len(fused.blocks) == 2
     plain.blocks = ()
     tree = PromptTree.build(prompts)

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from textpolicy.mlx.kernels.cuda import SharedMasks
+from textpolicy.mlx.kernels.masks import SharedMasks
 
 
 def inputs(dtype, rows=2, heads=4, kv_heads=2, queries=8, keys=11, size=16):

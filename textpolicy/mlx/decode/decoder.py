@@ -170,12 +170,9 @@ class _Decoder:
         for row in rows:
             self.random[row] = uniforms(self.sampling.seed, int(row), self.sampling.max_tokens)
         tree = PromptTree.build([self.prompts[row] for row in rows.tolist()])
-        new: Any
-        read = None if self.steps is None else self.steps.read(tree)
-        if self.steps is not None and read is not None and read.complete:
-            new = StaticRows.begin(read, tree, rows, self.steps.share)
-        else:
-            self.steps = None  # compiled steps take arrays alone
+        new: Any = None if self.steps is None else self.steps.begin(tree, rows)
+        if new is None:
+            self.steps = None
             sources, reads, state = _distinct(tree.parents, tree.last)
             context = tree.read(self.model, spare=min(_SPARE, self.sampling.max_tokens)).fork(sources)
             new = ActiveRows(context, rows, state, mx.array(reads))
@@ -191,7 +188,7 @@ class _Decoder:
         if isinstance(active, StaticRows):
             assert self.steps is not None
             drawn, after = self.steps(active, uniform, self.sampling)
-            return after, drawn, (drawn, after.own)
+            return after, drawn, (drawn, after.own, after.recent)
         logits = active.context.read(self.model, active.reads[:, None])[:, -1]
         state = active.state
         if self.penalty is not None:

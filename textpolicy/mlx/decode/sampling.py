@@ -27,23 +27,23 @@ class Draw(NamedTuple):
 
 
 class Sampler:
-    """The drawing of tokens by the settings of a ``Sampling``: by our kernel on CUDA, else by MLX's operations.
+    """The drawing of tokens by the settings of a ``Sampling``: by the kernel of a device, or by MLX's operations.
 
     ``compiled`` fuses these, once for each shape of the input; None does so on a GPU only.
     """
 
-    def __init__(self, sampling: Sampling, compiled: bool | None = None):
+    def __init__(self, sampling: Sampling, compiled: bool | None = None, kernels: Any = cuda):
         filters = Keep(sampling.top_k, sampling.top_p, sampling.min_p)
         keep = None if filters == Keep() else filters  # None where every token may be drawn
         self._draw: Callable[..., Any] = partial(draw, temperature=sampling.temperature, keep=keep)
         if mx.default_device() == mx.Device(mx.gpu) if compiled is None else compiled:
             self._draw = mx.compile(self._draw)
-        self._temperature = sampling.temperature if cuda.is_default() and keep is None else 0.0  # 0: not by the kernel
+        self._kernels, self._temperature = kernels, sampling.temperature if keep is None else 0.0  # 0: no kernel
 
     def __call__(self, logits: mx.array, state: mx.array, uniform: mx.array) -> Draw:
         """Return a token for each of R rows; row r draws from row ``state[r]`` of the (C, V) ``logits``."""
-        if self._temperature > 0 and logits.shape[-1] % 8 == 0:
-            return Draw(*cuda.draw(logits, state, uniform, self._temperature))
+        if self._temperature > 0 and self._kernels.can_draw(logits):
+            return Draw(*self._kernels.draw(logits, state, uniform, self._temperature))
         return Draw(*self._draw(logits, state, uniform))
 
 

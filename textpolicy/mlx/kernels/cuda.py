@@ -1,4 +1,4 @@
-"""The CUDA kernels for decoding, and attention under boolean masks for scoring and training.
+"""The CUDA kernels for decoding.
 
 The kernels are attention of one query per row, drawing a token, and the operations between two matrix products.
 MLX's own attention plans anew for every length and is slower under a mask; its sampling passes over the logits many
@@ -8,8 +8,8 @@ spends most of its time launching kernels, so LoRA, norm, rotation and residual 
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Any
@@ -23,18 +23,26 @@ HEAD_SIZES = (64, 128)  # LANES divide a warp
 _GROUPS = (4, 3, 2, 1)  # query heads per block of threads; they share their keys
 _TILES = (2, 1)  # rows per block; with four, too few blocks fit a multiprocessor
 _BLOCKS = 256  # with fewer, some of a GPU's multiprocessors are idle
-_KEPT = 4  # masks of a pass: with and without a window, and those of the pass before
 
 
 def is_default() -> bool:
-    """Return whether MLX's default device is an NVIDIA GPU."""
-    return mx.default_device() == mx.Device(mx.gpu) and not mx.metal.is_available()
+    """Return whether MLX's default device is an NVIDIA GPU, and TEXTPOLICY_GENERIC_GPU is not 1.
+
+    With that variable an NVIDIA GPU takes the way of every other GPU: MLX's own operations, without these kernels.
+    """
+    generic = os.environ.get("TEXTPOLICY_GENERIC_GPU") == "1"
+    return not generic and mx.default_device() == mx.Device(mx.gpu) and not mx.metal.is_available()
 
 
 def can_attend(queries: mx.array, values: mx.array) -> bool:
     """Return whether ``attend`` supports these shapes: one query per row, heads of size 64 or 128."""
     size = queries.shape[-1]
     return is_default() and queries.shape[2] == 1 and size in HEAD_SIZES and values.shape[-1] == size
+
+
+def can_draw(logits: mx.array) -> bool:
+    """Return whether ``draw`` supports these logits (C, V): V a multiple of 8."""
+    return is_default() and logits.shape[-1] % 8 == 0
 
 
 def attend(
@@ -216,35 +224,3 @@ def _swiglu_kernel() -> Any:
 def _draw_kernel(temperature: float) -> Any:
     names = ["logits", "state", "uniform"]
     return _kernel("draw", names, ["tokens", "logprobs", "entropy"], DRAW, LOAD, TEMPERATURE=temperature)
-
-
-# ---- attention under boolean masks
-
-
-class SharedMasks:
-    """The attention that replaces mlx-lm's: all layers and heads share one addend to the scores per mask.
-
-    MLX on CUDA would expand a boolean mask for every head of every layer. An instance holds a few masks: use it for a
-    few passes through a model, not for a rollout.
-    """
-
-    def __init__(self) -> None:
-        self.added: OrderedDict[tuple[int, mx.Dtype], tuple[mx.array, mx.array]] = OrderedDict()
-
-    def __call__(
-        self, queries: Any, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: Any = None
-    ) -> mx.array:
-        if isinstance(mask, mx.array) and mask.dtype == mx.bool_ and queries.dtype in (mx.bfloat16, mx.float16):
-            key = (id(mask), queries.dtype)
-            if key not in self.added:
-                addend = mx.where(mask, mx.array(0, queries.dtype), mx.array(-mx.inf, queries.dtype))
-                self.added[key] = (mask, addend)  # holding the mask keeps its id from being reused
-                if len(self.added) > _KEPT:
-                    self.added.popitem(last=False)
-            mask = self.added[key][1]
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
-
-
-def patches() -> Mapping[str, Callable[..., Any]]:
-    """Return the functions that replace mlx-lm's of the same name while a batch is scored or differentiated."""
-    return {"scaled_dot_product_attention": SharedMasks()} if is_default() else {}

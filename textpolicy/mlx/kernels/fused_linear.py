@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
 
 from ..adapters.attach import WRAPPERS, LowRankLinear
-from . import cuda
+from . import operations
 from .patching import StandIn, with_modules
 
 Where = tuple[str | int, ...]  # from the model to a module in it
@@ -26,24 +26,25 @@ _AT_ONCE = 16  # groups whose weights are joined at a time; until that is done t
 class FusedLinear:
     """The linear layers called one after the other with the same input, computed as one.
 
-    With the kernel for it (cuda.py) one product gives all outputs and the LoRAs' x A; the LoRAs' A are then rows below
-    the layers' weights, and each layer's weight is a slice of the joined array. Otherwise A and B each take a product
-    of their own.
+    Where all have LoRAs and float weights, one product gives all outputs and the LoRAs' x A; the LoRAs' A are then
+    rows below the layers' weights, and each layer's weight is a slice of the joined array. Otherwise A and B each
+    take a product of their own.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]):
-        self.layers = layers
+    def __init__(self, layers: Sequence[nn.Module], kernels: Any = operations):
+        self.layers, self.kernels = layers, kernels
         self.widths = [_outputs(layer) for layer in layers]
         self.base = _joined([_base(layer) for layer in layers])
         self.loras = [(i, layer) for i, layer in enumerate(layers) if isinstance(layer, LoRALinear)]
         ranks = {layer.lora_b.shape[0] for _, layer in self.loras}
-        self.by_kernel = (
-            cuda.is_default()
-            and len(self.loras) == len(self.layers)
-            and len(ranks) == 1
+        self.is_joined = (
+            len(self.loras) == len(self.layers)
             and type(self.base) is nn.Linear
             and "bias" not in self.base
-            and all(n % 8 == 0 for n in (*self.widths, len(self.layers) * max(ranks)))
+            and (
+                kernels is operations
+                or (len(ranks) == 1 and all(n % 8 == 0 for n in (*self.widths, len(layers) * max(ranks))))
+            )
         )
         self.arrays: Sequence[mx.array] = ()  # of the LoRAs: [W; A] or A, and B
         self._input: mx.array | None = None
@@ -67,8 +68,8 @@ class FusedLinear:
         return call
 
     def _compute(self, x: mx.array) -> Sequence[mx.array]:
-        if self.arrays and self.by_kernel:
-            return cuda.add_lora(*self.product(x), self.widths)
+        if self.arrays and self.is_joined:
+            return self.kernels.add_lora(*self.product(x), self.widths)
         y = self.base(x)
         if self.arrays:
             a, b = self.arrays
@@ -77,7 +78,7 @@ class FusedLinear:
         return [y[..., end - width : end] for end, width in zip(ends, self.widths, strict=True)]
 
     def product(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Return the kernels' y and b (cuda.py) for ``x`` (N, inputs)."""
+        """Return the y and b of ``kernels`` for ``x`` (N, inputs)."""
         whole, b = self.arrays
         return x @ whole.T, b
 
@@ -85,21 +86,18 @@ class FusedLinear:
         """Return the LoRAs' current arrays in ``dtype``, the type the model computes in; [] without LoRAs."""
         if not self.loras:
             return []
-        starts = [0, *accumulate(self.widths)]
         a = mx.concatenate([layer.lora_a for _, layer in self.loras], axis=1).astype(dtype)
-        if self.by_kernel:  # one array holds the weights of all layers and A below; each layer's weight is a slice
-            whole = mx.concatenate([self.base.weight[: sum(self.widths)], a.T])
-            self.base = copy(self.base)
-            self.base.weight = whole
-            for layer, start, width in zip(self.layers, starts, self.widths, strict=False):
-                _base(layer).weight = whole[start : start + width]
-            return [whole, mx.concatenate([m.scale * m.lora_b for _, m in self.loras], axis=1).astype(dtype)]
-        # Each layer's B times its scale, at the layer's own ranks and outputs; zero elsewhere.
-        ranks = [layer.lora_b.shape[0] for _, layer in self.loras]
-        b = mx.zeros((sum(ranks), sum(self.widths)))
-        for (i, layer), rank, low in zip(self.loras, ranks, [0, *accumulate(ranks)], strict=False):
-            b[low : low + rank, starts[i] : starts[i + 1]] = layer.scale * layer.lora_b
-        return [a, b.astype(dtype)]
+        scaled = {i: (layer.scale * layer.lora_b).astype(dtype) for i, layer in self.loras}
+        bs = [scaled.get(i, mx.zeros((0, width), dtype)) for i, width in enumerate(self.widths)]
+        if not self.is_joined:
+            return [a, operations.spread(bs)]
+        # one array holds the weights of all layers and A below; each layer's weight is a slice
+        whole = mx.concatenate([self.base.weight[: sum(self.widths)], a.T])
+        self.base = copy(self.base)
+        self.base.weight = whole
+        for layer, width, end in zip(self.layers, self.widths, accumulate(self.widths), strict=True):
+            _base(layer).weight = whole[end - width : end]
+        return [whole, operations.spread(bs) if self.kernels is operations else mx.concatenate(bs, axis=1)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,7 +109,7 @@ class View:
     consumed: frozenset[str]  # names of the trained parameters that ``adapters`` holds
 
     @classmethod
-    def of(cls, model: nn.Module) -> View:
+    def of(cls, model: nn.Module, kernels: Any = operations) -> View:
         """Return the view of ``model``, found by a pass over one token.
 
         Joined weights replace those of the layers, which become slices of them.
@@ -121,7 +119,7 @@ class View:
             for group in _groups(model)
             if not any(tree_flatten(_base(layer).trainable_parameters()) for _, layer in group)
         ]
-        fused = [FusedLinear([layer for _, layer in group]) for group in groups]
+        fused = [FusedLinear([layer for _, layer in group], kernels) for group in groups]
         places = {where: (t, i) for t, group in zip(fused, groups, strict=True) for i, (where, _) in enumerate(group)}
 
         def stand_in(where: Where, module: nn.Module) -> Any:

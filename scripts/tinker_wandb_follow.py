@@ -39,15 +39,26 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tinker_wandb_follow: {error}", file=sys.stderr)
         return 2
     name = asked.run_name or asked.metrics_path.absolute().parent.name
-    with wandb.init(project=asked.project, entity=asked.entity, name=name, group=asked.group) as run:
-        run.define_metric("tinker/step")
-        run.define_metric("tinker/*", step_metric="tinker/step")
-        follower = Follower(asked.metrics_path)
-        if asked.no_follow:
-            count = log_new(follower, run.log)
-        else:
-            count = follow(follower, run.log, asked.poll_seconds, asked.idle_timeout_seconds)
-    print(f"{count} steps logged")
+    try:
+        begun = wandb.init(project=asked.project, entity=asked.entity, name=name, group=asked.group)
+    except Exception as error:  # noqa: BLE001 - of wandb's settings, its service or its server
+        reason = " ".join(str(error).split())
+        advice = "log in with 'wandb login', or set WANDB_MODE=offline"
+        print(f"tinker_wandb_follow: wandb cannot start a run ({reason}); {advice}", file=sys.stderr)
+        return 2
+    follower = Follower(asked.metrics_path)
+    try:
+        with begun as run:
+            run.define_metric("tinker/step")
+            run.define_metric("tinker/*", step_metric="tinker/step")
+            if asked.no_follow:
+                log_new(follower, run.log)
+            else:
+                follow(follower, run.log, asked.poll_seconds, asked.idle_timeout_seconds)
+    except KeyboardInterrupt:
+        print(f"tinker_wandb_follow: stopped by Ctrl-C, {len(follower.steps)} steps logged", file=sys.stderr)
+        return 130
+    print(f"{len(follower.steps)} steps logged")
     return 0
 
 

@@ -137,12 +137,15 @@ class Run:
         self.best: Any = None  # the engine's weights, at their best on the validation problems
         self.best_files: Path | None = None  # the same in a checkpoint; None as long as none has them
         self.started = self.trained = time.perf_counter()  # of the run and of training, as if never interrupted
-        self.metrics = MetricsFile(folder / layout.METRICS, checkpoint.state["metrics_bytes"] if checkpoint else 0)
+        path, kept = folder / layout.METRICS, checkpoint.state["metrics_bytes"] if checkpoint else 0
+        before = path.read_bytes() if parts.config.tracking.to and path.is_file() else b""  # what trackers were sent
+        self.metrics = MetricsFile(path, kept)
         layout.drop_from(folder, self.done)
         config = parts.config
         self.view = RunView(parts.schedule.steps, quiet=config.quiet, log=folder / layout.LOG)
         self.recorder = Recorder(folder, parts.splits["train"].pieces)
-        self.sinks = Sinks([self.recorder, *open_trackers(config, folder), *sinks, self.view])
+        self.trackers = open_trackers(config, folder, before, kept)
+        self.sinks = Sinks([self.recorder, *self.trackers, *sinks, self.view])
 
     def begin(self, before: Evaluation | None, started: float, plan: Plan | None) -> Path:
         """Train from the start: ``before`` is the test evaluation, ``started`` its time, ``plan`` what fits."""
@@ -198,7 +201,12 @@ class Run:
         """Hold the run's files, view and signals; after an error that does not say so itself, print how to resume."""
         try:
             with resumable_errors(self.folder), self.view, closing(self.metrics), closing(self.sinks), self.signal:
-                yield
+                try:
+                    yield
+                except BaseException as error:
+                    for tracker in self.trackers:
+                        tracker.exit_code = error.exit_code if isinstance(error, StoppedError) else 1
+                    raise
         except TextPolicyError as error:
             if self.saved is not None and how_to_resume(self.folder) not in str(error):
                 self.view.print(f"checkpoint of step {self.saved} kept; resume with: {how_to_resume(self.folder)}")

@@ -49,7 +49,7 @@ def tiny_run(monkeypatch, tmp_path):
         engine = make_tiny_engine(vocabulary=16), Numbers()
         monkeypatch.setattr("textpolicy.run.assembly.build_engine", lambda config, recipe: engine)
         kept = Kept()
-        monkeypatch.setattr(runs, "open_trackers", lambda config, folder: [kept])
+        monkeypatch.setattr(runs, "open_trackers", lambda config, folder, before, kept_bytes: [kept])
         small = {"rollout": {"prompts_per_step": 2, "group_size": 4, "max_tokens": 3}, "optimizer": {"warmup_steps": 1}}
         runs.run(Config(task="tiny", steps=2, output=tmp_path / "run", evaluation={"every": 1}, **small))
         return kept

@@ -14,9 +14,10 @@ import pytest
 from textpolicy.cli.main import main
 from textpolicy.config.settings import Config, check_config
 from textpolicy.errors import MissingDependencyError, UserError
+from textpolicy.record import trackers
 from textpolicy.record.reader import flat
 from textpolicy.record.trackers import open_trackers, require
-from textpolicy.record.trackers.tracker import Tracker
+from textpolicy.record.trackers.tracker import Opened, Tracker
 
 WHY = "installed by pip install 'textpolicy[trackers]'"
 NAMES = ("tensorboard", "wandb", "trackio", "mlflow")
@@ -39,14 +40,17 @@ def track(tracker, folder, **settings):
 
 def test_every_tracker_gets_the_same_names():
     sent = []
-    tracker = Tracker(lambda step, metrics: sent.append((step, metrics)), list)
+    tracker = Tracker("any", lambda step, metrics: sent.append((step, metrics)), sent.append)
     tracker.step(3, {"step": 3, "loss": 0.5}, [])
-    row = {"kind": "eval_sampled", "step": 2, "split": "validation", "avg@4": 0.5, "samples": 4}
+    row = {"kind": "eval_sampled", "step": 2, "split": "validation", "avg@4": 0.5, "samples": 4, "solved": "0101"}
     tracker.evaluated(2, "validation", row, [])
     assert sent == [
         (3, {"train/loss": 0.5}),
         (2, {"validation/avg_at_4": 0.5, "validation/samples": 4.0}),
     ]
+    tracker.exit_code = 130
+    tracker.close()
+    assert sent[2:] == [130]
     assert flat({"a": {"b": {"c": 1}}, "d": [2]}) == {"a.b.c": 1, "d": [2]}
 
 
@@ -228,7 +232,137 @@ def test_a_server_that_is_gone_does_not_end_the_run(tmp_path, monkeypatch, caplo
     sink.step(1, {"loss": 1.0}, [])
     sink.close()
     assert len(calls) == 1
-    assert "MLflow gets no more metrics of this run, which are in its folder: no answer" in caplog.text
+    assert "mlflow gets no more metrics of this run, which are in its folder: no answer" in caplog.text
+
+
+def row(n):
+    """Row n of a run that evaluates after every second step."""
+    step, evaluated = divmod(n, 3)
+    if evaluated == 2:
+        return {"kind": "eval", "split": "validation", "step": 2 * step + 2, "accuracy": n / 100, "solved": "01"}
+    return {"kind": "train", "step": 2 * step + evaluated, "loss": n / 10}
+
+
+LINES = [json.dumps(row(n)).encode() + b"\n" for n in range(30)]
+
+
+@pytest.mark.parametrize("held", [None, 0, 3, 12, 20])
+def test_a_resumed_run_sends_every_row_once_whatever_the_tracker_has(held, tmp_path, monkeypatch):
+    """Twenty rows were written, the tracker has the first ``held``, and the run goes on after the tenth."""
+    sent, marks = [row(n)["step"] for n in range(20 if held is None else held)], []
+
+    def reopened(name, config, folder, mark):
+        marks.append(mark)
+        return Opened("id", held if mark else 0, lambda step, metrics: sent.append(step), lambda code: None)
+
+    monkeypatch.setattr(trackers, "_open", reopened)
+    config = Config(tracking={"to": ["mlflow"]})
+    open_trackers(config, tmp_path)
+    [tracker] = open_trackers(config, tmp_path, b"".join(LINES[:20]) + b'{"kind": "tra', len(b"".join(LINES[:10])))
+    for n in range(10, 30):
+        tracker.send(row(n))
+    assert sent == [row(n)["step"] for n in range(30)]
+    assert marks == [None, "id"]
+
+
+def test_a_metrics_file_that_is_damaged_after_its_checkpoint_does_not_keep_a_tracker_from_opening(tmp_path):
+    before = LINES[0] + b"\xff\xfe\n[1]\n7\n{}\n" + LINES[1]
+    assert [row["step"] for row in trackers._rows(before)] == [0, 1]
+
+
+def test_whatever_a_library_raises_at_the_start_is_one_sentence(tmp_path, monkeypatch):
+    for error in (OSError("no\nroute"), RuntimeError(""), KeyError("x"), ConnectionRefusedError(111, "refused")):
+
+        def start(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(trackers, "_open", start)
+        for name, advice in (("mlflow", "correct tracking.uri"), ("trackio", "leave trackio out of tracking.to")):
+            with pytest.raises(UserError, match=rf"^{name} cannot start a run \(\S.*\); .*{advice}") as caught:
+                open_trackers(Config(tracking={"to": [name]}), tmp_path)
+            assert "\n" not in str(caught.value)
+
+
+CUT = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_trackers import LINES, row
+from textpolicy.config.settings import Config
+from textpolicy.record.trackers import open_trackers
+
+folder = Path({folder!r})
+config = Config(tracking={{"to": [{tracker!r}], "project": "demo", "offline": True}})
+folder.mkdir(exist_ok=True)
+before = (folder / "metrics.jsonl").read_bytes() if (folder / "metrics.jsonl").exists() else b""
+kept = {kept}
+[sink] = open_trackers(config, folder, before, sum(map(len, LINES[:kept])))
+with (folder / "metrics.jsonl").open("wb") as file:
+    file.write(b"".join(LINES[:kept]))
+    for n in range(kept, {end}):
+        sink.send(row(n))
+        file.write(LINES[n])
+        file.flush()
+if {code} == 9:
+    os._exit(9)  # as kill -9 ends a process
+sink.exit_code = {code}
+sink.close()
+"""
+
+
+def steps_of_tensorboard(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [event.step for event in events.Scalars("train/loss")]
+
+
+def steps_of_wandb(folder):
+    from textpolicy.record.trackers.weights_and_biases import _records
+
+    assert len({path.name.rsplit("-", 1)[1] for path in folder.glob("wandb/offline-run-*")}) == 1
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    records = [Record.FromString(data) for path in files for data in _records(path.read_bytes())]
+    assert [r.exit.exit_code for r in records if r.WhichOneof("record_type") == "exit"] == [1, 0]
+    rows = wandb_history(records)
+    return [row["step"] for row in rows if "train/loss" in row]
+
+
+def steps_of_trackio(folder):
+    from trackio.sqlite_storage import SQLiteStorage
+
+    assert len(SQLiteStorage.get_run_records("demo")) == 1
+    return [row["step"] for row in SQLiteStorage.get_logs("demo", "run") if "train/loss" in row]
+
+
+def steps_of_mlflow(folder):
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient((folder / "mlflow").as_uri())
+    [run] = client.search_runs([client.get_experiment_by_name("demo").experiment_id])
+    assert run.info.status == "FINISHED"
+    return [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_that_is_killed_fails_and_ends_is_one_run_with_every_step_once(name, tmp_path, monkeypatch):
+    pytest.importorskip(name, reason=WHY)
+    folder, about = tmp_path / "run", {"tests": str(Path(__file__).parent), "tracker": name}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    apart = {**kept, "WANDB_SILENT": "true", "WANDB_CONSOLE": "off", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    for first, end, code in ((0, 14, 9), (10, 20, 9), (13, 25, 1), (19, 30, 0)):
+        script = CUT.format(**about, folder=str(folder), kept=first, end=end, code=code)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=apart)
+        assert done.returncode == (9 if code == 9 else 0), done.stderr
+    read = (
+        f"import sys; sys.path.insert(0, {about['tests']!r}); import test_trackers as t; from pathlib import Path\n"
+        f"print('read:', t.steps_of_{name}(Path({str(folder)!r})))"
+    )
+    done = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True, timeout=120, env=apart)
+    assert f"read: {list(range(20))}" in done.stdout, done.stderr
 
 
 def test_the_settings_on_the_page_are_settings():

@@ -107,6 +107,17 @@ def test_the_script_lists_the_documented_flags():
     assert run().returncode == 2
 
 
+def test_a_wandb_that_refuses_is_one_sentence_of_the_script(metrics, tmp_path):
+    (tmp_path / "wandb.py").write_text("def init(**about):\n    raise ValueError('No API key\\nconfigured.')\n")
+    folders = os.pathsep.join([str(tmp_path), *sys.path])
+    done = run(f"--metrics-path={metrics}", "--no-follow", PYTHONPATH=folders)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "tinker_wandb_follow: wandb cannot start a run (No API key configured.); log in with 'wandb login', or set "
+        "WANDB_MODE=offline\n"
+    )
+
+
 def test_the_script_logs_to_an_offline_run(metrics, tmp_path):
     pytest.importorskip("wandb", reason="installed by pip install 'textpolicy[trackers]'")
     from test_trackers import wandb_history, wandb_records

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from textpolicy.campaign.plan import flags_of, jobs_of, planned, write_plan
+from textpolicy.campaign.plan import jobs_of, planned, write_plan
 from textpolicy.campaign.settings import check_campaign, read_campaign
 from textpolicy.cli.main import main
 from textpolicy.config.flags import parse
-from textpolicy.config.settings import Config, check_config, merged
+from textpolicy.config.settings import Config, check_config, merged, read_values
 from textpolicy.errors import UserError
 
 ARMS = {"grpo": {"algorithm": {"name": "grpo"}}, "full": {"algorithm": {"name": "full", "hicra_alpha": 0.3}}}
@@ -56,16 +56,85 @@ def test_arms_differ_in_their_overrides_alone(tmp_path):
     assert (grpo.seed, grpo.steps, grpo.optimizer.learning_rate) == (3, 5, 1e-4)
 
 
-def test_flags_parse_to_the_same_settings():
-    values = {
-        "model": "a folder/with spaces",
-        "steps": 5,
-        "algorithm": {"name": "grpo", "clip_high": 0.25, "kl": {"coefficient": 0.1, "importance_weighted": False}},
-        "adapter": {"modules": ["q_proj", "v_proj"], "rank_stabilised": True},
-        "optimizer": {"learning_rate": 3e-05},
-        "prompt": {"template_args": {"enable_thinking": False, "voice": "a, b = c"}, "day": date(2026, 2, 3)},
-    }
-    assert parse(Config, flags_of(values), "train") == check_config(values, "here")
+HOSTILE = {
+    "an empty list": {"tracking": {"to": []}, "adapter": {"modules": []}},
+    "words that look like others": {"model": "1e5", "task": "none", "tracking": {"name": "true", "project": "[]"}},
+    "signs": {"model": "a, b = [c] {d} \"e\" 'f' \\g #h --i @j ~/k s3:l", "task": "-"},
+    "lines": {"tracking": {"name": "one\ntwo\r\n\tthree\x01\x1f\x7f\u2028\ufeff \U0001f600 \u00fc"}},
+    "no text": {"tracking": {"name": "", "project": " "}},
+    "lists of words": {"adapter": {"modules": ["q_proj", "v,proj", "[1]", "None"]}},
+    "numbers": {"optimizer": {"learning_rate": 1e-300, "weight_decay": 0.1 + 0.2}, "rollout": {"temperature": 1}},
+    "switches": {"adapter": {"rank_stabilised": True}, "algorithm": {"name": "grpo", "mask_truncated": False}},
+    "tables": {"prompt": {"template_args": {"enable_thinking": False, "a b.c": ["x", 1, {"y": "z"}], "": {}}}},
+    "dates": {"prompt": {"day": date(2026, 2, 3), "template_args": {"at": "2026-02-03"}}},
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_is_planned_is_what_a_run_reads(name, tmp_path):
+    """Also from the manifest, and as `textpolicy train FILE` reads it."""
+    settings = campaign(base=HOSTILE[name])
+    write_plan(settings, root := tmp_path / "c")
+    assert planned(root) == check_campaign(json.loads(settings.model_dump_json()), "here")
+    for job in jobs_of(planned(root), root):
+        wanted = settings.config(job.arm, job.seed).model_copy(update={"output": job.folder})
+        [path] = job.words[2:]
+        values = read_values(Path(path))
+        assert check_config(values, path) == parse(Config, [], "train", **values) == wanted
+
+
+@pytest.mark.parametrize("value", [None, 7, [], {}, "", -1.5, True])
+@pytest.mark.parametrize("key", ["settings", "created_at", "runs", "seeds"])
+def test_a_manifest_with_another_value_ends_in_words_or_works(key, value, tmp_path, capsys):
+    write_plan(campaign(), tmp_path / "c")
+    path = tmp_path / "c" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    assert main(["campaign", "status", str(tmp_path / "c")]) == (2 if key == "settings" else 0)
+    assert main(["campaign", "plan", str(tmp_path / "c")]) == (2 if key == "settings" else 0)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "progress.jsonl"])
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"{", b"null\n", b"[]\n", b'{"arm": 1}\n', b"\xff\xfe\n", b"[" * 5000 + b"\n", b'{"seed": "x"}\n\n', None],
+)
+def test_damaged_files_of_a_campaign_are_one_sentence(name, damage, tmp_path, capsys):
+    write_plan(campaign(), root := tmp_path / "c")
+    (root / name).unlink(missing_ok=True)
+    (root / name).mkdir() if damage is None else (root / name).write_bytes(damage)
+    fine = name == "progress.jsonl" and damage in (b"", b"{")  # as a kill leaves it
+    for word in ("status", "analyze", "report", "plan", "run"):
+        if word == "run" and fine:
+            continue
+        code = main(["campaign", word, str(root)])
+        said = capsys.readouterr().err
+        assert code == (0 if fine and word in ("status", "plan") else 2)
+        assert code == 0 or len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("place", ["file/x", "file", "closed/x", "a\0b"])
+def test_a_campaign_in_a_folder_that_cannot_be_made_is_one_sentence(place, file, monkeypatch, capsys):
+    monkeypatch.chdir(file.parent)
+    Path("file").write_text("")
+    Path("closed").mkdir(mode=0o500)
+    if place == "closed/x" and os.access("closed", os.W_OK):
+        monkeypatch.setattr(Path, "mkdir", denied)
+    for word in ("plan", "run"):
+        assert main(["campaign", word, str(file), f"--output={place}"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def denied(path, *_, **__):
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+@pytest.mark.parametrize("command", ["status", "analyze", "report"])
+def test_each_command_describes_itself(command, capsys):
+    with pytest.raises(SystemExit):
+        main(["campaign", command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert {"status": "Print which runs", "analyze": "print the verdict", "report": "Markdown"}[command] in text
 
 
 def test_the_plan_is_written_down_before_anything_runs(file, capsys):
@@ -85,7 +154,7 @@ def test_the_plan_is_written_down_before_anything_runs(file, capsys):
     assert run["config"]["optimizer"]["learning_rate"] == 1e-4
     assert run["command"][:2] == ["textpolicy", "train"]
     assert planned(root) == check_campaign({**SETTINGS}, "here")
-    assert {p.name for p in root.iterdir()} == {"manifest.json", "run_commands.sh"}
+    assert {p.name for p in root.iterdir()} == {"manifest.json", "run_commands.sh", "configs"}
 
 
 def test_the_commands_are_a_script_that_a_shell_can_read(file):
@@ -141,6 +210,8 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
         ({"base": {"stepz": 3}}, "did you mean 'steps'"),
         ({"arms": {**ARMS, "other": {"algorithm": {"name": "grpo", "hicra_alpha": 1.0}}}}, "does not use hicra_alpha"),
         ({"alpha": 2}, "alpha is 2"),
+        ({"seeds": [1, 2**64]}, "seed is 18446744073709551616"),
+        ({"alpha": 0.5, "power": 0.4}, "power is 0.4 and alpha 0.5; set power above alpha"),
         ({"summary": "best"}, "summary is best"),
         ({"pries": {}}, "did you mean 'prices'"),
     ],

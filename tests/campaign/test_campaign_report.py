@@ -1,12 +1,14 @@
 """From finished run folders, made by hand, to findings, a verdict and pages."""
 
 import json
+import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from made_runs import write_run
 
+from textpolicy.campaign.figures import figures
 from textpolicy.campaign.findings import curve_of, find, in_points, pooled, same_models
 from textpolicy.campaign.plan import jobs_of, write_plan
 from textpolicy.campaign.report import markdown, write_report
@@ -185,6 +187,70 @@ def test_a_run_without_a_held_out_evaluation_is_refused(tmp_path, split):
     path.write_text("".join(rows))
     with pytest.raises(UserError, match="seed2 has no evaluation on held-out problems; run it again, with some"):
         found_in(tmp_path / "c", settings)
+
+
+ODD_ROWS = {
+    "another name": ("accuracy", None),
+    "no number": ("accuracy", "0.4"),
+    "nothing": ("accuracy", float("nan")),
+    "more than all": ("accuracy", 1.4),
+    "less than none": ("accuracy", -0.1),
+    "no problems": ("problems", 0),
+    "a list of problems": ("problems", [1]),
+    "no step": ("step", None),
+    "a step in words": ("step", "last"),
+    "no split": ("split", None),
+}
+
+
+@pytest.mark.parametrize("name", ODD_ROWS)
+def test_a_run_with_an_odd_evaluation_is_one_sentence(name, tmp_path, capsys):
+    key, value = ODD_ROWS[name]
+    made(tmp_path / "c")
+    path = tmp_path / "c" / "runs" / "new" / "seed2" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [{**row, key: value} if row["kind"] == "eval" else row for row in rows]
+    path.write_text("".join(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n" for row in rows))
+    assert main(["campaign", "report", str(tmp_path / "c")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "key", ["sample_seconds", "update_seconds", "sampled_tokens", "trained_tokens", "solved", "kind"]
+)
+def test_a_run_without_a_figure_that_only_describes_has_a_report(key, tmp_path):
+    settings = made(tmp_path / "c")
+    for path in (tmp_path / "c" / "runs").glob("*/seed[23]/metrics.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [{k: v for k, v in row.items() if k != key} for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert write_report(found_in(tmp_path / "c", settings), tmp_path / "c")
+
+
+@pytest.mark.parametrize("marks", [7, "01x", ["1"], "1" * 9])
+def test_marks_of_problems_that_are_none_are_left_out(marks, tmp_path):
+    settings = made(tmp_path / "c")
+    path = tmp_path / "c" / "runs" / "new" / "seed2" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, "solved": marks} if "solved" in row else row) + "\n" for row in rows))
+    assert found_in(tmp_path / "c", settings).contrasts[0].same_models is None
+
+
+def test_curves_without_a_common_step_are_left_out_and_seeds_keep_their_places(tmp_path):
+    arms = {"old": {}, "new": {}, "newer": {}}
+    settings = made(tmp_path / "c", [0.1, 0.2], seeds=3, arms=arms)
+    for seed in range(2):  # evaluated after other steps
+        write_run(tmp_path / "c" / "runs" / "newer" / f"seed{seed + 1}", [0.1, 0.3])
+        path = tmp_path / "c" / "runs" / "newer" / f"seed{seed + 1}" / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**row, "step": row["step"] + 5 * seed}) + "\n" for row in rows))
+    found = found_in(tmp_path / "c", settings)
+    assert curve_of(found.arms[2]) == []
+    drawn = figures(found)
+    assert "newer (2 seeds)" not in drawn["curves"]
+    assert "old (2 seeds)" in drawn["curves"]
+    words = re.findall(r"<text[^>]*>([^<]*)</text>", drawn["differences"])
+    assert [word for word in words if word in "012"][:3] == ["0", "1", "2"]
 
 
 def test_an_arm_without_a_finished_run_is_named(tmp_path):

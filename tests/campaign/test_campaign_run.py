@@ -111,6 +111,26 @@ def test_one_campaign_at_a_time_works_in_a_folder(tmp_path, module, monkeypatch)
     assert held
 
 
+def test_what_a_campaign_does_is_said_at_once_into_a_file(tmp_path, module):
+    root = tmp_path / "c"
+    with (tmp_path / "said").open("w") as said:
+        campaign = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path), str(root), "30"], stdout=said)
+    wait_for(root / "runs" / "a" / "seed0" / "began")
+    assert (tmp_path / "said").read_text().startswith("a-seed0: started, log in")
+    campaign.kill()
+    campaign.wait()
+
+
+@pytest.mark.parametrize("engine", ["mlx", "tinker"])
+def test_a_package_that_the_report_needs_is_asked_for_before_the_first_run(engine, tmp_path, monkeypatch, capsys):
+    (tmp_path / "duel.toml").write_text(DUEL)
+    monkeypatch.setitem(sys.modules, "statsmodels.stats.multitest", None)
+    root = tmp_path / "c"
+    assert main(["campaign", "run", str(tmp_path / "duel.toml"), f"--output={root}", f"--engine={engine}"]) == 2
+    assert "pip install 'textpolicy[analysis]'" in capsys.readouterr().err
+    assert not (root / "runs").exists()
+
+
 def test_folders_of_failed_runs_are_kept_side_by_side(tmp_path, module):
     root = tmp_path / "c"
     for _ in range(3):

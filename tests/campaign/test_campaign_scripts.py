@@ -29,9 +29,9 @@ def campaign(root, *words):
                   [f"--campaign-root={root}", "--max-steps=3", *words])  # fmt: skip
 
 
-def sweep(root, *words):
+def sweep(root, *words, execute=True):
     return script("sweep", lr_sweep.SweepArguments, lr_sweep.run,
-                  [f"--sweep-root={root}", *words])  # fmt: skip
+                  [f"--sweep-root={root}", *words, *(["--execute"] if execute else [])])  # fmt: skip
 
 
 def sepa(root, *words):
@@ -132,6 +132,17 @@ def test_a_sweep_chooses_by_held_out_accuracy_and_prints_the_command(tmp_path, c
     assert heads == ["Algorithm", "LR", "Steps", "Datums", "Correct%", "Running%", "HeldOut%", "MeanLoss", "Status"]
     assert "scripts/tinker_campaign.py" in output
     assert "--baseline-lr=4e-05 --candidate-lr=4e-05" in output
+
+
+@pytest.mark.parametrize("words", [[], ["--lr-values=1e-5,2e-5", "--seeds=3,4"], ["--algorithms=full", "--no-execute"]])
+def test_a_sweep_spends_nothing_unless_it_is_told_to(words, tmp_path, capsys):
+    root = tmp_path / "s"
+    assert sweep(root, *words, execute=False) == 0
+    assert [p.name for p in root.iterdir()] == ["run_commands.sh"]
+    said = capsys.readouterr().out
+    runs = len((root / "run_commands.sh").read_text().splitlines()) - 2
+    assert said.startswith(f"{runs} runs of 20 steps")
+    assert "nothing was run" in said
 
 
 def test_rates_that_are_close_have_folders_of_their_own(tmp_path):

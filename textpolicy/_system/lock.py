@@ -1,12 +1,13 @@
-"""Lock a run folder for one process at a time; the lock of a dead process is released."""
+"""Lock a folder for one process, or one process and its children, at a time; a dead process holds no lock."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 from ..errors import UserError
 
@@ -42,3 +43,20 @@ class RunLock:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         os.close(self.file)
+
+
+def lock_with_children(path: Path, seconds: float, refusal: str) -> TextIO:
+    """Open and lock the file ``path`` until it is closed here and in every process that it was passed to.
+
+    Waits up to so many ``seconds`` for those of an earlier program. Raises UserError with the ``refusal``, OSError.
+    """
+    file, end = path.open("w"), time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError as error:
+            if time.monotonic() > end:
+                file.close()
+                raise UserError(refusal) from error
+        time.sleep(0.1)

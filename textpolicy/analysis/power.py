@@ -159,6 +159,7 @@ def _solved(
     if power_of(low) >= wanted:
         return low
     with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")  # a failure is found by the check below
         x = float(np.ravel(getattr(statsmodels("power"), test)().solve_power(power=wanted, **given))[0])
     if x > low and abs(power_of(x) - wanted) < 1e-6:
         return x

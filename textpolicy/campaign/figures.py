@@ -21,30 +21,32 @@ def curves(found: Findings) -> str:
     figure, axes = _sheet(7, 3.6)
     for n, arm in enumerate(found.arms):
         points = curve_of(arm)
+        if not points:
+            continue
         steps, runs = [step for step, _ in points], np.array([values for _, values in points])
         axes.fill_between(steps, runs.min(axis=1), runs.max(axis=1), color=f"C{n}", alpha=0.15, lw=0)
         label = f"{arm.name} ({len(arm.outcomes)} {'seed' if len(arm.outcomes) == 1 else 'seeds'})"
         axes.plot(steps, runs.mean(axis=1), color=f"C{n}", marker="o", ms=3, label=label)
     axes.set(xlabel="training step", ylabel="held-out problems right", ylim=(0, 1))
-    axes.legend(frameon=False, loc="best")
     axes.set_title("held-out accuracy; bands from the lowest seed to the highest", fontsize=10)
+    _legend(figure, axes)
     return _svg(figure)
 
 
 def differences(found: Findings) -> str:
     """Draw candidate minus baseline for every seed, in points."""
     figure, axes = _sheet(7, 1.2 + 0.5 * max(4, len(found.contrasts)))
-    width = 0.8 / len(found.contrasts)
+    width, seeds = 0.8 / len(found.contrasts), found.settings.seeds
     for n, contrast in enumerate(found.contrasts):
         c = contrast.comparison
         points = 100 * (np.array(c.candidate_runs) - np.array(c.baseline_runs))
-        places = np.arange(len(points)) + (n - (len(found.contrasts) - 1) / 2) * width
+        places = np.array([seeds.index(s) for s in c.seeds]) + (n - (len(found.contrasts) - 1) / 2) * width
         axes.bar(places, points, 0.9 * width, color=f"C{n + 1}", label=f"{c.candidate} - {c.baseline}")
-        axes.set_xticks(range(len(points)), [str(seed) for seed in c.seeds])
+    axes.set_xticks(range(len(seeds)), map(str, seeds))
     axes.axhline(0, color="0.3", lw=0.8)
     axes.set(xlabel="seed", ylabel="difference, points")
-    axes.legend(frameon=False, loc="best")
     axes.set_title("paired differences by seed", fontsize=10)
+    _legend(figure, axes)
     return _svg(figure)
 
 
@@ -77,6 +79,12 @@ def _sheet(width: float, height: float) -> tuple[Any, Any]:
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """Draw the legend below the axes, where it covers no line."""
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9)
 
 
 def _svg(figure: Any) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .._system.lock import lock_with_children
 from .._system.machine import RUNS
 from ..errors import UserError
 
@@ -66,6 +65,11 @@ class _Running:
     since: float
 
 
+def _at_once(line: str) -> None:
+    """Print a line, also into a file or a pipe, before the run that it announces is done."""
+    print(line, flush=True)
+
+
 def carry_out(
     jobs: Sequence[Job],
     root: Path,
@@ -73,7 +77,7 @@ def carry_out(
     parallel: int = 1,
     continue_on_error: bool = False,
     enough: Callable[[], bool] = lambda: False,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = _at_once,
 ) -> list[Attempt]:
     """Run the unfinished ``jobs`` in order, at most ``parallel`` at a time, until ``enough()`` between two runs.
 
@@ -86,14 +90,16 @@ def carry_out(
         raise UserError(f"parallel is {parallel}; set it to at least 1")
     waiting, running, attempts = [j for j in jobs if not j.done], list[_Running](), list[Attempt]()
     together = min(parallel, len(waiting))
-    with _locked(root) as lock:
+    root.mkdir(parents=True, exist_ok=True)
+    refusal = f"another campaign is running in {root}; wait for it, or choose another folder"
+    with lock_with_children(root / "campaign.lock", _PATIENCE, refusal) as lock:
         try:
             changed = True
             while running or waiting:
                 if changed and (enough() or (not continue_on_error and any(a.returncode for a in attempts))):
                     waiting = []
                 while waiting and len(running) < parallel:
-                    running.append(_start(waiting.pop(0), root, lock, log, together))
+                    running.append(_start(waiting.pop(0), root, lock.fileno(), log, together))
                 ended = [r for r in running if r.process.poll() is not None]
                 running = [r for r in running if r not in ended]
                 attempts += [_finish(r, root, log) for r in ended]
@@ -113,12 +119,20 @@ def carry_out(
 
 
 def read_attempts(root: Path) -> list[Attempt]:
-    """Read all attempts in ``root``, oldest first; a run that was killed with its campaign left no record."""
+    """Read all attempts in ``root``, oldest first; a run that was killed with its campaign left no record.
+
+    Raises UserError for a whole line that is no attempt.
+    """
     path = root / "progress.jsonl"
-    if not path.exists():
-        return []
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    return [Attempt(**json.loads(line)) for line in whole]
+    lines = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.exists() else []
+    attempts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            attempts.append(Attempt(str(row["arm"]), int(row["seed"]), int(row["returncode"]), float(row["seconds"])))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(f"line {number} of {path} is not an attempt at a run; remove the line") from error
+    return attempts
 
 
 def _start(job: Job, root: Path, lock: int, log: Callable[[str], None], together: int) -> _Running:
@@ -158,21 +172,3 @@ def _finish(run: _Running, root: Path, log: Callable[[str], None]) -> Attempt:
     path = root / "logs" / f"{job.name}.log"
     log(f"{job.name}: " + (f"finished in {attempt.seconds:.0f} s" if code == 0 else f"failed ({code}), see {path}"))
     return attempt
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[int]:
-    """Lock the campaign's folder until the last process that has the lock ends. Raises UserError."""
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / "campaign.lock").open("w") as file:
-        for left in range(int(_PATIENCE / 0.1), -1, -1):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if not left:
-                    raise UserError(
-                        f"another campaign is running in {root}; wait for it, or choose another folder"
-                    ) from error
-                time.sleep(0.1)
-        yield file.fileno()

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from ..analysis.curves import summarize_curve
-from ..analysis.sepa.emergence_runs import read_rows
 from ..errors import UserError
+from ..record.layout import MATH_EVALS
+from ..record.reader import load_run
 from .settings import Prices, Summary
 
 
@@ -55,29 +56,38 @@ def read_outcome(folder: Path, arm: str, seed: int, summary: Summary, seconds: f
 
     ``seconds`` are those of its process, if known. Raises UserError for a run without a held-out evaluation.
     """
-    rows = read_rows(folder / "metrics.jsonl")
-    steps = [row for row in rows if row.get("kind", "train") == "train"]
-    # train_math evaluates on test problems alone, chooses nothing by them, and keeps its last weights.
-    of_math = read_rows(folder / "evals.jsonl")
-    evaluations = of_math or [row for row in rows if row["kind"] == "eval"]
-    during = of_math or [row for row in evaluations if row["split"] == "validation"]  # the last: after the last step
+    rows = load_run(folder).rows
+    steps, evaluations = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
+    for row in evaluations:
+        if not (row["problems"] >= 1 and 0 <= row["accuracy"] <= 1):
+            raise UserError(
+                f"{folder} has an evaluation with accuracy {row['accuracy']} on {row['problems']} problems, which is "
+                "no share; run it again"
+            )
+    during = [row for row in evaluations if row["split"] == "validation"]  # the last: after the last step
     kept = [row for row in evaluations if row["split"] == "test"][-1:]  # of the adapter that the run keeps
+    if (folder / MATH_EVALS).exists():  # train_math chooses nothing by its evaluations, and keeps its last weights
+        kept = during[-1:]
     if not during or not kept:
         raise UserError(f"{folder} has no evaluation on held-out problems; run it again, with some")
     curve = tuple(Point(row["step"], row["accuracy"], row["problems"]) for row in during)
     judged = kept[0] if summary == "kept" else during[-1]
-    auc = summarize_curve([p.accuracy for p in curve], steps=[p.step for p in curve]).auc
+    value, solved = judged["accuracy"], judged.get("solved")
+    if summary == "auc":
+        value, solved = summarize_curve([p.accuracy for p in curve], steps=[p.step for p in curve]).auc, None
+    if seconds is None:
+        seconds = sum(row.get("sample_seconds", 0) + row.get("update_seconds", 0) for row in steps)
     return Outcome(
         arm=arm,
         seed=seed,
-        value=auc if summary == "auc" else judged["accuracy"],
+        value=value,
         problems=judged["problems"],
         curve=curve,
-        solved=None if summary == "auc" else judged.get("solved"),
+        solved=solved if isinstance(solved, str) and set(solved) <= {"0", "1"} else None,
         cost=Cost(
             sampled_tokens=int(sum(row.get("sampled_tokens", 0) for row in steps)),
             trained_tokens=int(sum(row.get("trained_tokens", 0) for row in steps)),
-            seconds=sum(row["sample_seconds"] + row["update_seconds"] for row in steps) if seconds is None else seconds,
+            seconds=seconds,
         ),
     )
 

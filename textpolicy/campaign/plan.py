@@ -6,6 +6,10 @@ import json
 import platform
 import shlex
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import date
+from datetime import time as clock
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from .settings import CampaignSettings, check_campaign
 
 FORMAT = 1
 _PACKAGES = ("textpolicy", "mlx", "mlx-lm", "tinker", "numpy", "scipy", "statsmodels")
+_RESTORE = "restore it, or plan the campaign anew in another folder"
 _MAY_CHANGE = ("prices",)  # between calls; everything else was fixed before the first run
 
 
@@ -27,8 +32,8 @@ def jobs_of(settings: CampaignSettings, root: Path) -> list[Job]:
     for seed in settings.seeds:
         for arm in settings.arms:
             folder = root / "runs" / arm / f"seed{seed}"
-            flags = flags_of({**settings.overrides(arm, seed), "output": str(folder)})
-            jobs.append(Job(arm, seed, folder, ("textpolicy", "train", *flags), finished, resumes=True))
+            config = str(root / "configs" / f"{arm}-seed{seed}.toml")
+            jobs.append(Job(arm, seed, folder, ("textpolicy", "train", config), finished, resumes=True))
     return jobs
 
 
@@ -41,22 +46,24 @@ def finished(folder: Path) -> bool:
     return True
 
 
-def flags_of(values: dict[str, Any], above: str = "") -> list[str]:
-    """Return nested settings as flags of `textpolicy train`."""
-    flags: list[str] = []
-    for key, value in values.items():
-        name = above + key.replace("_", "-")
-        if key == "template_args":  # the one table whose keys are no settings
-            flags.append(f"--{name}={json.dumps(value)}")
-        elif isinstance(value, dict):
-            flags += flags_of(value, f"{name}.")
-        elif isinstance(value, list | tuple):
-            flags.append(f"--{name}={','.join(map(str, value))}")
-        elif isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            flags.append(f"--{name}={value}")
-    return flags
+def as_toml(values: Mapping[str, Any]) -> str:
+    """Return nested settings as TOML, a line for each at the top; None, which TOML lacks, is left out."""
+
+    def written(value: Any) -> str:
+        if isinstance(value, Mapping):
+            inside = ", ".join(f"{written(k)} = {written(v)}" for k, v in value.items() if v is not None)
+            return f"{{ {inside} }}" if inside else "{}"
+        if isinstance(value, list | tuple):
+            return f"[{', '.join(map(written, value))}]"
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, int | float):
+            return repr(value)
+        if isinstance(value, date | clock):
+            return value.isoformat()
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+    return "".join(f"{written(key)} = {written(value)}\n" for key, value in values.items() if value is not None)
 
 
 def write_plan(settings: CampaignSettings, root: Path) -> None:
@@ -65,7 +72,7 @@ def write_plan(settings: CampaignSettings, root: Path) -> None:
     Raises UserError where ``root`` contains another plan, or anything else.
     """
     if (root / "manifest.json").exists():
-        before, now = read_manifest(root)["settings"], settings.model_dump(mode="json")
+        before, now = planned(root).model_dump(mode="json"), settings.model_dump(mode="json")
         changed = sorted(k for k in now if now[k] != before[k] and k not in _MAY_CHANGE)
         added = now["seeds"][: len(before["seeds"])] == before["seeds"]
         if changed and not (changed == ["seeds"] and now["stopping"] == "anytime" and added):
@@ -77,6 +84,10 @@ def write_plan(settings: CampaignSettings, root: Path) -> None:
     elif root.exists() and names(root):
         raise UserError(f"{root} exists and is not a campaign; choose another folder")
     write_manifest(settings, root, "planned")
+    (root / "configs").mkdir(exist_ok=True)
+    for job in jobs_of(settings, root):
+        values = {**settings.overrides(job.arm, job.seed), "output": str(job.folder)}
+        write_whole(Path(job.words[-1]), as_toml(values))
     lines = [
         "#!/bin/sh",
         "# The runs of this campaign one by one; 'textpolicy campaign run' does the same, and resumes.",
@@ -90,7 +101,8 @@ def write_plan(settings: CampaignSettings, root: Path) -> None:
 def write_manifest(settings: CampaignSettings, root: Path, status: str) -> None:
     """Write everything that determines the campaign, and its progress."""
     path = root / "manifest.json"
-    created = read_manifest(root)["created_at"] if path.exists() else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    created = read_manifest(root).get("created_at", now) if path.exists() else now
     last = {(a.arm, a.seed): a for a in read_attempts(root)}
     runs = []
     for job in jobs_of(settings, root):
@@ -128,16 +140,37 @@ def write_manifest(settings: CampaignSettings, root: Path, status: str) -> None:
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    """Read ``root/manifest.json``. Raises UserError if there is none."""
+    """Read ``root/manifest.json``. Raises UserError if there is none, or it is damaged."""
     path = root / "manifest.json"
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"{root} has no manifest.json; give the folder of a campaign, or plan one first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {_RESTORE}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object; {_RESTORE}")
+    return values
 
 
 def planned(root: Path) -> CampaignSettings:
     """Read the settings of the campaign in ``root``. Raises UserError."""
-    return check_campaign(read_manifest(root)["settings"], str(root / "manifest.json"))
+    path, settings = root / "manifest.json", read_manifest(root).get("settings")
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} has no settings of a campaign; {_RESTORE}")
+    return check_campaign(settings, str(path))
+
+
+@contextmanager
+def in_words() -> Iterator[None]:
+    """Turn an error of a campaign's files or folders into a UserError; a reader of the output may go away."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        where = error.filename or "the campaign's folder"
+        raise UserError(f"{where} cannot be used ({error.strerror}); make room or choose another folder") from error
 
 
 def versions() -> dict[str, str]:

@@ -119,5 +119,5 @@ def check_campaign(values: dict[str, Any], source: str) -> CampaignSettings:
         raise UserError(f"{source}: " + "; ".join(explain(error, CampaignSettings))) from error
     _ = settings.reference
     for arm in settings.arms:
-        settings.config(arm, settings.seeds[0])
+        settings.config(arm, max(settings.seeds))  # the others are numbers as small
     return settings

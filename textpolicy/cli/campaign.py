@@ -8,13 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ..analysis._inputs import statsmodels
 from ..analysis.comparison import compare_arms
 from ..analysis.permutation import smallest_sign_flip_p
 from ..analysis.sequential import smallest_anytime_p
 from ..campaign.findings import decided, find, question
 from ..campaign.jobs import carry_out, read_attempts
 from ..campaign.outcomes import read_outcome
-from ..campaign.plan import finished, jobs_of, planned, write_manifest, write_plan
+from ..campaign.plan import finished, in_words, jobs_of, planned, write_manifest, write_plan
 from ..campaign.report import write_analysis, write_report
 from ..campaign.settings import SUMMARIES, CampaignSettings, Summary, read_campaign
 from ..config.settings import LocalPath, Positional, Section
@@ -89,7 +90,8 @@ def main(arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise unknown_name("campaign command", name, COMMANDS)
     kind, command, _ = COMMANDS[name]
-    return command(parse(kind, arguments[1:], f"campaign {name}"))
+    with in_words():
+        return int(command(parse(kind, arguments[1:], f"campaign {name}")))
 
 
 def plan(args: PlanArguments) -> int:
@@ -114,6 +116,7 @@ def plan(args: PlanArguments) -> int:
 
 def run(args: RunArguments) -> int:
     """Run the campaign, or resume it, and report."""
+    statsmodels("multitest")  # the report needs it: said before the first run, not after the last
     settings, root = args.settings()
     write_plan(settings, root)
     jobs = jobs_of(settings, root)

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from .._system.cache import cache_folder
+from .._system.extras import extra
 from ..config.settings import LocalPath, PositiveInt, Section
 
 TINY = "tiny"
@@ -68,13 +69,11 @@ def served_model(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    from filelock import FileLock
-
     from ..run.export import ExportArguments, export
 
     folder = cache_folder() / "tinker" / "models" / name.replace("/", "--")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(folder.name + ".lock")):
+    with extra("filelock", "textpolicy[tinker]").FileLock(folder.with_name(folder.name + ".lock")):
         if not folder.exists():
             export(ExportArguments(to="hf", model=name, dtype="float32", out=folder))
     return folder

@@ -61,7 +61,7 @@ class RecordedRun:
             lines = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.is_file() else []
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    found.append(_row(line, f"line {number} of {path}"))
+                    found.append(_row(line, f"line {number} of {path}", "train" if name == layout.METRICS else "eval"))
         held_out = [{**row, "split": "validation"} for row in rows[layout.MATH_EVALS]]  # as the run driver calls them
         return [*rows[layout.METRICS], *held_out]
 
@@ -136,13 +136,13 @@ def damaged(what: str, error: Exception) -> UserError:
     return UserError(f"{what} is not a valid Parquet file of completions ({reason}); remove it, or restore it")
 
 
-def _row(line: bytes, where: str) -> dict[str, Any]:
-    """Parse and check one line of metrics.jsonl. Raises UserError."""
+def _row(line: bytes, where: str, default: str) -> dict[str, Any]:
+    """Parse and check one line; a row of an older train_math is of the ``default`` kind. Raises UserError."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({error}); remove the line") from error
-    if not isinstance(row, dict) or not isinstance(kind := row.get("kind"), str):
+    if not isinstance(row, dict) or not isinstance(kind := row.setdefault("kind", default), str):
         raise UserError(f"{where} is not a row of a run (an object with a kind); remove the line")
     if kind == "train":  # train_math also writes words, and null where nothing could be scored
         row = {name: value for name, value in row.items() if value is not None and name not in _WORDS}
@@ -152,7 +152,7 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
         raise UserError(f"{where} has no number as its {wrong[0]}; remove the line")
     if kind == "train" and (odd := [name for name in row if name != "kind" and name not in numbers]):
         raise UserError(f"{where} has a metric that is not a number ({odd[0][:_LONGEST]!r}); remove the line")
-    if kind in _EVALUATIONS and not isinstance(row.get("split"), str):
+    if kind in _EVALUATIONS and default != "eval" and not isinstance(row.get("split"), str):
         raise UserError(f"{where} does not name its split; remove the line")
     return row
 

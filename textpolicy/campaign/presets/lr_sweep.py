@@ -13,11 +13,11 @@ from ..._system.files import write_whole
 from ...analysis.sepa.emergence_runs import read_rows
 from ...config.settings import LocalPath, Positive, PositiveInt
 from ..jobs import Job, carry_out
-from .scripts import MathAlgorithm, MathCampaignSettings, Seeds, math_job, new_root
+from .scripts import MathAlgorithm, MathCampaignSettings, Seeds, math_job, new_root, only_planned, write_commands
 
 
 class SweepArguments(MathCampaignSettings):
-    """Try learning rates with short runs on a Tinker server; this costs money on the hosted one."""
+    """Try learning rates with short runs on a Tinker server; without --execute only the plan is written."""
 
     sweep_root: LocalPath | None = None
     """Folder of the sweep; a new one under results/ if not given."""
@@ -31,10 +31,15 @@ class SweepArguments(MathCampaignSettings):
     """Recipes to try them with."""
     seeds: Seeds = (0,)
     """The seeds of the runs at each rate; use others in the campaign, since these chose the rate."""
+    execute: bool = False
+    """Train, which costs money on the hosted server; without it only the plan is written."""
 
 
 def run(args: SweepArguments) -> int:
-    """Train, print the table and the best rates, write ``sweep_results.json``. Return 1 if no run finished, else 0."""
+    """Write the plan; with ``execute`` train, print the table and the best rates, write ``sweep_results.json``.
+
+    Return 1 if no run finished, else 0.
+    """
     root = args.sweep_root or new_root("tinker_lr_sweep")
     jobs: dict[tuple[MathAlgorithm, float], list[Job]] = {}
     for algorithm in args.algorithms:
@@ -44,7 +49,13 @@ def run(args: SweepArguments) -> int:
             jobs[algorithm, lr] = [
                 math_job(args, label, algorithm, lr, s, args.probe_steps, folder) for s, folder in folders.items()
             ]
-    carry_out([job for some in jobs.values() for job in some], root, continue_on_error=True)
+    planned = [job for some in jobs.values() for job in some]
+    root.mkdir(parents=True, exist_ok=True)
+    write_commands(planned, root)
+    if not args.execute:
+        steps = f"of {args.probe_steps} steps with {args.batch_size} x {args.group_size} completions"
+        return only_planned(f"{len(planned)} runs {steps} on {args.model}", root)
+    carry_out(planned, root, continue_on_error=True)
     probes = [probed(algorithm, lr, some) for (algorithm, lr), some in jobs.items()]
     best: dict[str, dict[str, Any]] = {}  # by held-out accuracy; the lower rate where two are as good
     for p in probes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,12 +11,14 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
+from ..._system.files import write_whole
+from ...analysis._inputs import statsmodels
 from ...config.flags import parse
 from ...config.settings import LocalPath, PositiveInt, Section
 from ...errors import TextPolicyError
 from ...run.train_math import MathSettings
 from ..jobs import Attempt, Job, carry_out
-from ..plan import finished
+from ..plan import finished, in_words
 from ..settings import Share
 
 Arguments = TypeVar("Arguments", bound=Section)
@@ -86,10 +89,8 @@ def run_campaign(
     """
     write("planned", (), {})
     if not args.execute:
-        arms, seeds = {job.arm for job in jobs}, {job.seed for job in jobs}
-        print(f"{len(arms)} arms x {len(seeds)} seeds, planned in {root}; nothing was run")
-        print(f"train with: sh {root / 'run_commands.sh'}, or with --execute, which resumes and reports")
-        return 0
+        return only_planned(f"{len({job.arm for job in jobs})} arms x {len({job.seed for job in jobs})} seeds", root)
+    statsmodels("multitest")  # the report needs it: said before the first run, not after the last
     attempts = carry_out(jobs, root, parallel=args.parallel, continue_on_error=args.continue_on_error)
     if all(job.done for job in jobs):
         write("completed", attempts, report())
@@ -101,10 +102,25 @@ def run_campaign(
     return 1
 
 
+def only_planned(what: str, root: Path) -> int:
+    """Print that a script without --execute has spent nothing, and how to go on. Return the exit code."""
+    print(f"{what}, planned in {root}; nothing was run")
+    print(f"train with: sh {shlex.quote(str(root / 'run_commands.sh'))}, or with --execute, which resumes and reports")
+    return 0
+
+
+def write_commands(jobs: Sequence[Job], root: Path) -> None:
+    """Write ``run_commands.sh``, a line for each of the ``jobs``. Raises OSError."""
+    lines = ["#!/bin/sh", "set -e", *(shlex.join(job.command) for job in jobs)]
+    write_whole(root / "run_commands.sh", "\n".join(lines) + "\n")
+    (root / "run_commands.sh").chmod(0o755)
+
+
 def script(name: str, kind: type[Arguments], run: Callable[[Arguments], int], argv: Sequence[str]) -> int:
     """Run one script and return its exit code; a UserError is one sentence on stderr and exit code 2."""
     try:
-        return run(parse(kind, argv, "", program=name))
+        with in_words():
+            return run(parse(kind, argv, "", program=name))
     except TextPolicyError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2

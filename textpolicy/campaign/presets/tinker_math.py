@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,10 +16,19 @@ from ...errors import UserError
 from ..figures import figures
 from ..findings import find
 from ..jobs import Attempt, Job
-from ..plan import versions
+from ..plan import read_manifest, versions
 from ..report import as_json, markdown, page
 from ..settings import CampaignSettings, Prices
-from .scripts import CampaignArguments, MathAlgorithm, MathCampaignSettings, Seeds, math_job, new_root, run_campaign
+from .scripts import (
+    CampaignArguments,
+    MathAlgorithm,
+    MathCampaignSettings,
+    Seeds,
+    math_job,
+    new_root,
+    run_campaign,
+    write_commands,
+)
 
 ARMS: dict[str, MathAlgorithm] = {"baseline": "grpo", "candidate": "full"}
 
@@ -86,9 +94,10 @@ def write_plan(
     An arm's ``command`` and ``returncode`` are those of its first seed; ``runs`` has all of them.
     """
     path = root / "manifest.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    before = read_manifest(root) if path.exists() else {}
     fixed = args.model_dump(mode="json", exclude={"execute", "continue_on_error", "parallel"})
-    if before and (changed := [k for k, v in fixed.items() if before["hyperparameters"].get(k) != v]):
+    planned = before.get("hyperparameters", {})
+    if before and (changed := [k for k, v in fixed.items() if not isinstance(planned, dict) or planned.get(k) != v]):
         raise UserError(f"{root} holds a campaign whose {', '.join(changed)} differ; choose another --campaign-root")
     arms = {}
     for arm, algorithm in ARMS.items():
@@ -122,9 +131,7 @@ def write_plan(
     }
     root.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(manifest, indent=2) + "\n")
-    lines = ["#!/bin/sh", "set -e", *(shlex.join(job.command) for job in jobs)]
-    write_whole(root / "run_commands.sh", "\n".join(lines) + "\n")
-    (root / "run_commands.sh").chmod(0o755)
+    write_commands(jobs, root)
 
 
 def report(args: MathCampaignArguments, settings: CampaignSettings, root: Path, jobs: Sequence[Job]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..._system.cache import cache_folder
+from ..._system.extras import extra
 from ...errors import UserError
 from .pins import PINS
 
@@ -27,8 +28,7 @@ def server_python(say: Callable[[str], None] = lambda line: None) -> Path:
     Of several processes one makes it and the others wait. Raises UserError without a Python of 3.12 or 3.13,
     or for an installation that fails.
     """
-    from filelock import FileLock
-
+    lock = extra("filelock", "textpolicy[tinker]").FileLock
     folder = environment_folder()
     if not folder.exists():
         base = base_python()
@@ -38,7 +38,7 @@ def server_python(say: Callable[[str], None] = lambda line: None) -> Path:
                 "or put it on the PATH"
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(folder.name + ".lock")):
+        with lock(folder.with_name(folder.name + ".lock")):
             if not folder.exists():
                 say(f"making the server's environment, once, in {folder} ({SIZE} to download)")
                 _make(base, folder)

@@ -16,6 +16,8 @@ from types import TracebackType
 from typing import Self
 
 from ..._system.cache import cache_folder
+from ..._system.extras import extra
+from ..._system.lock import lock_with_children
 from ...errors import ServiceError, UserError
 from ..service import answers
 from .environment import server_python
@@ -24,6 +26,7 @@ from .tiny_model import write_tiny_model
 LAUNCHER = Path(__file__).with_name("launcher.py")
 _READY = "Initialized TinkerEngine"  # in the engine's log once the model is loaded
 _START_LIMIT = 300.0  # seconds
+_STOP_LIMIT = 10.0  # seconds, of a server and of one before it in the folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +66,12 @@ class LocalServer:
                 self.port = int(listening.getsockname()[1])
         self.url = f"http://{settings.host}:{self.port}"
         self.log = settings.folder / "server.log"
-        settings.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            settings.folder.mkdir(parents=True, exist_ok=True)
+            refusal = f"another server works in {settings.folder}; stop it, or give this one another --folder"
+            self._lock = lock_with_children(settings.folder / "server.lock", _STOP_LIMIT, refusal)
+        except OSError as error:
+            raise UserError(f"the server's folder {settings.folder} cannot be used ({error.strerror})") from error
         engine = {
             "max_lora_adapters": settings.adapters,
             "max_lora_rank": settings.rank,
@@ -98,6 +106,7 @@ class LocalServer:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment},
                 start_new_session=True,
+                pass_fds=(self._lock.fileno(),),  # so that the folder is locked until the server has ended
             )
         end, text = time.monotonic() + _START_LIMIT, ""
         try:
@@ -118,11 +127,12 @@ class LocalServer:
         if self.process.poll() is None:
             self.signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=10)
+                self.process.wait(timeout=_STOP_LIMIT)
         self.signal(signal.SIGKILL)
         self.process.wait()
         if self.process.stdin:
             self.process.stdin.close()
+        self._lock.close()
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the server and its engine, if they are still there."""
@@ -140,11 +150,10 @@ class LocalServer:
 
 def tiny_model_folder(seed: int = 0) -> Path:
     """Return the folder of the tiny random model in the cache, which is written first if it is missing."""
-    from filelock import FileLock
-
+    lock = extra("filelock", "textpolicy[tinker]").FileLock
     folder = cache_folder() / "tinker" / "models" / f"tiny-{seed}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(folder.name + ".lock")):
+    with lock(folder.with_name(folder.name + ".lock")):
         if not folder.exists():
             new = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
             write_tiny_model(new, seed)

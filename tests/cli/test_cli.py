@@ -79,7 +79,7 @@ def test_an_unknown_command_is_refused(capsys):
         (["generate", "--model", "smollm2-135m", "--top-p", "0", "hello"], "top_p is 0"),
         (["generate", "--model", "smollm2-135m", "--repetition-penalty", "0", "hello"], "repetition_penalty is 0"),
         (["generate", "--run", "a", "--model", "b", "hello"], "give either --run RUN or --model NAME, not both"),
-        (["generate", "--run", "a", "--adapter", "b", "hello"], "--adapter b is given with --run"),
+        (["generate", "--run", "a", "--adapter", "b", "hello"], "--adapter b is given with a run"),
         (["eval", "--model", "smollm2-135m", "--task", "largets"], "did you mean 'largest'?"),
     ],
 )

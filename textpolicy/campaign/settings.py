@@ -100,9 +100,11 @@ class CampaignSettings(Section):
     def config(self, arm: str, seed: int) -> Config:
         """Return the settings of one run. Raises UserError, also for a setting that the recipe does not use."""
         from ..config.recipe import configure
+        from ..run.assembly import refuse_long_warmup
 
         config = check_config(self.overrides(arm, seed), f"arm {arm}, seed {seed}")
         configure(config)
+        refuse_long_warmup(config)
         return config
 
 

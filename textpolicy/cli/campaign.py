@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -110,7 +111,7 @@ def plan(args: PlanArguments) -> int:
             f"note: {n} paired {'seed' if n == 1 else 'seeds'} cannot reach p <= {settings.alpha:g}, whatever they "
             f"show (the least p is {min(1.0, least(n)):.3g}{adjusted}); {wanted} can"
         )
-    print(f"run it with: textpolicy campaign run {root}")
+    print(f"run it with: {shlex.join(['textpolicy', 'campaign', 'run', str(root)])}")
     return 0
 
 

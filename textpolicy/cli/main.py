@@ -53,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (fault := machine_fault(error)) is None:
             raise
         message = fault
+    except OSError as error:
+        if error.filename is None:
+            raise
+        message = f"{error.filename!r} cannot be used ({error.strerror}); check the path"
     except KeyboardInterrupt:
         message, code = "stopped by Ctrl-C", 130
     print(f"textpolicy: {message}", file=sys.stderr)

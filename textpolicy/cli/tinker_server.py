@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated
@@ -54,7 +55,7 @@ def serve(args: ServerArguments) -> None:
     with LocalServer(settings, say) as server:
         say(f"serving {server.name} at {server.url}; its log is {server.log}")
         say(f"train with: textpolicy train --engine tinker --tinker.base-url {server.url} --tinker.reduction mean \\")
-        say(f"    --model {server.name}")
+        say(f"    --model {shlex.quote(server.name)}")
         say("stop with Ctrl-C")
         while server.process.poll() is None:
             time.sleep(0.5)

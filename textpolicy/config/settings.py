@@ -311,7 +311,7 @@ class OptimizerSettings(Section):
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     """Peak learning rate; by default 0.00002 for full, 0.001 for lora_xs, 0.005 for tinylora, otherwise 0.0003."""
     warmup_steps: NonNegativeInt = 3
-    """Steps until the peak; a run with fewer steps reaches it in its last step."""
+    """Steps until the peak, at most those of the run; if this is not set, a shorter run reaches it in its last step."""
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Learning rate of the last step, as a share of the peak."""
     weight_decay: NonNegative = 0.0

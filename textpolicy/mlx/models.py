@@ -11,7 +11,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,13 @@ def load_model(
     verbose: bool = False,
     *,
     dequantize: bool | None = None,
+    tokenizer: Any = None,
 ) -> tuple[nn.Module, Any]:
     """Return the model called ``name``, in evaluation mode, and its tokenizer as ``mlx_lm.load`` returns it.
 
     ``name`` is a built-in (see ``MODELS``), a folder, a GGUF file or a hub id such as ``Qwen/Qwen3-0.6B``.
     ``adapter_path`` is a folder in mlx-lm's layout, or a file of ``save_adapters``; ``tokenizer_config`` goes
-    to ``AutoTokenizer``.
+    to ``AutoTokenizer``, unless ``tokenizer`` is what ``load_tokenizer`` returned.
     On a CPU all weights become float32 and quantised layers are dequantised, because everything else is slow
     there. A built-in is converted in the same way on every device, because it is small and float32 is exact (on a GPU
     where MLX_ENABLE_TF32 is 0).
@@ -108,7 +110,7 @@ def load_model(
         dequantize = True  # weights that were trained in full are floats
     folder = find_model(name)
     log("loading %s from %s", name, folder)
-    model, tokenizer = _load_folder(folder, tokenizer_config)
+    model, tokenizer = _load_folder(folder, tokenizer_config, tokenizer)
     in_float32 = mx.default_device() == mx.cpu or (str(name) in MODELS and dequantize is not False)
     if in_float32:
         model.set_dtype(mx.float32)  # first, so that dequantising rounds nothing
@@ -244,23 +246,27 @@ def context_length(name: str | Path) -> int | None:
     return next((n for n in lengths if type(n) is int and n > 0), None)
 
 
-def _load_folder(folder: Path, tokenizer_config: dict[str, Any] | None) -> tuple[nn.Module, Any]:
-    from mlx_lm.utils import load_config, load_tokenizer
+def load_tokenizer(name: str | Path) -> Any:
+    """Return the tokenizer of the model called ``name``, as ``load_model`` does, without the weights."""
+    return _tokenizer_in(find_model(name), None)
 
-    # weights that are not as long as they claim, or a config of more layers than tensors, would take all memory
-    files = weight_files(folder)
-    names = tensor_names(files)
-    layers = read_json(folder / "config.json").get("num_hidden_layers", 0)
-    if not isinstance(layers, int) or layers > len(names):
-        raise UserError(f"{folder} promises {layers!r:.40} layers with {len(names)} tensors; download it again")
+
+def _tokenizer_in(folder: Path, tokenizer_config: dict[str, Any] | None) -> Any:
+    from mlx_lm import utils
+
+    with _explained(folder):
+        tokenizer = utils.load_tokenizer(folder, tokenizer_config)
+    tokenizer.eos_token_ids = stop_ids(folder, tokenizer)
+    return tokenizer
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turn every error of mlx-lm into a UserError about ``folder``, with the garbage collector off meanwhile."""
     collecting = gc.isenabled()
     gc.disable()  # it would walk the many small objects of a tokenizer, all of them in use, again and again
     try:
-        config = load_config(folder)
-        settled = settle(config, names, _has_head(files, names, config), f"{folder / 'config.json'}")
-        model = load_weights(folder, files, settled)
-        tokenizer = load_tokenizer(folder, tokenizer_config)
-        known = Bounds.of(model).vocabulary  # reads a few tokens
+        yield
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a bad folder makes it raise errors of any kind, and OLMo 1's class exit
@@ -269,10 +275,26 @@ def _load_folder(folder: Path, tokenizer_config: dict[str, Any] | None) -> tuple
     finally:
         if collecting:
             gc.enable()
+
+
+def _load_folder(folder: Path, tokenizer_config: dict[str, Any] | None, tokenizer: Any) -> tuple[nn.Module, Any]:
+    from mlx_lm.utils import load_config
+
+    # weights that are not as long as they claim, or a config of more layers than tensors, would take all memory
+    files = weight_files(folder)
+    names = tensor_names(files)
+    layers = read_json(folder / "config.json").get("num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers > len(names):
+        raise UserError(f"{folder} promises {layers!r:.40} layers with {len(names)} tensors; download it again")
+    with _explained(folder):
+        config = load_config(folder)
+        settled = settle(config, names, _has_head(files, names, config), f"{folder / 'config.json'}")
+        model = load_weights(folder, files, settled)
+        known = Bounds.of(model).vocabulary  # reads a few tokens
+    tokenizer = _tokenizer_in(folder, tokenizer_config) if tokenizer is None else tokenizer
     for part in model.modules():
         if type(part) is Gemma3Model:
             part.__class__ = ScaledGemma3Model  # with the same parameters
-    tokenizer.eos_token_ids = stop_ids(folder, tokenizer)
     if known is not None and len(tokenizer) > known:
         logger.warning(
             "the tokenizer in %s has %d tokens and the model %d; text that needs the last ones is refused",

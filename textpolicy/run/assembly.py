@@ -226,9 +226,7 @@ def with_max_tokens(config: Config, task: Task) -> Config:
 
 def with_full_paths(config: Config) -> Config:
     """Return ``config`` with its local paths in full, so that the run is found from any folder; other names stay."""
-    changes: dict[str, Any] = {}
-    if task_file(config.task) is not None:
-        changes["task"] = os.path.abspath(os.path.expanduser(config.task))
+    changes: dict[str, Any] = {} if task_file(config.task) is None else {"task": full_task(config.task)}
     if config.engine == "mlx":
         from ..mlx.models import full_name
 
@@ -239,6 +237,11 @@ def with_full_paths(config: Config) -> Config:
     return config.model_copy(update=changes)
 
 
+def full_task(name: str) -> str:
+    """Return the ``name`` of a task, with the path in full if it is in a file."""
+    return name if task_file(name) is None else os.path.abspath(os.path.expanduser(name))
+
+
 def base_of(config: Config) -> dict[str, str]:
     """Return digests of the model's config, tokenizer, chat template and weights; none for one on a server."""
     if config.engine != "mlx":
@@ -246,6 +249,16 @@ def base_of(config: Config) -> dict[str, str]:
     from ..mlx.models import identity_of
 
     return {f"{BASE}{part}": digest for part, digest in identity_of(config.model).items()}
+
+
+def refuse_long_warmup(config: Config) -> None:
+    """Raise UserError for a warm-up that was asked for and is longer than the run; the default one is shortened."""
+    o = config.optimizer
+    if "warmup_steps" in o.model_fields_set and o.warmup_steps > config.steps:
+        raise UserError(
+            f"optimizer.warmup_steps is {o.warmup_steps} and steps {config.steps}, so the run would end before the "
+            "peak of the learning rate; set the warm-up to at most the steps"
+        )
 
 
 def schedule(config: Config) -> Schedule:

@@ -106,8 +106,8 @@ class RunView:
         if row["kind"] == "eval" and split == "validation":
             self.held_out.append(row["accuracy"])
 
-    def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """Stop the live view and print the closing table."""
+    def table(self, title: str, rows: Sequence[tuple[str, str]], commands: Sequence[tuple[str, str]] = ()) -> None:
+        """Stop the live view and print the closing table, then ``commands``, each a line to copy as it stands."""
         self._stop()
         table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
         table.add_column(no_wrap=True)
@@ -116,6 +116,9 @@ class RunView:
             table.add_row(name, Text(value))
             self._write_log(f"{name}: {value}")
         self.console.print(table)
+        for name, value in commands:
+            self._write_log(f"{name}: {value}")
+            self.console.print(Text(f"{name}: {value}"), soft_wrap=True)
 
     def shown(self) -> RenderableType:
         """Return the live view as it stands: the bar, curves, tokens per second, memory and the last completions."""

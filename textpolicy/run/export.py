@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..config.settings import LocalPath, Positional, Section, check_config
+from ..config.settings import LocalPath, Positional, Section
 from ..errors import UserError
-from .inference import Source, load
-from .resume import saved_settings
+from .inference import Source, choose, prepare
 
 Target = Literal["mlx", "hf", "peft", "gguf"]
 
@@ -18,7 +20,7 @@ HOW_TO_LOAD: dict[Target, str] = {
     "mlx": "mlx_lm.load({path!r})",
     "hf": "transformers.AutoModelForCausalLM.from_pretrained({path!r})",
     "peft": "peft.AutoPeftModelForCausalLM.from_pretrained({path!r})",
-    "gguf": "textpolicy generate --model {path} PROMPT",
+    "gguf": "textpolicy generate --model {quoted} PROMPT",
 }
 
 
@@ -45,6 +47,18 @@ class ExportArguments(Section):
     """BLAS threads on a Linux CPU; 0 leaves it to OpenBLAS."""
 
 
+def refuse_unwritable(out: Path) -> None:
+    """Raise UserError where ``out`` exists, or no file or folder of that name can be made."""
+    try:
+        if out.exists():
+            raise UserError(f"{out} exists; choose another --out or remove it")
+        above = next(folder for folder in out.absolute().parents if folder.exists())
+    except OSError as error:
+        raise UserError(f"cannot write {out} ({error.strerror}); choose another --out") from error
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {out} ({above} is not a folder to write to); choose another --out")
+
+
 def export(args: ExportArguments) -> str:
     """Write what was asked for, complete or not at all, and return a line on how to load it."""
     if (args.run is None) == (args.model is None):
@@ -64,29 +78,34 @@ def export(args: ExportArguments) -> str:
         out = args.run / "export" / f"{args.run.resolve().name}-{args.quant or 'f16'}.gguf"
     else:
         out = args.run / "export" / (args.to if args.quant is None else f"{args.to}-{args.quant}")
-    if out.exists():
-        raise UserError(f"{out} exists; choose another --out or remove it")
-    if args.run is not None and check_config(saved_settings(args.run), str(args.run)).engine == "tinker":
+    refuse_unwritable(out)
+    chosen = choose(Source(run=args.run, model=args.model, adapter=args.adapter))
+    if chosen.config is not None and chosen.config.engine == "tinker":
         raise UserError(f"the adapter of {args.run} is kept by its Tinker server; export is for runs of --engine mlx")
-    loaded = load(Source(run=args.run, model=args.model, adapter=args.adapter, threads=args.threads))
     from ..mlx import export as write
     from ..mlx.adapters.attach import attached
+    from ..mlx.adapters.saving import read_adapter
     from ..mlx.models import find_model
 
-    model, name = loaded.engine.model, loaded.config.model if loaded.config else str(args.model)
-    folder = find_model(name)
+    base = write.check_base(chosen.name, args.base) if args.to == "peft" else ""
+    if args.to == "peft" and (chosen.adapter is None or read_adapter(chosen.adapter).is_full):
+        raise UserError("the model has no adapter for --to peft to write; merge it with --to mlx, hf or gguf")
+    folder = find_model(chosen.name)
+    write.check_model(folder, args.to)
+    tokenizer, load_engine = prepare(chosen, args.threads)
+    model = load_engine().model
     match args.to:
         case "mlx" | "hf":
             bits = write.BITS[args.quant] if args.quant else None
             write.export_folder(model, folder, out, layout=args.to, dtype=args.dtype, bits=bits)
         case "peft":
-            base = write.check_base(name, args.base)
             write.export_peft(model, folder, out, base, dtype=args.dtype or "float32")
         case "gguf":
-            write.export_gguf(model, loaded.tokenizer, folder, out, quant=args.quant or "f16")
+            write.export_gguf(model, tokenizer, folder, out, quant=args.quant or "f16")
     files = [out] if out.is_file() else [file for file in out.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files) / 1e6
-    line = f"wrote {out} ({size:.1f} MB); load it with: {HOW_TO_LOAD[args.to].format(path=str(out))}"
+    how = HOW_TO_LOAD[args.to].format(path=str(out), quoted=shlex.quote(str(out)))
+    line = f"wrote {out} ({size:.1f} MB); load it with: {how}"
     record = attached(model) if args.to == "peft" else None
     if record is not None and record.quantised is not None:
         line += (

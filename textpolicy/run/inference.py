@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..config.settings import Config, LocalPath, Positional, PositiveInt, Section, TemplateArgs, check_config
+from ..config.settings import (
+    Config,
+    LocalPath,
+    Positional,
+    PositiveInt,
+    RewardSettings,
+    Section,
+    TemplateArgs,
+    check_config,
+)  # fmt: skip
 from ..engine import Sampling, stop_tokens
 from ..environment.single_turn import TextGenerationEnv
 from ..errors import UserError
 from ..loop.evaluation import evaluate as evaluate_engine
 from ..record.layout import CONFIG
 from ..record.reader import RecordedRun
-from ..tasks import load_task
-from .assembly import base_of, environment, with_max_tokens, with_scorer
+from ..tasks import Task, load_task
+from .assembly import base_of, environment, full_task, with_max_tokens, with_scorer
 from .resume import other_base, saved_settings
 
 logger = logging.getLogger(__name__)
@@ -88,6 +99,17 @@ class EvalArguments(Source):
     """Also print pass@k, the chance that k completions include a correct one; give the flag once for each k."""
     show: Annotated[int, Field(ge=0)] = 5
     """Print so many completions."""
+    rewards: RewardSettings = RewardSettings()
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The model that arguments name, before it is loaded, and the run it comes from."""
+
+    name: str
+    adapter: Path | None
+    run: Path | None
+    config: Config | None  # of the run
 
 
 @dataclass(frozen=True)
@@ -100,53 +122,57 @@ class Loaded:
 
 
 def generate(args: GenerateArguments) -> str:
-    """Return the completion of ``args.prompt``, as text."""
+    """Return the completion of ``args.prompt``, as text; every argument is checked before the model is loaded."""
     if not args.prompt.strip():
         raise UserError("the prompt is empty; give some text")
-    sampling = Sampling(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-        top_k=args.top_k,
-        min_p=args.min_p,
-    )
-    source = load(args)
+    names = ("max_tokens", "temperature", "top_p", "repetition_penalty", "seed", "top_k", "min_p")
+    sampling = Sampling(**{name: getattr(args, name) for name in names})
+    chosen = choose(args)
     prompt: Any = args.prompt
-    if source.config is not None and not args.plain:
-        prompt = load_task(source.config.task).prompt(args.prompt)
-    chat = False if args.plain else None
-    settings = args.asking(source.config or Config()).prompt
-    template: dict[str, Any] = {"chat": chat, "template_args": settings.template_args, "day": settings.day}
-    env = TextGenerationEnv([prompt], lambda **_: 0.0, args.max_tokens, tokenizer=source.tokenizer, **template)
-    completion = source.engine.sample([env.prompt_ids(0).tolist()], 1, sampling)[0][0]
+    if chosen.config is not None and not args.plain:
+        prompt = load_task(chosen.config.task).prompt(args.prompt)
+    tokenizer, load_engine = prepare(chosen, args.threads)
+    settings = args.asking(chosen.config or Config()).prompt
+    template: dict[str, Any] = {"template_args": settings.template_args, "day": settings.day}
+    template["chat"] = False if args.plain else None
+    env = TextGenerationEnv([prompt], lambda **_: 0.0, args.max_tokens, tokenizer=tokenizer, **template)
+    sampling = within_context(chosen, sampling, env, given="max_tokens" in args.model_fields_set)
+    completion = load_engine().sample([env.prompt_ids(0).tolist()], 1, sampling)[0][0]
     return env.text(completion.tokens)
 
 
 def evaluate(args: EvalArguments) -> str:
-    """Return a few completions, and accuracy with its interval."""
+    """Return a few completions, and accuracy with its interval; arguments are checked before the model is loaded."""
     if too_many := [k for k in args.pass_at if k > args.samples]:
         raise UserError(f"pass_at is {too_many[0]} and samples {args.samples}; set samples to that at least")
     if args.samples > 1 and args.temperature == 0:
         raise UserError(
             f"{args.samples} samples at temperature 0 are all the same; set a temperature above 0, or 1 sample"
         )
-    if args.task is None and args.run is None and args.adapter is None and args.model is not None:
-        raise UserError("no task to measure; name one with --task, or give a --run")
-    task = None if args.task is None else load_task(args.task)
-    sampling = Sampling(1 if args.max_tokens is None else args.max_tokens, args.temperature, seed=args.seed)
-    source = load(args)  # last, because it takes seconds
-    name = args.task or (source.config.task if source.config else None)
+    Sampling(1 if args.max_tokens is None else args.max_tokens, args.temperature, seed=args.seed)
+    chosen = choose(args)
+    config = chosen.config
+    name = args.task or (config.task if config else None)
     if name is None:
         raise UserError("no task to measure; name one with --task, or give a --run")
-    task = task or load_task(name)
-    config = args.asking(source.config or with_max_tokens(Config(task=name), task))
+    task = load_task(name)
     problems = getattr(task, args.split)[: args.problems or None]
-    env = environment(with_scorer(task, config), problems, source.tokenizer, config)
-    if args.max_tokens is None:
-        sampling = replace(sampling, max_tokens=config.rollout.max_tokens)
-    result = evaluate_engine(source.engine, env, sampling, args.samples)
+    if config is None:
+        config = with_max_tokens(Config(task=name), task)
+    elif full_task(name) != config.task:
+        config = of_another_task(config, name, task)
+    rewards = {key: getattr(args.rewards, key) for key in args.rewards.model_fields_set}
+    tokens = args.max_tokens or config.rollout.max_tokens
+    changes = {
+        "rewards": config.rewards.model_copy(update=rewards),
+        "rollout": config.rollout.model_copy(update={"max_tokens": tokens}),
+    }
+    config = args.asking(config.model_copy(update=changes))
+    sampling = Sampling(tokens, args.temperature, seed=args.seed)
+    tokenizer, load_engine = prepare(chosen, args.threads)
+    env = environment(with_scorer(task, config), problems, tokenizer, config)
+    sampling = within_context(chosen, sampling, env, given=args.max_tokens is not None)
+    result = evaluate_engine(load_engine(), env, sampling, args.samples)
     lines = [f"  {e.prompt!r} -> {e.text!r}  reward {e.reward:g}" for e in result.episodes[: args.show]]
     what = f"{name}, {args.split}"
     how = "greedy" if args.temperature == 0 else f"sampled at temperature {args.temperature:g}"
@@ -161,10 +187,19 @@ def evaluate(args: EvalArguments) -> str:
     return "\n".join(lines)
 
 
-def load(source: Source) -> Loaded:
-    """Load the model of a run, a model by name, or the model and adapter of a run. Raises UserError if ambiguous."""
+def of_another_task(config: Config, name: str, task: Task) -> Config:
+    """Return a run's ``config`` for the task called ``name``, with its own length and idea of what is correct."""
+    rollout = config.rollout
+    if task.max_tokens is not None:
+        rollout = rollout.model_copy(update={"max_tokens": task.max_tokens, "max_episode_tokens": None})
+    rewards = config.rewards.model_copy(update={"correct_from": None})
+    return config.model_copy(update={"task": name, "rollout": rollout, "rewards": rewards})
+
+
+def choose(source: Source) -> Chosen:
+    """Return the model of a run, a model by name, or the model and adapter of a run. Raises UserError if ambiguous."""
     if source.run is not None and source.adapter is not None:
-        raise UserError(f"--adapter {source.adapter} is given with --run, which has its own; give one of them")
+        raise UserError(f"--adapter {source.adapter} is given with a run, which has its own; give one of them")
     if source.run is not None and source.model is not None:
         raise UserError("give either --run RUN or --model NAME, not both")
     run, adapter = source.run, None
@@ -180,19 +215,63 @@ def load(source: Source) -> Loaded:
     elif source.model is None:
         raise UserError("no model given; pass --run RUN, --model NAME, or the --adapter of a run")
     config = None if run is None else check_config(saved_settings(run), str(run))
-    if config is not None and config.engine == "tinker" and adapter is not None:
+    return Chosen(config.model if config else str(source.model), adapter, run, config)
+
+
+def prepare(chosen: Chosen, threads: int = 0) -> tuple[Any, Callable[[], Any]]:
+    """Return the tokenizer, and a function that loads the weights, which takes seconds. Raises UserError."""
+    config = chosen.config
+    if config is not None and config.engine == "tinker" and chosen.adapter is not None:
         from ..tinker.build import kept
 
-        engine = kept(config, adapter)
-        return Loaded(engine, engine.tokenizer, config)
+        engine = kept(config, chosen.adapter)
+        return engine.tokenizer, lambda: engine
+    from ..mlx.adapters.saving import read_adapter
     from ..mlx.blas import set_blas_threads
     from ..mlx.engine import MLXEngine
-    from ..mlx.models import load_model
+    from ..mlx.models import load_model, load_tokenizer
 
-    if source.threads:
-        set_blas_threads(source.threads)
-    saved = {} if run is None else RecordedRun(run).versions
-    if config is not None and saved and (other := other_base(saved, base_of(config))):
-        logger.warning("the run in %s was trained on %s with another %s than it has now", run, config.model, other)
-    model, tokenizer = load_model(config.model if config else str(source.model), adapter)
-    return Loaded(MLXEngine(model, stop=stop_tokens(tokenizer)), tokenizer, config)
+    if threads:
+        set_blas_threads(threads)
+    if chosen.adapter is not None:
+        read_adapter(chosen.adapter)  # raises for what is no adapter
+    tokenizer = load_tokenizer(chosen.name)
+    stop = stop_tokens(tokenizer)
+
+    def load_engine() -> Any:
+        saved = {} if chosen.run is None else RecordedRun(chosen.run).versions
+        if config is not None and saved and (other := other_base(saved, base_of(config))):
+            run, name = chosen.run, config.model
+            logger.warning("the run in %s was trained on %s with another %s than it has now", run, name, other)
+        model, _ = load_model(chosen.name, chosen.adapter, tokenizer=tokenizer)
+        return MLXEngine(model, stop=stop)
+
+    return tokenizer, load_engine
+
+
+def within_context(chosen: Chosen, sampling: Sampling, env: TextGenerationEnv, *, given: bool) -> Sampling:
+    """Return ``sampling`` with completions that fit into the model's context behind every prompt of ``env``.
+
+    Raises UserError where a prompt fills it, or where completions are too long and their length was ``given``.
+    """
+    if chosen.config is not None and chosen.config.engine == "tinker":
+        return sampling  # the server knows
+    from ..mlx.models import context_length
+
+    context = context_length(chosen.name)
+    longest = max(len(env.prompt_ids(i)) for i in range(len(env)))
+    if context is None or longest + sampling.max_tokens <= context:
+        return sampling
+    if given or longest >= context:
+        raise UserError(
+            f"max_tokens is {sampling.max_tokens} and the longest prompt has {longest} tokens, which is more than the "
+            f"context of {chosen.name}, {context}; lower --max-tokens, or shorten the prompts"
+        )
+    return replace(sampling, max_tokens=context - longest)
+
+
+def load(source: Source) -> Loaded:
+    """Load the model that ``source`` names. Raises UserError."""
+    chosen = choose(source)
+    tokenizer, load_engine = prepare(chosen, source.threads)
+    return Loaded(load_engine(), tokenizer, chosen.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 from ..loop.evaluation import Rate
 from ..loop.metrics import Row
+
+_LONGEST = 300  # characters of a question in a command
 
 
 @dataclass
@@ -42,10 +45,8 @@ def _counts(rate: Rate | None) -> list[int]:
     return [] if rate is None else [rate.correct, rate.total]
 
 
-def closing_table(
-    history: History, folder: Path, question: str, train_seconds: float, seconds: float
-) -> list[tuple[str, str]]:
-    """Return (name, value) lines; ``question`` is an example of what the model can be asked."""
+def closing_table(history: History, folder: Path, train_seconds: float, seconds: float) -> list[tuple[str, str]]:
+    """Return (name, value) lines."""
     rows, before, after = history.rows, history.before, history.after
     tokens = sum(row["sampled_tokens"] for row in rows)
     sampling = sum(row["sample_seconds"] for row in rows)
@@ -69,8 +70,16 @@ def closing_table(
         *table,
         ("adapter", str(folder / "adapter")),
         ("report", str(folder / "report.html")),
-        ("browse it", f"textpolicy view {folder}"),
-        ("try it", f'textpolicy generate --run {folder} "{question}"'),
+    ]
+
+
+def next_commands(folder: Path, question: Any) -> list[tuple[str, str]]:
+    """Return (name, command) for what to do with a run, for a shell; ``question`` is what the model can be asked."""
+    short = isinstance(question, str) and len(question) <= _LONGEST and question.replace("\n", " ").isprintable()
+    asked = [] if not short else ["--", question] if question.startswith("-") else [question]
+    return [
+        ("browse it", shlex.join(["textpolicy", "view", str(folder)])),
+        ("try it", shlex.join(["textpolicy", "generate", "--run", str(folder), *(asked or ["A QUESTION"])])),
     ]
 
 

@@ -40,6 +40,7 @@ from .assembly import (
     base_of,
     claim_folder,
     fit_memory,
+    refuse_long_warmup,
     try_folder,
     with_full_paths,
     with_max_tokens,
@@ -48,7 +49,7 @@ from .assembly import (
 from .checkpoint import Checkpoint, Checkpoints, Pace, link_tree
 from .console import RunView, example_line
 from .resume import CHECKPOINTS, changed_versions, reopen
-from .summary import History, closing_table, summary
+from .summary import History, closing_table, next_commands, summary
 
 if TYPE_CHECKING:
     from ..mlx.memory import Plan
@@ -87,6 +88,7 @@ def run(
     with ExitStack() as held:
         resumed = reopen(config, task.digest, partial(base_of, config), allow, held)
         if resumed is None:
+            refuse_long_warmup(config)
             try_folder(config)
         parts = extension.replace_parts(assemble(config, task, recipe))
         ends: dict[Any, Any] = {None: "success", KeyboardInterrupt: "interrupted", StoppedError: "interrupted"}
@@ -334,12 +336,12 @@ class Run:
         train, spending = self.parts.splits["train"], self.parts.spending
         env = self.parts.splits.get("test", train)
         question = env.examples[0].get("question", env.prompt_text(0))
-        rows = [*closing_table(self.history, self.folder, question, train_seconds, seconds), *spending.lines]
+        rows = [*closing_table(self.history, self.folder, train_seconds, seconds), *spending.lines]
         self.metrics.sync()
         write_report([self.folder], self.folder / layout.REPORT)
         figures = {**summary(self.history, train_seconds), **spending.row}
         write_whole(self.folder / layout.SUMMARY, json.dumps(figures, indent=2) + "\n")
-        self.view.table("done", rows)
+        self.view.table("done", rows, next_commands(self.folder, question))
         if self.end is not None:
             self.view.print(f"ended early: {self.end}; with a higher limit it resumes: {how_to_resume(self.folder)}")
         for line in last_lines(examine(self.folder)):

@@ -20,19 +20,25 @@ SAMPLE = (
 )
 
 
+def read_byte_level(folder: Path) -> dict[str, Any]:
+    """Return the tokenizer.json of ``folder``. Raises UserError unless it is a byte-level BPE."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no tokenizer.json, which --to gguf reads; use --to mlx or hf")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values["model"]["type"] != "BPE" or values["model"].get("byte_fallback"):
+        raise UserError(f"{path} is not a byte-level BPE, the only kind --to gguf writes; use --to mlx or hf")
+    return values
+
+
 def read_bpe(folder: Path, tokenizer: Any, size: int) -> TokenizerData:
     """Return the tokenizer in ``folder`` with ``size`` tokens; the model's tokens beyond its vocabulary are unused.
 
     ``tokenizer`` is the same one as returned by ``load_model``. Raises UserError unless it is a byte-level BPE with at
     most ``size`` tokens that splits and encodes a sample text like one of the pre-tokenizers that GGUF can name.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(f"{folder} has no tokenizer.json, which --to gguf reads; use --to mlx or hf")
-    values = json.loads(path.read_text(encoding="utf-8"))
+    path, values = folder / "tokenizer.json", read_byte_level(folder)
     model = values["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        raise UserError(f"{path} is not a byte-level BPE, the only kind --to gguf writes; use --to mlx or hf")
     vocabulary, added = model["vocab"], values.get("added_tokens", [])
     last = max([*vocabulary.values(), *(entry["id"] for entry in added)])
     if last >= size:

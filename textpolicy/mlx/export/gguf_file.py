@@ -36,7 +36,7 @@ def export_gguf(model: nn.Module, tokenizer: Any, base: Path, out: Path, *, quan
     GGUF file cannot describe.
     """
     args = model.args
-    _check_family(read_config(base), args)
+    check_family(read_config(base))
     data = read_bpe(base, tokenizer, args.vocab_size)
     weights = dict(tree_flatten(merge(model).parameters()))
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, args.num_hidden_layers)
@@ -75,21 +75,21 @@ def permute(rows: mx.array, heads: int) -> mx.array:
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _check_family(config: dict[str, Any], args: Any) -> None:
-    """Raise UserError unless llama.cpp's Llama computes the same as the model."""
+def check_family(config: dict[str, Any]) -> None:
+    """Raise UserError unless llama.cpp's Llama computes the same as the model of this ``config``."""
     kind = config["model_type"]
     if kind not in FAMILY:
         raise UserError(f"--to gguf writes {' and '.join(FAMILY)} models and this is a {kind!r}; use --to mlx or hf")
-    rotation = args.rope_scaling or {}
-    if rotation.get("rope_type", rotation.get("type", "default")) != "default" or args.rope_traditional:
+    rotation = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    if rotation.get("rope_type", rotation.get("type", "default")) != "default" or config.get("rope_traditional"):
         raise UserError(
             f"--to gguf supports only the default rope_scaling and this model has {rotation}; use --to mlx or hf"
         )
-    if "sliding_attention" in args.layer_types or config.get("sliding_window"):
+    if "sliding_attention" in (config.get("layer_types") or ()) or config.get("sliding_window"):
         raise UserError("--to gguf does not support attention with a sliding window; use --to mlx or hf")
     if (act := config.get("hidden_act") or "silu") not in ("silu", "swish"):
         raise UserError(f"--to gguf supports only the activation silu and this model has {act}; use --to mlx or hf")
-    if args.max_position_embeddings is None:
+    if config.get("max_position_embeddings") is None:
         raise UserError("the model's config.json has no max_position_embeddings, which GGUF needs; add it")
 
 

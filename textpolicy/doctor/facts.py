@@ -148,6 +148,15 @@ def at_limit(facts: Facts) -> str:
     return f" at {facts.settings.max_tokens} tokens" if facts.settings.max_tokens else ""
 
 
+def evaluations(run: RecordedRun) -> list[Evaluation]:
+    """Return the greedy evaluations of a run, in order."""
+    return [
+        Evaluation(row["step"], row["split"], round(row["accuracy"] * row["problems"]), row["problems"])
+        for row in run.rows
+        if row["kind"] == "eval"
+    ]
+
+
 def read_facts(folder: Path | str) -> Facts:
     """Read the facts of a run folder, finished or not. Raises UserError for any other folder."""
     run = load_run(folder)
@@ -156,18 +165,13 @@ def read_facts(folder: Path | str) -> Facts:
         for row in run.rows
         if row["kind"] == "train"
     ]
-    evaluations = [
-        Evaluation(row["step"], row["split"], round(row["accuracy"] * row["problems"]), row["problems"])
-        for row in run.rows
-        if row["kind"] == "eval"
-    ]
     sections = (run.config.get(name, {}) for name in ("optimizer", "rollout", "on_policy"))  # missing in old runs
     optimizer, rollout, on_policy = sections
     settings = Settings(optimizer.get("updates_per_step"), rollout.get("max_tokens"), on_policy.get("max_gap"))
-    facts = Facts(rows, evaluations, settings=settings)
+    facts = Facts(rows, evaluations(run), settings=settings)
     if not rows or not layout.parquet_files(run.folder / layout.ROLLOUTS):
         return facts
-    return Facts(rows, evaluations, _recorded(run, facts.ending), _recorded(run, facts.beginning), settings)
+    return Facts(rows, facts.evaluations, _recorded(run, facts.ending), _recorded(run, facts.beginning), settings)
 
 
 def _recorded(run: RecordedRun, rows: Sequence[Row]) -> Completions:

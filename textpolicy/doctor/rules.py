@@ -48,7 +48,7 @@ def _steps(count: int) -> Need:
 
 
 MOVED = _column("updated")
-RECORDED = Need("its completions are not recorded", lambda facts: facts.completions is not None)
+RECORDED = Need("its completions are not recorded", lambda facts: bool(facts.completions))
 EVALUATED = Need(
     "it was not evaluated twice on validation problems", lambda facts: len(facts.held_out("validation")) > 1
 )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _EVALUATIONS = ("eval", "eval_sampled")
 _NEEDED = {"train": ("step",), "eval": ("step", "accuracy", "problems"), "eval_sampled": ("step",)}  # numbers
 _WORDS = ("algorithm", "advantage_mode", "transform_mode", "condition")  # in the rows of train_math
+_ANOTHER = "another program or an earlier version wrote this folder: give the folder of a run"
 _LONGEST = 200  # characters of a file shown in an error
 
 
@@ -55,15 +56,21 @@ class RecordedRun:
 
         A last line without a line end is still being written, and left out.
         """
-        rows: dict[str, list[dict[str, Any]]] = {layout.METRICS: [], layout.MATH_EVALS: []}
-        for name, found in rows.items():
-            path = self.folder / name
+        found: list[dict[str, Any]] = []
+        # What the rows of a file leave out: train_math's have no split, and an older one's no kind.
+        for name, kind, left_out in (
+            (layout.METRICS, "train", {}),
+            (layout.MATH_EVALS, "eval", {"split": "validation"}),
+        ):
+            path, of_run = self.folder / name, False
             lines = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.is_file() else []
+            given = left_out if any(b'"kind"' in line for line in lines) else {"kind": kind, **left_out}
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    found.append(_row(line, f"line {number} of {path}", "train" if name == layout.METRICS else "eval"))
-        held_out = [{**row, "split": "validation"} for row in rows[layout.MATH_EVALS]]  # as the run driver calls them
-        return [*rows[layout.METRICS], *held_out]
+                    where = f"line {number} of {path}"
+                    found.append(_row(line, where, given, "remove the line" if of_run else _ANOTHER))
+                    of_run = True
+        return found
 
     @cached_property
     def metrics(self) -> pa.Table:
@@ -136,24 +143,24 @@ def damaged(what: str, error: Exception) -> UserError:
     return UserError(f"{what} is not a valid Parquet file of completions ({reason}); remove it, or restore it")
 
 
-def _row(line: bytes, where: str, default: str) -> dict[str, Any]:
-    """Parse and check one line; a row of an older train_math is of the ``default`` kind. Raises UserError."""
+def _row(line: bytes, where: str, given: Mapping[str, str], advice: str) -> dict[str, Any]:
+    """Parse and check one line that leaves out what is ``given``. Raises UserError, which ends with the ``advice``."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON ({error}); remove the line") from error
-    if not isinstance(row, dict) or not isinstance(kind := row.setdefault("kind", default), str):
-        raise UserError(f"{where} is not a row of a run (an object with a kind); remove the line")
+        raise UserError(f"{where} is not JSON ({error}); {advice}") from error
+    if not isinstance(row, dict) or not isinstance(kind := (row := {**given, **row}).get("kind"), str):
+        raise UserError(f"{where} is not a row of a run (an object with a kind); {advice}")
     if kind == "train":  # train_math also writes words, and null where nothing could be scored
         row = {name: value for name, value in row.items() if value is not None and name not in _WORDS}
     # A metric may be NaN or infinite; an integer has 64 bits.
     numbers = {k: v for k, v in row.items() if isinstance(v, float) or (isinstance(v, int) and abs(v) < 2**63)}
     if wrong := [name for name in _NEEDED.get(kind, ()) if not math.isfinite(numbers.get(name, math.nan))]:
-        raise UserError(f"{where} has no number as its {wrong[0]}; remove the line")
+        raise UserError(f"{where} has no number as its {wrong[0]}; {advice}")
     if kind == "train" and (odd := [name for name in row if name != "kind" and name not in numbers]):
-        raise UserError(f"{where} has a metric that is not a number ({odd[0][:_LONGEST]!r}); remove the line")
-    if kind in _EVALUATIONS and default != "eval" and not isinstance(row.get("split"), str):
-        raise UserError(f"{where} does not name its split; remove the line")
+        raise UserError(f"{where} has a metric that is not a number ({odd[0][:_LONGEST]!r}); {advice}")
+    if kind in _EVALUATIONS and not isinstance(row.get("split"), str):
+        raise UserError(f"{where} does not name its split; {advice}")
     return row
 
 

@@ -23,11 +23,14 @@ from textpolicy.analysis import load_run  # noqa: E402
 from textpolicy.cli.main import main  # noqa: E402
 from textpolicy.errors import UserError  # noqa: E402
 from textpolicy.record.recorder import Recorder  # noqa: E402
+from textpolicy.report.view import runs  # noqa: E402
 from textpolicy.report.view.drawing import COLOURINGS, draw  # noqa: E402
 from textpolicy.report.view.index import Index, Query  # noqa: E402
 from textpolicy.report.view.server import make_app  # noqa: E402
 
 TOKEN = "a-token"
+LARGE = ("step_from", "step_to", "group", "prompt", "page", "run")
+NUMBERS = ("99999999999999999999", "2147483648", "-1", "1e3", "9" * 5000)
 
 
 class Served:
@@ -95,12 +98,13 @@ class Elements(HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.tags, self.attributes, self.text = [], [], []
+        self.tags, self.attributes, self.text, self.sources = [], [], [], []
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += [name for name, _ in attrs]
+        self.sources += [value for name, value in attrs if name in ("src", "srcdoc", "srcset", "data")]
 
     def handle_data(self, data):
         self.text.append(data)
@@ -144,13 +148,66 @@ def test_the_list_is_in_the_requested_order(two_runs):
         assert (np.diff(values) >= 0).all()
 
 
-def test_pages_follow_one_another_without_gap_or_repeat(one):
+def test_pages_follow_one_another_without_gap_or_repeat(one, monkeypatch):
+    monkeypatch.setattr(runs, "PER_PAGE", 10)
     pages = [one.page(f"?page={n}") for n in (1, 2)]
     assert 'rel="next"' in pages[0]
     assert 'rel="prev"' in pages[1]
+    assert pages[0].count("<details>") == 10
     seen = [address for page in pages for address in addresses(page)]
     assert len(set(seen)) == len(seen) == STEPS * PROMPTS * SAMPLES
     assert addresses(one.page("?page=99")) == addresses(pages[1])
+
+
+@pytest.mark.parametrize("query", ["", "sort=best", "sort=spread", "correct=no&sort=oldest", "words=check&finish=stop"])
+def test_a_group_is_one_line_with_all_its_rewards_and_those_found_stand_out(one, two_runs, query):
+    rows = load_run(two_runs[0]).rollouts.to_pylist()
+    index = Index(two_runs[0] / "rollouts")
+    index.refresh()
+    asked = Query.model_validate(dict(pair.split("=") for pair in query.split("&") if pair))
+    found = index.select(asked)
+    page = one.page("?" + query)
+    groups = page.split("<details>")[1:]
+    first = dict.fromkeys(zip(found["step"].to_pylist(), found["group"].to_pylist(), strict=True))
+    assert len(groups) == len(first)
+    for line, (step, group) in zip(groups, first, strict=True):
+        members = [row for row in rows if (row["step"], row["group"]) == (step, group)]
+        summary, inside = line.split("</summary>")
+        assert f"step {step} · prompt {members[0]['prompt_index']}" in summary
+        assert summary.count(html.escape(members[0]["prompt"])) == 1
+        chips = re.findall(r'class="chip(| [^"]*)"[^>]*>([^<]*)<', summary)
+        assert [float(text) for _, text in chips] == pytest.approx([row["reward"] for row in members], abs=1e-3)
+        assert inside.count('class="line one"') == len(members)
+        pairs = list(zip(found["step"].to_pylist(), found["group"].to_pylist(), strict=True))
+        assert sum("other" not in style for style, _ in chips) == pairs.count((step, group))
+        spread = float(np.std([row["reward"] for row in members]))
+        assert ("all equal" in summary) == (spread == 0)
+        assert spread == 0 or f"± {spread:.2g}<" in summary
+
+
+def test_the_widest_spread_comes_first(two_runs):
+    index = Index(two_runs[0] / "rollouts")
+    index.refresh()
+    spread = index.select(Query(sort="spread"))["spread"].to_numpy()
+    assert (np.diff(spread) <= 0).all()
+    assert spread[0] > spread[-1]
+
+
+@pytest.mark.parametrize("query", ["", "correct=no&sort=worst", "step_from=2&step_to=3"])
+def test_next_and_previous_walk_through_what_was_found(one, query):
+    page, seen = one.page("?" + query), []
+    listed = [a for line in page.split('class="line one" ')[1:] for a in addresses(line)[:1]]
+    at = re.search(r'<li>\s*<a class="line one" href="([^"]+)"', page)[1]
+    steps = 0
+    while at is not None and steps < 100:
+        page, steps = one.page(html.unescape(at)), steps + 1
+        seen += re.findall(r'aria-current="true">\s*<a class="line one" href="completion\?at=([^&"]+)', page)
+        following = re.search(r'rel="next" href="([^"]+)"', page)
+        at = following and following[1]
+    assert len(seen) == len(set(seen)) == count(one.page("?" + query))
+    assert seen == [address for address in listed if address in set(seen)]
+    back = html.unescape(re.search(r'rel="up" href="([^"]+)"', page)[1])
+    assert count(one.page(back.removeprefix("./"))) == len(seen)
 
 
 @pytest.mark.parametrize("by", COLOURINGS)
@@ -169,34 +226,38 @@ def test_colours_are_as_strong_as_the_value_and_show_its_sign():
         "planning": [True, False, False, False, False],
         "learner_logprobs": None,
     }  # fmt: skip
-    [drawing] = draw([row], "credit")
-    assert [t.style for t in drawing.tokens] == ["up8", "down4", "", "up1", "reply"]
+    [drawing] = draw([row], "credit", 2.0)
+    assert [t.style for t in drawing.tokens] == ["up8", "down4", "", "", "reply"]
     assert drawing.strongest == 2
-    assert [t.style for t in draw([row], "planning")[0].tokens] == ["much8", "", "", "", "reply"]
-    assert not draw([row], "entropy")[0].known
+    assert [t.style for t in draw([row], "credit", 4.0)[0].tokens] == ["up4", "down2", "", "", "reply"]
+    assert [t.style for t in draw([row], "planning", 2.0)[0].tokens] == ["much8", "", "", "", "reply"]
+    assert not draw([row], "entropy", 2.0)[0].known
     assert "credit -1" in drawing.tokens[1].title
 
 
-def test_two_completions_are_drawn_on_one_scale():
-    row = {
-        "tokens": [1],
-        "pieces": ["a"],
-        "sampled": None,
-        "advantage": None,
-        "learner_logprobs": None,
-        "planning": None,
-    }
-    weak = row | {"credit": [1.0], "entropy": [0.5], "logprobs": [-1.0]}
-    strong = row | {"credit": [-2.0], "entropy": None, "logprobs": [-2.0]}
-    drawings = draw([weak, strong], "credit")
-    assert [d.tokens[0].style for d in drawings] == ["up4", "down8"]
-    assert [d.strongest for d in drawings] == [2, 2]
-    assert [d.known for d in draw([weak, strong], "entropy")] == [True, False]
+@pytest.mark.parametrize(
+    ("by", "values", "styles"),
+    [
+        ("entropy", [0.0955, 3.0, 11.0, 0.75, np.nan], ["", "much8", "much8", "much2", ""]),
+        ("surprisal", [0.0955, 6.0, np.inf, 1.5, 0.0], ["", "much8", "much8", "much2", ""]),
+        ("ratio", [0.01, -0.5, np.inf, 0.125, -np.inf], ["", "down8", "up8", "up2", "down8"]),
+        ("credit", [0.05, 99.0, -2.0, -0.5, 0.0], ["", "up8", "down8", "down2", ""]),
+    ],
+)
+def test_a_colour_means_the_same_in_every_completion(by, values, styles):
+    row = dict.fromkeys(("sampled", "advantage", "planning", "entropy", "credit", "learner_logprobs"))
+    row |= {"tokens": [1] * 5, "pieces": ["a"] * 5, "logprobs": [0.0] * 5}
+    name = {"surprisal": "logprobs", "ratio": "learner_logprobs"}.get(by, by)
+    row[name] = [-v if by == "surprisal" else v for v in values]
+    for others in ([], [row | {"pieces": ["b"] * 5}]):
+        assert [t.style for t in draw([row, *others], by, 2.0)[0].tokens] == styles
+    alone = {name: value and value[:1] for name, value in row.items()}
+    assert draw([alone], by, 2.0)[0].tokens[0].style == styles[0]
 
 
 def test_a_completion_leads_to_its_group_and_two_stand_side_by_side(one):
     page = one.page("completion?at=0:rollouts:step-000002:5")
-    group = addresses(page)
+    group = addresses(page[page.index("Its group") :])
     assert group == [f"0:rollouts:step-000002:{i}" for i in range(4, 8)]
     beside = re.findall(r'href="(pair\?[^"]+)"', page)
     assert len(beside) == 3
@@ -204,16 +265,16 @@ def test_a_completion_leads_to_its_group_and_two_stand_side_by_side(one):
 
 
 def test_two_runs_are_compared_on_the_same_prompts(both, two_runs):
-    page = both.page("prompts")
+    page = both.page("prompts?run=0&other=1")
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", line, re.DOTALL) for line in page.split("<tr>")[2:]]
     tables = [load_run(run).rollouts.to_pylist() for run in two_runs]
     assert len(rows) == PROMPTS
     for cells in rows:
         prompt = int(re.search(r"index=(\d+)", cells[0])[1])
         means = [np.mean([r["reward"] for r in t if r["prompt_index"] == prompt]) for t in tables]
-        assert [float(c.split()[0]) for c in cells[1:3]] == pytest.approx(means, abs=1e-3)
-        assert float(cells[3]) == pytest.approx(means[1] - means[0], abs=2e-3)
-    pair = both.page("prompt?index=1")
+        assert [float(c.split()[0]) for c in cells[2:4]] == pytest.approx(means, abs=1e-3)
+        assert float(cells[4]) == pytest.approx(means[1] - means[0], abs=2e-3)
+    pair = both.page("prompt?index=1&run=0&other=1")
     assert pair.count('<div class="tokens">') == 2
     assert "first" in pair
     assert "second" in pair
@@ -227,7 +288,8 @@ def test_markup_in_a_completion_stays_text(one, two_runs):
     assert any(SCRIPT in "".join(Elements(p).text) for p in pages)
     for page in pages:
         found = Elements(page)
-        assert not {"script", "img", "iframe", "object", "b onerror"} & set(found.tags)
+        assert not {"script", "img", "object", "embed", "b onerror"} & set(found.tags)
+        assert found.sources == (["keys.html"] if "iframe" in found.tags else [])
         assert not [name for name in found.attributes if name.startswith("on")]
         assert "49" not in re.findall(r" (\d+)</span>", page)  # a template in a completion is not one
 
@@ -266,9 +328,24 @@ def test_without_the_token_and_from_another_host_there_is_nothing(one):
         ("completion?at=0:rollouts:step-000000:999", "there is no completion 999"),
         ("completion?at=0:rollouts:../../config:0", "there is no completion 0 in '../../config'"),
         ("completion?at=0:../..:x:0", "there are no '../..'"),
+        *((f"?{name}={number}", f"{name} is {number[:20]}") for name in LARGE for number in NUMBERS),
+        *((f"prompts?{name}={number}", f"{name} is {number[:20]}") for name in ("run", "page") for number in NUMBERS),
+        *((f"prompt?index={number}", f"index is {number[:20]}") for number in NUMBERS),
+        ("?reward_from=nan", "reward_from is nan"),
+        ("?reward_to=1e999", "reward_to is 1e999"),
+        ("?words=" + "a" * 1001, "words is aaa"),
+        ("prompts?run=7", "there is no run 7"),
+        ("prompts?other=7", "there is no run 7"),
+        ("report?run=7", "there is no run 7"),
+        ("runs?order=up", "order is up"),
+        ("pair", "'' is not the address of a completion"),
+        ("pair?a=0:rollouts:step-000000:0&b=0:rollouts:step-000000:" + "9" * 30, "is not the address of a completion"),
+        ("completion?at=" + "9" * 5000 + ":rollouts:x:0", "is not the address of a completion"),
+        ("completion?at=0:rollouts:step-000000:%D9%A3", "is not the address of a completion"),
+        ("completion?at=9:rollouts:step-000000:0", "there is no run 9"),
         ("completion?at=<b>", "'<b>' is not the address of a completion"),
-        ("completion?at=0:rollouts:step-000000:0&by=mood", "not coloured by 'mood'"),
-        ("prompt?index=-1", "index is '-1'"),
+        ("completion?at=0:rollouts:step-000000:0&by=mood", "by is mood"),
+        ("prompt?index=-1", "index is -1"),
     ],
 )
 def test_an_invalid_request_is_refused_in_a_sentence(one, path, sentence):
@@ -296,7 +373,7 @@ def test_a_run_without_completions_is_shown_as_one(tmp_path):
         assert count(served.page()) == 0
         assert count(served.page("?words=seven&kind=evals")) == 0
         assert "Nothing here yet" in served.page()
-        assert "has been drawn in both halves yet" in served.page("prompts")
+        assert "No prompt has been drawn yet" in served.page("prompts")
         assert count(served.page("prompt?index=3")) == 0
 
 
@@ -312,7 +389,7 @@ def test_the_command_prints_an_address_that_works_until_it_is_stopped(two_runs):
         address = viewer.stdout.readline().split()[0]
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/[\w-]{20,}/", address)
         with urllib.request.urlopen(address) as answer:
-            assert count(answer.read().decode()) == STEPS * PROMPTS * SAMPLES
+            assert "2 runs" in answer.read().decode()
         viewer.send_signal(signal.SIGINT)
         assert viewer.wait(10) == 130
         assert viewer.stderr.read() == "textpolicy: stopped by Ctrl-C\n"

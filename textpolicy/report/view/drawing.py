@@ -18,6 +18,7 @@ COLOURINGS: dict[Colouring, str] = {
     "planning": "tokens of strategic grams",
 }
 LEVELS = 8  # of strength, in each direction
+STRONGEST = {"entropy": 3.0, "surprisal": 6.0, "ratio": 0.5, "planning": 1.0}  # nats; others have the run's own scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +40,18 @@ class Drawing:
     known: bool  # False where the run does not know the value
 
 
-def draw(rows: Sequence[Mapping[str, Any]], by: Colouring) -> list[Drawing]:
-    """Draw completions, rows of ``layout.schema``, coloured ``by`` one value on a common scale."""
-    strongest = 0.0  # the largest magnitude on a sampled token of any row
-    values, sampled = [_values(row, by) for row in rows], []
-    for row, figures in zip(rows, values, strict=True):
-        sampled.append(np.array(row["sampled"] or [True] * len(row["tokens"]), bool))
-        if figures is not None:
-            strongest = max(strongest, float(np.abs(figures[sampled[-1]]).max(initial=0.0)))
+def draw(rows: Sequence[Mapping[str, Any]], by: Colouring, advantage: float) -> list[Drawing]:
+    """Draw completions, rows of ``layout.schema``, coloured ``by`` one value on a scale that is fixed.
+
+    ``advantage`` is the largest magnitude among the advantages of the run.
+    """
+    strongest = STRONGEST.get(by, advantage or 1.0)
     drawings: list[Drawing] = []
-    for row, figures, was_sampled in zip(rows, values, sampled, strict=True):
+    for row in rows:
+        figures, was_sampled = _values(row, by), row["sampled"] or [True] * len(row["tokens"])
         levels = np.zeros(len(row["tokens"]), int)
-        if figures is not None and strongest != 0:
-            levels = np.minimum(np.ceil(LEVELS * np.abs(figures) / strongest).astype(int), LEVELS)
+        if figures is not None:
+            levels = np.rint(LEVELS * np.minimum(np.abs(np.nan_to_num(figures)), strongest) / strongest).astype(int)
         titles = {name: known for name in COLOURINGS if (known := _values(row, name)) is not None}
         tokens: list[Token] = []
         for i, (token, piece) in enumerate(zip(row["tokens"], row["pieces"], strict=True)):

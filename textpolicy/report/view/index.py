@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from ...config.settings import Section
 from ...errors import UserError
@@ -22,11 +23,16 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Kind = Literal["rollouts", "evals"]
+Stamp = tuple[int, int, int]  # time of the last change in ns, bytes, inode
 FIGURES = (
     "step", "split", "group", "sample", "prompt_index", "temperature", "finish_reason",
     "reward", "is_correct", "length", "advantage",
 )  # fmt: skip
 SHOWN = ("prompt", "text")  # in a line of the list
+OPTIONAL = ("sampled", "entropy", "credit", "planning", "learner_logprobs")  # values of tokens that may be missing
+LIMIT = 2**31  # of the whole numbers in the files
+Whole = Annotated[int, Field(ge=0, lt=LIMIT)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 _THREADS = 4
 _ORDERS = {
     "newest": [("step", "descending"), ("file", "ascending"), ("row", "ascending")],
@@ -34,6 +40,7 @@ _ORDERS = {
     "best": [("reward", "descending"), ("step", "descending"), ("row", "ascending")],
     "worst": [("reward", "ascending"), ("step", "descending"), ("row", "ascending")],
     "longest": [("length", "descending"), ("step", "descending"), ("row", "ascending")],
+    "spread": [("spread", "descending"), ("step", "descending"), ("row", "ascending")],
     "advantage": [("advantage", "descending"), ("step", "descending"), ("row", "ascending")],
 }
 
@@ -41,20 +48,20 @@ _ORDERS = {
 class Query(Section):
     """The filter and the order of a list of completions. A field that is not given filters nothing."""
 
-    run: Annotated[int, Field(ge=0)] = 0  # its number on the page
+    run: Whole = 0  # its number on the page
     kind: Kind = "rollouts"
     split: Literal["train", "validation", "test"] | None = None
-    step_from: int | None = None
-    step_to: int | None = None
-    group: int | None = None
-    prompt: int | None = None
-    reward_from: float | None = None
-    reward_to: float | None = None
+    step_from: Whole | None = None
+    step_to: Whole | None = None
+    group: Whole | None = None
+    prompt: Whole | None = None
+    reward_from: Finite | None = None
+    reward_to: Finite | None = None
     finish: Literal["stop", "length"] | None = None
     correct: Literal["yes", "no"] | None = None
-    words: str | None = None
-    sort: Literal["newest", "oldest", "best", "worst", "longest", "advantage"] = "newest"
-    page: int = 1
+    words: Annotated[str, StringConstraints(max_length=1000)] | None = None
+    sort: Literal["newest", "oldest", "best", "worst", "longest", "spread", "advantage"] = "newest"
+    page: Whole = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,49 +79,45 @@ class Address:
     @classmethod
     def read(cls, text: str) -> Address:
         """Parse what ``str`` gives. Raises UserError."""
-        parts = text.split(":")
-        if len(parts) != 4 or not (parts[0].isdecimal() and parts[3].isdecimal()):
-            raise UserError(f"{text!r} is not the address of a completion; follow a link of the list")
-        return cls(int(parts[0]), parts[1], parts[2], int(parts[3]))
+        parts = re.fullmatch(r"([0-9]{1,9}):([^:]+):(.+):([0-9]{1,9})", text)
+        if parts is None:
+            raise UserError(f"{text[:100]!r} is not the address of a completion; follow a link of the list")
+        return cls(int(parts[1]), parts[2], parts[3], int(parts[4]))
 
 
 class Index:
-    """The figures of every completion in one folder of a run; ``refresh`` adds what has been written since."""
+    """The figures of every completion in one folder of a run; ``refresh`` adds what has been written since.
+
+    Beside ``FIGURES``, ``table`` has the number of a completion's file and its row there, a ``key`` of its group, and
+    the ``spread`` of the group: the standard deviation of its rewards, null where none is scored.
+    """
 
     def __init__(self, folder: Path) -> None:
         import pyarrow as pa
 
         self._folder = folder
+        self._known: dict[Path, tuple[Stamp, pa.Table]] = {}  # the figures of each file, and its stamp at the time
         self.files: list[Path] = []  # the column "file" of ``table`` counts them
-        schema = layout.schema()
-        figures = [schema.field(name) for name in FIGURES]
-        self.table = pa.schema([*figures, ("file", pa.int32()), ("row", pa.int32())]).empty_table()
+        placed = [("file", pa.int32()), ("row", pa.int32()), ("key", pa.int64()), ("spread", pa.float64())]
+        self.table = pa.schema([*(layout.schema().field(name) for name in FIGURES), *placed]).empty_table()
         self._reading = Lock()  # requests come in threads
 
     def refresh(self) -> None:
-        """Read the files that are new; all of them if some are gone. Raises UserError for a damaged file."""
-        import pyarrow as pa
-
+        """Read the files that are new or were replaced, and forget those that are gone. Raises UserError."""
         with self._reading:
-            files = layout.parquet_files(self._folder)
-            known = set(self.files)
-            if not known <= set(files):
-                self.files, self.table, known = [], self.table.slice(0, 0), set()
-            fresh = [path for path in files if path not in known]
-            if not fresh:
+            stamps = {path: stamp for path in layout.parquet_files(self._folder) if (stamp := stamp_of(path))}
+            if stamps == {path: stamp for path, (stamp, _) in self._known.items()}:
                 return
+            known = {path: self._known[path] for path in stamps if path in self._known}
+            fresh = [path for path, stamp in stamps.items() if path not in known or known[path][0] != stamp]
             with ThreadPoolExecutor(_THREADS) as pool:
                 tables: list[pa.Table] = list(pool.map(partial(_read, columns=FIGURES), fresh))
-            placed = [self.table]
-            for number, table in enumerate(tables, len(self.files)):
-                file, row = np.full(len(table), number, np.int32), np.arange(len(table), dtype=np.int32)
-                placed.append(table.append_column("file", pa.array(file)).append_column("row", pa.array(row)))
-            self.table = pa.concat_tables(placed).combine_chunks()
-            self.files += fresh
+            known |= {path: (stamps[path], table) for path, table in zip(fresh, tables, strict=True)}
+            self._known = {path: known[path] for path in stamps}  # in the order of the files
+            self.files, self.table = list(stamps), _placed([table for _, table in self._known.values()], self.table)
 
     def select(self, query: Query) -> pa.Table:
         """Return the figures of the completions that match ``query``, in its order; words match in any case."""
-        import pyarrow as pa
         import pyarrow.compute as pc
 
         table = self.table
@@ -132,19 +135,30 @@ class Index:
             if value is not None:
                 table = table.filter(pc.call_function(comparison, [table[column], value]))
         if query.words:  # reads the texts of the files that are left
-            words = query.words
-
-            def hits(number: int) -> pa.Table:
-                texts = _read(self.files[number], SHOWN)
-                matches = [pc.match_substring(texts[name], words, ignore_case=True) for name in SHOWN]
-                rows = np.flatnonzero(pc.or_(*matches).to_numpy(zero_copy_only=False)).astype(np.int32)
-                return pa.table({"file": np.full(len(rows), number, np.int32), "row": rows})
-
-            with ThreadPoolExecutor(_THREADS) as pool:
-                found = list(pool.map(hits, np.unique(table["file"].to_numpy()).tolist()))
-            if found:
-                table = table.join(pa.concat_tables(found), ["file", "row"], join_type="inner")
+            table = table.filter(self._say(query.words, table))
         return table.take(pc.sort_indices(table, sort_keys=_ORDERS[query.sort]))
+
+    def grouped(self, query: Query) -> pa.Table:
+        """Return what ``select`` does, but the completions of a group together, where the first of them is."""
+        table = self.select(query)
+        _, first, group = np.unique(table["key"].to_numpy(), return_index=True, return_inverse=True)
+        return table.take(np.lexsort([table["row"].to_numpy(), first[group]]))
+
+    def _say(self, words: str, table: pa.Table) -> np.ndarray:
+        """Return for each completion of ``table`` whether its prompt or text has the ``words``, (N,) bool."""
+        import pyarrow.compute as pc
+
+        def hits(number: int) -> np.ndarray:
+            texts = self._rows(number, rows[files == number], SHOWN)
+            found = [pc.match_substring(texts[name], words, ignore_case=True).fill_null(False) for name in SHOWN]
+            return pc.or_(*found).to_numpy(zero_copy_only=False)
+
+        files, rows = table["file"].to_numpy(), table["row"].to_numpy()
+        numbers, said = np.unique(files).tolist(), np.zeros(len(table), bool)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for number, found in zip(numbers, pool.map(hits, numbers), strict=True):
+                said[files == number] = found
+        return said
 
     def read(self, places: pa.Table, columns: Sequence[str]) -> list[dict[str, Any]]:
         """Return ``columns`` of the completions at ``places`` (their figures), in that order."""
@@ -152,9 +166,24 @@ class Index:
         found: dict[tuple[int, int], dict[str, Any]] = {}
         for number in np.unique(files).tolist():
             wanted = rows[files == number]
-            taken = _read(self.files[number], columns).take(wanted).to_pylist()
+            taken = self._rows(number, wanted, columns).to_pylist()
             found |= {(number, row): line for row, line in zip(wanted.tolist(), taken, strict=True)}
         return [found[place] for place in zip(files.tolist(), rows.tolist(), strict=True)]
+
+    def prompts(self, wanted: Sequence[int]) -> dict[int, str]:
+        """Return the text of each of the prompts ``wanted``, as it was drawn last."""
+        indices = self.table["prompt_index"].fill_null(-1).to_numpy()[::-1]
+        found, first = np.unique(indices, return_index=True)
+        places = self.table.take(len(indices) - 1 - first[np.isin(found, wanted)])
+        lines = zip(places["prompt_index"].to_pylist(), self.read(places, ["prompt"]), strict=True)
+        return {index: line["prompt"] or "" for index, line in lines}
+
+    def _rows(self, number: int, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """Return some ``rows`` of a file. Raises UserError if it has fewer by now."""
+        table = _read(self.files[number], columns)
+        if rows.max(initial=-1) >= len(table):
+            raise UserError(f"{self.files[number]} has just been replaced; reload the page")
+        return table.take(rows)
 
     def one(self, file: str, row: int) -> dict[str, Any]:
         """Return every column of one completion. Raises UserError if there is no such completion."""
@@ -162,7 +191,49 @@ class Index:
         table = None if path is None else _read(path, None)
         if table is None or row >= table.num_rows:
             raise UserError(f"there is no completion {row} in {file!r}; follow a link of the list")
-        return table.slice(row, 1).to_pylist()[0]
+        [found] = table.slice(row, 1).to_pylist()
+        per_token = [found[name] for name in ("tokens", "pieces", "logprobs")]
+        per_token += [found[name] for name in OPTIONAL if found[name] is not None]
+        if len({None if values is None else len(values) for values in per_token} | {len(found["tokens"] or ())}) > 1:
+            raise damaged(str(path), ValueError(f"row {row} does not have one value for each token"))
+        return found
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """Return what changes when a file is replaced or written to; None if there is no such file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _placed(tables: Sequence[pa.Table], empty: pa.Table) -> pa.Table:
+    """Return the figures of all files as one table, with the columns of ``Index``."""
+    import pyarrow as pa
+
+    if not tables:
+        return empty.slice(0, 0)
+    sizes = [len(table) for table in tables]
+    table = pa.concat_tables(tables).combine_chunks()
+    file = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    row = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])
+    key = file.astype(np.int64) * LIMIT + table["group"].fill_null(0).to_numpy()
+    _, group = np.unique(key, return_inverse=True)
+    reward = table["reward"].fill_null(np.nan).to_numpy()
+    scored = np.flatnonzero(np.isfinite(reward))
+    of, x, groups = group[scored], reward[scored], int(group.max(initial=-1)) + 1
+    low, high = np.full(groups, np.inf), np.full(groups, -np.inf)
+    np.minimum.at(low, of, x)
+    np.maximum.at(high, of, x)
+    count = np.maximum(np.bincount(of, minlength=groups), 1)
+    mean = np.bincount(of, x, groups) / count
+    deviation = np.sqrt(np.bincount(of, (x - mean[of]) ** 2, groups) / count)
+    deviation = np.where(low < high, deviation, np.where(low == high, 0.0, np.nan))  # exactly 0 where all are equal
+    columns = {"file": file, "row": row, "key": key}
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values))
+    return table.append_column("spread", pa.array(deviation[group], from_pandas=True))
 
 
 def _read(path: Path, columns: Sequence[str] | None) -> pa.Table:

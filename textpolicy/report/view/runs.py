@@ -1,21 +1,26 @@
-"""The runs that a page shows, kept up to date while they run."""
+"""The runs that the pages show, kept up to date while they run."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import numpy as np
+
 from ...errors import UserError
 from ...record import layout
-from ...record.reader import load_run
-from .index import SHOWN, Address, Index, Kind, Query
+from ...record.reader import RecordedRun, load_run
+from .index import LIMIT, SHOWN, Address, Index, Kind, Query, stamp_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-PER_PAGE = 50
+PER_PAGE = 50  # groups
+_DEEPEST = 4  # levels below a folder of runs: campaign/runs/arm/seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,31 +31,70 @@ class Listed:
     figures: dict[str, Any]
     prompt: str
     text: str
+    found: bool  # it matches the filter
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The completions of one prompt and step, at least one of which matches the filter."""
+
+    lines: Sequence[Listed]
+
+    @property
+    def rewards(self) -> list[float]:
+        """The rewards that are known."""
+        rewards = (line.figures["reward"] for line in self.lines)
+        return [reward for reward in rewards if reward is not None and np.isfinite(reward)]
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """The lines of one page of the list."""
+    """The groups of one page of the list, and how many completions and groups match in all."""
 
-    lines: Sequence[Listed]
+    groups: Sequence[Group]
     total: int
+    total_groups: int
     number: int
     pages: int
+    rewards: tuple[float, float]  # the lowest and highest of the run, the ends of every group's scale
 
 
 class ViewedRun:
     """The completions of one run folder, as a page shows them."""
 
-    def __init__(self, number: int, folder: Path) -> None:
+    def __init__(self, number: int, folder: Path, name: str) -> None:
         """Open the run as number ``number`` of the page. Raises UserError for a folder that is not a run."""
         load_run(folder)
-        self.number, self.folder, self.name = number, folder, folder.resolve().name
+        self.number, self.folder, self.name = number, folder, name
         self.indices: dict[str, Index] = {kind: Index(folder / kind) for kind in get_args(Kind)}
+        self._kept: dict[str, tuple[Any, Any]] = {}  # what was computed, and the stamps of the files that it is of
 
     @property
     def over(self) -> bool:
         """The state of the run: True once it has finished."""
         return (self.folder / layout.SUMMARY).is_file()
+
+    @property
+    def recorded(self) -> RecordedRun:
+        """The run as its folder is now, read again when one of its files has changed. Raises UserError."""
+        names = (layout.METRICS, layout.MATH_EVALS, layout.CONFIG, layout.SUMMARY)
+        return self._kept_for(
+            "recorded", [stamp_of(self.folder / name) for name in names], partial(load_run, self.folder)
+        )
+
+    @property
+    def strongest(self) -> float:
+        """The largest magnitude among the advantages of the training completions; 0 if there are none."""
+        advantages = self.index("rollouts").table["advantage"].drop_null().to_numpy()
+        return float(np.abs(advantages[np.isfinite(advantages)]).max(initial=0.0))
+
+    def doctor(self) -> Any:
+        """Return the report of ``doctor.examine``. Raises UserError."""
+        from ...doctor import examine
+
+        files = layout.parquet_files(self.folder / layout.ROLLOUTS)
+        stamps = [stamp_of(path) for path in (self.folder / layout.METRICS, *files)]
+        return self._kept_for("doctor", stamps, partial(examine, self.folder))
 
     def index(self, kind: str) -> Index:
         """Return the index of ``kind``, up to date. Raises UserError for an unknown kind."""
@@ -60,25 +104,96 @@ class ViewedRun:
         return self.indices[kind]
 
     def page(self, query: Query) -> Page:
-        """Return the completions that match ``query``; a page beyond the last is the last."""
+        """Return the groups of the completions that match ``query``; a page beyond the last is the last."""
         index = self.index(query.kind)
-        found = index.select(query)
-        pages = max(1, -(-found.num_rows // PER_PAGE))
+        found = index.grouped(query)
+        keys = found["key"].to_numpy()
+        starts = np.flatnonzero(np.diff(keys, prepend=-1))  # of the groups
+        pages = max(1, -(-len(starts) // PER_PAGE))
         number = min(max(1, query.page), pages)
-        places = found.slice((number - 1) * PER_PAGE, PER_PAGE)
-        return Page(self._lines(query.kind, index, places), found.num_rows, number, pages)
+        chosen = keys[starts[(number - 1) * PER_PAGE : number * PER_PAGE]]
+        rewards = index.table["reward"].drop_null().to_numpy()
+        ends = (float(rewards.min()), float(rewards.max())) if len(rewards) else (0.0, 0.0)
+        groups = self._groups(query.kind, index, chosen, found)
+        return Page(groups, len(found), len(starts), number, pages, ends)
 
-    def siblings(self, address: Address, row: dict[str, Any]) -> list[Listed]:
-        """Return the completions in the group of ``row``, itself included."""
+    def around(self, address: Address, query: Query) -> tuple[Group, Address | None, Address | None]:
+        """Return the group of a completion, and the addresses before and after it among those that ``query`` finds."""
         index = self.index(address.kind)
-        query = Query(kind=address.kind, step_from=row["step"], step_to=row["step"], group=row["group"], sort="oldest")  # type: ignore[arg-type]  # index() has checked it
-        lines = self._lines(address.kind, index, index.select(query))
-        return [line for line in lines if line.address.file == address.file]
+        file = next(number for number, path in enumerate(index.files) if path.stem == address.file)
 
-    def _lines(self, kind: str, index: Index, places: pa.Table) -> list[Listed]:
-        """Return the lines of the list for the completions at ``places``."""
-        lines: list[Listed] = []
-        for row, shown in zip(places.to_pylist(), index.read(places, SHOWN), strict=True):
-            address = Address(self.number, kind, index.files[row["file"]].stem, row["row"])
-            lines.append(Listed(address, row, shown["prompt"], shown["text"]))
-        return lines
+        def place(table: pa.Table) -> np.ndarray:
+            return np.flatnonzero((table["file"].to_numpy() == file) & (table["row"].to_numpy() == address.row))
+
+        key = index.table["key"].to_numpy()[place(index.table)]
+        walk = index.grouped(query) if query.kind == address.kind else index.table
+        at = place(walk)
+        beside: list[Address | None] = [None, None]
+        for side, step in enumerate((-1, 1)):
+            if len(at) and 0 <= at[0] + step < len(walk):
+                beside[side] = self._address(address.kind, index, walk.slice(at[0] + step, 1).to_pylist()[0])
+        [group] = self._groups(address.kind, index, key, index.table)
+        return group, beside[0], beside[1]
+
+    def _groups(self, kind: str, index: Index, keys: np.ndarray, found: pa.Table) -> list[Group]:
+        """Return the groups with the ``keys``, in their order; ``found`` are the completions that match."""
+        table = index.table
+        members = table.filter(np.isin(table["key"].to_numpy(), keys))
+        places = [table["file"].to_numpy() * np.int64(LIMIT) + table["row"].to_numpy() for table in (members, found)]
+        matching = np.isin(*places).tolist()
+        groups: dict[int, list[Listed]] = {key: [] for key in keys.tolist()}
+        for row, shown, matches in zip(members.to_pylist(), index.read(members, SHOWN), matching, strict=True):
+            address = self._address(kind, index, row)
+            groups[row["key"]].append(Listed(address, row, shown["prompt"] or "", shown["text"] or "", matches))
+        return [Group(lines) for lines in groups.values()]
+
+    def _address(self, kind: str, index: Index, row: dict[str, Any]) -> Address:
+        return Address(self.number, kind, index.files[row["file"]].stem, row["row"])
+
+    def _kept_for(self, name: str, stamps: Any, compute: Any) -> Any:
+        """Return what ``compute`` gave when the files had these ``stamps``."""
+        if name not in self._kept or self._kept[name][0] != stamps:
+            self._kept[name] = (stamps, compute())
+        return self._kept[name][1]
+
+
+@dataclass
+class Runs:
+    """The runs of the folders given, each a run or a folder of runs; new ones are found as they appear."""
+
+    folders: Sequence[Path]
+    opened: list[ViewedRun] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Find runs that are new. Raises UserError for a folder that is neither a run nor holds one."""
+        known = {run.folder for run in self.opened}
+        for given in self.folders:
+            found = [given] if (given / layout.METRICS).is_file() else []
+            for depth in range(1, _DEEPEST + 1 if not found else 0):
+                found += [path.parent for path in given.glob("*/" * depth + layout.METRICS)]
+            if not found:
+                load_run(given)  # raises
+            for folder in sorted(found, key=_natural):
+                if folder not in known:
+                    name = folder.resolve().name if folder == given else str(folder.relative_to(given))
+                    self.opened.append(ViewedRun(len(self.opened), folder, name))
+
+    def __len__(self) -> int:
+        return len(self.opened)
+
+    def __iter__(self) -> Any:
+        return iter(self.opened)
+
+    def __getitem__(self, number: int) -> ViewedRun:
+        """Return run ``number`` of the page. Raises UserError."""
+        if number >= len(self.opened):
+            raise UserError(f"there is no run {number} on this page; choose one below {len(self.opened)}")
+        return self.opened[number]
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Return a key that sorts seed2 before seed10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", str(path))]

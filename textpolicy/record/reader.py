@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _EVALUATIONS = ("eval", "eval_sampled")
 _NEEDED = {"train": ("step",), "eval": ("step", "accuracy", "problems"), "eval_sampled": ("step",)}  # numbers
 _WORDS = ("algorithm", "advantage_mode", "transform_mode", "condition")  # in the rows of train_math
-_ANOTHER = "another program or an earlier version wrote this folder: give the folder of a run"
+_ANOTHER = "give the folder of a run, if another program or an earlier version wrote this one"
 _LONGEST = 200  # characters of a file shown in an error
 
 

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
 from html.parser import HTMLParser
@@ -14,57 +13,22 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from made_run import IMAGE, PROMPTS, SAMPLES, SCRIPT, STEPS, add_step, make_run, spell
+from served import TOKEN, Served
 from trained_run import train_run
 
 pytest.importorskip("starlette", reason="the viewer is textpolicy[view]")
-uvicorn = pytest.importorskip("uvicorn", reason="the viewer is textpolicy[view]")
 
-from textpolicy.analysis import load_run  # noqa: E402
-from textpolicy.cli.main import main  # noqa: E402
-from textpolicy.errors import UserError  # noqa: E402
-from textpolicy.record.recorder import Recorder  # noqa: E402
-from textpolicy.report.view import runs  # noqa: E402
-from textpolicy.report.view.drawing import COLOURINGS, draw  # noqa: E402
-from textpolicy.report.view.index import Index, Query  # noqa: E402
-from textpolicy.report.view.server import make_app  # noqa: E402
+from textpolicy.analysis import load_run
+from textpolicy.cli.main import main
+from textpolicy.errors import UserError
+from textpolicy.record.recorder import Recorder
+from textpolicy.report.view import runs
+from textpolicy.report.view.drawing import COLOURINGS, draw
+from textpolicy.report.view.index import Index, Query
+from textpolicy.report.view.server import make_app
 
-TOKEN = "a-token"
 LARGE = ("step_from", "step_to", "group", "prompt", "page", "run")
 NUMBERS = ("99999999999999999999", "2147483648", "-1", "1e3", "9" * 5000)
-
-
-class Served:
-    """An application on a free port of this machine."""
-
-    def __init__(self, app):
-        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-
-    def __enter__(self):
-        self.thread.start()
-        while not self.server.started:
-            threading.Event().wait(0.01)
-        self.port = self.server.servers[0].sockets[0].getsockname()[1]
-        return self
-
-    def __exit__(self, *error):
-        self.server.should_exit = True
-        self.thread.join()
-
-    def get(self, path="", token=TOKEN, **headers):
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{token}/{path}", headers=headers)
-        with urllib.request.urlopen(request) as answer:
-            return answer.read().decode(), answer.headers
-
-    def page(self, path=""):
-        return self.get(path)[0]
-
-    def refused(self, path="", **how):
-        with pytest.raises(urllib.error.HTTPError) as caught:
-            self.get(path, **how)
-        body = caught.value.read().decode()
-        caught.value.close()
-        return caught.value.code, html.unescape(body)
 
 
 @pytest.fixture(scope="module")

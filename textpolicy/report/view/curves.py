@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-LEFT, RIGHT, TOP, BOTTOM = 44.0, 316.0, 14.0, 92.0  # of the axes, in a box of 320 x 108
+LEFT, RIGHT, TOP, BOTTOM = 40.0, 236.0, 14.0, 84.0  # of the axes, in a box of 240 x 98
 _METRICS = {"reward_mean": "reward", "accuracy": "correct in training", "entropy": "entropy", "length_mean": "length"}
 _COLUMNS = 140  # of a curve that answer the pointer
 

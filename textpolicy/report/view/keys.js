@@ -5,7 +5,7 @@ const form = page.querySelector("form.filter");
 let asked = 0, waiting;
 
 async function filter() {
-  const address = "?" + new URLSearchParams([...new FormData(form)].filter(([, value]) => value.trim()));
+  const address = "./?" + new URLSearchParams([...new FormData(form)].filter(([, value]) => value.trim()));
   const mine = ++asked;
   const answer = await fetch(address).then((found) => found.text(), () => "");
   if (mine !== asked) return;

@@ -1,4 +1,4 @@
-"""Judge each training prompt of a run: how often it was answered right, and how that changed."""
+"""Count how often each training prompt of a run was answered right, and how its reward changed."""
 
 from __future__ import annotations
 

@@ -178,8 +178,7 @@ class Pages:
         run = self.opened[query.run]
         shown: dict[str, Any] = {"page": run.page(query), "curves": curves(run.recorded.rows)}
         if query == Query(run=query.run):
-            cut = sum(reason == "length" for reason in run.index("rollouts").table["finish_reason"].to_pylist())
-            shown["doctor"], shown["cut"] = run.doctor(), cut
+            shown["doctor"], shown["cut"] = run.doctor(), len(run.index("rollouts").select(Query(finish="length")))
             shown["outcome"], shown["settings"] = outcome(run.recorded), unusual(flat(run.recorded.config))
         return self._page(
             "completions.html", request, run=run, query=query, refresh="live" in request.query_params, **shown

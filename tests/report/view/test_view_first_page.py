@@ -284,11 +284,23 @@ def test_characters_that_hide_are_shown_on_every_page(tmp_path):
 
 @pytest.mark.parametrize(
     "rows",
-    ['{"step": 0, "algorithm": "full", "loss": 0.1}', '{"step": 3, "progress/batch": 3, "env/all/reward": 0.5}',
-     "step,loss", "[1, 2]", '{"_runtime": 3.2, "_step": 0}', '{"kind": 4}', "\0\0\0", "null"],
+    ['{"epoch": 0, "loss": 0.1}', '{"step": 3, "task": "math", "reward": 0.5}', '{"step": "3"}', "step,loss", "[1, 2]",
+      '{"_runtime": 3.2, "_step": 0}', '{"kind": 4}', "\0\0\0", "null"],
 )  # fmt: skip
 def test_a_folder_of_another_program_is_not_told_to_lose_its_lines(tmp_path, rows):
     (tmp_path / "metrics.jsonl").write_text(rows + "\n")
     words = Opened(Path(tmp_path)).words(status=400)
     assert "give the folder of a run" in words
     assert "remove" not in words
+
+
+def test_a_folder_of_an_older_train_math_is_read(tmp_path):
+    rows = [{"step": s, "algorithm": "full", "loss": 0.1, "mean_reward": s / 4, "skipped": None} for s in range(4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "evals.jsonl").write_text('{"step": 2, "accuracy": 0.25, "problems": 8}\n')
+    run = load_run(tmp_path)
+    assert run.metrics["mean_reward"].to_pylist() == [0.0, 0.25, 0.5, 0.75]
+    assert run.evaluations.select(["step", "split", "accuracy"]).to_pylist() == [
+        {"step": 2, "split": "validation", "accuracy": 0.25}
+    ]
+    assert "25.0%" in Opened(tmp_path).words()

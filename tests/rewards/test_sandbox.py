@@ -12,7 +12,8 @@ from textpolicy.errors import RewardError, UserError
 from textpolicy.rewards import Scorer, confine
 from textpolicy.rewards.sandbox import MIB, Limits, code_output_reward, extract_program, run_python
 
-confined = pytest.mark.skipif(not confine.can_confine(), reason="needs Linux with Landlock")
+confined = pytest.mark.skipif(not confine.can_confine(), reason="needs Linux with Landlock, or a Mac with sandbox-exec")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="holds calls of Linux")
 WAYS = [pytest.param(True, marks=confined), False]
 
 
@@ -129,14 +130,14 @@ FORKS = [
     "import os\nos.posix_spawn('/bin/true', ['true'], {})",
     "import subprocess; subprocess.run(['/bin/true'])",
     "import os; os.execv('/bin/true', ['true'])",
-    "import threading; threading.Thread(target=print).start()",
+    pytest.param("import threading; threading.Thread(target=print).start()", marks=linux),
     "import multiprocessing as m; m.Process(target=print).start()",
 ]
 NETWORK = [
     "import socket; socket.create_connection(('127.0.0.1', 9), 1)",
     "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', 9))",
     "import socket; socket.socket(socket.AF_UNIX).connect('/run/systemd/notify')",
-    "import socket; socket.socketpair()",
+    pytest.param("import socket; socket.socketpair()", marks=linux),
     "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9')",
 ]
 OTHERS = [
@@ -144,10 +145,10 @@ OTHERS = [
     "import os; os.kill(-1, 0)",
     "import time; time.clock_settime(time.CLOCK_REALTIME, time.time())",
     "import socket; socket.sethostname(socket.gethostname())",
-    "import os; os.pidfd_open(os.getppid())",
-    "import os; os.setpriority(os.PRIO_PROCESS, 0, 5)",
-    "import resource; resource.setrlimit(resource.RLIMIT_AS, (10**12, 10**12))",
-    "import resource; resource.prlimit(0, resource.RLIMIT_NPROC, (99, 99))",
+    pytest.param("import os; os.pidfd_open(os.getppid())", marks=linux),
+    pytest.param("import os; os.setpriority(os.PRIO_PROCESS, 0, 5)", marks=linux),
+    pytest.param("import resource; resource.setrlimit(resource.RLIMIT_AS, (10**12, 10**12))", marks=linux),
+    pytest.param("import resource; resource.prlimit(0, resource.RLIMIT_NPROC, (99, 99))", marks=linux),
 ]
 
 
@@ -169,6 +170,7 @@ def test_a_fork_bomb_starts_nothing():
     assert ran.stdout == "end\n"
 
 
+@linux
 @confined
 def test_a_call_of_another_architecture_is_not_a_way_out():
     """x32 numbers name the same calls once more: a socket by its x32 number is refused too, as error 1, EPERM."""
@@ -195,8 +197,8 @@ def test_a_call_of_another_architecture_is_not_a_way_out():
         "import shutil; shutil.rmtree(os.path.dirname({path!r})) if (os := __import__('os')) else 0",
         "open('new', 'w')",
         "open('/tmp/textpolicy-escaped', 'w')",
-        "open('/dev/shm/textpolicy-escaped', 'w')",
-        "open('/proc/self/environ').read()",
+        pytest.param("open('/dev/shm/textpolicy-escaped', 'w')", marks=linux),
+        pytest.param("open('/proc/self/environ').read()", marks=linux),
         "open('/etc/passwd').read()",
     ],
 )
@@ -222,6 +224,7 @@ def test_with_writes_a_program_has_a_folder_of_its_own_up_to_a_size():
     assert "PermissionError" in run_python("open('../program.py', 'w')", limits=limits).stderr
 
 
+@linux
 @confined
 def test_the_ways_of_emptying_a_file_that_older_landlocks_leave_open_are_refused_by_seccomp():
     """Shown where Landlock allows them: in the program's own folder. Writing there empties as usual."""
@@ -362,7 +365,7 @@ def test_the_reward_is_the_share_of_tests_passed(program, reward):
     "program",
     [
         "print(2 * int(open('/dev/stdin').read()))",
-        "print(2 * int(open('/proc/self/fd/0').readline()), file=open('/dev/stdout', 'w'))",
+        pytest.param("print(2 * int(open('/proc/self/fd/0').readline()), file=open('/dev/stdout', 'w'))", marks=linux),
         "import fileinput\nfor line in fileinput.input('/dev/fd/0'): print(2 * int(line))",
         "open('/dev/stderr', 'w').write('hm'); print(2 * int(open(0).read()))",
     ],

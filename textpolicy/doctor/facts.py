@@ -12,7 +12,7 @@ import numpy as np
 from ..loop.evaluation import Rate
 from ..loop.metrics import Row
 from ..record import layout
-from ..record.reader import load_run
+from ..record.reader import flat, load_run
 from ..types import Episode
 from .finding import Example
 
@@ -135,9 +135,14 @@ def mean(rows: Sequence[Row], name: str) -> float:
     return float(found.mean()) if len(found) else float("nan")
 
 
+def largest(rows: Sequence[Row], name: str) -> float:
+    """Return the largest value of the metric ``name``; NaN if no row has it."""
+    return float(values(rows, name).max(initial=-np.inf)) if any(name in row for row in rows) else float("nan")
+
+
 def rises(before: np.ndarray, after: np.ndarray) -> bool:
     """Return whether the mean of ``after`` is above that of ``before`` by more than two standard errors."""
-    if min(len(before), len(after)) < 2:
+    if min(len(before), len(after)) < 2 or not np.isfinite([*before, *after]).all():
         return False
     error = np.sqrt(before.var(ddof=1) / len(before) + after.var(ddof=1) / len(after))
     return bool(after.mean() - before.mean() > 2 * error)
@@ -149,11 +154,11 @@ def at_limit(facts: Facts) -> str:
 
 
 def evaluations(run: RecordedRun) -> list[Evaluation]:
-    """Return the greedy evaluations of a run, in order."""
+    """Return the greedy evaluations of a run, in order, without those that are no share of any problems."""
     return [
         Evaluation(row["step"], row["split"], round(row["accuracy"] * row["problems"]), row["problems"])
         for row in run.rows
-        if row["kind"] == "eval"
+        if row["kind"] == "eval" and 0 <= row["accuracy"] <= 1 and row["problems"] >= 1
     ]
 
 
@@ -165,9 +170,10 @@ def read_facts(folder: Path | str) -> Facts:
         for row in run.rows
         if row["kind"] == "train"
     ]
-    sections = (run.config.get(name, {}) for name in ("optimizer", "rollout", "on_policy"))  # missing in old runs
-    optimizer, rollout, on_policy = sections
-    settings = Settings(optimizer.get("updates_per_step"), rollout.get("max_tokens"), on_policy.get("max_gap"))
+    names = ("optimizer.updates_per_step", "rollout.max_tokens", "on_policy.max_gap")
+    config = flat(run.config)  # without some in old runs, and of any shape in another program's
+    found = (value if type(value := config.get(name)) in (int, float) else None for name in names)
+    settings = Settings(*found)
     facts = Facts(rows, evaluations(run), settings=settings)
     if not rows or not layout.parquet_files(run.folder / layout.ROLLOUTS):
         return facts

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..loop.metrics import Row
-from .facts import Facts, at_limit, mean, values
+from .facts import Facts, at_limit, largest, mean, values
 from .finding import Finding
 
 IDLE = 1 / 3  # of the steps without any gradient; a run that has learned its task has some now and then
@@ -51,8 +51,8 @@ def no_gradient(facts: Facts) -> Finding | None:
     if (values(facts.rows, "updated") > 0).any():
         return None
     steps, equal = len(facts.rows), values(facts.rows, "frac_reward_zero_std")
-    evidence = {"steps": steps, "steps_moved": 0, "agreeing_groups": float(equal.mean())}
-    if (equal == 1).all():
+    evidence = {"steps": steps, "steps_moved": 0, "agreeing_groups": mean(facts.rows, "frac_reward_zero_std")}
+    if len(equal) and (equal == 1).all():
         what = (
             f"in {steps} of {steps} steps the rewards within every group were equal{_rewards(facts.rows)}, "
             "so there was no gradient"
@@ -72,26 +72,27 @@ def no_signal(facts: Facts, rule: str) -> Finding | None:
     """Find too many no-signal groups, if ``rule``, a key of CAUSES, is what explains them."""
     rows = facts.rows
     # The steps that show it: those without a gradient, or all.
-    idle = [row for row in rows if row["updated"] == 0 and row["frac_reward_zero_std"] == 1]
+    idle = [row for row in rows if row.get("updated") == 0 and row.get("frac_reward_zero_std") == 1]
     share = mean(rows, "frac_reward_zero_std")
     shown = idle if len(idle) > IDLE * len(rows) else rows if share > NO_SIGNAL else ()
     if not len(values(shown, "reward_mean")):
         return None  # too few, or nothing could be scored, which has a rule of its own
     # One number is what a sound reward gives if all are right, or all wrong and worth nothing.
-    never_varied = (values(rows, "reward_std") < 1e-9).all() and np.ptp(values(rows, "reward_mean")) < 1e-9
+    means = values(rows, "reward_mean")
+    never_varied = largest(rows, "reward_std") < 1e-9 and means.max() - 1e-9 < means.min()
     right, reward = mean(rows, "accuracy"), mean(rows, "reward_mean")
     sound = right == 1 or (right == 0 and reward <= 0)
-    right = mean(shown, "accuracy")  # NaN where the reward does not say
-    if mean(shown, "truncated") >= ALWAYS:
-        cause = "all_truncated"
-    elif never_varied and not sound:
+    right, cut = mean(shown, "accuracy"), mean(shown, "truncated") >= ALWAYS  # NaN where the reward does not say
+    if never_varied and not sound and not (cut and reward <= 0):  # nothing is what cut-off completions should get
         cause = "reward_constant"
+    elif right >= ALWAYS:
+        cause = "all_pass"
     else:
-        cause = "all_pass" if right >= ALWAYS else "all_fail" if right <= RARELY else "groups_agree"
+        cause = "all_truncated" if cut else "all_fail" if right <= RARELY else "groups_agree"
     if cause != rule:
         return None
     because, change = CAUSES[rule]
-    steps_idle = sum(row["updated"] == 0 for row in rows)
+    steps_idle = sum(row.get("updated") == 0 for row in rows)
     what = (
         f"{share:.0%} of the groups had no signal, one reward for all their completions{_rewards(shown)}, "
         f"{because.format(limit=at_limit(facts))}; {steps_idle} of {len(rows)} steps had no gradient at all."
@@ -126,7 +127,7 @@ def short_batches(facts: Facts) -> Finding | None:
     short = float((values(facts.rows, "batch_full") == 0).mean())
     if short <= SHORT:
         return None
-    draws = float(values(facts.rows, "prompt_draws").max())
+    draws = largest(facts.rows, "prompt_draws")
     steps = round(short * len(facts.rows))
     what = (
         f"In {steps} of {len(facts.rows)} steps too few groups had a signal even after {draws:.0f} draws of prompts, "
@@ -142,4 +143,4 @@ def _rewards(rows: Sequence[Row]) -> str:
     if not len(found):
         return " (none could be scored)"
     low, high = found.min(), found.max()
-    return f" (mean {f'always {low:g}' if high - low < 1e-9 else f'{low:.3g} to {high:.3g} by step'})"
+    return f" (mean {f'always {low:g}' if high - 1e-9 < low else f'{low:.3g} to {high:.3g} by step'})"

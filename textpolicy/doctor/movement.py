@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from .facts import Evaluation, Facts, mean, rises, values
+from .facts import Evaluation, Facts, largest, mean, rises, values
 from .finding import Finding
 
 GAP = 0.05  # nats: 5% per token, a factor of e over 20 tokens; also the default of on_policy.max_gap
@@ -33,7 +33,7 @@ def on_policy_gap(facts: Facts) -> Finding | None:
         f"on average{raised}: the gradient is that of another policy."
     )
     change = "sample and train in the same precision and temperature, or set algorithm.correction.level = 'token'"
-    evidence = {"on_policy_gap_mean": float(gap.max()), "on_policy_kl": float(values(facts.rows, "on_policy_kl").max())}
+    evidence = {"on_policy_gap_mean": float(gap.max()), "on_policy_kl": largest(facts.rows, "on_policy_kl")}
     return Finding("on_policy_gap", what, change, evidence)
 
 
@@ -102,7 +102,7 @@ def learning_rate_high(facts: Facts) -> Finding | None:
         signs.append(f"within a step the KL to the sampler reached {kl.max():.2g} nats")
         figures["sampler_kl"] = float(kl.max())
     # A spike: a large loss under large ratios; without those a loss is no larger than the advantages.
-    moved = [row for row in rows if row["updated"]]
+    moved = [row for row in rows if row.get("updated") and "loss" in row and "sampler_kl" in row]
     loss = np.abs(values(moved, "loss"))
     if several_updates and len(loss) and not mismatched:
         spikes = (loss > SPIKE * np.median(loss)) & (values(moved, "sampler_kl") > CLIPPED_KL)
@@ -118,7 +118,7 @@ def learning_rate_high(facts: Facts) -> Finding | None:
         figures |= {"held_out_best": best.rate.value, "held_out_last": last.rate.value}
     if not signs:
         return None
-    rate = float(values(rows, "learning_rate").max())
+    rate = largest(rows, "learning_rate")
     what = f"The learning rate of {rate:g} is too high: {'; '.join(signs)}."
     change = "divide optimizer.learning_rate by 3 to 10, or lengthen optimizer.warmup_steps"
     return Finding("learning_rate_high", what, change, {"learning_rate": rate, **figures})
@@ -127,13 +127,13 @@ def learning_rate_high(facts: Facts) -> Finding | None:
 def learning_rate_low(facts: Facts) -> Finding | None:
     """Find runs whose steps together can hardly have changed the policy."""
     rate = values(facts.rows, "learning_rate")
-    moved = [row for row in facts.rows if row["updated"] and MEASURED in row and row["learning_rate"]]
+    moved = [row for row in facts.rows if row.get("updated") and MEASURED in row and row.get("learning_rate")]
     if not moved:
         return None
     # The change itself is within the gap before the update of what is measured.
     per_rate = max((row[MEASURED] + row.get("on_policy_gap_mean", 0.0)) / row["learning_rate"] for row in moved)
-    at_most = float(per_rate * rate.sum())  # a step's change is proportional to its rate
-    if at_most > STILL:
+    at_most = float(per_rate) * float(rate.sum())  # a step's change is proportional to its rate
+    if not at_most <= STILL:
         return None
     what = (
         f"The learning rate of {rate.max():g} is too low: a step changed log-probs by {mean(moved, MEASURED):.1g} nats "

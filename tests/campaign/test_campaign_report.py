@@ -215,9 +215,7 @@ def test_a_run_with_an_odd_evaluation_is_one_sentence(name, tmp_path, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    "key", ["sample_seconds", "update_seconds", "sampled_tokens", "trained_tokens", "solved"]
-)
+@pytest.mark.parametrize("key", ["sample_seconds", "update_seconds", "sampled_tokens", "trained_tokens", "solved"])
 def test_a_run_without_a_figure_that_only_describes_has_a_report(key, tmp_path):
     settings = made(tmp_path / "c")
     for path in (tmp_path / "c" / "runs").glob("*/seed[23]/metrics.jsonl"):

@@ -135,3 +135,22 @@ def test_the_page_lists_every_rule_in_the_order_of_the_table():
     page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text(encoding="utf-8")
     table = page.split("## The rules")[1].split("##")[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == [rule.name for rule in RULES]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"optimizer": None},
+        {"optimizer": "sgd", "rollout": [1], "on_policy": 3},
+        {"optimizer": {"updates_per_step": "two"}, "rollout": {"max_tokens": None}, "on_policy": {"max_gap": {}}},
+        {"rollout": {"max_tokens": True}, "algorithm": "grpo"},
+        {"optimizer": {"updates_per_step": {"deeper": 1}}},
+    ],
+)
+def test_settings_of_another_shape_are_unknown(config, tmp_path):
+    from textpolicy.doctor import Settings, read_facts
+
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({**ROW, "step": 0}) + "\n")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_facts(tmp_path).settings == Settings()
+    assert examine(tmp_path).steps == 1

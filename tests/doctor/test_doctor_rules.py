@@ -321,3 +321,50 @@ def test_every_rule_describes_its_fault_in_a_sentence():
         assert sentence.startswith("Find ")
         assert sentence.endswith(".")
         assert "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("changed", "cause"),
+    [
+        ({"accuracy": 1.0, "reward_mean": 1.0}, "all_pass"),
+        ({"accuracy": 0.97, "reward_mean": lambda s: 0.9 + s / 1000}, "all_pass"),
+        ({"accuracy": 0.0, "reward_mean": 0.5}, "reward_constant"),
+        ({"accuracy": 0.4, "reward_mean": 2.0}, "reward_constant"),
+        ({"accuracy": None, "reward_mean": 1.0}, "reward_constant"),
+        ({"accuracy": 0.0, "reward_mean": 0.0}, "all_truncated"),
+        ({"accuracy": None, "reward_mean": 0.0}, "all_truncated"),
+        ({"accuracy": None, "reward_mean": -1.0}, "all_truncated"),
+        ({"accuracy": 0.3, "reward_mean": lambda s: 0.1 + s / 100}, "all_truncated"),
+        ({"accuracy": 0.3, "reward_mean": lambda s: 0.1 + s / 100, "truncated": 0.5}, "groups_agree"),
+        ({"accuracy": 0.0, "reward_mean": lambda s: s / 100, "truncated": 0.5}, "all_fail"),
+    ],
+)
+@pytest.mark.parametrize("updated", [0.0, 1.0])
+def test_the_cut_is_blamed_only_for_groups_that_agree_because_of_it(changed, cause, updated):
+    columns = {"frac_reward_zero_std": 1.0, "reward_std": 0.0, "truncated": 1.0, "updated": updated, **changed}
+    made = [{k: v for k, v in one.items() if v is not None} for one in rows(**columns)]
+    named = {finding.name for finding in examine(Facts(made)).findings}
+    assert named & {"reward_constant", "all_fail", "all_pass", "all_truncated", "groups_agree"} == {cause}
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_rows_of_another_shape_are_examined(seed):
+    """Rows of other loops and older versions lack metrics, all or some of the time, and have odd values."""
+    rng = np.random.default_rng(seed)
+    lacks, sometimes = rng.random(2) ** 2
+    always = {name for name in row(0) if name != "step" and rng.random() < lacks}
+    odd = [0, 1, np.nan, np.inf, -1.0, 1e9]
+    made = [
+        {
+            k: rng.choice(odd) if k != "step" and rng.random() < 0.1 else v
+            for k, v in one.items()
+            if kept(rng, k, always, sometimes)
+        }
+        for one in rows(int(rng.integers(1, 30)))
+    ]
+    report = examine(Facts(made, [Evaluation(0, "validation", 1, 10), Evaluation(5, "validation", 9, 10)]))
+    assert len(report.looked) + len(report.blind) == len(RULES)
+
+
+def kept(rng, name, always, sometimes):
+    return name == "step" or (name not in always and rng.random() >= sometimes)

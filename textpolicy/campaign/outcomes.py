@@ -67,7 +67,7 @@ def read_outcome(folder: Path, arm: str, seed: int, summary: Summary, seconds: f
     during = [row for row in evaluations if row["split"] == "validation"]  # the last: after the last step
     kept = [row for row in evaluations if row["split"] == "test"][-1:]  # of the adapter that the run keeps
     if (folder / MATH_EVALS).exists():  # train_math chooses nothing by its evaluations, and keeps its last weights
-        kept = during[-1:]
+        during, kept = evaluations, evaluations[-1:]
     if not during or not kept:
         raise UserError(f"{folder} has no evaluation on held-out problems; run it again, with some")
     curve = tuple(Point(row["step"], row["accuracy"], row["problems"]) for row in during)

@@ -60,7 +60,7 @@ def test_json_is_for_programs(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("argv", "sentence"),
-    [(["doctor", "nowhere"], "nowhere is not a run folder"), (["doctor"], "required: RUN")],
+    [(["doctor", "nowhere"], "nowhere is not a run folder"), (["doctor"], "RUN is missing")],
 )
 def test_a_folder_that_is_not_a_run_is_one_sentence(argv, sentence, capsys):
     assert main(argv) == 2

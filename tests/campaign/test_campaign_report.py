@@ -197,6 +197,7 @@ ODD_ROWS = {
     "less than none": ("accuracy", -0.1),
     "no problems": ("problems", 0),
     "a list of problems": ("problems", [1]),
+    "half a problem": ("problems", 9.5),
     "no step": ("step", None),
     "a step in words": ("step", "last"),
     "no split": ("split", None),

@@ -59,7 +59,7 @@ def read_outcome(folder: Path, arm: str, seed: int, summary: Summary, seconds: f
     rows = load_run(folder).rows
     steps, evaluations = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
     for row in evaluations:
-        if not (row["problems"] >= 1 and 0 <= row["accuracy"] <= 1):
+        if row["problems"] < 1 or row["problems"] % 1 or not 0 <= row["accuracy"] <= 1:
             raise UserError(
                 f"{folder} has an evaluation with accuracy {row['accuracy']} on {row['problems']} problems, which is "
                 "no share; run it again"

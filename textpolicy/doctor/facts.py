@@ -158,7 +158,7 @@ def evaluations(run: RecordedRun) -> list[Evaluation]:
     return [
         Evaluation(row["step"], row["split"], round(row["accuracy"] * row["problems"]), row["problems"])
         for row in run.rows
-        if row["kind"] == "eval" and 0 <= row["accuracy"] <= 1 and row["problems"] >= 1
+        if row["kind"] == "eval" and 0 <= row["accuracy"] <= 1 and row["problems"] >= 1 and row["problems"] % 1 == 0
     ]
 
 

@@ -249,8 +249,12 @@ class Gradients:
     def __call__(self, layout: Layout, objective: Objective) -> tuple[dict[str, mx.array], Any]:
         """Return the sums to report, and the gradients."""
         refuse_kernels_alone(self.model)
-        if not self.compiled:
-            return self._differentiate(layout, objective)
+        compute = self._compiled if self.compiled else self._differentiate
+        names, sums, gradients = compute(layout, objective)
+        return dict(zip(names, sums, strict=True)), gradients
+
+    def _compiled(self, layout: Layout, objective: Objective) -> tuple[list[str], mx.array, Any]:
+        """Return what ``_differentiate`` does, from a compiled function if this shape occurred before."""
         wide = padded(layout, prompts=not Context(self.model).recurrent)
         given: list[mx.array] = []  # the arrays that vary between layouts of one key
         wide.map(lambda a: given.append(mx.array(a)))
@@ -264,7 +268,7 @@ class Gradients:
         first, function = key not in self.known, self.known.get(key)
         if not first and function is None:
 
-            def step(arrays: Sequence[mx.array]) -> tuple[dict[str, mx.array], Any]:
+            def step(arrays: Sequence[mx.array]) -> tuple[list[str], mx.array, Any]:
                 traced, own = iter(arrays), self.model.trainable_parameters()
                 try:
                     return self._differentiate(wide.map(lambda _: next(traced)), objective)
@@ -278,10 +282,17 @@ class Gradients:
             self.known.popitem(last=False)
         return self._differentiate(layout, objective) if function is None else function(given)
 
-    def _differentiate(self, layout: Layout, objective: Objective) -> tuple[dict[str, mx.array], Any]:
-        def loss(model: nn.Module) -> tuple[mx.array, dict[str, mx.array]]:
-            logprobs = score(model, layout, checkpoint_every=self.checkpoint_every)
-            return objective(logprobs, layout.rows.map(mx.array))
+    def _differentiate(self, layout: Layout, objective: Objective) -> tuple[list[str], mx.array, Any]:
+        """Return the names of the sums, the sums (K,) float32, and the gradients.
 
-        (_, sums), gradients = nn.value_and_grad(self.model, loss)(self.model)
-        return sums, gradients
+        They are one array because ``mx.compile`` fails where two outputs without a gradient are equal expressions.
+        """
+
+        def loss(model: nn.Module) -> tuple[mx.array, list[str], mx.array]:
+            logprobs = score(model, layout, checkpoint_every=self.checkpoint_every)
+            total, sums = objective(logprobs, layout.rows.map(mx.array))
+            numbers = [mx.array(value, mx.float32).reshape(1) for value in sums.values()]
+            return total, [*sums], mx.concatenate([mx.zeros(0), *numbers])
+
+        (_, names, sums), gradients = nn.value_and_grad(self.model, loss)(self.model)
+        return names, sums, gradients

@@ -1,6 +1,6 @@
 """Show that mx.compile of MLX 0.32.4 fails, on any device, where two outputs are equal under stop_gradient.
 
-It ends in IndexError (unordered_map::at), raised in compile_replace. Auxiliary outputs of value_and_grad are such outputs.
+It ends in IndexError (unordered_map::at), raised in compile_replace; so do equal auxiliary outputs of value_and_grad.
 """
 
 import mlx.core as mx

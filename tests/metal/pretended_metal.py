@@ -19,6 +19,8 @@ import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below m
 import mlx.core as mx
 import mlx_lm
 
+from textpolicy.mlx.kernels import metal as ours
+
 GIB = 2**30
 # what Metal says of Macs with 8, 16, 64 and 128 GB: (memory_size, max_recommended_working_set_size, max_buffer_length)
 MACS = {
@@ -78,13 +80,22 @@ def pretended_metal(size: int = 16) -> Iterator[None]:
             for name, value in vars(again).items():
                 if isinstance(value, Kernel):
                     patch.setattr(module, name, value)
+        forget_our_kernels()
         yield
+    forget_our_kernels()
+
+
+def forget_our_kernels() -> None:
+    """Let textpolicy make its kernels anew, pretended or real."""
+    for made in vars(ours).values():
+        if hasattr(made, "cache_clear"):
+            made.cache_clear()
 
 
 class Kernel:
     """A Metal kernel: it gives zeros, and MLX has no gradient for it."""
 
-    def __init__(self, *, name: str, **_: object):
+    def __init__(self, name: str, *_: object, **__: object):
         self.name = name
 
     def __call__(self, *, inputs, output_shapes, output_dtypes, **_: object) -> list[mx.array]:

@@ -159,3 +159,11 @@ def test_a_model_of_kernels_alone_is_sampled_from_and_refused_for_training(make,
     monkeypatch.setattr(models, "load_model", lambda *_, **__: (model, None))
     with pytest.raises(UserError, match=what):
         build_engine(Config())
+
+
+def test_kimi_k3_samples_by_the_adapter_as_it_is_now():
+    """Its layers would compile a step for themselves, and keep the weights of that day."""
+    model = adapted("kimi_k3", LoRA(rank=2), **widths(32))
+    engine = MLXEngine(model, stop=[0], compile=False)
+    engine.sample([[5, 6, 7]], 2, Sampling(max_tokens=3))
+    assert all(vars(part).get("_step") is None for part in model.modules())

@@ -27,6 +27,7 @@ from .decode.decoder import decode
 from .decode.folded_weights import copies, folded
 from .kernels import exponentials, gathers, masks
 from .kernels.patching import patched
+from .kernels.plain import plain_operations
 from .read.bounds import Bounds
 from .score.micro_batches import Gradients, Objective, logprobs_of, micro_batches
 from .state import read_arrays, restore_training_state, training_state, write_arrays
@@ -86,7 +87,8 @@ class MLXEngine:
         read = [token_ids(p, self.bounds.vocabulary) for p in prompts]
         self.bounds.refuse_beyond(max(map(len, read)) + sampling.max_tokens, "a prompt with its completion")
         rows = [p for p in read for _ in range(n)]
-        with patched(self.model, exponentials.patches()):
+        # Kimi K3 compiles a step of its own on Metal, with the adapter as it is the first time
+        with patched(self.model, exponentials.patches()), plain_operations("kimi_k3"):
             model = folded(self.model, min(len(rows), self.decode_rows)) if self.copies else self.model
             if self._steps is None and mx.default_device() == mx.Device(mx.gpu):
                 self._steps = Steps.chosen(self.model, self.compiled)

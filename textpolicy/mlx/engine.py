@@ -75,7 +75,8 @@ class MLXEngine:
         self._clip = mx.compile(optim.clip_grad_norm) if compiled else optim.clip_grad_norm
         self._apply_gradients: Callable[..., Any] | None = None  # compiled, for the optimiser's state below
         self._compiled_state: Any = None
-        self._steps: Steps | None = None  # compiled decoding steps, where these have been seen to pay
+        self._steps: Steps | None = None  # compiled decoding steps, on a GPU
+        self._tried_steps = False
 
     def sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> list[list[Completion]]:
         """Return ``n`` completions for every prompt (token ids), in prompt order; each prompt is read once."""
@@ -90,8 +91,8 @@ class MLXEngine:
         # Kimi K3 compiles a step of its own on Metal, with the adapter as it is the first time
         with patched(self.model, exponentials.patches()), plain_operations("kimi_k3"):
             model = folded(self.model, min(len(rows), self.decode_rows)) if self.copies else self.model
-            if self._steps is None and mx.default_device() == mx.Device(mx.gpu):
-                self._steps = Steps.chosen(self.model, self.compiled)
+            if not self._tried_steps and mx.default_device() == mx.Device(mx.gpu):
+                self._steps, self._tried_steps = Steps.chosen(self.model, self.compiled), True
             flat = decode(model, rows, sampling, self.stop, self.decode_rows, steps=self._steps)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
 

@@ -9,6 +9,7 @@ import pytest
 from adapter_kinds import ADAPTERS
 from adapter_kinds import adapted as adapter_of_kind
 from architectures import adapted, decoding_error
+from families import tiny_family
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, KVCache
 from test_decoder import PROMPTS, STOP
@@ -211,3 +212,10 @@ class TestKernelsOfTheDevice:
         ours.in_place = False
         assert Steps.chosen(tiny_engine.model, compiled=True).kernels is operations
         assert not caplog.text
+
+
+@pytest.mark.parametrize("family", ["dbrx", "iquestloopcoder", "nemotron-nas"])
+def test_a_model_that_cannot_be_compiled_decodes_without_steps(family, caplog):
+    model = tiny_family(family)
+    assert Steps.chosen(model, compiled=True) is None
+    assert "does not decode by compiled steps" in caplog.text

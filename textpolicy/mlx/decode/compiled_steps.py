@@ -35,6 +35,7 @@ _ROOM, _MANY = {mx.cpu: 64, mx.gpu: 64}, 256  # slots are allocated in multiples
 _TRIED, _STEPS = (3, 40, 90), 3  # lengths of prompts, and steps, on which kernels are tried
 _AGREES = 0.05  # nats by which log-probs and entropies may differ then; of a wrong kernel they differ by far more
 _UNUSED = "the Metal kernels of this machine %s; decoding goes on with MLX's own operations"
+_PLAIN = "this model does not decode by compiled steps (%s); decoding goes on without them"
 _RECENT = 32  # slots that a step copies; products with fewer are slow on NVIDIA GPUs, with more the copies are
 
 Arrays = list[mx.array]
@@ -234,29 +235,27 @@ class Steps:
         self.patches = {**(patches or {}), "scaled_dot_product_attention": _attention}
 
     @classmethod
-    def chosen(cls, model: nn.Module, compiled: bool) -> Steps:
+    def chosen(cls, model: nn.Module, compiled: bool) -> Steps | None:
         """Return steps by the kernels of the default device where these serve all layers, else by MLX's operations.
 
-        Those of Metal must also draw what the operations draw, since no test has run them on a Mac; a line says so if
-        they do not.
+        Those of Metal must also draw what the operations draw, since no test has run them on a Mac. Of a model that
+        does not allow for such steps it is None. A line says what was not taken, and why.
         """
-        device = next((kernels for kernels in (cuda, metal) if kernels.is_default()), None)
-        if device is not None:
-            fast = cls(model, compiled=compiled, kernels=device)
+        for kernels in [*(kernels for kernels in (cuda, metal) if kernels.is_default()), operations]:
             try:
-                drawn, in_place = fast._tried()
-                if in_place and device is cuda:
-                    return fast
-                off = 0.0
+                steps = cls(model, compiled=compiled, kernels=kernels)
+                drawn, in_place = steps._tried()
+                if kernels is operations or (in_place and kernels is cuda):
+                    return steps
                 if in_place:
                     expected, _ = cls(model, compiled=compiled, kernels=operations)._tried(drawn[0])
                     off = max(float(np.abs(a - b).max()) for a, b in zip(drawn[1:], expected[1:], strict=True))
                     if off <= _AGREES:
-                        return fast
+                        return steps
                     logger.warning(_UNUSED, f"differ from MLX's operations by {off:.2g} nats")
-            except (RuntimeError, ValueError) as error:
-                logger.warning(_UNUSED, f"failed: {error}")
-        return cls(model, compiled=compiled, kernels=operations)
+            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:  # code of a model, too
+                logger.warning(*(_UNUSED, f"failed: {error}") if kernels is metal else (_PLAIN, error))
+        return None
 
     def _tried(self, forced: np.ndarray | None = None) -> tuple[list[np.ndarray], bool]:
         """Return tokens, log-probs and entropies (S, R) of a few steps, and whether all were written in place.

@@ -203,7 +203,7 @@ def compute_gtpo_shaped_rewards(
 
 
 def normalize_gtpo_advantages(
-    shaped: Array,
+    shaped_rewards: Array,
     is_positive: Array,
     eps: float = 1e-8,
     normalisation: Normalisation = "joint",
@@ -215,11 +215,11 @@ def normalize_gtpo_advantages(
     ``prompt_ids`` (N,) are those of the tokens; without them all share one. ``normalisation``
     "separate" is the paper's, which ignores the outcome. Raises UserError.
     """
-    refuse_unlike(shaped=shaped, is_positive=is_positive)
+    refuse_unlike(shaped_rewards=shaped_rewards, is_positive=is_positive)
     success = np.asarray(is_positive) != 0
     outcome = Rewards.of(success.astype(float), prompt_ids)
-    a = normalize(values_of(shaped), success, outcome.group, normalisation, eps)
-    return like(shaped, np.where(outcome.uniform, 0.0, a))
+    a = normalize(values_of(shaped_rewards), success, outcome.group, normalisation, eps)
+    return like(shaped_rewards, np.where(outcome.uniform, 0.0, a))
 
 
 def gtpo_loss(

@@ -43,9 +43,11 @@ def apply_length_shaping(
     return np.asarray(rewards) + overlong_penalty(np.asarray(sequence_lengths), max_length, cache_length, max_penalty)
 
 
-def compute_length_shaping_stats(lengths: NDArray[Any], max_length: int, cache_length: int = 100) -> dict[str, float]:
+def compute_length_shaping_stats(
+    sequence_lengths: NDArray[Any], max_length: int, cache_length: int = 100
+) -> dict[str, float]:
     """Return the mean and greatest length, and the shares truncated (>= max_length) and penalised; 0 without any."""
-    n = np.asarray(lengths, np.float64)
+    n = np.asarray(sequence_lengths, np.float64)
     if not n.size:
         return dict.fromkeys(("mean_length", "max_length_observed", "truncation_rate", "penalty_zone_rate"), 0.0)
     return {

@@ -34,7 +34,7 @@ class Environment(ABC):
         """Return an independent copy."""
         return copy.deepcopy(self)
 
-    def render(self) -> None:  # noqa: B027 (optional)
+    def render(self, mode: str = "human") -> None:  # noqa: B027 (optional)
         """Show the current state; by default do nothing."""
 
     def close(self) -> None:  # noqa: B027 (optional)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -16,6 +17,12 @@ from ..errors import unknown_name
 from ..mlx.engine import MLXEngine
 from ..mlx.models import load_model as load_model
 from ..types import token_ids
+
+_EARLIER = (  # generation parameters of 0.1.11 that chose among its decoders
+    "decode_backend", "decode_backend_options", "profile_decode_stats", "draft_model", "draft_model_id",
+    "num_draft_tokens",
+)  # fmt: skip
+logger = logging.getLogger(__name__)
 
 Output = tuple[mx.array, dict[str, Any]]  # ids (R,) int32 with the stop token; logprob, entropy and more
 
@@ -66,9 +73,12 @@ def create_policy(model: nn.Module, tokenizer: Any, generation_params: Mapping[s
 
     ``generation_params`` may contain max_tokens (50), temperature (1.0), top_p (1.0), top_k (0),
     min_p (0.0), repetition_penalty (1.0) and seed (0); training can score samples of the defaults. Raises
-    UserError for any other key, or a value out of range.
+    UserError for any other key, or a value out of range; keys of the decoders of version 0.1.11 change nothing.
     """
     params = dict(generation_params or {})
+    for key in [key for key in _EARLIER if key in params]:
+        logger.warning("the generation parameter %s has no effect, because there is one decoder; leave it out", key)
+        del params[key]
     known = [f.name for f in fields(Sampling)]
     for key in params:
         if key not in known:

@@ -84,7 +84,7 @@ class ScaledGemma3Model(Gemma3Model):
 
 
 def load_model(
-    name: str | Path,
+    model_path: str | Path,
     adapter_path: str | Path | None = None,
     tokenizer_config: dict[str, Any] | None = None,
     verbose: bool = False,
@@ -92,9 +92,9 @@ def load_model(
     dequantize: bool | None = None,
     tokenizer: Any = None,
 ) -> tuple[nn.Module, Any]:
-    """Return the model called ``name``, in evaluation mode, and its tokenizer as ``mlx_lm.load`` returns it.
+    """Return the model called ``model_path``, in evaluation mode, and its tokenizer as ``mlx_lm.load`` returns it.
 
-    ``name`` is a built-in (see ``MODELS``), a folder, a GGUF file or a hub id such as ``Qwen/Qwen3-0.6B``.
+    ``model_path`` is a built-in (see ``MODELS``), a folder, a GGUF file or a hub id such as ``Qwen/Qwen3-0.6B``.
     ``adapter_path`` is a folder in mlx-lm's layout, or a file of ``save_adapters``; ``tokenizer_config`` goes
     to ``AutoTokenizer``, unless ``tokenizer`` is what ``load_tokenizer`` returned.
     On a CPU all weights become float32 and quantised layers are dequantised, because everything else is slow
@@ -108,14 +108,14 @@ def load_model(
     log: Callable[..., None] = logger.info if verbose else logger.debug
     if adapter_path is not None and read_adapter(adapter_path).is_full:  # raises for a wrong path at once, too
         dequantize = True  # weights that were trained in full are floats
-    folder = find_model(name)
-    log("loading %s from %s", name, folder)
+    folder = find_model(model_path)
+    log("loading %s from %s", model_path, folder)
     model, tokenizer = _load_folder(folder, tokenizer_config, tokenizer)
-    in_float32 = mx.default_device() == mx.cpu or (str(name) in MODELS and dequantize is not False)
+    in_float32 = mx.default_device() == mx.cpu or (str(model_path) in MODELS and dequantize is not False)
     if in_float32:
         model.set_dtype(mx.float32)  # first, so that dequantising rounds nothing
     if dequantize is False and (folder / NOTES).is_file():
-        _quantise_again(model, read_json(folder / NOTES), str(name))
+        _quantise_again(model, read_json(folder / NOTES), str(model_path))
     if in_float32 if dequantize is None else dequantize:
         dequantise(model)
     complete(model)

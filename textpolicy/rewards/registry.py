@@ -105,11 +105,13 @@ class RewardConfig:
 
     name: str
     weight: float = 1.0  # in a weighted sum; with 0 the reward is only reported
-    params: Mapping[str, Any] = field(default_factory=dict)  # keyword arguments of the reward
-    verifiers: Sequence[str] = field(default_factory=list)  # names; the reward counts where all accept
+    params: Mapping[str, Any] = field(default_factory=dict)  # keyword arguments of the reward; None is none
+    verifiers: Sequence[str] = field(default_factory=list)  # names, or None; the reward counts where all accept
     verifier_penalty: float = 0.0  # replaces the reward where a verifier refuses; weighted like it
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "params", self.params or {})
+        object.__setattr__(self, "verifiers", self.verifiers or [])
         for what, number in (("weight", self.weight), ("verifier_penalty", self.verifier_penalty)):
             if not math.isfinite(number):
                 raise UserError(f"reward {self.name!r} has {what} {number}; give a finite number")

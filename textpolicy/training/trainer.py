@@ -48,16 +48,16 @@ class Trainer:
         advantage_fn: Callable[[Any], Any],
         loss_fn: Callable[..., Any],
         optimizer: Any,
-        *,
+        get_logprobs_fn: None = None,
+        metrics_fn: Callable[..., Mapping[str, float]] | None = None,
         max_grad_norm: float = 0.5,
         compile_training: bool | Literal["auto"] = "auto",
         gradient_checkpointing: bool | int = False,
         micro_batch_size: int | None = None,
-        metrics_fn: Callable[..., Mapping[str, float]] | None = None,
-        metrics_interval: int = 10,
         buffer: Buffer | None = None,
         data_selector_fn: Selector | None = None,
         auto_save_lora: bool | str | Path | None = None,
+        metrics_interval: int = 10,
         advantage_transform_fn: Transform | None = None,
         advantage_reward_key: str = "rewards",
         profile: bool = False,
@@ -79,13 +79,16 @@ class Trainer:
         step; ``prepare_batch(batch)`` before it and ``postprocess_batch(batch)`` after the update are called
         on a transform that has them. ``auto_save_lora`` is the path to which the adapter is written after every
         step, a folder or a .safetensors file; True is the path of ``create_lora_setup``, and without it nothing is
-        written. ``on_policy`` empties the buffer after a step. Raises UserError.
+        written. ``on_policy`` empties the buffer after a step. ``get_logprobs_fn`` of version 0.1.11 is refused: the
+        log-probs are those that episodes were sampled with. Raises UserError.
         """
         from ..generation.reload import auto_save_path
         from ..mlx.engine import MLXEngine
         from ..mlx.score.micro_batches import Gradients
         from .flat import FlatPasses
 
+        if get_logprobs_fn is not None:
+            raise UserError("get_logprobs_fn is given and the Trainer computes log-probs itself; leave it out")
         _check(model, max_grad_norm, compile_training, gradient_checkpointing, micro_batch_size, metrics_interval)
         self.model, self.advantage_fn, self.metrics_interval = model, advantage_fn, metrics_interval
         self.advantage_transform_fn, self.advantage_reward_key = advantage_transform_fn, advantage_reward_key

@@ -88,8 +88,8 @@ class GymAdapter(Environment):
         """Make a new environment of the same name and settings."""
         return type(self)(self.env_name, **self.kwargs)
 
-    def render(self) -> Any:
-        """Return the environment's own picture, in the mode it was made with."""
+    def render(self, mode: str = "human") -> Any:
+        """Return the environment's own picture, in the mode it was made with, not in ``mode``."""
         return self.env.render()
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from textpolicy.cli.campaign import COMMANDS as CAMPAIGN
 from textpolicy.cli.main import COMMANDS, AlgorithmsArguments, DoctorArguments, TasksArguments
 from textpolicy.cli.tinker_server import ServerArguments
-from textpolicy.config.settings import Config, Positional
+from textpolicy.config.settings import Config, Positional, settings_of
 from textpolicy.report.page import ReportArguments
 from textpolicy.report.view.server import ViewArguments
 from textpolicy.run.export import ExportArguments
@@ -54,7 +54,7 @@ def arguments() -> str:
 
 
 def section(title: str, kind: type[BaseModel]) -> str:
-    rows = [row(name, field, "--") for name, field in kind.model_fields.items()]
+    rows = [row(".".join(path), field, "--") for path, field in settings_of(kind)]
     return f"### {title}\n\n{kind.__doc__}\n\n" + table(("argument", "kind", "default", "meaning"), rows)
 
 

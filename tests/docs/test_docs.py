@@ -22,6 +22,7 @@ from textpolicy.cli.tinker_server import ServerArguments
 from textpolicy.config.flags import parse
 from textpolicy.config.recipe import configure
 from textpolicy.config.settings import Config, check_config
+from textpolicy.config.settings import settings_of as leaves
 from textpolicy.report.page import ReportArguments
 from textpolicy.report.view.server import ViewArguments
 from textpolicy.run.export import ExportArguments
@@ -350,7 +351,7 @@ def test_the_page_of_the_command_line_has_its_tables_only_when_it_is_built():
     assert all(f"### textpolicy {name}\n" in text for name in sections)
     for name, kind in ARGUMENTS.items():
         section = text.partition(f"### textpolicy {name}\n")[2].partition("\n### ")[0]
-        assert all(field.description in section for field in kind.model_fields.values())
+        assert all(field.description in section for _, field in leaves(kind))
     assert {f"| `{name}` |" for name in settings_of(Config)} <= set(re.findall(r"\| `\w+` \|", text))
 
 

@@ -43,6 +43,13 @@ ROWS = {
         b'{"kind": "eval", "step": 9, "accuracy": 0.5, "problems": 2}\n',
         "does not name its split",
     ),
+    **{
+        f"an evaluation of {accuracy} on {problems}": (
+            b'{"kind": "eval", "step": 9, "split": "test", "accuracy": %g, "problems": %d}\n' % (accuracy, problems),
+            f"has an accuracy of {accuracy} on {problems} problems",
+        )
+        for accuracy, problems in ((1.7, 10), (-0.1, 10), (0.5, 0), (0.5, -5))
+    },
     "an evaluation without accuracy": (
         b'{"kind": "eval", "step": 9, "split": "test"}\n',
         "has no number as its accuracy",

@@ -196,7 +196,7 @@ def _recorded(run: RecordedRun, rows: Sequence[Row]) -> Completions:
         **{name: table[name].cast(kind).to_numpy() for name, kind in kinds.items()},
         correct=np.array(correct, float),
         truncated=np.array([reason == "length" for reason in table["finish_reason"].to_pylist()], bool),
-        prompt=table["prompt"].to_pylist(),
-        text=table["text"].to_pylist(),
+        prompt=table["prompt"].fill_null("").to_pylist(),
+        text=table["text"].fill_null("").to_pylist(),
         scores={name: np.array([row.get(name, np.nan) for row in scores], float) for name in names},
     )

@@ -337,7 +337,7 @@ def test_a_run_without_completions_is_shown_as_one(tmp_path):
         assert count(served.page()) == 0
         assert count(served.page("?words=seven&kind=evals")) == 0
         assert "Nothing here yet" in served.page()
-        assert "No prompt has been drawn yet" in served.page("prompts")
+        assert "No prompt with a number has been drawn yet" in served.page("prompts")
         assert count(served.page("prompt?index=3")) == 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -127,3 +128,14 @@ def test_a_server_that_cannot_start_reports_why_and_leaves_no_process(tmp_path, 
     )  # without SkyRL
     with pytest.raises(ServiceError, match=r"did not start \(ModuleNotFoundError: No module named '(uvicorn|skyrl)'"):
         LocalServer(ServerSettings(model=tiny_model_folder(), folder=tmp_path / "server"))
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr("textpolicy.tinker.server.server.server_python", lambda say: pytest.fail("work was done"))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=rf"^port {port} cannot be used \(Address already in use\)"):
+            LocalServer(ServerSettings(model=tiny_model_folder(), folder=tmp_path / "server", port=port))
+    assert not (tmp_path / "server").exists()

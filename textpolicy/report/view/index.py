@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Kind = Literal["rollouts", "evals"]
-Stamp = tuple[int, int, int]  # time of the last change in ns, bytes, inode
+Stamp = tuple[int, int, int, int]  # the times of the last change of a file's text and of its entry in ns, bytes, inode
 FIGURES = (
     "step", "split", "group", "sample", "prompt_index", "temperature", "finish_reason",
     "reward", "is_correct", "length", "advantage",
@@ -102,12 +103,12 @@ class Index:
         self.table = pa.schema([*(layout.schema().field(name) for name in FIGURES), *placed]).empty_table()
         self._reading = Lock()  # requests come in threads
 
-    def refresh(self) -> None:
-        """Read the files that are new or were replaced, and forget those that are gone. Raises UserError."""
+    def refresh(self) -> Index:
+        """Read what is new or was replaced, forget what is gone, and return all as it is now. Raises UserError."""
         with self._reading:
             stamps = {path: stamp for path in layout.parquet_files(self._folder) if (stamp := stamp_of(path))}
             if stamps == {path: stamp for path, (stamp, _) in self._known.items()}:
-                return
+                return copy(self)
             known = {path: self._known[path] for path in stamps if path in self._known}
             fresh = [path for path, stamp in stamps.items() if path not in known or known[path][0] != stamp]
             with ThreadPoolExecutor(_THREADS) as pool:
@@ -115,6 +116,7 @@ class Index:
             known |= {path: (stamps[path], table) for path, table in zip(fresh, tables, strict=True)}
             self._known = {path: known[path] for path in stamps}  # in the order of the files
             self.files, self.table = list(stamps), _placed([table for _, table in self._known.values()], self.table)
+            return copy(self)  # which a later refresh leaves as it is
 
     def select(self, query: Query) -> pa.Table:
         """Return the figures of the completions that match ``query``, in its order; words match in any case."""
@@ -179,10 +181,11 @@ class Index:
         return {index: line["prompt"] or "" for index, line in lines}
 
     def _rows(self, number: int, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
-        """Return some ``rows`` of a file. Raises UserError if it has fewer by now."""
-        table = _read(self.files[number], columns)
-        if rows.max(initial=-1) >= len(table):
-            raise UserError(f"{self.files[number]} has just been replaced; reload the page")
+        """Return some ``rows`` of a file. Raises UserError if it is no longer the file whose figures are known."""
+        path = self.files[number]
+        table = _read(path, columns)
+        if stamp_of(path) != self._known[path][0]:
+            raise UserError(f"{path} has just been replaced; reload the page")
         return table.take(rows)
 
     def one(self, file: str, row: int) -> dict[str, Any]:
@@ -205,7 +208,7 @@ def stamp_of(path: Path) -> Stamp | None:
         found = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
 def _placed(tables: Sequence[pa.Table], empty: pa.Table) -> pa.Table:
@@ -227,8 +230,9 @@ def _placed(tables: Sequence[pa.Table], empty: pa.Table) -> pa.Table:
     np.minimum.at(low, of, x)
     np.maximum.at(high, of, x)
     count = np.maximum(np.bincount(of, minlength=groups), 1)
-    mean = np.bincount(of, x, groups) / count
-    deviation = np.sqrt(np.bincount(of, (x - mean[of]) ** 2, groups) / count)
+    with np.errstate(over="ignore", invalid="ignore"):  # rewards may be as large as numbers get
+        mean = np.bincount(of, x, groups) / count
+        deviation = np.sqrt(np.bincount(of, (x - mean[of]) ** 2, groups) / count)
     deviation = np.where(low < high, deviation, np.where(low == high, 0.0, np.nan))  # exactly 0 where all are equal
     columns = {"file": file, "row": row, "key": key}
     for name, values in columns.items():

@@ -55,7 +55,7 @@ class Value:
 
 def outcome(run: RecordedRun) -> Outcome | None:
     """Return what a run's greedy evaluations say; None before the first."""
-    found = [evaluation for evaluation in evaluations(run) if 0 <= evaluation.correct <= evaluation.total > 0]
+    found = evaluations(run)
     for split in ("test", "validation"):
         of_split = [evaluation for evaluation in found if evaluation.split == split]
         if len(of_split) > 1:

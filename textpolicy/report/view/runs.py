@@ -100,8 +100,7 @@ class ViewedRun:
         """Return the index of ``kind``, up to date. Raises UserError for an unknown kind."""
         if kind not in self.indices:
             raise UserError(f"there are no {kind!r}; ask for {' or '.join(self.indices)}")
-        self.indices[kind].refresh()
-        return self.indices[kind]
+        return self.indices[kind].refresh()
 
     def page(self, query: Query) -> Page:
         """Return the groups of the completions that match ``query``; a page beyond the last is the last."""
@@ -169,7 +168,7 @@ class Runs:
 
     def refresh(self) -> None:
         """Find runs that are new. Raises UserError for a folder that is neither a run nor holds one."""
-        known = {run.folder for run in self.opened}
+        known = {run.folder.resolve() for run in self.opened}
         for given in self.folders:
             found = [given] if (given / layout.METRICS).is_file() else []
             for depth in range(1, _DEEPEST + 1 if not found else 0):
@@ -177,7 +176,8 @@ class Runs:
             if not found:
                 load_run(given)  # raises
             for folder in sorted(found, key=_natural):
-                if folder not in known:
+                if folder.resolve() not in known:
+                    known.add(folder.resolve())
                     name = folder.resolve().name if folder == given else str(folder.relative_to(given))
                     self.opened.append(ViewedRun(len(self.opened), folder, name))
 

@@ -8,7 +8,6 @@ filters that act at once, come from a frame beside the page, whose one script no
 from __future__ import annotations
 
 import secrets
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from urllib.parse import urlencode
 from pydantic import Field, ValidationError
 
 from ..._system.extras import extra
+from ..._system.ports import bound
 from ...config.settings import LocalPath, Positional, Section, explain
 from ...errors import TextPolicyError, UserError
 from ...record.prompts import compare
@@ -74,13 +74,8 @@ def view(args: ViewArguments) -> None:
     folders = [args.run] if args.other is None else [args.run, args.other]
     token = secrets.token_urlsafe(18)
     app = make_app(folders, token)
-    with socket.socket() as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind(("127.0.0.1", args.port))
-            listening.listen()  # before the address is printed, for whoever reads it may connect at once
-        except OSError as error:
-            raise UserError(f"port {args.port} cannot be used ({error.strerror}); choose another") from error
+    with bound("127.0.0.1", args.port) as listening:
+        listening.listen()  # before the address is printed, for whoever reads it may connect at once
         print(f"http://127.0.0.1:{listening.getsockname()[1]}/{token}/  (Ctrl-C ends it)", flush=True)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
 
@@ -215,8 +210,10 @@ class Pages:
         shown = rows[(number - 1) * PROMPTS_PER_PAGE : number * PROMPTS_PER_PAGE]
         texts = index.prompts([row.prompt_index for row in shown])
         lines = [(row, texts[row.prompt_index]) for row in shown]
-        page = {"number": number, "pages": pages, "total": len(rows)}
-        return self._page("prompts.html", request, run=run, other=other, lines=lines, page=page, query=query)
+        page, total = {"number": number, "pages": pages, "total": len(rows)}, len(index.table)
+        return self._page(
+            "prompts.html", request, run=run, other=other, lines=lines, page=page, total=total, query=query
+        )
 
     def prompt(self, request: Request) -> Response:
         """Redirect to a prompt's latest completion in two runs, side by side; of one run, to all its completions."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Self
 from ..._system.cache import cache_folder
 from ..._system.extras import extra
 from ..._system.lock import lock_with_children
+from ..._system.ports import bound
 from ...errors import ServiceError, UserError
 from ..service import answers
 from .environment import server_python
@@ -58,12 +58,9 @@ class LocalServer:
 
     def __init__(self, settings: ServerSettings, say: Callable[[str], None] = lambda line: None):
         """Start the server and wait until it answers. Raises UserError, ServiceError."""
+        with bound(settings.host, settings.port) as taken:  # before the work of starting a server that would not get it
+            self.name, self.port = settings.name, int(taken.getsockname()[1])
         python = server_python(say)
-        self.name, self.port = settings.name, settings.port
-        if not self.port:
-            with socket.socket() as listening:
-                listening.bind((settings.host, 0))
-                self.port = int(listening.getsockname()[1])
         self.url = f"http://{settings.host}:{self.port}"
         self.log = settings.folder / "server.log"
         try:

@@ -2,6 +2,7 @@
 
 import html
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -147,6 +148,21 @@ def test_a_group_is_one_line_with_all_its_rewards_and_those_found_stand_out(one,
         spread = float(np.std([row["reward"] for row in members]))
         assert ("all equal" in summary) == (spread == 0)
         assert spread == 0 or f"± {spread:.2g}<" in summary
+
+
+def test_a_large_group_shows_those_that_match_first_and_says_how_many_more_there_are(one, two_runs, monkeypatch):
+    monkeypatch.setattr(runs, "MOST", 3)
+    rows = [r for r in load_run(two_runs[0]).rollouts.to_pylist() if (r["step"], r["group"]) == (3, 1)]
+    for query, matches in (
+        ("step_from=3&step_to=3&group=1", lambda r: True),
+        ("group=1&step_from=3&step_to=3&words=42", lambda r: "42" in r["text"]),
+    ):
+        page, found = one.page("?" + query), [r["sample"] for r in rows if matches(r)]
+        chosen = sorted([*found, *(r["sample"] for r in rows if not matches(r))][:3])
+        assert [int(n) for n in re.findall(r">sample (\d+)<", page)] == chosen
+        assert page.count("and 1 more") == 2
+        assert count(page) == len(found) > 0
+    assert one.page("completion?at=0:rollouts:step-000003:5").count(">sample ") == SAMPLES
 
 
 def test_the_widest_spread_comes_first(two_runs):
@@ -373,4 +389,4 @@ def test_a_port_in_use_and_a_folder_that_is_not_a_run_are_refused_in_a_sentence(
 def test_a_run_whose_examples_have_no_question_ends_with_a_prompt_to_try(tmp_path):
     ended = train_run(tmp_path / "run")
     output = (ended / "log.txt").read_text()
-    assert f'textpolicy generate --run {ended} "1 2"' in " ".join(output.split())
+    assert shlex.join(["textpolicy", "generate", "--run", str(ended), "1 2"]) in " ".join(output.split())

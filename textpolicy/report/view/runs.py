@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PER_PAGE = 50  # groups
+MOST = 64  # completions shown of a group in the list
 _DEEPEST = 4  # levels below a folder of runs: campaign/runs/arm/seed
 
 
@@ -39,6 +40,7 @@ class Group:
     """The completions of one prompt and step, at least one of which matches the filter."""
 
     lines: Sequence[Listed]
+    more: int  # completions that are not shown, those that match last
 
     @property
     def rewards(self) -> list[float]:
@@ -113,7 +115,7 @@ class ViewedRun:
         chosen = keys[starts[(number - 1) * PER_PAGE : number * PER_PAGE]]
         rewards = index.table["reward"].drop_null().to_numpy()
         ends = (float(rewards.min()), float(rewards.max())) if len(rewards) else (0.0, 0.0)
-        groups = self._groups(query.kind, index, chosen, found)
+        groups = self._groups(query.kind, index, chosen, found, MOST)
         return Page(groups, len(found), len(starts), number, pages, ends)
 
     def around(self, address: Address, query: Query) -> tuple[Group, Address | None, Address | None]:
@@ -131,20 +133,27 @@ class ViewedRun:
         for side, step in enumerate((-1, 1)):
             if len(at) and 0 <= at[0] + step < len(walk):
                 beside[side] = self._address(address.kind, index, walk.slice(at[0] + step, 1).to_pylist()[0])
-        [group] = self._groups(address.kind, index, key, index.table)
+        [group] = self._groups(address.kind, index, key, index.table, len(index.table))
         return group, beside[0], beside[1]
 
-    def _groups(self, kind: str, index: Index, keys: np.ndarray, found: pa.Table) -> list[Group]:
-        """Return the groups with the ``keys``, in their order; ``found`` are the completions that match."""
-        table = index.table
-        members = table.filter(np.isin(table["key"].to_numpy(), keys))
+    def _groups(self, kind: str, index: Index, keys: np.ndarray, found: pa.Table, most: int) -> list[Group]:
+        """Return the groups with the ``keys``, in their order, and of each at most so many completions.
+
+        ``found`` are the completions that match.
+        """
+        members = index.table.filter(np.isin(index.table["key"].to_numpy(), keys))
         places = [table["file"].to_numpy() * np.int64(LIMIT) + table["row"].to_numpy() for table in (members, found)]
-        matching = np.isin(*places).tolist()
+        matching, of = np.isin(*places), members["key"].to_numpy()
+        order = np.lexsort([places[0], ~matching, of])  # by group, those that match first
+        starts, sizes = np.unique(of[order], return_index=True, return_counts=True)[1:]
+        shown = np.sort(order[np.arange(len(order)) - np.repeat(starts, sizes) < most])
+        members, matching = members.take(shown), matching[shown]
+        more = {key: max(0, size - most) for key, size in zip(of[order][starts].tolist(), sizes.tolist(), strict=True)}
         groups: dict[int, list[Listed]] = {key: [] for key in keys.tolist()}
-        for row, shown, matches in zip(members.to_pylist(), index.read(members, SHOWN), matching, strict=True):
+        for row, said, matches in zip(members.to_pylist(), index.read(members, SHOWN), matching.tolist(), strict=True):
             address = self._address(kind, index, row)
-            groups[row["key"]].append(Listed(address, row, shown["prompt"] or "", shown["text"] or "", matches))
-        return [Group(lines) for lines in groups.values()]
+            groups[row["key"]].append(Listed(address, row, said["prompt"] or "", said["text"] or "", matches))
+        return [Group(lines, more[key]) for key, lines in groups.items()]
 
     def _address(self, kind: str, index: Index, row: dict[str, Any]) -> Address:
         return Address(self.number, kind, index.files[row["file"]].stem, row["row"])

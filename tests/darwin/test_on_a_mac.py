@@ -69,6 +69,7 @@ def test_the_package_and_its_processes_see_a_mac(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_rewards_rollouts_runs_and_campaigns_work_on_a_mac():
     ran = pretending("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *CHOSEN)
     assert ran.returncode == 0, ran.stdout[-4000:]

@@ -16,7 +16,9 @@ from textpolicy.errors import RewardError, UserError
 from textpolicy.rewards import confine
 from textpolicy.rewards.sandbox import MIB, Limits, code_output_reward, run_python
 
-landlock = pytest.mark.skipif(not confine.can_confine(), reason="the stand-in for Seatbelt needs Linux with Landlock")
+landlock = pytest.mark.skipif(
+    sys.platform != "linux" or not confine.can_confine(), reason="the stand-in for Seatbelt needs Linux with Landlock"
+)
 
 # Operations and filters of Apple's language that occur in Apple's own profiles of macOS 14.
 OPERATIONS = {

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, whatever goes wrong at whichever moment, and few of them."""
 
+import contextlib
 import errno
 import json
 import os
@@ -56,6 +57,30 @@ def test_what_macos_puts_beside_files_is_no_part_of_a_checkpoint(tmp_path):
     (written.path / "best" / "._weights").write_text("Mac")
     assert Checkpoints(tmp_path).latest().checkpoint == written
     assert Checkpoints(tmp_path).steps() == [3]
+
+
+def test_old_checkpoints_go_where_half_of_a_file_goes_with_the_file(tmp_path, monkeypatch):
+    """As on exFAT and on servers, where macOS keeps a file's attributes in ._FILE and removes both at once."""
+    true = os.unlink
+
+    def unlink(path, *, dir_fd=None):
+        true(path, dir_fd=dir_fd)
+        name = os.path.basename(path)
+        if not name.startswith("._"):
+            with contextlib.suppress(FileNotFoundError):
+                true(os.path.join(os.path.dirname(path), f"._{name}"), dir_fd=dir_fd)
+
+    def with_halves(new):
+        fill("abc")(new)
+        for name in ("._weights", "best/._weights", "other", "._other"):
+            (new / name).write_text("Mac")
+
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.write(1, {}, with_halves)
+    monkeypatch.setattr(os, "unlink", unlink)
+    for step in (2, 3):
+        checkpoints.write(step, {}, with_halves)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000003"]
 
 
 def test_a_step_can_be_written_again(tmp_path):

@@ -34,7 +34,7 @@ def drop_from(run: Path, step: int) -> None:
     for kind, first in ((ROLLOUTS, step), (EVALS, step + 1)):
         stale += [path for path in parquet_files(run / kind) if int(path.stem.rsplit("-", 1)[1]) >= first]
     for path in stale:
-        path.unlink()
+        path.unlink(missing_ok=True)  # macOS removes the ._ half of a file with the file
 
 
 def schema() -> pa.Schema:

@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,9 @@ class Checkpoints:
     def _sweep(self) -> None:
         """Remove unfinished and discarded checkpoints."""
         for path in [*self.folder.glob(".step-*.new"), *self.folder.glob(".step-*.old")]:
-            shutil.rmtree(path)
+            while path.exists():  # on a disk that has no attributes, macOS removes the ._ half of a file with the file
+                with suppress(FileNotFoundError):
+                    shutil.rmtree(path)
 
 
 def read(path: Path) -> Checkpoint:

@@ -14,7 +14,7 @@ def start(folder: Path) -> Opened:
     events = extra("tensorboard.compat.proto.event_pb2", INSTALL)
     summaries = extra("tensorboard.compat.proto.summary_pb2", INSTALL)
     writers = extra("tensorboard.summary.writer.event_file_writer", INSTALL)
-    held = None if any(folder.glob("tensorboard/*tfevents*")) else 0
+    held = None if any(folder.glob("tensorboard/[!.]*tfevents*")) else 0
     writer = writers.EventFileWriter(str(folder / "tensorboard"))
 
     def log(step: int, metrics: dict[str, float]) -> None:

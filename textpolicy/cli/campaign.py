@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from .._system.terminal import say
 from ..analysis._inputs import statsmodels
 from ..analysis.comparison import compare_arms
 from ..analysis.permutation import smallest_sign_flip_p
@@ -167,7 +168,7 @@ def analyze(args: FolderArguments) -> int:
     """Compare the finished runs and print the verdict."""
     settings = planned(args.folder)
     found = find(settings, args.folder, jobs_of(settings, args.folder))
-    print(found.verdict)
+    say(found.verdict)
     print(f"written to {write_analysis(found, args.folder)}")
     return 0
 
@@ -177,7 +178,7 @@ def report(args: FolderArguments) -> int:
     settings = planned(args.folder)
     found = find(settings, args.folder, jobs_of(settings, args.folder))
     paths = write_report(found, args.folder)
-    print(found.verdict)
+    say(found.verdict)
     print("written to " + ", ".join(map(str, paths)))
     return 0
 

@@ -14,6 +14,7 @@ from pydantic import Field
 from .._system.faults import machine_fault
 from .._system.files import local_path
 from .._system.machine import how_to_install
+from .._system.terminal import say, until_unread
 from ..config.flags import checked, parse, read
 from ..config.settings import LocalPath, Positional, Section, check_config, merged, read_values
 from ..errors import StoppedError, TextPolicyError
@@ -22,13 +23,16 @@ from ..validate import main as validate
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code; an invalid request prints one sentence on stderr."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    return until_unread(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run(arguments: list[str]) -> int:
     name = arguments.pop(0) if arguments else "validate"
     if name in ("-h", "--help"):
         print("usage: textpolicy COMMAND [ARGUMENTS]\n")
         print("Reinforcement learning for text generation, on your own machine.\n")
         for name, (_, meaning) in COMMANDS.items():
-            print(f"  {name:<14} {meaning}")
+            say(f"  {name:<14} {meaning}", 17)
         print("\n'textpolicy COMMAND --help' describes one.")
         return 0
     if name == "--version":
@@ -59,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"{error.filename!r} cannot be used ({error.strerror}); check the path"
     except KeyboardInterrupt:
         message, code = "stopped by Ctrl-C", 130
-    print(f"textpolicy: {message}", file=sys.stderr)
+    say(f"textpolicy: {message}", stream=sys.stderr)
     return code
 
 
@@ -98,7 +102,7 @@ def evaluate(arguments: list[str]) -> int:
     """Print the accuracy of a model."""
     from ..run import inference
 
-    print(inference.evaluate(parse(inference.EvalArguments, arguments, "eval")))
+    say(inference.evaluate(parse(inference.EvalArguments, arguments, "eval")))
     return 0
 
 
@@ -106,7 +110,7 @@ def export(arguments: list[str]) -> int:
     """Write a trained run for other programs."""
     from ..run import export as exporting
 
-    print(exporting.export(parse(exporting.ExportArguments, arguments, "export")))
+    say(exporting.export(parse(exporting.ExportArguments, arguments, "export")))
     return 0
 
 
@@ -164,11 +168,11 @@ def algorithms(arguments: list[str]) -> int:
 
     args = parse(AlgorithmsArguments, arguments, "algorithms")
     if args.name is not None:
-        print(describe(args.name, algorithm(args.name)))
+        say(describe(args.name, algorithm(args.name)))
         return 0
     for name, recipe in ALGORITHMS.items():
-        print(f"{name:<21} {recipe.summary} ({recipe.paper})")
-    print("\n'textpolicy algorithms NAME' shows one in full; docs/algorithms.md explains them all.")
+        say(f"{name:<21} {recipe.summary} ({recipe.paper})", 22)
+    say("\n'textpolicy algorithms NAME' shows one in full; docs/algorithms.md explains them all.")
     return 0
 
 
@@ -188,13 +192,13 @@ def tasks(arguments: list[str]) -> int:
     args = parse(TasksArguments, arguments, "tasks")
     if args.name is None:
         for name in TASKS:
-            print(f"{name:<16} {MEANINGS.get(name, '')}".rstrip())
-        print(f"{REASONING_GYM + 'NAME':<16} Any data set of reasoning-gym, by its name (textpolicy[reasoning-gym]).")
+            say(f"{name:<16} {MEANINGS.get(name, '')}".rstrip(), 17)
+        say(f"{REASONING_GYM + 'NAME':<16} Any data set of reasoning-gym, by its name (textpolicy[reasoning-gym]).", 17)
         print("\n'textpolicy tasks NAME --show 3' prints problems of one.")
         return 0
     task = load_task(args.name)
     sizes = f"{len(task.train)} training, {len(task.validation)} validation, {len(task.test)} test problems"
-    print(f"{args.name}: {task.summary} ({sizes})")
+    say(f"{args.name}: {task.summary} ({sizes})")
     if task.tools:
         print(f"tools: {', '.join(tool.__name__ for tool in task.tools)}")
     for n, problem in enumerate(task.train[: args.show], 1):

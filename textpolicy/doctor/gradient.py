@@ -51,19 +51,17 @@ def no_gradient(facts: Facts) -> Finding | None:
     if (values(facts.rows, "updated") > 0).any():
         return None
     steps, equal = len(facts.rows), values(facts.rows, "frac_reward_zero_std")
+    every = "the only step" if steps == 1 else f"{steps} of {steps} steps"
     evidence = {"steps": steps, "steps_moved": 0, "agreeing_groups": mean(facts.rows, "frac_reward_zero_std")}
     if len(equal) and (equal == 1).all():
-        what = (
-            f"in {steps} of {steps} steps the rewards within every group were equal{_rewards(facts.rows)}, "
-            "so there was no gradient"
-        )
+        what = f"in {every} the rewards within every group were equal{_rewards(facts.rows)}, so there was no gradient"
         change = (
             "use a reward that tells completions of one prompt apart, an easier or harder task, "
             "or a larger rollout.group_size"
         )
         return Finding("no_gradient", f"The adapter did not move: {what}.", change, evidence)
     share = mean(facts.rows, "truncated")
-    what = f"in {steps} of {steps} steps no completion had weight, though rewards differed ({share:.0%} were truncated)"
+    what = f"in {every} no completion had weight, though rewards differed ({share:.0%} were truncated)"
     change = "set algorithm.mask_truncated = false or raise rollout.max_tokens; otherwise check the advantages"
     return Finding("no_gradient", f"The adapter did not move: {what}.", change, evidence | {"truncated": share})
 

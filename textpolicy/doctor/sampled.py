@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .._system.terminal import latest
 from .facts import Completions, Facts, at_limit, mean, rises, values
 from .finding import Finding
 
@@ -32,7 +33,7 @@ def truncation(facts: Facts) -> Finding | None:
     share, found = mean(facts.ending, "truncated"), facts.completions
     if not CUT_OFF < share <= NEVER_STOPS:
         return None
-    what = f"{share:.0%} of the completions of the last {facts.third} steps were cut off{at_limit(facts)}."
+    what = f"{share:.0%} of the completions of {latest(facts.third, 'step')} were cut off{at_limit(facts)}."
     change = "raise rollout.max_tokens, ask for shorter answers in the prompt, or set algorithm.overlong_cache"
     examples = found.examples(found.truncated) if found else ()
     return Finding("truncation", what, change, {"truncated": share}, examples)
@@ -45,7 +46,7 @@ def stop_never_learned(facts: Facts) -> Finding | None:
         return None
     before = mean(facts.beginning, "truncated")
     what = (
-        f"{share:.0%} of the completions of the last {facts.third} steps ran into the limit{at_limit(facts)} "
+        f"{share:.0%} of the completions of {latest(facts.third, 'step')} ran into the limit{at_limit(facts)} "
         f"({before:.0%} at the start): stop tokens are hardly ever sampled, so stopping cannot be learned."
     )
     change = (
@@ -67,7 +68,7 @@ def entropy_collapse(facts: Facts) -> Finding | None:
         return None
     score = "" if np.isnan(right) else f", with {right:.0%} of the completions right"
     what = (
-        f"The entropy of the last {facts.third} steps is {entropy:.2g} nats per token ({start:.2g} in the first step) "
+        f"The entropy of {latest(facts.third, 'step')} is {entropy:.2g} nats per token ({start:.2g} in the first step) "
         f"and {no_signal:.0%} of the groups have no signal{score}: there are no other answers left to try."
     )
     change = (
@@ -89,7 +90,7 @@ def empty_completions(facts: Facts) -> Finding | None:
     reward = _mean(found.reward[empty])
     others = "" if empty.all() else f" (the others {_mean(found.reward[~empty]):.2g})"
     what = (
-        f"{share:.0%} of the completions of the last {facts.third} steps are empty, "
+        f"{share:.0%} of the completions of {latest(facts.third, 'step')} are empty, "
         f"and earn a mean reward of {reward:.2g}{others}."
     )
     change = "let the reward give nothing for an empty completion, and make the prompt end where an answer begins"
@@ -107,7 +108,7 @@ def repeated_completions(facts: Facts) -> Finding | None:
     if not text.strip() or prompts < 2 or share <= limit or right > 0.5:
         return None
     what = (
-        f"{share:.0%} of the completions of the last {facts.third} steps are the same text, "
+        f"{share:.0%} of the completions of {latest(facts.third, 'step')} are the same text, "
         f"given to {prompts} different prompts{'' if np.isnan(right) else f' and right for {right:.0%} of them'}."
     )
     change = "check what the reward gives this text, and lower optimizer.learning_rate"
@@ -127,7 +128,7 @@ def looping_completions(facts: Facts) -> Finding | None:
     if share <= LOOPING:
         return None
     what = (
-        f"{share:.0%} of the completions of the last {facts.third} steps repeat themselves: "
+        f"{share:.0%} of the completions of {latest(facts.third, 'step')} repeat themselves: "
         "most of their text occurred in them before."
     )
     change = "check what the reward pays for length, lower rollout.max_tokens, or penalise repetition in the reward"
@@ -151,7 +152,7 @@ def format_without_answers(facts: Facts) -> Finding | None:
     if share < PAID:
         return None
     what = (
-        f"{share:.0%} of the completions of the last {facts.third} steps are wrong and still earn "
+        f"{share:.0%} of the completions of {latest(facts.third, 'step')} are wrong and still earn "
         f"{_mean(found.reward[paid]):.2g}, and the share that is right does not rise "
         f"({accuracy[0].mean():.0%} to {accuracy[1].mean():.0%})."
     )

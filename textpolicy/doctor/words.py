@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from dataclasses import asdict
 
+from .._system.terminal import columns, counted, example, wrap
 from .rules import Report
 
-_WIDTH, _SHOWN = 100, 60  # columns; characters of a prompt or completion
+_WIDTH = 100  # columns, unless the terminal has fewer
 
 
 def full(report: Report, name: str) -> str:
     """Return every finding on the run called ``name`` with its evidence, and the rules that could not be checked."""
     verdict = f"{len(report.findings)} found something" if report.findings else "nothing found"
-    lines = [f"{name}: {report.steps} steps, {len(report.looked)} rules checked, {verdict}"]
+    width = min(columns() or _WIDTH, _WIDTH)
+    steps, rules = counted(report.steps, "step"), counted(len(report.looked), "rule")
+    lines = [wrap(f"{name}: {steps}, {rules} checked, {verdict}", columns(), "  ")]
     for number, finding in enumerate(report.findings, 1):
         lines += ["", f"{number}. {finding.name}"]
         evidence = ", ".join(f"{name} {value:.4g}" for name, value in finding.evidence.items())
         for head, text in (("", finding.what), ("to change: ", finding.change), ("evidence: ", evidence)):
             if text:
-                lines += textwrap.wrap(head + text, _WIDTH, initial_indent="   ", subsequent_indent="   ")
-        for example in finding.examples:
-            # Escaped, because a terminal obeys some characters.
-            prompt, text = (
-                repr(s if len(s) <= _SHOWN else f"{s[: _SHOWN - 3]}...") for s in (example.prompt, example.text)
-            )
-            cut = ", cut off" if example.truncated else ""
-            lines.append(f"   step {example.step}: {prompt} -> {text}  reward {example.reward:g}{cut}")
+                lines.append(wrap(f"   {head}{text}", width, "   "))
+        for shown in finding.examples:
+            end = f"  reward {shown.reward:g}{', cut off' if shown.truncated else ''}"
+            lines.append(example(shown.prompt, shown.text, end, width, f"   step {shown.step}: "))
     if report.blind:
-        lines += ["", "Could not be checked:", *(f"  {rule}: {reason}" for rule, reason in report.blind)]
+        unchecked = (wrap(f"  {rule}: {reason}", width, "    ") for rule, reason in report.blind)
+        lines += ["", "Could not be checked:", *unchecked]
     return "\n".join(lines)
 
 

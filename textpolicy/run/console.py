@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,9 +19,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
+from .._system.terminal import Lasting, columns, example, wrap
 from ..loop.metrics import Row
 from ..types import Episode
 
@@ -29,6 +29,7 @@ _LINES = 16  # step lines of a run on a plain terminal
 _CURVE = 24  # characters of a curve in the live view
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _LAST = 3  # completions in the live view
+_WIDE = 60  # columns from which names and values stand side by side
 
 
 class RunView:
@@ -37,22 +38,21 @@ class RunView:
     def __init__(self, steps: int, console: Console | None = None, *, quiet: bool = False, log: Path | None = None):
         """Open the view; ``quiet`` prints the closing table alone, while ``log`` gets every line."""
         self.steps, self.quiet = steps, quiet
-        self.console = console or Console(highlight=False)
+        # whatever the environment says of colours, what is no terminal cannot be redrawn
+        self.console = console or Console(highlight=False, force_terminal=None if columns() else False)
+        self.console.file = cast(TextIO, Lasting(self.console.file))  # a run does not end with its reader
         self.rows: list[Row] = []
         self.held_out: list[float] = []
         self.last: Sequence[Episode] = ()
-        self.progress = Progress(
-            TextColumn("[bold]training"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[last]}"),
-        )
+        bar, last = (MofNCompleteColumn(), TimeElapsedColumn()), TextColumn("{task.fields[last]}")
+        if self.console.width < _WIDE:
+            self.progress = Progress(BarColumn(bar_width=5), *bar, last)
+        else:
+            left = (TextColumn("left"), TimeRemainingColumn())
+            self.progress = Progress(TextColumn("[bold]training"), BarColumn(bar_width=20), *bar, *left, last)
         self.bar = self.progress.add_task("training", total=steps, last="", start=False)
         self.live: Live | None = None
-        if self.console.is_terminal and not quiet:
+        if self.console.is_terminal and self.console.is_interactive and not (self.console.is_dumb_terminal or quiet):
             self.live = Live(get_renderable=self.shown, console=self.console, refresh_per_second=4, transient=True)
         self.log = None if log is None else log.open("a", encoding="utf-8", buffering=1)  # each line at once
 
@@ -66,16 +66,27 @@ class RunView:
 
     def close(self) -> None:
         """Stop the live view and close the log; more than once is harmless."""
-        self._stop()
+        self.stop()
         if self.log is not None:
             self.log.close()
             self.log = None
 
     def print(self, text: str) -> None:
-        """Print one line."""
+        """Print one line, on a terminal broken between its words."""
         self._write_log(text)
         if not self.quiet:
-            self.console.print(Text(text), soft_wrap=True)
+            self._show(Text(wrap(text, self.width, "  ")))
+
+    def example(self, episode: Episode) -> None:
+        """Print a completion with its prompt and reward, as it was sampled, in one line."""
+        self._write_log(f"      {example_line(episode)}")
+        if not self.quiet:
+            self._show(Text(example_line(episode, self.width, "      ")))
+
+    @property
+    def width(self) -> int | None:
+        """The columns of the terminal; None where there is none."""
+        return self.console.width if self.console.is_terminal else None
 
     def step(self, step: int, row: Row, episodes: Sequence[Episode] = ()) -> None:
         """Show the progress after ``step``, counted from 0."""
@@ -98,8 +109,8 @@ class RunView:
         )
         self._write_log(line)
         worth_a_line = step % max(1, self.steps // _LINES) == 0 or step == self.steps - 1
-        if worth_a_line and not (self.console.is_terminal or self.quiet):
-            self.console.print(Text(line), soft_wrap=True)
+        if worth_a_line and self.live is None and not self.quiet:
+            self._show(Text(wrap(line, self.width, "  ")))
 
     def evaluated(self, step: int, split: str, row: Mapping[str, Any], episodes: Sequence[Episode]) -> None:
         """Add a point to the held-out curve."""
@@ -107,18 +118,22 @@ class RunView:
             self.held_out.append(row["accuracy"])
 
     def table(self, title: str, rows: Sequence[tuple[str, str]], commands: Sequence[tuple[str, str]] = ()) -> None:
-        """Stop the live view and print the closing table, then ``commands``, each a line to copy as it stands."""
-        self._stop()
-        table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
+        """Stop the live view and print the closing table, then ``commands``, each a line to copy as it stands.
+
+        On a narrow terminal a value is below its name.
+        """
+        self.stop()
+        self._show(Text(title, style="bold"))
+        names = 2 + max(len(name) for name, _ in rows)
         for name, value in rows:
-            table.add_row(name, Text(value))
             self._write_log(f"{name}: {value}")
-        self.console.print(table)
+            if self.width is None or self.width >= _WIDE:
+                self._show(Text(wrap(f"{name:<{names}}{value}", self.width, " " * names)))
+            else:
+                self._show(Text(f"{name}\n{wrap(f'  {value}', self.width, '  ')}"))
         for name, value in commands:
             self._write_log(f"{name}: {value}")
-            self.console.print(Text(f"{name}: {value}"), soft_wrap=True)
+            self._show(Text(f"{name}: {value}"))
 
     def shown(self) -> RenderableType:
         """Return the live view as it stands: the bar, curves, tokens per second, memory and the last completions."""
@@ -133,13 +148,18 @@ class RunView:
         halves = (("rollouts", row["sample_seconds"]), ("updates", row["update_seconds"]))
         speeds = ", ".join(f"{name} {row['sampled_tokens'] / seconds:.0f}" for name, seconds in halves if seconds > 0)
         memory = f"  memory {row['peak_memory_bytes'] / 1e9:.2f} GB" if "peak_memory_bytes" in row else ""
-        lines += [f"tokens/s  {row['tokens_per_second']:.0f} ({speeds}){memory}", *map(example_line, self.last)]
+        lines += [f"tokens/s  {row['tokens_per_second']:.0f} ({speeds}){memory}"]
+        lines += [example_line(episode, self.console.width) for episode in self.last]
         return Group(self.progress, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
 
-    def _stop(self) -> None:
-        if self.live is not None:
-            self.live.stop()
-            self.live = None
+    def stop(self) -> None:
+        """Take the live view away, for what must stay on the screen; lines follow instead."""
+        live, self.live = self.live, None
+        if live is not None:
+            live.stop()
+
+    def _show(self, text: Text) -> None:
+        self.console.print(text, soft_wrap=True)
 
     def _write_log(self, line: str) -> None:
         if self.log is not None:
@@ -155,6 +175,6 @@ def spark(values: Sequence[float], width: int = _CURVE) -> str:
     return "".join(_BLOCKS[round((v - low) / span * (len(_BLOCKS) - 1))] for v in values)
 
 
-def example_line(episode: Episode) -> str:
-    """Return a completion with its prompt and reward, as it was sampled."""
-    return f"{episode.prompt!r} -> {episode.text!r}  reward {episode.reward:g}"
+def example_line(episode: Episode, width: int | None = None, start: str = "") -> str:
+    """Return a completion with its prompt and reward, as it was sampled, in ``width`` columns if given."""
+    return example(episode.prompt, episode.text, f"  reward {episode.reward:g}", width, start)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from .._system.terminal import columns
 from ..config.settings import (
     Config,
     LocalPath,
@@ -28,6 +29,7 @@ from ..record.layout import CONFIG
 from ..record.reader import RecordedRun
 from ..tasks import Task, load_task
 from .assembly import base_of, environment, full_task, with_max_tokens, with_scorer
+from .console import example_line
 from .resume import other_base, saved_settings
 
 logger = logging.getLogger(__name__)
@@ -173,7 +175,7 @@ def evaluate(args: EvalArguments) -> str:
     env = environment(with_scorer(task, config), problems, tokenizer, config)
     sampling = within_context(chosen, sampling, env, given=args.max_tokens is not None)
     result = evaluate_engine(load_engine(), env, sampling, args.samples)
-    lines = [f"  {e.prompt!r} -> {e.text!r}  reward {e.reward:g}" for e in result.episodes[: args.show]]
+    lines = [example_line(e, columns(), "  ") for e in result.episodes[: args.show]]
     what = f"{name}, {args.split}"
     how = "greedy" if args.temperature == 0 else f"sampled at temperature {args.temperature:g}"
     if args.samples == 1 and not args.pass_at:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .._system.terminal import counted
 from ..loop.evaluation import Rate
 from ..loop.metrics import Row
 
@@ -54,13 +55,13 @@ def closing_table(history: History, folder: Path, train_seconds: float, seconds:
     table = []
     if before is not None and after is not None:
         gain = 100 * (after.value - before.value)
-        kept = f"{gain:+.1f} points; adapter of step {history.kept_step}, by validation"
+        kept = f"{gain:+z.1f} points; adapter of step {history.kept_step}, by validation"
         table = [
             ("before training", f"{before} of {after.total} held-out problems right, greedy (95% interval)"),
             ("after training", f"{after}, {kept}"),
         ]
     table += [
-        ("training", f"{len(rows)} steps in {train_seconds:.0f} s ({seconds:.0f} s with all evaluation)"),
+        ("training", f"{counted(len(rows), 'step')} in {train_seconds:.0f} s ({seconds:.0f} s with all evaluation)"),
         ("time", f"rollouts {sampling:.0f} s, updates {updating:.0f} s"),
         ("speed", f"{tokens:.0f} tokens sampled, {tokens / (sampling + updating):.0f} tokens/s, rollouts and updates"),
     ]

@@ -21,6 +21,7 @@ from pydantic import AfterValidator, Field, model_validator
 from .._system.extras import extra
 from .._system.faults import TRAIN_MATH
 from .._system.files import write_whole
+from .._system.terminal import until_unread
 from ..algorithms import Algorithm
 from ..algorithms.planning import planning_masks
 from ..algorithms.sepa import Pooling
@@ -390,15 +391,18 @@ def train(args: TrainMathArguments) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; a UserError is one sentence on stderr and exit code 2."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    return until_unread(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run(arguments: list[str]) -> int:
     command = "textpolicy.tinker.train_math"
     try:
-        args = parse(TrainMathArguments, list(arguments), command, program="python -m")
+        args = parse(TrainMathArguments, arguments, command, program="python -m")
         saved = args.log_dir / TRAIN_MATH
         if args.resume and saved.exists():  # the run's own settings are the defaults
             own = json.loads(saved.read_text(encoding="utf-8"))
             own = {name: value for name, value in own.items() if value is not None}
-            args = parse(TrainMathArguments, list(arguments), command, program="python -m", **own)
+            args = parse(TrainMathArguments, arguments, command, program="python -m", **own)
         if args.dry_run:
             print("\n".join(dry_run(args)))
         else:

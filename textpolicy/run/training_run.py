@@ -18,6 +18,7 @@ from .._system.files import sync_tree, write_whole
 from .._system.lock import RunLock
 from .._system.random_state import restore_streams, seed_streams, streams
 from .._system.signals import StopSignal
+from .._system.terminal import counted, latest
 from ..algorithms import Algorithm
 from ..config.recipe import configure
 from ..config.settings import Config
@@ -47,7 +48,7 @@ from .assembly import (
     write_setup,
 )
 from .checkpoint import Checkpoint, Checkpoints, Pace, link_tree
-from .console import RunView, example_line
+from .console import RunView
 from .resume import CHECKPOINTS, changed_versions, reopen
 from .summary import History, closing_table, next_commands, summary
 
@@ -133,7 +134,7 @@ class Run:
         self.done = 0 if checkpoint is None else checkpoint.step  # training steps
         self.saved: int | None = None  # steps done by the last checkpoint
         self.end: str | None = None  # why the run ends before its last step
-        self.history, self.signal = History(), StopSignal()
+        self.history = History()
         self.checkpoints = Checkpoints(folder / CHECKPOINTS, parts.checkpoint.keep)
         self.pace = Pace(parts.checkpoint.every)
         self.best: Any = None  # the engine's weights, at their best on the validation problems
@@ -145,6 +146,7 @@ class Run:
         layout.drop_from(folder, self.done)
         config = parts.config
         self.view = RunView(parts.schedule.steps, quiet=config.quiet, log=folder / layout.LOG)
+        self.signal = StopSignal(self.view.stop)
         self.recorder = Recorder(folder, parts.splits["train"].pieces)
         self.trackers = open_trackers(config, folder, before, kept)
         self.sinks = Sinks([self.recorder, *self.trackers, *sinks, self.view])
@@ -281,7 +283,7 @@ class Run:
         skipped = sum(1 for _ in itertools.takewhile(bool, skips))
         if skipped >= self.parts.max_skipped:
             raise UserError(
-                f"the loss or gradient of the last {skipped} steps was not finite; lower "
+                f"the loss or gradient of {latest(skipped, 'step')} was not finite; lower "
                 "optimizer.learning_rate, load the model in float32, or look for huge rewards (optimizer.max_skipped)"
             )
 
@@ -292,7 +294,7 @@ class Run:
             if split not in parts.splits:
                 return None
             if reason := parts.spending.reason_to_skip(split):
-                self.view.print(f"the {split} problems are not evaluated after {steps} steps: {reason}")
+                self.view.print(f"the {split} problems are not evaluated after {counted(steps, 'step')}: {reason}")
                 return None
             found = evaluate(parts.engine, parts.splits[split], parts.greedy)
         rate = found.accuracy
@@ -310,11 +312,11 @@ class Run:
         Without such an evaluation the latest weights are kept. Returns whether these were.
         """
         for e in examples[:3]:
-            self.view.print(f"      {example_line(e)}")
+            self.view.example(e)
         rate = self.evaluate("validation", steps)
         if rate is not None:
             self.history.validation.append((steps, rate))
-            self.view.print(f"   validation after {steps} steps: {rate}")
+            self.view.print(f"   validation after {counted(steps, 'step')}: {rate}")
             if n := self.parts.evaluation.samples:  # measure avg@n and pass@n too, which choose nothing
                 result = evaluate(self.parts.engine, self.parts.splits["validation"], self.parts.sampling, n)
                 average, passed = result.average, result.pass_at(n)

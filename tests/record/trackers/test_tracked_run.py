@@ -67,7 +67,7 @@ def test_trackers_get_every_step_and_evaluation_and_are_closed_once(tiny_run, ca
 
 def test_a_run_ends_with_the_doctors_findings(tiny_run, capsys):
     tiny_run(lambda prompt, completion, example: (0.25, False))
-    last = " ".join(capsys.readouterr().out.split("└")[1].split())
+    last = " ".join(capsys.readouterr().out.split("\ntry it: ")[1].split())
     assert re.search(
         r"doctor: The adapter did not move: in 2 of 2 steps the rewards within every group were equal", last
     )

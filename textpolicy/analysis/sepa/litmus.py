@@ -103,7 +103,7 @@ def evaluate_sepa_litmus(
         if min(x, y) < least
     ]
     missed = [
-        f"the gain in {name} is {gains[name]:+.4f}, below {least:+.4f}"
+        f"the gain in {name} is {gains[name]:+z.4f}, below {least:+z.4f}"
         for name, least in asdict(thresholds).items()
         if gains[name] < least
     ]
@@ -130,7 +130,7 @@ def build_litmus_markdown(result: SEPALitmusResult) -> str:
     lines = ["# SEPA litmus", "", f"Status: **{result.status}**", "", *(f"- {reason}" for reason in result.reasons), ""]
     lines += ["| gain of the candidate | observed | threshold |", "|---|---|---|"]
     for name, gain, least in gains:
-        lines.append(f"| {name} | {'unknown' if isnan(gain) else f'{gain:+.4f}'} | {least:+.4f} |")
+        lines.append(f"| {name} | {'unknown' if isnan(gain) else f'{gain:+z.4f}'} | {least:+z.4f} |")
     lines += ["", "| logged | baseline | candidate |", "|---|---|---|"]
     for name, a, b in zip(_LOGGED, _logged(result.baseline), _logged(result.candidate), strict=True):
         lines.append(f"| {name} | {a} | {b} |")

@@ -144,9 +144,9 @@ def build_sepa_significance_markdown(report: SEPASignificanceReport) -> str:
     lines += [f"| metric | baseline | candidate | difference | {level} interval over runs | p | d |", "|---" * 7 + "|"]
     for t in report.mean_tests:
         means = f"{t.baseline_mean:.4f} ({t.baseline_runs} runs) | {t.candidate_mean:.4f} ({t.candidate_runs} runs)"
-        interval = f"{t.ci_low:+.4f} to {t.ci_high:+.4f}" if isfinite(t.ci_low) else "too few runs"
+        interval = f"{t.ci_low:+z.4f} to {t.ci_high:+z.4f}" if isfinite(t.ci_low) else "too few runs"
         d = "" if t.cohens_d is None else f"{t.cohens_d:.2f}"
-        lines.append(f"| {t.metric} | {means} | {t.difference:+.4f} | {interval} | {t.p_value:.4f} | {d} |")
+        lines.append(f"| {t.metric} | {means} | {t.difference:+z.4f} | {interval} | {t.p_value:.4f} | {d} |")
     lines += ["", "## Correctness test", ""]
     if (pooled := report.pooled_correct_rate) is None:
         lines.append("No completion was logged.")
@@ -157,7 +157,7 @@ def build_sepa_significance_markdown(report: SEPASignificanceReport) -> str:
             "there are none.",
             "",
             f"- baseline {pooled.baseline_correct}/{a}, candidate {pooled.candidate_correct}/{b}: "
-            f"{pooled.difference:+.4f} (Newcombe {pooled.ci_low:+.4f} to {pooled.ci_high:+.4f}), "
+            f"{pooled.difference:+z.4f} (Newcombe {pooled.ci_low:+z.4f} to {pooled.ci_high:+z.4f}), "
             f"Fisher p {pooled.fisher_p:.4f}",
             f"- design effect {effect:.1f}: {a} and {b} completions are worth {a / effect:.0f} and {b / effect:.0f} "
             "independent ones",

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from rich.cells import cell_len, set_cell_size
 
@@ -79,7 +79,7 @@ def example(prompt: str, text: str, end: str, width: int | None, start: str = ""
     return f"{start}{prompt} -> {text}{end}"
 
 
-def silence(stream: TextIO) -> None:
+def silence(stream: IO[str]) -> None:
     """Send ``stream`` nowhere, as it cannot be written to any more, so that nothing else fails by it."""
     with suppress(OSError, ValueError):  # a stream without a file
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -90,7 +90,7 @@ def silence(stream: TextIO) -> None:
 class Lasting:
     """The stream to a screen that may go away: from then on it takes everything and shows nothing."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: IO[str]) -> None:
         self._stream, self._gone = stream, False
 
     def __getattr__(self, name: str) -> Any:

@@ -232,7 +232,10 @@ COMMANDS: dict[str, tuple[Command, str]] = {  # with the line of --help: python 
         "Ask a model, or a trained run: textpolicy generate [--run RUN | --adapter RUN | --model NAME] PROMPT.",
     ),
     "eval": (evaluate, "Measure accuracy: textpolicy eval [--run RUN | --adapter RUN | --model NAME --task TASK]."),
-    "view": (view, "Browse a run's completions, or compare two runs, on a local page: textpolicy view RUN [RUN]."),
+    "view": (
+        view,
+        "Browse the completions of a run or of a folder of runs on a local page: textpolicy view RUN [RUN].",
+    ),
     "report": (
         report,
         "Write one run, or several side by side, as an HTML file: textpolicy report RUN [RUN ...] [--out FILE].",

@@ -1,4 +1,4 @@
-"""The viewer and the report as a person uses them: in headless Chromium, on a run that was trained, and on a large one.
+"""The viewer and the report as a person uses them: in headless Chromium, on small runs and on a large one.
 
 Screenshots are written where TEXTPOLICY_SCREENSHOTS names a folder, of the run that TEXTPOLICY_RUN names if it does;
 those of the documentation are in docs/img, of a run of the built-in model.
@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 from made_run import IMAGE, SCRIPT, make_run
 from served import TOKEN, Served
-from trained_run import train_run
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright")
 pytest.importorskip("starlette", reason="the viewer is textpolicy[view]")
@@ -39,11 +38,11 @@ WIDTHS = (1280, 400, 1920)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One that was trained, and two made up, with hostile completions."""
+    """Three runs made up, with hostile completions."""
     root = tmp_path_factory.mktemp("runs")
     named = os.environ.get("TEXTPOLICY_RUN")
     return [
-        Path(named) if named else train_run(root / "trained"),
+        Path(named) if named else make_run(root / "plain", 2),
         make_run(root / "first", 0),
         make_run(root / "second", 1),
     ]
@@ -133,7 +132,7 @@ def focused(page):
     return page.evaluate("(e => e.innerText || e.name)(document.activeElement)")
 
 
-def test_a_trained_run_is_filtered_opened_and_coloured(page, runs):
+def test_a_run_is_filtered_opened_and_coloured(page, runs):
     rows = load_run(runs[0]).rollouts.to_pylist()
     with Viewer(runs[0]) as address:
         page.goto(address)

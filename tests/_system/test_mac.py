@@ -16,7 +16,16 @@ from textpolicy.cli.main import COMMANDS, main
 from textpolicy.errors import MissingDependencyError, UserError
 from textpolicy.mlx import blas
 
-LITTER = [".DS_Store", "._model.safetensors", "._.DS_Store", ".localized", "Icon\r", ".Spotlight-V100"]
+LITTER = [
+    ".DS_Store",
+    "._model.safetensors",
+    "._.DS_Store",
+    ".localized",
+    "Icon\r",
+    ".Spotlight-V100",
+    "__MACOSX",
+    "._",
+]
 
 
 # ---- durable writes
@@ -101,7 +110,7 @@ def test_a_fault_of_the_gpu_ends_in_one_sentence_with_the_way_to_resume(text, wo
     def fails(arguments):
         raise RuntimeError(text)
 
-    monkeypatch.setitem(COMMANDS, "generate", fails)
+    monkeypatch.setitem(COMMANDS, "generate", (fails, ""))
     assert main(["generate", "x"]) == 2
     assert words in capsys.readouterr().err
 
@@ -145,7 +154,7 @@ def test_a_mac_that_mlx_has_no_build_for_is_told_so_wherever_mlx_is_missing(
     def lacking(arguments):
         raise ModuleNotFoundError("No module named 'mlx_lm'", name="mlx_lm")
 
-    monkeypatch.setitem(COMMANDS, "train", lacking)
+    monkeypatch.setitem(COMMANDS, "train", (lacking, ""))
     assert main(["train"]) == 2
     assert ("pip install" if why is None else why) in capsys.readouterr().err
 

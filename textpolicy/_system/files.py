@@ -11,16 +11,10 @@ from typing import Any, BinaryIO
 
 from ..errors import UserError
 
-# What Finder, Spotlight and the trash leave in folders and at the top of volumes.
-_LITTER = {
-    ".DS_Store",
-    ".localized",
-    "Icon\r",
-    ".apdisk",
-    ".fseventsd",
-    ".Spotlight-V100",
-    ".TemporaryItems",
-    ".Trashes",
+_LITTER = {  # what Finder, Spotlight, Time Machine and the trash leave in folders and at the top of volumes
+    *(".DS_Store", ".localized", "Icon\r", ".AppleDouble", ".AppleDB", ".AppleDesktop", ".LSOverride", ".apdisk"),
+    *(".DocumentRevisions-V100", ".Spotlight-V100", ".fseventsd", ".TemporaryItems", ".Trashes", ".VolumeIcon.icns"),
+    *("__MACOSX", "Network Trash Folder", "Temporary Items", ".com.apple.timemachine.donotpresent"),
 }
 
 

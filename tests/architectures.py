@@ -162,7 +162,7 @@ def adapted(name, **changes):
     model = module.Model(module.ModelArgs.from_dict(settings))
     for layer in model.modules():  # mlx-lm leaves some parameters at 0 or 1, where mistakes would not show
         layer.update({k: v + 0.2 * mx.random.normal(v.shape) for k, v in layer.items() if isinstance(v, mx.array)})
-    attach_lora(model, rank=2)
+    attach_lora(model, rank=4)  # of experts: MLX on CUDA needs a multiple of 4
     for layer in model.modules():
         if "lora_b" in layer:
             layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape)

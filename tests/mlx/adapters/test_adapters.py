@@ -31,6 +31,7 @@ from textpolicy.mlx.adapters.quantised import dense_weight, in_floats, quantised
 from textpolicy.mlx.adapters.saving import reread_adapter
 from textpolicy.mlx.adapters.svd import factorise
 from textpolicy.mlx.engine import MLXEngine, PolicyObjective
+from textpolicy.mlx.kernels import cuda
 
 OWN = ("lora_a", "lora_b", ".m", ".core.r", "adapter_vectors.v")  # endings of trainable names, except for full
 TOKENS = mx.array([[5, 6, 7, 9, 11]])
@@ -831,3 +832,12 @@ def test_an_adapter_depends_on_its_seed_alone():
         mx.random.seed(3)
         assert mx.array_equal(before, mx.random.normal((2,)))
     assert replace(LoRA(), rank=3).scale == pytest.approx(32 / 3)
+
+
+def test_a_rank_that_mlx_computes_wrongly_on_experts_is_refused_on_an_nvidia_gpu(monkeypatch):
+    monkeypatch.setattr(cuda, "is_nvidia", lambda: True)
+    for modules in ((), ("up_proj",)):
+        with pytest.raises(UserError, match="a LoRA of rank 6 on experts on an NVIDIA GPU; choose a multiple of 4"):
+            attach(tiny_family("mixtral"), LoRA(rank=6, modules=modules))
+    assert attach(tiny_family("mixtral"), LoRA(rank=8))
+    assert attach(tiny_family("mixtral"), LoRA(rank=6, modules=("q_proj",)))

@@ -97,7 +97,7 @@ def batch():
 def test_a_gradient_as_on_a_gpu_equals_the_cpus_and_no_scatter_in_it_uses_a_place_twice(
     family, changes, unsorted, monkeypatch, tmp_path
 ):
-    model = attach(tiny_family(family, **changes), LoRA(rank=2))
+    model = attach(tiny_family(family, **changes), LoRA(rank=4))
     model.load_weights([(n, v + 0.1) for n, v in tree_flatten(model.trainable_parameters())], strict=False)
     rows = batch()
     for layout in (Layout.build(rows), padded(Layout.build(rows), prompts=True)):

@@ -21,6 +21,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ...config.adapters import Adapter, DoRA, Full, LoRA, LoRAXS, QLoRA, TinyLoRA
 from ...errors import UserError, unknown_name
+from ..kernels import cuda
 from .fingerprint import Fingerprint
 from .svd import factorise
 from .tinylora import (
@@ -130,6 +131,11 @@ def attach(
             for module in sites.values() if adapter.modules else blocks if adapter.layers else [model]:
                 module.unfreeze()
         case LoRA():
+            if adapter.rank % 4 and cuda.is_nvidia() and any(isinstance(m, Experts) for m in sites.values()):
+                raise UserError(  # benchmarks/upstream/gather_mm_alignment.py
+                    f"MLX reads memory that is not aligned in a LoRA of rank {adapter.rank} on experts on an NVIDIA "
+                    "GPU; choose a multiple of 4"
+                )
             if seed is not None:
                 mx.random.seed(seed)
             dora = isinstance(adapter, DoRA)

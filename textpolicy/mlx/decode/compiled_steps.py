@@ -32,7 +32,7 @@ from .sampling import Draw, Sampler
 _KEPT = 64  # compiled functions remembered
 _NEAR = 8  # copies of the slot's index, see StepState
 _ROOM, _MANY = {mx.cpu: 64, mx.gpu: 64}, 256  # slots are allocated in multiples of the first; of the second, if many
-_TRIED, _STEPS = (3, 40, 90), 3  # lengths of prompts, and steps, on which kernels are tried
+_TRIED, _STEPS = (12, 40, 90), 3  # lengths of prompts, and steps, on which kernels are tried
 _AGREES = 0.05  # nats by which log-probs and entropies may differ then; of a wrong kernel they differ by far more
 _UNUSED = "the Metal kernels of this machine %s; decoding goes on with MLX's own operations"
 _PLAIN = "this model does not decode by compiled steps (%s); decoding goes on without them"

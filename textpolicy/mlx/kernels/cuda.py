@@ -26,12 +26,16 @@ _BLOCKS = 256  # with fewer, some of a GPU's multiprocessors are idle
 
 
 def is_default() -> bool:
-    """Return whether MLX's default device is an NVIDIA GPU, and TEXTPOLICY_GENERIC_GPU is not 1.
+    """Return whether these kernels are to be used: on an NVIDIA GPU, unless TEXTPOLICY_GENERIC_GPU is 1.
 
     With that variable an NVIDIA GPU takes the way of every other GPU: MLX's own operations, without these kernels.
     """
-    generic = os.environ.get("TEXTPOLICY_GENERIC_GPU") == "1"
-    return not generic and mx.default_device() == mx.Device(mx.gpu) and not mx.metal.is_available()
+    return is_nvidia() and os.environ.get("TEXTPOLICY_GENERIC_GPU") != "1"
+
+
+def is_nvidia() -> bool:
+    """Return whether MLX's default device is an NVIDIA GPU."""
+    return mx.default_device() == mx.Device(mx.gpu) and not mx.metal.is_available()
 
 
 def can_attend(queries: mx.array, values: mx.array) -> bool:

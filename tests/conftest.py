@@ -41,12 +41,19 @@ def interruptible():
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of several processes one has the tests of a file, so that fixtures are made once, and one all of the server's.
 
+    Tests of another device's branch are skipped.
     The first time, whichever of those comes first also waits for the server's environment (800 MB).
     """
+    import mlx.core as mx
+
+    from textpolicy.mlx.kernels import cuda
     from textpolicy.tinker.server.environment import environment_folder
 
+    held = {"cpu": mx.default_device() == mx.Device(mx.cpu), "cuda": cuda.is_default()}
     made = environment_folder().exists()
     for item in items:
+        for device in (name for name, here in held.items() if not here and item.get_closest_marker(name)):
+            item.add_marker(pytest.mark.skip(reason=f"holds a branch of another device: {device}"))
         served = "tinker_server" in getattr(item, "fixturenames", ()) or "tinker" in item.path.parts
         item.add_marker(pytest.mark.xdist_group("tinker" if served else item.path.stem))
         if not made and (served or "tinker" in item.nodeid):

@@ -21,6 +21,8 @@ from textpolicy.mlx.decode.folded_weights import Product, copies, folded
 from textpolicy.mlx.engine import MLXEngine
 from textpolicy.mlx.kernels.patching import StandIn
 
+pytestmark = pytest.mark.cpu
+
 FEW, MANY = 4, 100  # rows, of which the first get small products
 
 

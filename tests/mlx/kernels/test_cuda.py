@@ -16,7 +16,7 @@ from textpolicy.mlx.kernels import cuda
 from textpolicy.mlx.kernels.masks import SharedMasks
 from textpolicy.mlx.read.context import PromptTree
 
-pytestmark = pytest.mark.skipif(not cuda.is_default(), reason="needs an NVIDIA GPU and MLX's CUDA backend")
+pytestmark = pytest.mark.cuda
 
 SHAPES = [  # rows, prompts, heads, kv heads, head size, prompt slots, own slots
     (5, 2, 4, 2, 64, 17, 64),

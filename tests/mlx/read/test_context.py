@@ -76,6 +76,7 @@ def test_a_fork_to_the_same_rows_gathers_nothing(tiny_engine):
     assert context.fork(np.array([1, 0])).layers[0].keys is not context.layers[0].keys
 
 
+@pytest.mark.cpu
 def test_room_is_allocated_once_in_so_many_tokens(tiny_engine, monkeypatch):
     fetch, handed_out = Attention.update_and_fetch, []
 

@@ -5,6 +5,7 @@ python benchmarks/checkpoints.py          appends a row to results/checkpoints.j
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import tempfile
@@ -69,4 +70,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -10,6 +10,7 @@ a quiet machine is wanted.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -135,4 +136,5 @@ def attention_left_out() -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

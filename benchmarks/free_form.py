@@ -9,6 +9,7 @@ one in skill.
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -61,4 +62,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -8,6 +8,7 @@ and the quick tests that spare a search succeed rarely: real completions cost le
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import statistics
@@ -78,4 +79,5 @@ def seconds(call: Callable[[], object], runs: int = 15) -> float:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -6,6 +6,7 @@ The Makefile calls it with a Python that the pins have wheels for; it uses the s
     bootstrap.py constraints  rewrite the pins with today's versions (Linux, Python 3.11)
 """
 
+import argparse
 import hashlib
 import json
 import re
@@ -122,7 +123,9 @@ def digest(*files: Path) -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["constraints"], help="leave it out to make .venv")
     try:
-        rewrite_constraints() if sys.argv[1:] == ["constraints"] else make_environment()
+        rewrite_constraints() if parser.parse_args().what else make_environment()
     except KeyboardInterrupt:
         sys.exit("\nInterrupted; the next run starts the installation over.")

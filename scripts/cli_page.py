@@ -1,5 +1,6 @@
 """Print docs/09_cli.md with its tables, made from the command line itself: python scripts/cli_page.py."""
 
+import argparse
 import sys
 from pathlib import Path
 from types import NoneType, UnionType
@@ -133,5 +134,6 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # whatever the locale
     print(filled(PAGE.read_text(encoding="utf-8")), end="")

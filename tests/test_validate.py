@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from textpolicy import validate
+from textpolicy._system import machine
+from textpolicy._system.extras import extra
 from textpolicy.environment.single_turn import TextGenerationEnv
 from textpolicy.errors import MissingDependencyError
 from textpolicy.validate import main, validate_installation
@@ -167,3 +169,12 @@ def test_where_mlx_cannot_be_used_it_alone_is_the_error(monkeypatch):
 
     monkeypatch.setattr("textpolicy.mlx.probe.describe_models", lacking)
     assert validate.CHECKS["model"]() == {"available": False}
+
+
+@pytest.mark.parametrize(("pip", "words"), [(object(), "with: pip install 'x'"), (None, "with: uv pip install 'x'")])
+def test_the_advice_names_the_installer_that_is_there(monkeypatch, pip, words):
+    monkeypatch.setattr(machine, "why_no_mlx", lambda: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: pip)
+    assert machine.how_to_install("x").endswith(words)
+    with pytest.raises(MissingDependencyError, match=words):
+        extra("no_such_module", "x")

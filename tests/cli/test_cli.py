@@ -60,6 +60,8 @@ def test_an_unknown_command_is_refused(capsys):
     ("argv", "sentence"),
     [
         (["train", "missing.toml"], "cannot read the config missing.toml"),
+        (["train", "examples/train.toml"], "check the path; examples/ comes with a checkout of the repository"),
+        (["train", "--task", "examples/16_own_task.py"], "examples/ comes with a checkout of the repository"),
         (["train", "--task", "largets"], "did you mean 'largest'?"),
         (["train", "--model", "smollm2-135"], "did you mean 'smollm2-135m'?"),
         (["train", "--model", "./nothing.gguf"], "nothing.gguf"),

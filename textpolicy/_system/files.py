@@ -18,6 +18,13 @@ _LITTER = {  # what Finder, Spotlight, Time Machine and the trash leave in folde
 }
 
 
+def of_a_checkout(path: Path) -> str:
+    """Return the words to add where ``path`` is missing and looks like a file that only the repository has, or ""."""
+    first = Path(os.path.relpath(path)).parts[0]
+    ours = first in ("examples", "experiments", "scripts", "benchmarks")
+    return f"; {first}/ comes with a checkout of the repository, not with the package" if ours else ""
+
+
 def local_path(given: Any) -> Any:
     """Return a path as text with the home folder in place of ``~``; anything but text and paths as it is.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import platform
 import struct
@@ -57,4 +58,9 @@ def why_no_mlx() -> str | None:
 
 def how_to_install(package: str) -> str:
     """Return the words that install ``package``, an mlx or what needs one, or those that say why that cannot be."""
-    return why_no_mlx() or f"install it with: pip install '{package}'"
+    return why_no_mlx() or f"install it with: {installer()} '{package}'"
+
+
+def installer() -> str:
+    """Return "pip install", or "uv pip install" in an environment of uv, which has no pip."""
+    return "pip install" if importlib.util.find_spec("pip") else "uv pip install"

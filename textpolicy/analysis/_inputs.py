@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .._system.machine import installer
 from ..errors import MissingDependencyError, UserError, unknown_name
 
 Alternative = Literal["two-sided", "less", "greater"]  # of candidate - baseline
@@ -74,5 +75,5 @@ def statsmodels(part: str) -> Any:
         return importlib.import_module(f"statsmodels.stats.{part}")
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
-            "statsmodels is not installed; install it with: pip install 'textpolicy[analysis]'"
+            f"statsmodels is not installed; install it with: {installer()} 'textpolicy[analysis]'"
         ) from error

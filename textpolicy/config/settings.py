@@ -26,7 +26,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from .._system.files import local_path
+from .._system.files import local_path, of_a_checkout
 from ..algorithms import algorithm
 from ..environment.text.template import DATE
 from ..errors import UserError
@@ -477,7 +477,8 @@ def read_values(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UserError(f"cannot read the config {path} ({error.strerror}); check the path") from error
+        reason = f"({error.strerror}); check the path{of_a_checkout(path)}"
+        raise UserError(f"cannot read the config {path} {reason}") from error
     except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, of a number with thousands of digits
         raise UserError(f"{path} is not TOML ({' '.join(str(error).split())}); fix that line") from error
 

@@ -12,7 +12,7 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-from .._system.machine import how_to_install
+from .._system.machine import how_to_install, installer
 from .._system.openblas import runs_on_linux_cpu
 from ..errors import MissingDependencyError, UserError
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _PACKAGE = "ngsolve-openblas" if platform.machine() == "x86_64" else "cmeel-openblas"
 SLOW_GFLOPS = 20.0  # the reference BLAS reaches about 6, OpenBLAS 80 or more per core
 SLOW_ADVICE = (
-    f"import textpolicy before mlx, with OpenBLAS (pip install {_PACKAGE}) "
+    f"import textpolicy before mlx, with OpenBLAS ({installer()} {_PACKAGE}) "
     "and its Fortran runtime (Debian: apt-get install libgfortran5) installed"
 )
 BUSY_ADVICE = "OpenBLAS is in place, so check again when no other program uses this machine's cores"

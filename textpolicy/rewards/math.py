@@ -12,6 +12,7 @@ import itertools
 import re
 import time
 
+from .._system.machine import installer
 from ..errors import MissingDependencyError, UserError
 from .answer import extract_boxed
 from .equality import read, same
@@ -65,4 +66,4 @@ _read_reference = functools.lru_cache(maxsize=1024)(read)  # which a group's com
 @functools.cache
 def _require_mpmath() -> None:
     if importlib.util.find_spec("mpmath") is None:
-        raise MissingDependencyError("mpmath is not installed; install it with: pip install 'textpolicy[math]'")
+        raise MissingDependencyError(f"mpmath is not installed; install it with: {installer()} 'textpolicy[math]'")

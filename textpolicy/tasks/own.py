@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .._system.files import of_a_checkout
 from ..environment.rows import Rows, prompt_of, rows_of
 from ..environment.text.conversation import as_messages
 from ..errors import UserError, unknown_name
@@ -122,6 +123,7 @@ def _imported(path: Path) -> ModuleType:
     if not path.is_file():
         raise UserError(
             f"there is no file {path} with the task; check the path, which is relative to the current folder"
+            f"{of_a_checkout(path)}"
         )
     file, name = path.resolve(), path.stem
     if (loaded := sys.modules.get(name)) is not None:

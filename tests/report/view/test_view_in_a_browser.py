@@ -193,6 +193,8 @@ def test_keys_move_open_and_walk(page, runs):
         page.wait_for_selector("#results")
         assert "sort=oldest" in page.url
         listening(page)
+        assert focused(page).startswith("sample 0")  # in its group, which is open again
+        assert page.locator("details[open]").count() == 1
         page.keyboard.press("/")
         page.keyboard.type("junk j/k")  # in a field a key is a letter
         assert page.input_value("input[name=words]") == "junk j/k"

@@ -49,7 +49,10 @@ const keys = {
 page.addEventListener("keydown", (event) => {
   const written = event.target.closest?.("input, select, textarea");
   if (written && event.key === "Escape") written.blur();
+  if (event.key.startsWith("Arrow") && event.target.closest?.("[tabindex]")) return; // which it scrolls
   if (written || event.ctrlKey || event.altKey || event.metaKey || !Object.hasOwn(keys, event.key)) return;
   event.preventDefault();
   keys[event.key]();
 });
+
+page.querySelector(":target")?.focus(); // the completion that one comes back from

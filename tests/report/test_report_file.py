@@ -37,7 +37,7 @@ def written(runs, tmp_path_factory):
 
 def test_runs_that_differ_in_their_seed_alone_are_one_arm(runs):
     arms = arms_of([load_run(run) for run in runs])
-    assert [(arm.name, len(arm.runs)) for arm in arms] == [("name hicra", 3), ("name <i>grpo</i>", 1)]
+    assert [(arm.name, len(arm.runs)) for arm in arms] == [("<i>grpo</i>", 1), ("hicra", 3)]
 
 
 def test_the_band_is_a_t_interval_over_seeds(runs):
@@ -98,7 +98,8 @@ def test_it_has_the_curves_the_runs_and_the_prompts(written):
         "Seconds of a step",
     ):
         assert title in text
-    assert page.tags.count("svg") >= 9
+    assert page.tags.count("svg") == 3  # all that changed
+    assert "Clipped above: 0.01" in text
     assert "seed0" in text
     assert "<i>grpo</i>" in text  # as text
     assert "Most changed" in text
@@ -112,6 +113,150 @@ def test_bands_are_explained_where_there_are_some(runs, written, tmp_path):
     alone = (tmp_path / "one.html").read_text()
     assert "Bands are" not in alone
     assert "A faint line" not in alone  # few steps, so none
+
+
+def test_it_opens_with_whether_it_learned_and_what_stands_in_its_way(runs, written, tmp_path):
+    text = "".join(Elements(written).text)
+    assert text.index("hicra: ") < text.rindex("What stands in its way") < text.index("held-out before")
+    write_report(runs[:1], tmp_path / "one.html")
+    alone = (tmp_path / "one.html").read_text()
+    assert "<h1>hicra on largest</h1>" in alone
+    assert "Did it learn? Not shown" in alone
+    assert "stayed at 66.7% (95% interval" in alone
+
+
+def changed(folder, change=None, config=None):
+    """Change every row of a run by a function, and some of its settings."""
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(change(row) if change else row) + "\n" for row in rows))
+    if config is not None:
+        before = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**before, **config}))
+    return folder
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_of_another_shape_leave_out_what_they_lack(seed, tmp_path):
+    rng = np.random.default_rng(seed)
+    always, sometimes = rng.random() ** 2, rng.random() ** 3
+    lacks = {
+        name for name in ("sample_seconds", "update_seconds", "sampled_tokens", "reward_mean") if rng.random() < always
+    }
+
+    def less(row):
+        kept = {k for k in row if k in ("kind", "step") or (k not in lacks and rng.random() > sometimes)}
+        return {k: v for k, v in row.items() if row["kind"] != "train" or k in kept}
+
+    runs = [changed(make_run(tmp_path / name), less) for name in ("a", "b")]
+    write_report(runs, tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"algorithm": "grpo"},
+        {"algorithm": None, "optimizer": None},
+        {"algorithm": {}, "task": None, "model": None},
+        {"task": ["a", "b"], "model": 7, "steps": "many"},
+        {"rollout": [{"x": 1}], "seed": {"a": None}},
+        {"task": ""},
+    ],
+)
+def test_settings_of_another_shape_are_shown_as_they_are(config, tmp_path):
+    runs = [make_run(tmp_path / "a"), changed(make_run(tmp_path / "b"), config=config)]
+    for some in (runs[1:], runs):
+        write_report(some, tmp_path / "report.html")
+        assert "<h1></h1>" not in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("odd", [{"accuracy": 1.5}, {"accuracy": -1}, {"problems": 0}, {"problems": 2.5}])
+def test_evaluations_that_are_no_share_are_left_out(odd, tmp_path):
+    run = changed(make_run(tmp_path / "a"), lambda row: {**row, **odd} if row["kind"] == "eval" else row)
+    write_report([run], tmp_path / "report.html")
+    assert "Did it learn? Not known" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"model": "a", "steps": 6}, {"model": "b", "steps": 9}),
+        ({"seed": 1, "model": None}, {"seed": 2, "model": "b"}),
+        ({"steps": 3, "optimizer": {"learning_rate": 1e-3}}, {"steps": 6, "optimizer": {"learning_rate": None}}),
+        ({"run": 1, "time": 2, "after": 3}, {"run": 2, "time": 3, "after": 4}),
+    ],
+)
+def test_no_column_stands_twice_or_empty(first, second, tmp_path):
+    runs = [changed(make_run(tmp_path / n), config=c) for n, c in (("a", first), ("b", second))]
+    write_report(runs, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    heads = re.findall(r"<th>([^<]*)</th>", page)
+    assert len(heads) == len(set(heads))
+    for name in heads:
+        cells = re.findall(f'<td data-of="{re.escape(name)}">(.*?)</td>', page)
+        assert len(cells) == 2
+        assert any(cells), name
+
+
+def test_runs_and_settings_are_in_the_order_of_their_numbers(tmp_path):
+    made = [changed(make_run(tmp_path / f"r{n}", n), config={"adapter": {"rank": 32 // n}}) for n in (1, 2, 10)]
+    write_report([made[0], made[2], made[1]], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert re.findall(r'<td data-of="run">(\w+)', page) == ["r1", "r2", "r10"]
+    assert [arm.name for arm in arms_of([load_run(run) for run in made])] == ["rank 3", "rank 16", "rank 32"]
+    assert "<h1>rank 3, rank 16 and rank 32 on largest</h1>" in page
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    for arm in ("old", "new"):
+        (tmp_path / arm).mkdir()
+        make_run(tmp_path / arm / "seed0")
+    write_report([tmp_path / "old" / "seed0", tmp_path / "new" / "seed0"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert re.findall(r'<td data-of="run">([\w/]+)', page) == ["new/seed0", "old/seed0"]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 7.25])
+def test_charts_that_never_change_are_named_and_not_drawn(value, tmp_path):
+    def still(row):
+        return {**row, "entropy": value, "grad_norm": row["step"] + 0.5} if row["kind"] == "train" else row
+
+    write_report([changed(make_run(tmp_path / "a"), still)], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert f"Entropy: {value:.3g}" in page
+    assert "<h3>Entropy</h3>" not in page
+    assert "<h3>Gradient</h3>" in page
+
+
+def test_a_run_that_draws_no_prompt_twice_shows_completions(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    run = make_run(tmp_path / "a")
+    for path in (run / "rollouts").iterdir():
+        table = pq.read_table(path)
+        at, step = table.schema.get_field_index("prompt_index"), table["step"][0].as_py()
+        new = [1000 * step + n for n in table["prompt_index"].to_pylist()]
+        pq.write_table(table.set_column(at, "prompt_index", pa.array(new, pa.int32())), path)
+    write_report([run], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    for kind in ("First step", "Last step, best", "Last step, worst"):
+        assert len(re.findall('class="prompt"', page.split(f"<h3>{kind}</h3>")[1].split("<h3>")[0])) == 3
+    assert "step 0: reward" in page
+    assert "Question 1 &lt;b&gt;?" in page
+
+
+def test_the_legend_stands_below_the_lines(tmp_path):
+    def parts(row):
+        return (
+            {**row, "reward_mean/r10": row["step"], "reward_mean/r2": -row["step"]} if row["kind"] == "train" else row
+        )
+
+    write_report([changed(make_run(tmp_path / "a"), parts)], tmp_path / "report.html")
+    svg = (tmp_path / "report.html").read_text().split("<h3>Parts of the reward</h3>")[1].split("</svg>")[0]
+    found = re.findall(r'<text[^>]*?(?:translate\([\d.]+ | y=")([\d.]+)[^>]*>([^<]+)</text>', svg)
+    height = {text: float(y) for y, text in found}
+    assert min(height["r2"], height["r10"]) > height["step"]
 
 
 def test_charts_take_the_colours_of_the_page(written):

@@ -19,6 +19,7 @@ from ..analysis.intervals import (
 )
 from ..analysis.statistics import fisher_test, mcnemar_test
 from ..errors import UserError
+from ..report.words import in_points
 from .jobs import Job, read_attempts
 from .outcomes import Cost, Outcome, read_outcome, solved_by_run
 from .settings import SUMMARIES, CampaignSettings
@@ -230,16 +231,6 @@ def _evidence(c: Comparison, settings: CampaignSettings, complete: bool, family:
             f"you need {c.further_runs:,} more, {where}."
         )
     return words
-
-
-def in_points(*shares: float, sign: str = "", decimals: int = 1) -> list[str]:
-    """Return shares as percentage points, with more ``decimals`` where different ones, or 0 and another, look alike."""
-    points = [100 * share + 0.0 for share in shares]
-    for digits in range(decimals, 14):
-        texts = [f"{x:{sign}.{digits}f}" for x in points]
-        if len({0.0, *map(float, texts)}) == len({0.0, *points}):
-            break
-    return [text.replace("-", "+" if sign else "") if float(text) == 0 else text for text in texts]
 
 
 def curve_of(arm: ArmFindings) -> list[tuple[int, list[float]]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from .._system.lock import lock_with_children
 from .._system.machine import RUNS
 from ..errors import UserError
+from ..report.words import duration
 
 _POLL = 0.05  # seconds between checks of the processes
 _PATIENCE = 10.0  # seconds for the runs of a killed campaign to end
@@ -170,5 +171,5 @@ def _finish(run: _Running, root: Path, log: Callable[[str], None]) -> Attempt:
     with (root / "progress.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(attempt)) + "\n")
     path = root / "logs" / f"{job.name}.log"
-    log(f"{job.name}: " + (f"finished in {attempt.seconds:.0f} s" if code == 0 else f"failed ({code}), see {path}"))
+    log(f"{job.name}: " + (f"finished in {duration(attempt.seconds)}" if code == 0 else f"failed ({code}), see {path}"))
     return attempt

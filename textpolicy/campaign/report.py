@@ -16,8 +16,9 @@ from ..analysis.comparison import DECLINE, IMPROVEMENT, INSUFFICIENT
 from ..analysis.plain import plain
 from ..loop.evaluation import Rate
 from ..report.rendering import render
+from ..report.words import duration, in_points
 from .figures import figures
-from .findings import Findings, in_points
+from .findings import Findings
 from .plan import versions
 from .settings import SUMMARIES
 
@@ -102,7 +103,7 @@ def sections(found: Findings) -> list[ReportSection]:
         "All answers of all runs as if each were independent, which they are not: Fisher's test then finds "
         "differences where there are none. The design effect says how many times fewer answers they are worth."
     )
-    hours = f"All attempts together took {found.wall_seconds / 3600:.2f} hours of wall-clock time."
+    took = f"All attempts together took {duration(found.wall_seconds)} of wall-clock time."
     failed = f" Failed: {', '.join(found.failed)}." if found.failed else ""
     return [
         ReportSection("Arms", chosen, ("arm", "runs", "mean", "SD over runs", "lowest", "highest"), arms, "curves"),
@@ -134,7 +135,7 @@ def sections(found: Findings) -> list[ReportSection]:
             ("candidate", "Fisher p", "design effect", "answers per arm", "worth"),
             pooled,
         ),
-        ReportSection("Costs", hours + failed, ("arm", "tokens sampled", "tokens trained", "hours", "money"), costs),
+        ReportSection("Costs", took + failed, ("arm", "tokens sampled", "tokens trained", "time", "money"), costs),
     ]  # fmt: skip
 
 
@@ -152,9 +153,7 @@ def _arm_rows(found: Findings) -> tuple[Rows, Rows, Rows]:
             held_out = Rate(round(last.accuracy * last.problems), last.problems)  # with its Wilson interval
             runs.append([a.name, str(o.seed), f"{o.value:.1%}", str(held_out), str(last.step)])
         tokens = f"{a.cost.sampled_tokens:,}", f"{a.cost.trained_tokens:,}"
-        costs.append(
-            [a.name, *tokens, f"{a.cost.seconds / 3600:.2f}", f"{a.money:.4g}" if priced else "no price given"]
-        )
+        costs.append([a.name, *tokens, duration(a.cost.seconds), f"{a.money:.4g}" if priced else "no price given"])
     return arms, runs, costs
 
 

@@ -22,6 +22,7 @@ from ..campaign.report import write_analysis, write_report
 from ..campaign.settings import SUMMARIES, CampaignSettings, Summary, read_campaign
 from ..config.settings import LocalPath, Positional, Section
 from ..errors import UserError, unknown_name
+from ..report.words import duration
 
 
 class PlanArguments(Section):
@@ -157,7 +158,7 @@ def status(args: FolderArguments) -> int:
         attempt = last.get((job.arm, job.seed))
         state = "begun" if job.folder.exists() else "to come"
         if job.done:
-            state = "finished" if attempt is None else f"finished in {attempt.seconds:.0f} s"
+            state = "finished" if attempt is None else f"finished in {duration(attempt.seconds)}"
         elif attempt is not None and attempt.returncode:
             state = f"failed ({attempt.returncode})"
         print(f"{job.name:<32} {state}")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
 
+from ..doctor.facts import evaluations
 from ..record.reader import RecordedRun, flat
+from .words import natural, setting
 
 _NOT_COMPARED = ("seed", "output", "quiet", "machine")  # settings and sections that do not change what is compared
 
@@ -25,7 +27,10 @@ class Arm:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Series:
-    """The curve of a metric: the mean of an arm's runs and, of several, its 95% interval over seeds (Student's t)."""
+    """The curve of a metric: the mean of an arm's runs and, of several, its 95% interval over seeds (Student's t).
+
+    NaN where all seeds agree, so that the interval is not known.
+    """
 
     name: str
     steps: np.ndarray  # (S,) the steps that every run has
@@ -33,21 +38,24 @@ class Series:
     low: np.ndarray | None = None  # (S,)
     high: np.ndarray | None = None  # (S,)
     joined: bool = True  # drawn as a line; otherwise as points
+    colour: int = 0
 
 
 def arms_of(runs: Sequence[RecordedRun]) -> list[Arm]:
-    """Return the arms in the order of their first runs, each named by the settings that differ between arms."""
+    """Return the arms, ordered and named by the settings that differ between them."""
     settings = [flat(run.config) for run in runs]
     differing = differences(settings)
-    grouped: dict[str, list[RecordedRun]] = {}
-    for run, setting in zip(runs, settings, strict=True):
-        name = ", ".join(f"{key.removeprefix('algorithm.')} {setting.get(key)}" for key in differing)
-        grouped.setdefault(name, []).append(run)
-    if list(grouped) == [""]:  # nothing differs
-        config = runs[0].config
-        name = f"{config['algorithm']['name']} on {config['task']}" if config else runs[0].folder.resolve().name
-        return [Arm(name, runs)]
-    return [Arm(name, members) for name, members in grouped.items()]
+    grouped: dict[tuple[str, ...], list[int]] = {}
+    for i, of_run in enumerate(settings):
+        grouped.setdefault(tuple(repr(of_run.get(key)) for key in differing), []).append(i)
+    if not differing:
+        return [Arm(str(settings[0].get("algorithm.name") or runs[0].folder.resolve().name), runs)]
+    firsts = {of_arm[0]: of_arm for of_arm in grouped.values()}
+    ordered = sorted(firsts, key=lambda i: [natural(settings[i].get(key)) for key in differing])
+    names = [", ".join(setting(key, settings[i].get(key), differing) for key in differing) for i in ordered]
+    if len(set(names)) < len(names):
+        names = [", ".join(f"{key} {settings[i].get(key)!r}" for key in differing) for i in ordered]
+    return [Arm(name, [runs[j] for j in firsts[i]]) for name, i in zip(names, ordered, strict=True)]
 
 
 def differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -68,6 +76,7 @@ def series(arm: Arm, points: Sequence[Mapping[float, float]], name: str | None =
     if n == 1:
         return Series(name, steps, mean)
     half = student.ppf(0.975, n - 1) * values.std(axis=0, ddof=1) / math.sqrt(n)
+    half[np.ptp(values, axis=0) < 1e-12] = np.nan
     return Series(name, steps, mean, mean - half, mean + half)
 
 
@@ -77,6 +86,11 @@ def by_step(run: RecordedRun, metric: str) -> dict[float, float]:
     return {step: float(v) for step, v in found.items() if v is not None and math.isfinite(v)}
 
 
-def by_evaluation(run: RecordedRun, split: str) -> dict[float, float]:
-    """Return {steps done: accuracy} of the greedy evaluations on ``split``."""
-    return {r["step"]: r["accuracy"] for r in run.rows if r["kind"] == "eval" and r["split"] == split}
+def held_out(arm: Arm, split: str) -> Series | None:
+    """Return the greedy evaluations of an arm on ``split``; of one run with 95% intervals over problems (Wilson)."""
+    found = [{e.step: e for e in evaluations(run) if e.split == split} for run in arm.runs]
+    curve = series(arm, [{step: e.rate.value for step, e in of_run.items()} for of_run in found])
+    if curve is None or len(found) > 1:
+        return curve
+    low, high = np.array([found[0][step].rate.interval for step in curve.steps.tolist()]).T
+    return replace(curve, low=low, high=high)

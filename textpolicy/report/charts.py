@@ -35,28 +35,38 @@ _SIZE = (5.2, 2.5)  # inches
 _WINDOW = 20  # a noisy curve is also shown as its mean over this part of the steps
 
 
-def line_chart(curves: Sequence[Series], label: str, *, smooth: bool = False, share: bool = False) -> str:
-    """Draw the ``curves`` with their bands; ``smooth`` adds running means, ``share`` fixes the axis to 0 to 1."""
-    with _axes(label + "".join(c.name for c in curves), _SIZE[1]) as (axes, svg):
-        for i, curve in enumerate(curves):
-            colour, name = _COLOURS[i % len(_COLOURS)], _in_lines(curve.name, 40)
-            few = len(curve.steps) <= 30
-            width = running_width(len(curve.steps)) if smooth else 1
+def line_chart(
+    curves: Sequence[Series], label: str, *, smooth: bool = False, share: bool = False, legend: bool = False
+) -> str:
+    """Draw the ``curves`` with their intervals, each in its colour; from the ninth arm on dashed.
+
+    ``smooth`` adds running means, ``share`` fixes the axis to 0 to 1, and ``legend`` names the curves below them.
+    """
+    rows = -(-len(curves) // 2) if legend else 0
+    with _axes(label + "".join(c.name for c in curves), _SIZE[1] + 0.17 * rows) as (axes, svg):
+        for curve in curves:
+            colour, width = _COLOURS[curve.colour % len(_COLOURS)], running_width(len(curve.steps)) if smooth else 1
+            style = ("--" if curve.colour >= len(_COLOURS) else "-") if curve.joined else "none"
+            name, few = _in_lines(curve.name, 40), len(curve.steps) <= 30
             axes.plot(
                 curve.steps, curve.mean, color=colour, lw=1 if width > 1 else 1.6, alpha=0.3 if width > 1 else 1,
-                ls="-" if curve.joined else "none", marker="o" if few else None, ms=3 if curve.joined else 5,
+                ls=style, marker=("o" if curve.joined else "D") if few else None, ms=3 if curve.joined else 5,
                 label=None if width > 1 else name,
             )  # fmt: skip
             if width > 1:
-                axes.plot(curve.steps, running_mean(curve.mean, width), color=colour, lw=1.6, label=name)
-            if curve.low is not None and curve.high is not None:
+                axes.plot(curve.steps, running_mean(curve.mean, width), color=colour, lw=1.6, ls=style, label=name)
+            if curve.low is None or curve.high is None:
+                continue
+            if curve.joined:
                 axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.15, lw=0)
+            else:
+                axes.vlines(curve.steps, curve.low, curve.high, color=colour, lw=1.2)
         axes.set(xlabel="step", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         if share:
             axes.set_ylim(-0.03, 1.03)
-        if len(curves) > 1:
-            axes.legend(fontsize=8)
+        if legend:
+            axes.figure.legend(loc="outside lower left", ncols=2, fontsize=8)
     return _for_page(svg)
 
 

@@ -8,27 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...config.settings import Config
-from ...doctor.facts import Evaluation, evaluations
+from ...doctor.facts import Evaluation
 from ...errors import UserError
-from ...record.reader import RecordedRun, flat
+from ...record.reader import flat
 from ..arms import differences
+from ..learning import Outcome, outcome
 from .runs import ViewedRun
 
 _ALWAYS = ("model", "task", "algorithm.name", "seed")
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """The first and last evaluation of a run on the test problems or, where there are not two, on validation."""
-
-    split: str
-    before: Evaluation
-    after: Evaluation | None  # None: there is one evaluation so far
-
-    @property
-    def points(self) -> float | None:
-        """The difference in percentage points."""
-        return None if self.after is None else 100 * (self.after.rate.value - self.before.rate.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +38,6 @@ class Value:
     value: Any
     runs: int
     after: Sequence[float]  # held-out accuracy of those that have it
-
-
-def outcome(run: RecordedRun) -> Outcome | None:
-    """Return what a run's greedy evaluations say; None before the first."""
-    found = evaluations(run)
-    for split in ("test", "validation"):
-        of_split = [evaluation for evaluation in found if evaluation.split == split]
-        if len(of_split) > 1:
-            return Outcome(split, of_split[0], of_split[-1])
-    return Outcome(found[0].split, found[0], None) if found else None
 
 
 def unusual(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,11 +22,12 @@ from ...config.settings import LocalPath, Positional, Section, explain
 from ...errors import TextPolicyError, UserError
 from ...record.prompts import compare
 from ...record.reader import flat
+from ..learning import outcome
 from ..rendering import render
 from .curves import curves
 from .drawing import COLOURINGS, Colouring, draw
 from .index import Address, Query, Whole
-from .overview import arranged, by_setting, entries, outcome, unusual
+from .overview import arranged, by_setting, entries, unusual
 from .prompts import Order, judged
 from .runs import Runs
 

@@ -1,4 +1,4 @@
-"""The ``textpolicy`` command. Exit codes: 0 done, 1 a check failed, 2 an invalid request, 130 and 143 a signal."""
+"""The ``textpolicy`` command. Exit codes: 0 done, 1 a check failed, 2 an invalid request, 130, 141 and 143 a signal."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from .._system.terminal import counted
 from .facts import Evaluation, Facts, largest, mean, rises, values
 from .finding import Finding
 
@@ -73,7 +74,7 @@ def held_out_falls(facts: Facts) -> Finding | None:
     best, last = fall
     what = (
         f"The training reward rose from {before.mean():.2f} to {after.mean():.2f} while held-out accuracy fell from "
-        f"{best.rate} after {best.step} steps to {last.rate} after {last.step}: "
+        f"{best.rate} after {counted(best.step, 'step')} to {last.rate} after {last.step}: "
         "the reward pays for something other than right answers."
     )
     change = "read the best-paid completions and fix the reward, or end the run earlier"
@@ -137,7 +138,7 @@ def learning_rate_low(facts: Facts) -> Finding | None:
         return None
     what = (
         f"The learning rate of {rate.max():g} is too low: a step changed log-probs by {mean(moved, MEASURED):.1g} nats "
-        f"per token, which over {len(facts.rows)} steps is {at_most:.2g} at most."
+        f"per token, which over {counted(len(facts.rows), 'step')} is {at_most:.2g} at most."
     )
     change = "multiply optimizer.learning_rate by 3 to 10, or train for more steps"
     return Finding("learning_rate_low", what, change, {"learning_rate": float(rate.max()), "change_at_most": at_most})

@@ -17,6 +17,7 @@ from pydantic import model_validator
 from .._system.faults import TRAIN_MATH, how_to_resume
 from .._system.files import names
 from .._system.lock import LOCK, RunLock
+from .._system.terminal import counted
 from ..config.settings import MONEY, Config, LocalPath, Positional, PositiveInt, check_config
 from ..errors import UserError
 from ..record.layout import CONFIG, EVALS, METRICS, REPORT, ROLLOUTS, SUMMARY, TASK, VERSIONS, parquet_files
@@ -104,8 +105,8 @@ def reopen(
     made = max(done, len(_STEP.findall(_metrics(folder))))
     if (folder / SUMMARY).exists() and config.steps <= made:
         raise UserError(
-            f"the run in {folder} is finished, with {made} steps; choose another output, or train it further with: "
-            f"{how_to_resume(folder)} --steps {2 * made} --allow steps"
+            f"the run in {folder} is finished, with {counted(made, 'step')}; choose another output, or train it "
+            f"further with: {how_to_resume(folder)} --steps {2 * made} --allow steps"
         )
     new, now = (dict(_leaves(json.loads(c.model_dump_json()))) for c in (Config(), config))
     then = {**new, **dict(_leaves(began))}  # a setting that is younger than the run had its default

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field, model_validator
 from .._system.extras import extra
 from .._system.faults import TRAIN_MATH
 from .._system.files import write_whole
-from .._system.terminal import until_unread
+from .._system.terminal import counted, until_unread
 from ..algorithms import Algorithm
 from ..algorithms.planning import planning_masks
 from ..algorithms.sepa import Pooling
@@ -253,7 +253,7 @@ class MathFiles:
         self.logger = EmergenceLogger(
             self.folder / "emergence", strategic_grams=phrases, max_completion_tokens=self.args.max_tokens
         )
-        title = f"{self.args.condition} on {self.args.model}, {self.args.max_steps} steps"
+        title = f"{self.args.condition} on {self.args.model}, {counted(self.args.max_steps, 'step')}"
         return replace(parts, title=title, spending=Budget(self.engine, spending.work, reserve=False))
 
     def begin(self, parts: Parts, folder: Path, done: int) -> None:
@@ -372,7 +372,7 @@ def train(args: TrainMathArguments) -> Path:
             )
         if summary.exists() and (steps := json.loads(summary.read_text())["steps"]) >= args.max_steps:
             raise UserError(
-                f"the run in {folder} is finished, with {steps} steps; raise --max-steps to train it further"
+                f"the run in {folder} is finished, with {counted(steps, 'step')}; raise --max-steps to train it further"
             )
     load_key()
     files = MathFiles(args)

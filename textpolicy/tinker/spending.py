@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .._system.files import to_disk
+from .._system.terminal import counted
 from ..algorithms import Algorithm
 from ..config.settings import Config, TinkerSettings
 from ..engine import ResumableEngine, Sampling
@@ -260,7 +261,8 @@ def quote_run(
         most = rollout.max_episode_tokens or rollout.max_turns * rollout.max_tokens
     work = RunWork(config, recipe, task, longest, most)
     lines = [
-        f"{task.name}: {config.steps} steps of {rollout.prompts_per_step} prompts x {rollout.group_size} completions, "
+        f"{task.name}: {counted(config.steps, 'step')} of {rollout.prompts_per_step} prompts x "
+        f"{rollout.group_size} completions, "
         f"{len(work.problems('validation'))} validation and {len(work.problems('test'))} test problems",
         f"prompts of {longest} tokens; an episode has at most {most} more",
     ]

@@ -90,6 +90,8 @@ def test_six_seeds_of_three_arms_are_not_said_to_find_what_holms_procedure_makes
     assert found.recommendation == "insufficient_statistical_evidence"
     assert found.verdict.count("6 seeds cannot find a difference of any size among 3 arms.") == 2
     assert "95% interval of this difference alone" in found.verdict
+    assert "of the time" not in found.verdict
+    assert "with 80% power, takes 7 seeds: you need 1 more, as a new campaign of 7" in found.verdict
     write_report(found, tmp_path / "c")
     (tmp_path / "plan.toml").write_text("seeds = [0, 1, 2, 3, 4, 5]\n[arms.a]\n[arms.b]\n[arms.c]\n")
     for stopping in ("fixed", "anytime"):

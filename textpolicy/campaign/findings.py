@@ -227,7 +227,7 @@ def _evidence(c: Comparison, settings: CampaignSettings, complete: bool, family:
         if settings.stopping == "anytime":
             where = "and may add them here"
         words.append(
-            f"To find {size}, {settings.power:.0%} of the time takes {c.runs_needed:,} seeds: "
+            f"To find {size}, with {settings.power:.0%} power, takes {c.runs_needed:,} seeds: "
             f"you need {c.further_runs:,} more, {where}."
         )
     return words

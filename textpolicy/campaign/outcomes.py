@@ -58,19 +58,13 @@ def read_outcome(folder: Path, arm: str, seed: int, summary: Summary, seconds: f
     """
     rows = load_run(folder).rows
     steps, evaluations = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
-    for row in evaluations:
-        if row["problems"] < 1 or row["problems"] % 1 or not 0 <= row["accuracy"] <= 1:
-            raise UserError(
-                f"{folder} has an evaluation with accuracy {row['accuracy']} on {row['problems']} problems, which is "
-                "no share; run it again"
-            )
     during = [row for row in evaluations if row["split"] == "validation"]  # the last: after the last step
     kept = [row for row in evaluations if row["split"] == "test"][-1:]  # of the adapter that the run keeps
     if (folder / MATH_EVALS).exists():  # train_math chooses nothing by its evaluations, and keeps its last weights
         during, kept = evaluations, evaluations[-1:]
     if not during or not kept:
         raise UserError(f"{folder} has no evaluation on held-out problems; run it again, with some")
-    curve = tuple(Point(row["step"], row["accuracy"], row["problems"]) for row in during)
+    curve = tuple(Point(row["step"], row["accuracy"], int(row["problems"])) for row in during)
     judged = kept[0] if summary == "kept" else during[-1]
     value, solved = judged["accuracy"], judged.get("solved")
     if summary == "auc":
@@ -81,7 +75,7 @@ def read_outcome(folder: Path, arm: str, seed: int, summary: Summary, seconds: f
         arm=arm,
         seed=seed,
         value=value,
-        problems=judged["problems"],
+        problems=int(judged["problems"]),
         curve=curve,
         solved=solved if isinstance(solved, str) and set(solved) <= {"0", "1"} else None,
         cost=Cost(

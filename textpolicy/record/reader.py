@@ -157,7 +157,7 @@ def _row(line: bytes, where: str, given: Mapping[str, str], advice: str) -> dict
     numbers = {k: v for k, v in row.items() if isinstance(v, float) or (isinstance(v, int) and abs(v) < 2**63)}
     if wrong := [name for name in _NEEDED.get(kind, ()) if not math.isfinite(numbers.get(name, math.nan))]:
         raise UserError(f"{where} has no number as its {wrong[0]}; {advice}")
-    if kind == "eval" and not (0 <= numbers["accuracy"] <= 1 <= numbers["problems"]):
+    if kind == "eval" and not (0 <= numbers["accuracy"] <= 1 <= numbers["problems"] == int(numbers["problems"])):
         raise UserError(f"{where} has an accuracy of {row['accuracy']} on {row['problems']} problems; {advice}")
     if kind == "train" and (odd := [name for name in row if name != "kind" and name not in numbers]):
         raise UserError(f"{where} has a metric that is not a number ({odd[0][:_LONGEST]!r}); {advice}")

@@ -169,3 +169,15 @@ def test_the_install_line_names_the_gpu_build_where_there_is_an_nvidia_gpu(monke
         line = str(raised.value).split("install it with: ")[1]
         assert ("textpolicy[cuda13]" in line) is gpu
         assert gpu or line == "pip install 'textpolicy[mlx]'"
+
+
+@pytest.mark.parametrize(
+    ("threads", "engine", "cpu", "said"),
+    [(2, 41.0, 12.0, True), (8, 10.0, 8.9, True), (2, 10.0, 9.1, False), (2, 10.0, 19.0, False), (1, 41.0, 3.0, False),
+     (0, 41.0, 3.0, False)],
+)  # fmt: skip
+def test_steps_that_got_less_than_their_time_of_the_cpu_are_said_to_be_slow(monkeypatch, threads, engine, cpu, said):
+    monkeypatch.setattr(blas, "blas_threads", lambda: threads)
+    note = blas.starved(engine, cpu)
+    assert (note is not None) == said
+    assert not said or f"its {threads} BLAS threads wait for each other" in note

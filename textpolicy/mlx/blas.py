@@ -86,6 +86,20 @@ def blas_threads() -> int:
         return 0
 
 
+def starved(engine_seconds: float, cpu_seconds: float) -> str | None:
+    """Return what to say where steps took longer than the CPU time of all threads together, or None.
+
+    Several BLAS threads that wait for each other use the CPU meanwhile, so on a quiet machine they have more.
+    """
+    if blas_threads() < 2 or cpu_seconds >= 0.9 * engine_seconds:
+        return None
+    return (
+        f"note: the last step took {engine_seconds:.0f} s and got {cpu_seconds:.0f} s of CPU time, because other "
+        f"programs use this machine; its {blas_threads()} BLAS threads wait for each other, and --machine.threads 1 is "
+        "faster"
+    )
+
+
 def has_small_products() -> bool:
     """Return whether OpenBLAS multiplies small matrices in place here, which it does with AVX-512."""
     try:

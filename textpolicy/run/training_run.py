@@ -139,6 +139,7 @@ class Run:
         self.pace = Pace(parts.checkpoint.every)
         self.best: Any = None  # the engine's weights, at their best on the validation problems
         self.best_files: Path | None = None  # the same in a checkpoint; None as long as none has them
+        self.cpu: float | None = time.process_time()  # at the end of the last step; None once it was found wanting
         self.started = self.trained = time.perf_counter()  # of the run and of training, as if never interrupted
         path, kept = folder / layout.METRICS, checkpoint.state["metrics_bytes"] if checkpoint else 0
         before = path.read_bytes() if parts.config.tracking.to and path.is_file() else b""  # what trackers were sent
@@ -263,6 +264,7 @@ class Run:
     def on_step(self, step: int, row: Row, episodes: Sequence[Episode]) -> None:
         """Record a step, evaluate and write a checkpoint where due, and find out whether a limit ends the run."""
         self.done = done = step + 1
+        self.say_if_slowed(row)
         row = {**row, **self.parts.spending.row}
         row = {**row, **self.extension.on_row(step, row, episodes)}
         self.history.rows.append(row)
@@ -286,6 +288,17 @@ class Run:
                 f"the loss or gradient of {latest(skipped, 'step')} was not finite; lower "
                 "optimizer.learning_rate, load the model in float32, or look for huge rewards (optimizer.max_skipped)"
             )
+
+    def say_if_slowed(self, row: Row) -> None:
+        """Say once that other programs slow the steps down, where BLAS threads are left at their default."""
+        if self.cpu is None or self.parts.config.engine != "mlx" or self.parts.config.machine.threads:
+            return
+        from ..mlx.blas import starved
+
+        before, self.cpu = self.cpu, time.process_time()  # seconds of all threads
+        if note := starved(row["sample_seconds"] + row["update_seconds"], self.cpu - before):
+            self.view.print(note)
+            self.cpu = None
 
     def evaluate(self, split: str, steps: int, found: Evaluation | None = None) -> Rate | None:
         """Evaluate greedily, or take what was ``found``, and record it; None where that is skipped."""

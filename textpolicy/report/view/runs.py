@@ -172,9 +172,6 @@ class Runs:
     folders: Sequence[Path]
     opened: list[ViewedRun] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.refresh()
-
     def refresh(self) -> None:
         """Find runs that are new. Raises UserError for a folder that is neither a run nor holds one."""
         known = {run.folder.resolve() for run in self.opened}
@@ -190,13 +187,7 @@ class Runs:
                     name = folder.resolve().name if folder == given else str(folder.relative_to(given))
                     self.opened.append(ViewedRun(len(self.opened), folder, name))
 
-    def __len__(self) -> int:
-        return len(self.opened)
-
-    def __iter__(self) -> Any:
-        return iter(self.opened)
-
-    def __getitem__(self, number: int) -> ViewedRun:
+    def run(self, number: int) -> ViewedRun:
         """Return run ``number`` of the page. Raises UserError."""
         if number >= len(self.opened):
             raise UserError(f"there is no run {number} on this page; choose one below {len(self.opened)}")

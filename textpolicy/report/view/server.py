@@ -132,8 +132,9 @@ def make_app(folders: Sequence[Path], token: str) -> Starlette:
     hosts = extra("starlette.middleware.trustedhost", INSTALL).TrustedHostMiddleware
     middleware = extra("starlette.middleware", INSTALL).Middleware
     pages = Pages(Runs(folders))
+    pages.known.refresh()
     routes = [
-        routing.Route("/", pages.first, name="first"),
+        routing.Route("/", pages.completions),
         *(routing.Route(f"/{name}", getattr(pages, name)) for name in PAGES),
         *(routing.Route(f"/{name}", pages.file) for name in _FILES),
     ]
@@ -151,27 +152,24 @@ PAGES = ("completion", "pair", "prompts", "prompt", "report", "runs")
 class Pages:
     """The pages, one method each."""
 
-    opened: Runs
-
-    def first(self, request: Request) -> Response:
-        """Show the list of runs if there are several and none is asked for; otherwise the completions of one."""
-        several = len(self.opened) > 1 and not request.query_params
-        return self.runs(request) if several else self.completions(request)
+    known: Runs
 
     def runs(self, request: Request) -> Response:
         """Show the runs, in the order of a column, and what was reached with each value of a setting."""
         query = _asked(request, RunsQuery)
-        self.opened.refresh()
-        found = entries(list(self.opened))
+        self.known.refresh()
+        found = entries(self.known.opened)
         values = by_setting(found)
         lines = found if query.sort is None else arranged(found, query.sort, query.order == "falling")
         names = list(dict.fromkeys(value.setting for value in values))
         return self._page("runs.html", request, lines=lines, values=values, names=names, query=query)
 
     def completions(self, request: Request) -> Response:
-        """Show the filtered groups below the curves of the run; above all of them also its summary."""
+        """Show a run's curves and filtered groups, and its summary above all of them; the list if several are open."""
+        if len(self.known.opened) > 1 and not request.query_params:
+            return self.runs(request)
         query = _asked(request, Query)
-        run = self.opened[query.run]
+        run = self.known.run(query.run)
         shown: dict[str, Any] = {"page": run.page(query), "curves": curves(run.recorded.rows)}
         if query == Query(run=query.run):
             shown["doctor"], shown["cut"] = run.doctor(), len(run.index("rollouts").select(Query(finish="length")))
@@ -202,7 +200,7 @@ class Pages:
     def prompts(self, request: Request) -> Response:
         """Show each prompt of a run by how often it was right, or its mean rewards in two, the most changed first."""
         query = _asked(request, PromptsQuery)
-        run, other = self.opened[query.run], None if query.other is None else self.opened[query.other]
+        run, other = self.known.run(query.run), None if query.other is None else self.known.run(query.other)
         index = run.index("rollouts")
         tables = [each.index("rollouts").table for each in (run, other) if each is not None]
         rows: Sequence[Any] = judged(index.table, query.sort) if other is None else compare(*tables)
@@ -221,7 +219,7 @@ class Pages:
         from starlette.responses import RedirectResponse
 
         query = _asked(request, PromptQuery)
-        runs = [self.opened[number] for number in (query.run, query.other) if number is not None]
+        runs = [self.known.run(number) for number in (query.run, query.other) if number is not None]
         found = [page.groups[0].lines[0] for run in runs if (page := run.page(Query(prompt=query.index))).groups]
         if len(found) < 2:
             return RedirectResponse(f"./?run={query.run}&prompt={query.index}", headers=_HEADERS)
@@ -234,7 +232,7 @@ class Pages:
         from ..page import report_html
 
         number = _asked(request, ReportQuery).run
-        runs = list(self.opened) if number is None else [self.opened[number]]
+        runs = self.known.opened if number is None else [self.known.run(number)]
         back = "./" if number is None else f"./?run={number}"
         return HTMLResponse(report_html([run.folder for run in runs], back), headers=_INLINE_STYLES)
 
@@ -252,7 +250,7 @@ class Pages:
     def _side(self, at: str) -> dict[str, Any]:
         """Return the completion at an address: its run, address and row."""
         address = Address.read(at)
-        run = self.opened[address.run]
+        run = self.known.run(address.run)
         return {"run": run, "address": address, "row": run.index(address.kind).one(address.file, address.row)}
 
     def _page(self, template: str, request: Request, status: int = 200, **values: Any) -> Response:
@@ -265,7 +263,7 @@ class Pages:
             kept = {name: str(v) for name, v in given.items() if v is not None and v != ""}
             return f"{to}?{urlencode(kept, safe=':')}"
 
-        shared = {"runs": self.opened, "colourings": COLOURINGS, "link": link}
+        shared = {"runs": self.known.opened, "colourings": COLOURINGS, "link": link}
         return HTMLResponse(render(f"view/{template}", **shared, **values), status, _HEADERS)
 
 

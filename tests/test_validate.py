@@ -7,11 +7,20 @@ import sys
 
 import pytest
 
+import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below mlx
+
+# isort: split
+from families import tiny_family
+
 from textpolicy import validate
 from textpolicy._system import machine
 from textpolicy._system.extras import extra
+from textpolicy.config.adapters import LoRA
 from textpolicy.environment.single_turn import TextGenerationEnv
-from textpolicy.errors import MissingDependencyError
+from textpolicy.errors import MissingDependencyError, UserError
+from textpolicy.mlx.adapters.merging import attach
+from textpolicy.mlx.engine import MLXEngine
+from textpolicy.run.trial import _passed
 from textpolicy.validate import main, validate_installation
 
 CHECKS = ["python", "mlx", "mlx_lm", "gymnasium", "model", "environment_contract"]
@@ -62,7 +71,7 @@ def test_verbose_prints_and_quiet_does_not(capsys, monkeypatch):
 
 def test_an_argument_it_does_not_know_is_a_usage_error(capsys):
     assert main(["--jsom"]) == 2
-    assert "usage: textpolicy validate [--json]" in capsys.readouterr().err
+    assert "usage: textpolicy validate [--train] [--json]" in capsys.readouterr().err
 
 
 def test_help_is_no_error(capsys):
@@ -178,3 +187,84 @@ def test_the_advice_names_the_installer_that_is_there(monkeypatch, pip, words):
     assert machine.how_to_install("x").endswith(words)
     with pytest.raises(MissingDependencyError, match=words):
         extra("no_such_module", "x")
+
+
+# --train
+
+
+FIGURES = {
+    "device": "Device(cpu, 0)", "gap_mean_nats": 1e-6, "gap_max_nats": 1e-5, "gradient_change_when_compiled": 1e-6,
+    "updated": True, "bit_for_bit": True, "update_peak_gb": 1.0, "update_predicted_gb": 1.2, "rollout_peak_gb": 0.8,
+    "rollout_predicted_gb": 0.8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, None),
+        ({"device": "Device(gpu, 0) M1", "bit_for_bit": False, "first_difference": "x"}, None),
+        ({"bit_for_bit": False, "first_difference": "optimizer.m"}, "differ in optimizer.m"),
+        (
+            {"gap_mean_nats": 0.051},
+            "differ from the sampler's by 0.051 nats on average (at most 1e-05), more than 0.05",
+        ),
+        ({"gap_mean_nats": float("nan")}, "by nan nats"),
+        ({"gradient_change_when_compiled": 0.5}, "compiling changes the gradient by 0.5"),
+        ({"gradient_change_when_compiled": float("nan")}, "compiling changes the gradient by nan"),
+        ({"updated": False}, "an update was skipped"),
+        ({"update_peak_gb": 1.33}, "the peak memory of updates is 1.33 GB, and 1.20 GB were predicted"),
+        ({"rollout_peak_gb": 2.0}, "the peak memory of rollouts is 2.00 GB"),
+    ],
+)
+def test_each_limit_of_a_trial_is_a_sentence_and_a_failure(changed, said, monkeypatch, capsys):
+    found = list(_passed({**FIGURES, **changed}))
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+    monkeypatch.setattr(validate, "CHECKS", {})
+    monkeypatch.setattr("textpolicy.run.trial.trial", lambda: ({**FIGURES, **changed}, found, {"mlx": "1"}))
+    assert main(["--train"]) == len(found)
+    out = capsys.readouterr().out
+    assert f"TextPolicy validation: {'fail' if found else 'ok'}" in out
+    assert ("please report this, with --json" in out) == bool(found)
+    assert main(["--json", "--train"]) == len(found)
+    assert json.loads(capsys.readouterr().out)["checks"]["versions"] == {"mlx": "1"}
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(UserError("no model"), "train: no model"), (ValueError("x"), "ValueError")]
+)
+def test_a_trial_that_cannot_be_made_fails_with_its_reason(error, said, monkeypatch, capsys):
+    def failing():
+        raise error
+
+    monkeypatch.setattr(validate, "CHECKS", {})
+    monkeypatch.setattr("textpolicy.run.trial.trial", failing)
+    assert main(["--train"]) == 1
+    assert said in capsys.readouterr().out
+
+
+def test_a_trial_reports_what_it_measured(monkeypatch):
+    """Of a tiny model; the figures are those of real rollouts, gradients and updates."""
+
+    class Letters:
+        eos_token_ids = (3,)
+
+        def encode(self, text):
+            return [4 + ord(c) % 40 for c in text]
+
+    def tiny(config):
+        model = attach(tiny_family("llama"), LoRA(rank=2))
+        return MLXEngine(model, stop=(3,), compile=True, decode_rows=4), Letters()
+
+    monkeypatch.setattr("textpolicy.run.trial.build_engine", tiny)
+    checks = validate._train()
+    train = checks["train"]
+    assert train["ok"] is True, train
+    assert train["bit_for_bit"] is True
+    assert 0 < train["gap_mean_nats"] < 1e-4
+    assert 0 < train["gradient_change_when_compiled"] < 1e-4
+    for what in ("update", "rollout"):
+        assert train[f"{what}_tokens_per_second"] > 0
+        assert 0 < train[f"{what}_peak_gb"] <= 1.1 * train[f"{what}_predicted_gb"]
+    assert {"mlx", "textpolicy", "device", "python"} <= {*checks["versions"]}

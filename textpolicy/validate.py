@@ -14,20 +14,24 @@ from typing import Any
 
 from ._system.machine import how_to_install
 from ._system.terminal import say
-from .errors import MissingDependencyError
+from .errors import MissingDependencyError, UserError
 
 Check = dict[str, Any]  # facts by name; "advice" is a sentence, "error" a sentence that fails the check
-USAGE = "usage: textpolicy validate [--json]"
+USAGE = "usage: textpolicy validate [--train] [--json]"
 
 
-def validate_installation(verbose: bool = True) -> dict[str, Any]:
+def validate_installation(verbose: bool = True, train: bool = False) -> dict[str, Any]:
     """Check this installation, print the findings if ``verbose``, and return them.
+
+    With ``train`` some steps of training are tried, too, which takes half a minute.
 
     The dict holds status ("ok" or "fail"), checks (facts by name) and errors (sentences). Only an mlx
     that is installed and cannot be used, or a broken environment contract, is a failure; a slow BLAS, or a
     missing mlx, mlx-lm or built-in model, comes with advice, as rewards and algorithms need none of them.
     """
     checks = {name: check() for name, check in CHECKS.items()}
+    if train:
+        checks |= _train()
     errors = [f"{name}: {facts.pop('error')}" for name, facts in checks.items() if "error" in facts]
     report = {"status": "fail" if errors else "ok", "checks": checks, "errors": errors}
     if verbose:
@@ -36,18 +40,18 @@ def validate_installation(verbose: bool = True) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Check this installation: textpolicy validate [--json].
+    """Check this installation: textpolicy validate [--train] [--json].
 
     Returns 0 if all is well, 1 if a check failed, 2 for unknown arguments.
     """
     if set(arguments) & {"-h", "--help"}:
         print(USAGE)
         return 0
-    if unknown := [a for a in arguments if a != "--json"]:
+    if unknown := [a for a in arguments if a not in ("--json", "--train")]:
         print(f"textpolicy: validate does not accept {unknown[0]!r}; {USAGE}", file=sys.stderr)
         return 2
-    report = validate_installation(verbose=False)
-    if arguments:
+    report = validate_installation(verbose=False, train="--train" in arguments)
+    if "--json" in arguments:
         print(json.dumps(report, indent=2))
     else:
         say(describe(report))
@@ -100,6 +104,21 @@ def _model() -> Check:
         return {"available": False}
     except ModuleNotFoundError as error:
         return {"available": False, "advice": f"to load models ({error}), {how_to_install('textpolicy[mlx]')}"}
+
+
+def _train() -> dict[str, Check]:
+    """Train a few steps; return the figures and, for whoever reads them elsewhere, all versions."""
+    try:
+        from .run.trial import trial
+
+        figures, errors, versions = trial()
+    except Exception as error:  # noqa: BLE001 - any failure is the finding
+        return {
+            "train": {"ok": False, "error": str(error) if isinstance(error, UserError) else f"it failed with {error!r}"}
+        }
+    figures = {name: float(f"{fact:.4g}") if type(fact) is float else fact for name, fact in figures.items()}
+    failed = {"error": f"{'; '.join(errors)}; please report this, with --json"} if errors else {}
+    return {"train": {"ok": not errors, **figures, **failed}, "versions": versions}
 
 
 def _environment_contract() -> Check:

@@ -242,7 +242,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {  # with the line of --help: python 
     ),
     "export": (export, "Take a trained run elsewhere: textpolicy export RUN --to mlx|hf|peft|gguf [--out PATH]."),
     "doctor": (doctor, "Say what is wrong with a run, and what to change: textpolicy doctor RUN [--json]."),
-    "validate": (validate, "Check this installation: textpolicy validate [--json]."),
+    "validate": (validate, "Check this installation: textpolicy validate [--train] [--json]."),
     "algorithms": (algorithms, "List the algorithms, or show one: textpolicy algorithms [NAME]."),
     "tasks": (tasks, "List the tasks, or show problems of one: textpolicy tasks [NAME [--show N]]."),
     "tinker-server": (

@@ -15,6 +15,7 @@ import numpy as np
 from ..engine import Sampling, stop_tokens
 from ..errors import unknown_name
 from ..mlx.engine import MLXEngine
+from ..mlx.memory import limit_memory
 from ..mlx.models import load_model as load_model
 from ..types import token_ids
 
@@ -83,6 +84,7 @@ def create_policy(model: nn.Module, tokenizer: Any, generation_params: Mapping[s
     for key in params:
         if key not in known:
             raise unknown_name("generation parameter", key, known)
+    limit_memory()
     return Policy(MLXEngine(model, stop=stop_tokens(tokenizer)), Sampling(**{"max_tokens": 50, **params}))
 
 
@@ -99,6 +101,7 @@ def generate_tokens(
 
     The log-probs are of the distribution sampled from. ``mx.random.seed`` fixes what is drawn.
     """
+    limit_memory()
     seed = int(np.asarray(mx.random.randint(0, 2**31 - 1)))
     sampling = Sampling(max_tokens, temperature, top_p, repetition_penalty, seed)
     policy = Policy(MLXEngine(model, stop=stop_tokens(tokenizer)), sampling)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -71,6 +71,8 @@ class MLXEngine:
         self.micro_batch_tokens, self.decode_rows = micro_batch_tokens, decode_rows
         self.checkpoint_every, self.compiled = checkpoint_every, compiled
         self.copies = True  # rollouts on a CPU may fold LoRAs into copies of the weights
+        # bytes that an "update", and to "decode", may take beyond what is in memory; where they are missing, any
+        self.room: dict[str, float] = {}
         self._gradients = Gradients(model, checkpoint_every=checkpoint_every, compiled=compiled)
         self._clip = mx.compile(optim.clip_grad_norm) if compiled else optim.clip_grad_norm
         self._apply_gradients: Callable[..., Any] | None = None  # compiled, for the optimiser's state below
@@ -102,10 +104,11 @@ class MLXEngine:
         totals: dict[str, float] = {}
         grads = None
         for _, layout in micro_batches(batch, self.micro_batch_tokens):
-            with patched(self.model, _patches()):
-                stats, grad = self._gradients(layout, objective)
-            grads = grad if grads is None else tree_map(mx.add, grads, grad)
-            mx.eval(stats, grads)
+            with self._within("update"):
+                with patched(self.model, pass_patches()):
+                    stats, grad = self._gradients(layout, objective)
+                grads = grad if grads is None else tree_map(mx.add, grads, grad)
+                mx.eval(stats, grads)
             for name, value in stats.items():
                 before, now = totals.get(name, 0.0), float(np.array(value))
                 totals[name] = max(before, now) if name.endswith("_max") else before + now
@@ -117,7 +120,8 @@ class MLXEngine:
         They are those of the model as it is, or of the frozen ``reference``: the same weights with adapters off.
         """
         self.bounds.check(batch)
-        with adapters_off(self.model) if reference else nullcontext(), patched(self.model, _patches()):
+        without = adapters_off(self.model) if reference else nullcontext()
+        with without, patched(self.model, pass_patches()), self._within("update"):
             return logprobs_of(self.model, batch, self.micro_batch_tokens)
 
     def update(self, batch: Batch, surrogate: Surrogate, learning_rate: float) -> Mapping[str, float]:
@@ -209,7 +213,8 @@ class MLXEngine:
 
     def write_state(self, folder: Path) -> None:
         """Write all that updates change, and the sizes of passes, into ``folder``, bit for bit. Raises OSError."""
-        sizes = {"micro_batch_tokens": self.micro_batch_tokens, "decode_rows": self.decode_rows, "copies": self.copies}
+        sizes: dict[str, Any] = {"micro_batch_tokens": self.micro_batch_tokens, "decode_rows": self.decode_rows}
+        sizes |= {"copies": self.copies, "room": self.room}
         shapes = [key if isinstance(key, str) else repr(key) for key in self._gradients.known]
         notes = {**sizes, "shapes_seen": shapes}  # a resumed run compiles the same ones as it would have
         write_arrays(folder / "engine.safetensors", training_state(self.model, self.optimizer), notes)
@@ -221,7 +226,19 @@ class MLXEngine:
         self.micro_batch_tokens = min(self.micro_batch_tokens, notes["micro_batch_tokens"])
         self.decode_rows = min(self.decode_rows, notes["decode_rows"])
         self.copies = self.copies and notes.get("copies", True)
+        self.room = self.room or notes.get("room", {})
         self._gradients.known = OrderedDict.fromkeys(notes["shapes_seen"])
+
+    @contextmanager
+    def _within(self, what: str) -> Iterator[None]:
+        """Make MLX wait for work in flight, within the context, where ``what`` would take more than its ``room``."""
+        limit = int(mx.get_active_memory() + min(self.room.get(what, 2**60), 2**60))
+        before = mx.set_memory_limit(limit)
+        mx.set_memory_limit(min(before, limit))
+        try:
+            yield
+        finally:
+            mx.set_memory_limit(before)
 
     def close(self, status: str = "success") -> None:
         """Do nothing, since nothing is held outside this process."""
@@ -231,7 +248,9 @@ class MLXEngine:
         """The facts that the last bits of its numbers depend on, besides the versions of packages."""
         info = mx.device_info()
         names = [str(info[name]) for name in ("device_name", "architecture") if name in info]
+        unsteady = gathers.unsteady(self.model)
         return {
+            **({"not_bit_for_bit": unsteady} if unsteady else {}),
             "device": f"{mx.default_device()} {' '.join(names)}".strip(),
             "blas_threads": str(blas_threads()),
             "MLX_ENABLE_TF32": os.environ.get("MLX_ENABLE_TF32", "1"),  # 1: GPUs round operands of float32 to 11 bits
@@ -239,7 +258,7 @@ class MLXEngine:
         }
 
 
-def _patches() -> Mapping[str, Callable[..., Any]]:
+def pass_patches() -> Mapping[str, Callable[..., Any]]:
     """Return the functions that replace mlx-lm's in passes over whole batches."""
     return {**exponentials.patches(), **masks.patches(), **gathers.patches()}
 

@@ -19,16 +19,23 @@ from mlx.utils import tree_flatten
 
 from .._system import machine as host
 from ..errors import UserError
+from ..types import Batch, Completion, Episode
 from .adapters.merging import trainable
 from .decode import folded_weights as folded
-from .engine import MLXEngine
+from .engine import MLXEngine, pass_patches
+from .kernels.patching import patched
 from .kernels.plain import plain_operations
 from .read.context import Context
 from .read.sizes import size_up, slot_block
-from .score.checkpointing import checkpointed, held
+from .score.checkpointing import held
 from .score.logprobs import Split, token_logprobs, tokens_at_once
+from .score.micro_batches import Layout, arrays_of, compiled, hidden_states, padded
 
 _LENGTHS = (12, 24, 48, 96, 192)  # tokens of the rows that costs are measured on, as far as memory allows
+# likewise of compiled passes, which a CPU hardly has; CUDA's attention has a fused gradient for such lengths
+_WIDE = {mx.cpu: (), mx.gpu: (128, 256, 512)}
+_TIMES = {mx.cpu: 1, mx.gpu: 3}  # each is measured; memory that is let go of late only adds, so the least counts
+_BEFORE = 5  # tokens of the prompt before such a row, which padding makes uneven, as most are
 _CHUNKS = (1, 2, 4)  # chunks of tokens through the head, likewise, and parts of one: more hardly raise the peak
 _FEWEST = 16  # tokens through the head that a measurement begins with
 _SPARE = 64  # slots by which keys and values grow while decoding
@@ -36,7 +43,7 @@ _LOGITS = 11 * 4  # bytes per logit while a token is drawn from float32 ones
 _SHARE = {mx.cpu: 0.8, mx.gpu: 0.9}  # of the device's memory that a run may plan with
 _CACHED = 2**25  # bytes of freed buffers that MLX keeps on a CPU by default
 _KEPT = 1 / 16  # of usable_memory(), on a CPU, for freed buffers, which MLX keeps beyond its limit on arrays
-_MARGIN = 1.05  # factor on predictions: MLX allocates some steps ahead
+_MARGIN = {mx.cpu: 1.05, mx.gpu: 1.12}  # factor on predictions: MLX allocates some steps ahead
 _FIRST_MARGIN = 1.25  # likewise, for the few tokens of a measurement, where those steps are much of the memory
 _WIRED = "max_recommended_working_set_size"  # Metal's name for the memory that a GPU may use
 
@@ -73,15 +80,20 @@ class Curve:
     pair: float
 
     @classmethod
-    def through(cls, peaks: Mapping[float, float]) -> Self:
-        """Fit the peaks of the three longest rows; use a line where the curve would bend down, or two are known."""
+    def through(cls, peaks: Mapping[float, float], before: int = 0) -> Self:
+        """Fit the peaks of the three longest rows of so many tokens, each after a prompt of ``before`` tokens.
+
+        Use a line where the curve would bend down, or two are known.
+        """
         n, y = np.array([*peaks][-3:]), np.array([*peaks.values()][-3:])
+        tokens, pairs = n + before, n * (n + before) + before * before
         if len(n) == 1:
-            return cls(0.0, float(y[0] / n[0]), 0.0)
-        square, linear, constant = np.polyfit(n, y, 2) if len(n) == 3 else (-1.0, 0.0, 0.0)
-        if square < 0:
-            square, (linear, constant) = 0.0, np.polyfit(n, y, 1)
-        return cls(max(0.0, float(constant)), float(linear), float(square))
+            return cls(0.0, float(y[0] / tokens[0]), 0.0)
+        bent = np.linalg.solve(np.stack([n**0, tokens, pairs], axis=1), y) if len(n) == 3 else (0.0, 0.0, -1.0)
+        if bent[2] < 0:
+            linear, constant = np.polyfit(tokens, y, 1)
+            bent = (constant, linear, 0.0)
+        return cls(max(0.0, float(bent[0])), float(bent[1]), float(bent[2]))
 
     def __call__(self, tokens: float, pairs: float) -> float:
         return self.base + self.token * tokens + self.pair * pairs
@@ -94,8 +106,10 @@ class Costs:
     weights: float
     trained: float  # the trainable part of the weights
     recomputed: bool  # whether the backward pass computes some activations again
-    compiled: bool  # whether passes are padded to ``size_up``
     learning: Curve  # a forward and backward pass through the body, gradients of the weights aside
+    compiled: (
+        Curve | None
+    )  # likewise where passes are compiled, and then padded to ``size_up``; each is met first as is
     reading: Curve  # a forward pass, with the keys and values that it keeps
     cache: float  # keys and values of a token
     state: float  # running states of a row
@@ -130,19 +144,18 @@ class Costs:
             chunk = tokens_at_once(vocabulary)
             parts = [2**i / chunk for i in range(chunk.bit_length()) if _FEWEST <= 2**i < chunk]
             needed = [n for n in (*parts, *_CHUNKS) if n < 2 * max(scored, _FEWEST) / chunk]
+            learning, wide = _learning(model, checkpoint_every, compiled, limit)
             costs = cls(
                 weights=_bytes(dict(tree_flatten(model.parameters())).values()),
                 trained=_bytes(trainable(model).values()),
                 recomputed=checkpoint_every > 0,
-                compiled=compiled,
-                learning=Curve.through(
-                    _peaks(_LENGTHS, lambda n: _body_gradients(model, int(n), checkpoint_every), limit)
-                ),
-                reading=Curve.through(_peaks(_LENGTHS, lambda n: [_read(model, int(n))], limit)),
+                learning=learning,
+                compiled=wide,
+                reading=Curve.through(_peaks(_LENGTHS, lambda n: lambda: [_read(model, int(n))], limit)),
                 cache=three - two,
                 state=3 * two - 2 * three,
                 chunk=chunk,
-                head=_peaks(needed, lambda n: _head_gradients(model, hidden, math.ceil(n * chunk)), limit),
+                head=_peaks(needed, lambda n: partial(_head_gradients, model, hidden, math.ceil(n * chunk)), limit),
                 head_trained=_bytes(Split.of(model).trained().values()),
                 scored=3 * hidden.nbytes,  # each hidden state: alone, concatenated, and with its slopes
                 logits=_LOGITS * vocabulary,
@@ -157,21 +170,26 @@ class Costs:
 
     def update(self, work: Workload, micro_batch_tokens: int) -> float:
         """Return the peak of an update; shorter completions, of which more fit into a micro-batch, may need more."""
-        up: Callable[[int], int] = size_up if self.compiled else int
         fixed = self.weights + 2 * self.trained  # and the two moments of Adam
         peak = fixed + 3 * self.trained  # gradients as they were, scaled down, and one being made of them
         for completion in {max(1, work.completion_tokens // 2**i) for i in range(16)}:
             shorter = replace(work, completion_tokens=completion)
             rows = min(shorter.rows, max(1, micro_batch_tokens // shorter.row))
             accumulated = self.trained if rows < shorter.rows else 0.0
-            prompts, p, t, n = up(shorter.spanned(rows)), up(shorter.prompt_tokens), up(completion), up(rows)
-            body = self.learning(prompts * p + n * t, prompts * p * p + n * t * (p + t))
-            # the prompt's for each row, and with its own; a checkpointed block gets copies of them
-            read = n * ((p + p + t) * self.cache + self.state) * (2 if self.recomputed else 1)
-            chunks = n * t / self.chunk
-            one_pass = body + read + self.through_head(chunks) + n * t * self.scored
+            # a compiled shape is met as it is before it is met compiled
+            one_pass = self._pass(self.learning, shorter.spanned(rows), shorter.prompt_tokens, rows, completion)
+            if self.compiled is not None:
+                sizes = (shorter.spanned(rows), shorter.prompt_tokens, rows, completion)
+                one_pass = max(one_pass, self._pass(self.compiled, *map(size_up, sizes)))
             peak = max(peak, fixed + accumulated + self.trained + one_pass)
-        return _MARGIN * peak
+        return _MARGIN[mx.default_device().type] * peak
+
+    def _pass(self, curve: Curve, prompts: int, p: int, n: int, t: int) -> float:
+        """Return the peak of a pass over ``prompts`` prompts of p tokens and n completions of t tokens."""
+        body = curve(prompts * p + n * t, prompts * p * p + n * t * (p + t))
+        # a checkpointed block gets copies of the prompt's keys and values, and of its state
+        read = n * (p * self.cache + self.state) * (2 if self.recomputed else 1)
+        return body + read + self.through_head(n * t / self.chunk) + n * t * self.scored
 
     def through_head(self, chunks: float) -> float:
         """Return the peak of log-probs with gradients; beyond what was measured, chunks add what the last ones did."""
@@ -183,7 +201,7 @@ class Costs:
 
     def decode(self, work: Workload, rows: int, copies: bool = True) -> float:
         """Return the peak of decoding ``rows`` completions side by side, with or without copies of weights."""
-        prompts, p, n = work.spanned(rows), work.prompt_tokens, size_up(rows) if self.compiled else rows
+        prompts, p, n = work.spanned(rows), work.prompt_tokens, size_up(rows) if self.compiled is not None else rows
         step, block = 1 + min(_SPARE, work.completion_tokens), slot_block()
         slots = work.prompt_tokens + math.ceil(work.completion_tokens / step) * step
         slots = math.ceil(slots / block) * block  # keys and values of a row that is decoded to its end
@@ -192,7 +210,7 @@ class Costs:
         entering = max(reading, context)  # rows that fork, leave or join: their context is held twice for a while
         peak = entering + context if rows < work.rows else max(reading, 2 * context)
         fixed = self.weights + 2 * self.trained  # and the two moments of Adam
-        return _MARGIN * (fixed + copies * self.folded + n * self.logits + peak)
+        return _MARGIN[mx.default_device().type] * (fixed + copies * self.folded + n * self.logits + peak)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +289,7 @@ def preflight(
 ) -> Plan:
     """Set MLX's limits, measure the engine's model and give the engine sizes that fit into ``limit`` bytes.
 
+    The engine is then held to the peaks that are predicted, since a GPU's work in flight would take what there is.
     ``limit`` defaults to ``usable_memory()``. The memory of other arrays is left to them, and room is left for
     ``copies`` copies of the trainable parameters. Raises UserError where no size fits.
     """
@@ -286,7 +305,17 @@ def preflight(
     plan = fit(costs, training, budget, engine.micro_batch_tokens, engine.decode_rows, evaluation)
     engine.micro_batch_tokens, engine.decode_rows = plan.micro_batch_tokens, plan.decode_rows
     engine.copies = engine.copies and plan.copies
+    hold(engine, costs, plan.update_bytes, plan.decode_bytes)
     return plan
+
+
+def hold(engine: MLXEngine, costs: Costs, update_bytes: float, decode_bytes: float) -> None:
+    """Make the engine wait for work in flight before it takes more than the predicted peaks.
+
+    One operation may go beyond the point where it waits. The largest takes what each layer keeps, at most.
+    """
+    share, fixed = 1 - 1 / (3 + len(engine.model.layers)), costs.weights + 2 * costs.trained
+    engine.room = {"update": share * update_bytes - fixed, "decode": share * decode_bytes - fixed}
 
 
 def usable_memory() -> float:
@@ -327,7 +356,9 @@ def _bytes(arrays: Iterable[Any]) -> float:
     return float(sum(a.nbytes for a in arrays))
 
 
-def _peaks(sizes: Sequence[float], results: Callable[[float], list[Any]], limit: float) -> dict[float, float]:
+def _peaks(
+    sizes: Sequence[float], pass_of: Callable[[float], Callable[[], list[Any]]], limit: float
+) -> dict[float, float]:
     """Return the peaks of the first of ``sizes``, which double, and of those that stay below ``limit`` bytes in all.
 
     If p(n) = b + t n + q n^2 without a b, then p(2n) is 2 p(n) + 4 (p(n) - 2 p(n/2)); with one it is less.
@@ -337,7 +368,8 @@ def _peaks(sizes: Sequence[float], results: Callable[[float], list[Any]], limit:
     for size in sizes:
         if peaks and most > limit - mx.get_active_memory():
             break
-        peaks[size] = now = _peak(results(size))
+        results = pass_of(size)
+        peaks[size] = now = min(_peak(results()) for _ in range(_TIMES[mx.default_device().type]))
         most = _FIRST_MARGIN * (2 * now + (4 * max(0.0, now - 2 * before) if before else 0.0))
         before = now
     return peaks
@@ -352,24 +384,49 @@ def _peak(results: list[Any]) -> float:
     return float(mx.get_peak_memory() - before)
 
 
-def _body_gradients(model: nn.Module, n: int, checkpoint_every: int) -> list[list[mx.array]]:
-    """Return gradients of what blocks share, then of each block's weights in order, for a row of n tokens.
+def _learning(model: nn.Module, checkpoint_every: int, compiled: bool, limit: float) -> tuple[Curve, Curve | None]:
+    """Return the costs of a forward and backward pass through the body, as it is and compiled."""
 
-    Those of the head are left out.
+    def curve(lengths: Sequence[float], compiled: bool) -> Curve:
+        peaks = _peaks(lengths, lambda n: _body_gradients(model, int(n), checkpoint_every, compiled), limit)
+        return Curve.through(peaks, _BEFORE)
+
+    plain = curve(_LENGTHS, compiled=False)
+    room = limit - mx.get_active_memory()
+    wide = [n for n in _WIDE[mx.default_device().type] if compiled and _FIRST_MARGIN * plain(n, n * n) <= room]
+    return plain, curve(wide, compiled=True) if wide else plain if compiled else None
+
+
+def _body_gradients(
+    model: nn.Module, n: int, checkpoint_every: int, compile: bool
+) -> Callable[[], list[list[mx.array]]]:
+    """Return a function that returns gradients, not yet evaluated, for a completion of n tokens.
+
+    Those of what blocks share come first, then those of each block's weights in order; those of the head are left out.
     """
-    split = Split.of(model)
+    completion = Completion(np.zeros(n, np.int32), np.zeros(n, np.float32), None)
+    episode = Episode.from_completion([0] * (_BEFORE + 1), completion, reward=0.0, group=0)
+    layout = Layout.build(Batch.pack([episode], [np.ones(len(episode.tokens), np.float32)]))
     number = {id(block): i for i, block in enumerate(model.layers)}
     blocks = {f"{name}.": number[id(module)] for name, module in model.named_modules() if id(module) in number}
+    others, first_to_last = (*blocks, *Split.of(model).trained()), sorted(blocks, key=lambda name: blocks[name])
 
-    def loss(model: nn.Module) -> mx.array:
-        reader = checkpointed(model, checkpoint_every) if checkpoint_every else model
-        return replace(split, model=reader).body(mx.zeros((1, n), mx.int32)).sum()
+    def differentiate(layout: Layout) -> Any:
+        return nn.value_and_grad(model, lambda model: hidden_states(model, layout, checkpoint_every).sum())(model)[1]
 
-    gradients: list[Any] = tree_flatten(nn.value_and_grad(model, loss)(model)[1])  # type: ignore[assignment]
-    others = (*blocks, *split.trained())
-    shared = [value for name, value in gradients if not name.startswith(others)]
-    first_to_last = sorted(blocks, key=lambda name: blocks[name])
-    return [shared, *([value for name, value in gradients if name.startswith(block)] for block in first_to_last)]
+    if compile:
+        layout = padded(layout, prompts=not Context(model).recurrent)
+        run = partial(compiled(model, layout, differentiate), arrays_of(layout))
+    else:
+        run = partial(differentiate, layout)
+
+    def gradients() -> list[list[mx.array]]:
+        with patched(model, pass_patches()):
+            found: list[Any] = tree_flatten(run())  # type: ignore[assignment]
+        shared = [value for name, value in found if not name.startswith(others)]
+        return [shared, *([value for name, value in found if name.startswith(block)] for block in first_to_last)]
+
+    return gradients
 
 
 def _head_gradients(model: nn.Module, hidden: mx.array, n: int) -> list[Any]:

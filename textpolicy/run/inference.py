@@ -231,6 +231,7 @@ def prepare(chosen: Chosen, threads: int = 0) -> tuple[Any, Callable[[], Any]]:
     from ..mlx.adapters.saving import read_adapter
     from ..mlx.blas import set_blas_threads
     from ..mlx.engine import MLXEngine
+    from ..mlx.memory import limit_memory
     from ..mlx.models import load_model, load_tokenizer
 
     if threads:
@@ -245,6 +246,7 @@ def prepare(chosen: Chosen, threads: int = 0) -> tuple[Any, Callable[[], Any]]:
         if config is not None and saved and (other := other_base(saved, base_of(config))):
             run, name = chosen.run, config.model
             logger.warning("the run in %s was trained on %s with another %s than it has now", run, name, other)
+        limit_memory()
         model, _ = load_model(chosen.name, chosen.adapter, tokenizer=tokenizer)
         return MLXEngine(model, stop=stop)
 

@@ -84,6 +84,7 @@ class Trainer:
         """
         from ..generation.reload import auto_save_path
         from ..mlx.engine import MLXEngine
+        from ..mlx.memory import limit_memory
         from ..mlx.score.micro_batches import Gradients
         from .flat import FlatPasses
 
@@ -96,6 +97,7 @@ class Trainer:
         self._adapter_path = auto_save_path(model, auto_save_lora)
         self._loss = _with_lengths(loss_fn)
         self._metrics = None if metrics_fn is None else _with_lengths(metrics_fn)
+        limit_memory()
         self._engine = MLXEngine(
             model, stop=(), optimizer=optimizer, max_grad_norm=max_grad_norm, compile=compile_training
         )

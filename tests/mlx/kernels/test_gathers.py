@@ -13,9 +13,9 @@ from families import tiny_family
 from mlx.utils import tree_flatten
 from mlx_lm.models import switch_layers
 
-from textpolicy.config.adapters import LoRA
+from textpolicy.config.adapters import Full, LoRA
 from textpolicy.mlx.adapters.merging import attach
-from textpolicy.mlx.kernels.gathers import gather_sort, take_by_product, take_rows
+from textpolicy.mlx.kernels.gathers import gather_sort, take_by_product, take_rows, unsteady
 from textpolicy.mlx.kernels.patching import patched
 from textpolicy.mlx.read import context
 from textpolicy.mlx.score import micro_batches
@@ -127,3 +127,26 @@ def test_a_gradient_as_on_a_gpu_equals_the_cpus_and_no_scatter_in_it_uses_a_plac
         # what is left, each place once: the positions before a sampled token, the grid of log-probs, tokens unsorted
         left = re.findall(r'label ="(Scatter[^"]*)"', (tmp_path / "graph").read_text())
         assert left.count("Scatter Sum") == len(layout.passes) + 1 + unsorted, left
+
+
+@pytest.mark.parametrize(
+    ("family", "adapter", "dtype", "metal", "named"),
+    [
+        ("llama", LoRA(rank=2), mx.float32, True, []),
+        ("llama", LoRA(rank=2), mx.bfloat16, True, []),
+        ("llama", LoRA(rank=2), mx.bfloat16, False, ["attention"]),
+        ("llama", LoRA(rank=2, modules=["model.embed_tokens"]), mx.float32, False, ["embeddings"]),
+        ("qwen3_moe", LoRA(rank=2), mx.float32, True, ["experts"]),
+        ("llama", Full(), mx.float32, False, ["embeddings"]),
+    ],
+)
+def test_a_run_on_a_gpu_records_what_is_not_the_same_bit_for_bit(family, adapter, dtype, metal, named, monkeypatch):
+    model = tiny_family(family)
+    model.set_dtype(dtype)
+    model = attach(model, adapter)
+    assert unsteady(model) == ""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: metal)
+    found = unsteady(model).split("; ") if named else [unsteady(model)]
+    assert len(found) == max(1, len(named))
+    assert all(word in what for word, what in zip(named, found, strict=False))

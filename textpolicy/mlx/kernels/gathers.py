@@ -9,6 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.tuner.dora import DoRAEmbedding
+from mlx_lm.tuner.lora import LoRAEmbedding
 
 
 def take_rows(array: mx.array, rows: mx.array) -> mx.array:
@@ -52,6 +57,27 @@ def gather_sort(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array, mx.
 
     result: Any = gathered(x.flatten(0, -3))
     return result, indices.flatten()[order], inverse
+
+
+def unsteady(model: nn.Module) -> str:
+    """Return what may differ in last bits between two equal updates of ``model`` on the default device; "" if nothing.
+
+    These are sums in the order of threads that are not ours: gradients of embeddings, of a mixture's experts where few
+    tokens come together, and of cuDNN's attention.
+    """
+    if mx.default_device() == mx.Device(mx.cpu):
+        return ""
+    parts = list(model.modules())
+    tables = [part for part in parts if isinstance(part, nn.Embedding | LoRAEmbedding | DoRAEmbedding)]
+    experts = any(isinstance(part, SwitchLinear | QuantizedSwitchLinear) for part in parts)
+    parameters: Any = tree_flatten(model.parameters())
+    half = any(a.dtype in (mx.bfloat16, mx.float16) for _, a in parameters)
+    found = {
+        "the gradients of embeddings": any(tree_flatten(table.trainable_parameters()) for table in tables),
+        "the gradients of experts with fewer than 64 pairs of token and expert": experts,
+        "the gradients of attention in half precision": half and not mx.metal.is_available(),
+    }
+    return "; ".join(what for what, holds in found.items() if holds)
 
 
 def patches() -> Mapping[str, Callable[..., Any]]:

@@ -163,6 +163,15 @@ def score(model: nn.Module, layout: Layout, *, checkpoint_every: int = 0, gradie
     The activations of every ``checkpoint_every``-th block are computed again in the backward pass (0: of
     none). Without ``gradient`` it is cheaper and must not be differentiated.
     """
+    split, hidden = Split.of(model), hidden_states(model, layout, checkpoint_every)
+    targets, temperatures = mx.array(layout.targets), mx.array(layout.temperatures)
+    logprobs = token_logprobs(split, hidden, targets, temperatures, gradient=gradient).logprobs
+    grid = mx.concatenate([logprobs, mx.zeros(1)])[mx.array(layout.place)]  # (D, T)
+    return take_rows(grid, mx.array(layout.which))
+
+
+def hidden_states(model: nn.Module, layout: Layout, checkpoint_every: int = 0) -> mx.array:
+    """Return the hidden states (N, D) before the sampled tokens of ``layout``."""
     split = Split.of(model)
     reader = replace(split, model=checkpointed(model, checkpoint_every)) if checkpoint_every else split
     context = layout.tree.read(reader.model)
@@ -170,10 +179,7 @@ def score(model: nn.Module, layout: Layout, *, checkpoint_every: int = 0, gradie
     for part in layout.passes:
         states = context.fork(part.parents).read(reader.body, mx.array(part.inputs))
         hidden.append(states.reshape(-1, states.shape[-1])[mx.array(part.picked)])  # (M, D)
-    targets, temperatures = mx.array(layout.targets), mx.array(layout.temperatures)
-    logprobs = token_logprobs(split, mx.concatenate(hidden), targets, temperatures, gradient=gradient).logprobs
-    grid = mx.concatenate([logprobs, mx.zeros(1)])[mx.array(layout.place)]  # (D, T)
-    return take_rows(grid, mx.array(layout.which))
+    return mx.concatenate(hidden)
 
 
 @plain_operations()
@@ -231,6 +237,26 @@ def _padded(array: np.ndarray, rows: int, width: int, value: int = 0) -> np.ndar
     return np.pad(array, more, constant_values=value)
 
 
+def arrays_of(layout: Layout) -> list[mx.array]:
+    """Return the arrays of ``layout`` that scoring reads, the inputs of a ``compiled`` function."""
+    arrays: list[mx.array] = []
+    layout.map(lambda a: arrays.append(mx.array(a)))
+    return arrays
+
+
+def compiled(model: nn.Module, like: Layout, fn: Callable[[Layout], Any]) -> Callable[[Sequence[mx.array]], Any]:
+    """Return ``fn``, which may differentiate ``model``, compiled for the arrays of layouts shaped like ``like``."""
+
+    def step(arrays: Sequence[mx.array]) -> Any:
+        traced, own = iter(arrays), model.trainable_parameters()
+        try:
+            return fn(like.map(lambda _: next(traced)))
+        finally:
+            model.update(own)  # mx.compile wants its inputs back as they were
+
+    return mx.compile(step, inputs=[model.state])
+
+
 @dataclass(eq=False)
 class Gradients:
     """The gradients of an objective by the trainable parameters of ``model``.
@@ -256,8 +282,7 @@ class Gradients:
     def _compiled(self, layout: Layout, objective: Objective) -> tuple[list[str], mx.array, Any]:
         """Return what ``_differentiate`` does, from a compiled function if this shape occurred before."""
         wide = padded(layout, prompts=not Context(self.model).recurrent)
-        given: list[mx.array] = []  # the arrays that vary between layouts of one key
-        wide.map(lambda a: given.append(mx.array(a)))
+        given = arrays_of(wide)  # what varies between layouts of one key
         # all that a compiled function cannot see: shapes, the lengths that stay in Python, and which arrays there are
         lengths = wide.tree.lengths.shape if wide.tree.traced else tuple(wide.tree.lengths.tolist())
         missing = tuple(a is None for a in (wide.rows.old, wide.rows.reference))
@@ -267,15 +292,7 @@ class Gradients:
             self.known[key] = None
         first, function = key not in self.known, self.known.get(key)
         if not first and function is None:
-
-            def step(arrays: Sequence[mx.array]) -> tuple[list[str], mx.array, Any]:
-                traced, own = iter(arrays), self.model.trainable_parameters()
-                try:
-                    return self._differentiate(wide.map(lambda _: next(traced)), objective)
-                finally:
-                    self.model.update(own)  # mx.compile wants its inputs back as they were
-
-            function = mx.compile(step, inputs=[self.model.state])
+            function = compiled(self.model, wide, lambda traced: self._differentiate(traced, objective))
         self.known[key] = function
         self.known.move_to_end(key)
         if len(self.known) > _KEPT:

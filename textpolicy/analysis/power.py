@@ -95,11 +95,13 @@ def answers_needed_per_arm(p1: float, p2: float, *, alpha: float = 0.05, power: 
     h = cohens_h(p1, p2)
     _refuse(alpha, power, effect=h)
     z, one = stats.norm.isf(alpha / 2), abs(h) / sqrt(2)  # the limit; the difference of one answer an arm, in its s.e.
-
-    def power_of(n: float) -> float:
-        return float(stats.norm.sf(z - one * sqrt(n)) + stats.norm.sf(z + one * sqrt(n)))
-
-    return _solved("NormalIndPower", "nobs1", {"effect_size": abs(h), "alpha": alpha}, power_of, power)
+    return _solved(
+        "NormalIndPower",
+        "nobs1",
+        {"effect_size": abs(h), "alpha": alpha},
+        lambda n: float(stats.norm.sf(z - one * sqrt(n)) + stats.norm.sf(z + one * sqrt(n))),
+        power,
+    )
 
 
 def answers_needed_per_arm_pooled_z(p1: float, p2: float, *, alpha: float = 0.05, power: float = 0.8) -> float:

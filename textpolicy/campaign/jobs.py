@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from .._system.lock import lock_with_children
@@ -66,11 +67,6 @@ class _Running:
     since: float
 
 
-def _at_once(line: str) -> None:
-    """Print a line, also into a file or a pipe, before the run that it announces is done."""
-    print(line, flush=True)
-
-
 def carry_out(
     jobs: Sequence[Job],
     root: Path,
@@ -78,7 +74,7 @@ def carry_out(
     parallel: int = 1,
     continue_on_error: bool = False,
     enough: Callable[[], bool] = lambda: False,
-    log: Callable[[str], None] = _at_once,
+    log: Callable[[str], None] | None = None,
 ) -> list[Attempt]:
     """Run the unfinished ``jobs`` in order, at most ``parallel`` at a time, until ``enough()`` between two runs.
 
@@ -87,6 +83,7 @@ def carry_out(
     call resumes where it was killed, once the runs of the killed campaign have ended. Raises UserError while another
     campaign works in ``root``.
     """
+    log = log or partial(print, flush=True)  # at once, also into a file or a pipe
     if parallel < 1:
         raise UserError(f"parallel is {parallel}; set it to at least 1")
     waiting, running, attempts = [j for j in jobs if not j.done], list[_Running](), list[Attempt]()

@@ -62,11 +62,6 @@ def outcome(run: RecordedRun) -> Outcome | None:
     return Outcome(found[0].split, found[0], None) if found else None
 
 
-def ended(run: RecordedRun) -> bool:
-    """Return whether a run has written its summary, its last file."""
-    return (run.folder / layout.SUMMARY).is_file()
-
-
 def learning(runs: Sequence[RecordedRun]) -> Learning:
     """Answer for the runs of one arm whether they learned. Raises UserError for damaged completions."""
     answer, reason = _answered(runs)
@@ -103,7 +98,7 @@ def _answered(runs: Sequence[RecordedRun]) -> tuple[str, str]:
     ends = "no interval, because all changed by the same amount"
     if math.isfinite(low):
         ends = "95% interval {} to {}".format(*in_points(low, high, sign="+"))
-    unfinished = "" if all(ended(run) for run in runs) else " so far"
+    unfinished = "" if all((run.folder / layout.SUMMARY).is_file() for run in runs) else " so far"
     reason = f"The share of held-out {split} problems solved {moved}{unfinished} {how} ({ends}, {over})."
     if low > 0 or (not math.isfinite(low) and difference > 0):
         return ("Yes" if low > 0 else f"Yes, all {len(judged)} seeds alike"), reason

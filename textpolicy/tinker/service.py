@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -65,6 +67,8 @@ class Service:
             )
         with self.telling("connecting to the Tinker server"):
             self.client = sdk().ServiceClient(base_url=self.url, api_key=self._key)
+            self._rest = sdk().RestClient(base_url=self.url, api_key=self._key)
+            atexit.register(settle, self._rest.holder.get_loop())
 
     def call(self, doing: str, method: Callable[..., Any], *args: Any, **settings: Any) -> Any:
         """Call a ``method`` of the SDK and wait for its result; ``doing`` names it in an error. Raises ServiceError."""
@@ -114,8 +118,7 @@ class Service:
         """Return the server's own description. Raises ServiceError."""
         doing = "asking the Tinker server for its capabilities"
         with self.telling(doing):
-            rest = sdk().RestClient(base_url=self.url, api_key=self._key)
-            return self.wait(rest.get_server_capabilities(), doing)
+            return self.wait(self._rest.get_server_capabilities(), doing)
 
     def close(self, status: str = "success") -> None:
         """End the session, "success", "errored" or "interrupted"; a server that has gone is not an error."""
@@ -123,6 +126,26 @@ class Service:
             self.wait(self.client.close(status), "closing the session")
         except ServiceError:
             return
+
+
+def settle(loop: asyncio.AbstractEventLoop, seconds: float = 5.0) -> None:
+    """End what the SDK still does on its ``loop``, in a thread that is not waited for, before Python ends.
+
+    Its transport is written in Rust: a thread of it that Python ends by force takes the process down with SIGABRT.
+    """
+
+    async def stop() -> None:
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+        loop.stop()
+
+    if loop.is_running():
+        asyncio.run_coroutine_threadsafe(stop(), loop)
+    end = time.monotonic() + seconds
+    while loop.is_running() and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def answers(url: str, seconds: float = 5.0) -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 
@@ -183,10 +184,18 @@ def test_where_mlx_cannot_be_used_it_alone_is_the_error(monkeypatch):
 @pytest.mark.parametrize(("pip", "words"), [(object(), "with: pip install 'x'"), (None, "with: uv pip install 'x'")])
 def test_the_advice_names_the_installer_that_is_there(monkeypatch, pip, words):
     monkeypatch.setattr(machine, "why_no_mlx", lambda: None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: pip)
+    monkeypatch.setattr(machine.PathFinder, "find_spec", lambda name: pip)
     assert machine.how_to_install("x").endswith(words)
+    monkeypatch.setattr("textpolicy._system.extras.import_module", Mock(side_effect=ModuleNotFoundError(name="absent")))
     with pytest.raises(MissingDependencyError, match=words):
-        extra("no_such_module", "x")
+        extra("absent", "x")
+
+
+def test_asking_for_the_installer_leaves_the_importing_of_others_alone():
+    script = "from textpolicy._system.machine import installer; installer(); import setuptools, distutils.core as d"
+    script += "; print(d.__file__)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "_distutils" in done.stdout
 
 
 # --train

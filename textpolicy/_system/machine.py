@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import platform
 import struct
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")  # a container's share of the machine, on Linux
@@ -63,4 +63,5 @@ def how_to_install(package: str) -> str:
 
 def installer() -> str:
     """Return "pip install", or "uv pip install" in an environment of uv, which has no pip."""
-    return "pip install" if importlib.util.find_spec("pip") else "uv pip install"
+    # not find_spec, at whose question for pip setuptools takes its distutils away
+    return "pip install" if PathFinder.find_spec("pip") else "uv pip install"

@@ -15,6 +15,7 @@ from textpolicy.errors import UserError
 from textpolicy.losses import Surrogate, policy_objective
 from textpolicy.mlx.decode.compiled_steps import Steps
 from textpolicy.mlx.engine import MLXEngine, PolicyObjective
+from textpolicy.mlx.kernels.plain import plain_operations
 from textpolicy.mlx.read import context as context_module
 from textpolicy.mlx.read.context import Attention, Context, PromptTree, Ragged, members
 from textpolicy.mlx.score.micro_batches import Layout, score
@@ -101,6 +102,7 @@ def test_checkpointing_keeps_fewer_activations(name):
     assert waiting[1] < 0.7 * waiting[0]
 
 
+@plain_operations()
 def activations_waiting(model, every):
     """Return the bytes held after the log-probs of a batch are computed and before their gradients are."""
     layout = Layout.build(batch())

@@ -205,6 +205,7 @@ def test_another_content_under_the_same_name_is_another_folder(small):
     assert find_model(small) != first
 
 
+@pytest.mark.cpu  # a GPU keeps the file's halves and quantised layers
 def test_quantised_layers_can_be_kept_or_dequantised_by_choice(small):
     kept, _ = load_model(small, dequantize=False)
     plain, _ = load_model(small, dequantize=True)
@@ -248,6 +249,7 @@ def test_loading_prints_nothing_and_logs_only_if_verbose(small, capfd, caplog):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.cpu  # a GPU keeps the file's halves and quantised layers
 def test_an_adapter_changes_the_model(small, tmp_path):
     plain, _ = load_model(small)
     settings = {"rank": 2, "scale": 4.0, "dropout": 0.0}

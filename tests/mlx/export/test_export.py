@@ -103,6 +103,7 @@ def export(run, *arguments):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.cpu  # a GPU keeps the file's halves and quantised layers
 def test_a_merged_model_computes_what_the_adapted_one_does(tmp_path, kind):
     model, _ = adapted(run_folder(tmp_path, kind))
     before = logits(model)
@@ -190,6 +191,7 @@ def test_a_change_smaller_than_a_halfs_rounding_is_kept_in_a_quantised_half_mode
 
 @pytest.mark.parametrize("layout", ["mlx", "hf"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.cpu  # a GPU keeps the file's halves and quantised layers
 def test_mlx_lm_loads_the_folder_and_computes_the_same(tmp_path, kind, layout):
     run = run_folder(tmp_path, kind)
     export(run, f"--to={layout}", "--dtype=float32")
@@ -221,6 +223,7 @@ def test_an_mlx_folder_can_be_quantised(tmp_path):
     assert (np.abs(found - exact) <= 1.01 * step[:, None]).all()
 
 
+@pytest.mark.cpu  # a GPU keeps the file's halves and quantised layers
 def test_large_models_are_split_and_have_an_index(tmp_path, monkeypatch):
     run = run_folder(tmp_path)
     monkeypatch.setattr(mlx_lm.utils, "make_shards", partial(mlx_lm.utils.make_shards, max_file_size_gb=0))
@@ -293,6 +296,7 @@ def peft_weights(folder, bare):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in MERGED_ONLY])
+@pytest.mark.cpu  # a GPU keeps the file's halves and quantised layers
 def test_the_peft_adapter_changes_every_weight_as_the_adapter_does(tmp_path, kind):
     run = run_folder(tmp_path, kind)
     export(run, "--to=peft", "--base=some/model")
@@ -349,6 +353,7 @@ def test_rows_reach_llama_cpps_order_by_hand():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.cpu  # a GPU keeps the file's halves and quantised layers
 def test_a_plain_llama_on_the_files_own_rows_computes_what_the_rounded_model_does(tmp_path, kind, tied):
     run = run_folder(tmp_path, kind, tied=tied)
     export(run, "--to=gguf")
@@ -359,6 +364,7 @@ def test_a_plain_llama_on_the_files_own_rows_computes_what_the_rounded_model_doe
 
 
 @pytest.mark.parametrize("quant", ["f16", "q8_0"])
+@pytest.mark.cpu  # a GPU keeps the file's halves and quantised layers
 def test_our_loader_reads_back_exactly_the_rounded_weights(tmp_path, quant):
     run = run_folder(tmp_path)
     export(run, "--to=gguf", f"--quant={quant}", f"--out={tmp_path / 'out.gguf'}")
@@ -535,6 +541,7 @@ def test_peft_needs_an_adapter_and_a_base_that_it_can_load(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.cpu  # a GPU keeps the file's halves and quantised layers
 def test_a_full_fine_tune_has_no_adapter_for_peft(capsys, tmp_path):
     run = run_folder(tmp_path, "full")
     assert "has no adapter for --to peft" in refused(capsys, run, "--to=peft", "--base=a/b")

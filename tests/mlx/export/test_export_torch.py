@@ -57,6 +57,7 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.cpu  # a GPU keeps the file's halves and quantised layers
 def test_transformers_scores_the_merged_folder_as_mlx_the_adapted_model(torch, tmp_path, cache, kind):
     run = run_folder(tmp_path, kind)
     assert main(["export", str(run), "--to=hf", "--dtype=float32", f"--out={tmp_path / 'out'}"]) == 0
@@ -67,6 +68,7 @@ def test_transformers_scores_the_merged_folder_as_mlx_the_adapted_model(torch, t
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in MERGED_ONLY])
+@pytest.mark.cpu  # a GPU keeps the file's halves and quantised layers
 def test_peft_puts_the_adapter_on_the_exported_base_and_scores_alike(torch, tmp_path, cache, kind):
     run = run_folder(tmp_path, kind)
     base, _ = adapted(run)

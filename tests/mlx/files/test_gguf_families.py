@@ -145,6 +145,7 @@ def test_each_family_computes_what_the_model_that_was_filed_does(tmp_path, case)
 
 
 @pytest.mark.parametrize("kind", HALVES)
+@pytest.mark.cpu  # a GPU keeps the file's halves and quantised layers
 def test_each_type_is_read_exactly_as_the_gguf_package_reads_it(tmp_path, kind, caplog):
     _, weights = made("qwen3", {})
     arrays = filed(weights, gguf.MODEL_ARCH.QWEN3, "qwen3")
@@ -226,6 +227,7 @@ def test_a_file_of_letters_alone_needs_no_merges(tmp_path):
 
 @pytest.mark.parametrize("half", [np.nan, np.inf, -np.inf, 6e4, 0, 6e-8])
 @pytest.mark.parametrize("kind", [Kind.Q4_K, Kind.Q6_K, Kind.IQ4_NL])
+@pytest.mark.cpu  # a GPU keeps the file's halves and quantised layers
 def test_scales_of_any_size_are_read_as_the_gguf_package_reads_them(tmp_path, kind, half):
     _, weights = made("qwen3", {})
     arrays = filed(weights, gguf.MODEL_ARCH.QWEN3, "qwen3")

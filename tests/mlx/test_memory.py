@@ -259,6 +259,15 @@ def test_decoding_of_round_numbers_costs_what_a_hand_calculation_gives(costs):
     assert costs.decode(ROUND, 2) == pytest.approx(1.05 * (1000 + 2 * 2 * 21 * 4))
 
 
+def test_decoding_on_a_gpu_counts_shared_prompts_once(costs, monkeypatch):
+    """2 prompts of 10 slots and 256 more; 8 rows of 246 own slots and 64 recent ones, and a seventh for copies."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    shared, own = 2 * (10 + 256) * 4, 8 * (246 + 64) * 4
+    assert costs.decode(ROUND, 8) == pytest.approx(1.12 * (1000 + shared + 1.15 * own))
+    assert costs.decode(ROUND, 4) == pytest.approx(1.12 * (1000 + shared + 1.15 * own / 2 + 2 * 10))
+    assert costs.decode(Workload(2, 64, 10, 10), 128) < 16 * costs.decode(ROUND, 8)
+
+
 def test_sizes_that_fit_stay_as_requested(costs):
     plan = fit(costs, ROUND, 1e9, micro_batch_tokens=8192, decode_rows=128)
     assert (plan.micro_batch_tokens, plan.decode_rows, plan.shrunk) == (8192, 128, ())

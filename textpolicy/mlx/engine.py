@@ -91,7 +91,7 @@ class MLXEngine:
         self.bounds.refuse_beyond(max(map(len, read)) + sampling.max_tokens, "a prompt with its completion")
         rows = [p for p in read for _ in range(n)]
         # Kimi K3 compiles a step of its own on Metal, with the adapter as it is the first time
-        with patched(self.model, exponentials.patches()), plain_operations("kimi_k3"):
+        with patched(self.model, exponentials.patches()), plain_operations("kimi_k3"), self._within("decode"):
             model = folded(self.model, min(len(rows), self.decode_rows)) if self.copies else self.model
             if not self._tried_steps and mx.default_device() == mx.Device(mx.gpu):
                 self._steps, self._tried_steps = Steps.chosen(self.model, self.compiled), True

@@ -39,6 +39,8 @@ _BEFORE = 5  # tokens of the prompt before such a row, which padding makes uneve
 _CHUNKS = (1, 2, 4)  # chunks of tokens through the head, likewise, and parts of one: more hardly raise the peak
 _FEWEST = 16  # tokens through the head that a measurement begins with
 _SPARE = 64  # slots by which keys and values grow while decoding
+_SLOTS, _RECENT = 256, 64  # slots of steps on a GPU come in multiples of the first; the others are written anew
+_COPIED = 1.15  # own slots, with those of the layers that are being copied
 _LOGITS = 11 * 4  # bytes per logit while a token is drawn from float32 ones
 _SHARE = {mx.cpu: 0.8, mx.gpu: 0.9}  # of the device's memory that a run may plan with
 _CACHED = 2**25  # bytes of freed buffers that MLX keeps on a CPU by default
@@ -201,6 +203,8 @@ class Costs:
 
     def decode(self, work: Workload, rows: int, copies: bool = True) -> float:
         """Return the peak of decoding ``rows`` completions side by side, with or without copies of weights."""
+        if mx.default_device() == mx.gpu:
+            return self._decode_sharing(work, rows)
         prompts, p, n = work.spanned(rows), work.prompt_tokens, size_up(rows) if self.compiled is not None else rows
         step, block = 1 + min(_SPARE, work.completion_tokens), slot_block()
         slots = work.prompt_tokens + math.ceil(work.completion_tokens / step) * step
@@ -211,6 +215,19 @@ class Costs:
         peak = entering + context if rows < work.rows else max(reading, 2 * context)
         fixed = self.weights + 2 * self.trained  # and the two moments of Adam
         return _MARGIN[mx.default_device().type] * (fixed + copies * self.folded + n * self.logits + peak)
+
+    def _decode_sharing(self, work: Workload, rows: int) -> float:
+        """Return the peak of decoding by steps whose rows share their prompts' keys, as on a GPU."""
+        prompts, p, n = work.spanned(rows), work.prompt_tokens, size_up(rows)
+        slots = math.ceil((p + work.completion_tokens) / _SLOTS) * _SLOTS - p + _RECENT
+        own = n * (slots * self.cache + self.state)
+        shared = size_up(prompts) * (p + _SLOTS) * self.cache
+        # rows that leave, join or get more slots are copied a layer after the other, so that own slots are never twice
+        peak = max(self.reading(prompts * p, prompts * p * p), _COPIED * own) + shared
+        if rows < work.rows:  # others are read meanwhile
+            peak += self.reading(prompts * p, prompts * p * p)
+        fixed = self.weights + 4 * self.trained  # with the moments of Adam, and the LoRAs as steps want them
+        return _MARGIN[mx.gpu] * (fixed + n * self.logits + peak)
 
 
 @dataclass(frozen=True, slots=True)

@@ -285,7 +285,7 @@ def understand(name: str, arguments: list[str]) -> None:
         kind, *_ = CAMPAIGN[arguments[0]]
         parse(kind, arguments[1:], "campaign")
     elif name == "validate":
-        assert arguments in ([], ["--json"])
+        assert {*arguments} <= {"--json", "--train"}
     else:
         parse(ARGUMENTS[name], arguments, name)
 

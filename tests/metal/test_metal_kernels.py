@@ -25,7 +25,7 @@ from textpolicy.losses import Surrogate
 from textpolicy.mlx import models
 from textpolicy.mlx.engine import MLXEngine, PolicyObjective
 from textpolicy.mlx.kernels import plain
-from textpolicy.mlx.memory import Costs
+from textpolicy.mlx.memory import Costs, Workload
 from textpolicy.mlx.score.micro_batches import Gradients, Layout, score
 from textpolicy.run.assembly import build_engine
 from textpolicy.training.flat import FlatPasses, FlatTokens
@@ -124,7 +124,8 @@ def test_a_users_own_loss_and_the_measured_memory_take_plain_operations_too(name
     metal.clear()
     losses = [flat.gradients(tokens, lambda old, new, advantages, _: -(new * advantages).sum())[0] for flat in passes]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert Costs.measure(model, limit=1e6).learning.token > 0
+    costs = Costs.measure(model, limit=1e6)
+    assert costs.update(Workload(1, 2, 8, 4), 64) > costs.update(Workload(1, 2, 4, 2), 64) > costs.weights
     assert metal == []
 
 

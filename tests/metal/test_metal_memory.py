@@ -1,4 +1,4 @@
-"""The limits that a run sets on Metal are legal on every Mac, and what it plans is what it takes."""
+"""The limits that a run sets on Metal are legal on every Mac, and contexts grow by as little as it needs."""
 
 import sys
 from contextlib import nullcontext
@@ -8,8 +8,7 @@ import pytest
 from conftest import tiny_llama
 from pretended_metal import MACS, metal, pretended_metal  # noqa: F401 (metal is a fixture)
 
-from textpolicy.mlx import memory
-from textpolicy.mlx.memory import Costs, Curve, Workload, limit_memory, usable_memory
+from textpolicy.mlx.memory import limit_memory, usable_memory
 from textpolicy.mlx.read.context import Attention, Context, members
 
 SIZES = [None] if sys.platform == "darwin" else list(MACS)  # in GB; None: of this Mac
@@ -36,14 +35,11 @@ def test_the_limits_of_a_run_are_legal_and_leave_the_machine_the_rest(size, shar
 
 
 @pytest.mark.parametrize("completion", [1, 40, 58, 59, 63, 64, 65, 200, 500])
-def test_the_slots_of_a_context_are_blocks_of_64_and_as_many_as_planned(completion):
-    model, free = tiny_llama(60), Curve(0.0, 0.0, 0.0)
+def test_the_slots_of_a_context_are_blocks_of_64(completion):
+    model = tiny_llama(60)
     context = Context(model, spare=min(64, completion))
     for n in (5, *[1] * completion):
         context.read(model, mx.zeros((1, n), mx.int32))
     [slots] = {layer.keys.shape[2] for layer in members(context.layers) if isinstance(layer, Attention)}
-    nothing = dict.fromkeys(("weights", "trained", "state", "logits", "head_trained", "scored", "chunk"), 0)
-    only_keys = Costs(**nothing, cache=1.0, learning=free, reading=free, head={}, recomputed=False, compiled=False)
-    planned = only_keys.decode(Workload(prompts=1, group=1, prompt_tokens=5, completion_tokens=completion), 1)
     assert slots % 64 == 0
-    assert slots <= planned / (2 * memory._MARGIN) < slots + 128  # held twice while rows fork
+    assert 5 + completion <= slots < 5 + completion + 128

@@ -12,12 +12,15 @@ ROOT, TESTS = Path(textpolicy.__file__).parent, Path(__file__).parents[1]
 ENGINE = "metal/test_metal_engine.py::test_a_mac_computes_what_a_cpu_does"
 COMPILED = "metal/test_metal_compile.py::test_so_are_those_of_a_whole_model"
 KERNELS = "metal/test_metal_kernels.py::test_updates_and_scores_are_those_of_the_plain_operations"
+MEASURED = "metal/test_metal_kernels.py::test_a_users_own_loss_and_the_measured_memory_take_plain_operations_too"
+BITS = "mlx/kernels/test_gathers.py::test_a_run_on_a_gpu_records_what_is_not_the_same_bit_for_bit"
 LIMITS = "metal/test_metal_memory.py::test_the_limits_of_a_run_are_legal_and_leave_the_machine_the_rest"
-SLOTS = "metal/test_metal_memory.py::test_the_slots_of_a_context_are_blocks_of_64_and_as_many_as_planned"
+SLOTS = "metal/test_metal_memory.py::test_the_slots_of_a_context_are_blocks_of_64"
 OURS = "mlx/kernels/test_metal.py::test_attention_reads_prompts_and_own_slots_and_writes_the_new_keys_and_values"
 STORED = "mlx/test_models.py::test_on_an_accelerator_weights_stay_as_they_are_stored"
 # where the sources ask for the device: what a Mac takes there, and a test that goes that way
 BRANCHES = {
+    "mlx/adapters/attach.py attach": ("LoRAs of any rank on experts", KERNELS),
     "mlx/decode/compiled_steps.py Steps.__init__": ("operations, unless told otherwise", ENGINE),
     "mlx/decode/compiled_steps.py Steps.chosen": ("our Metal kernels, if they draw what operations do", ENGINE),
     "mlx/decode/compiled_steps.py _rounded": ("slots in blocks of 64", ENGINE),
@@ -30,9 +33,11 @@ BRANCHES = {
     "mlx/kernels/cuda.py can_attend": ("no CUDA", ENGINE),
     "mlx/kernels/cuda.py can_draw": ("no CUDA", ENGINE),
     "mlx/kernels/cuda.py is_default": ("no CUDA", ENGINE),
+    "mlx/kernels/cuda.py is_nvidia": ("no CUDA", ENGINE),
     "mlx/kernels/exponentials.py _on_cpu": ("MLX's own exponential, attention and SwiGLU", ENGINE),
     "mlx/kernels/gathers.py patches": ("gathers whose gradients add in order", ENGINE),
     "mlx/kernels/gathers.py take_rows": ("gathers whose gradients add in order", ENGINE),
+    "mlx/kernels/gathers.py unsteady": ("names what may differ in last bits", BITS),
     "mlx/kernels/masks.py patches": ("masks that all layers share", ENGINE),
     "mlx/kernels/metal.py can_attend": ("our Metal kernel, for heads that fit", OURS),
     "mlx/kernels/metal.py can_draw": ("our Metal kernel", OURS),
@@ -40,6 +45,10 @@ BRANCHES = {
     "mlx/kernels/plain.py plain_operations": ("mlx-lm's operations under a gradient", KERNELS),
     "mlx/kernels/plain.py refuse_kernels_alone": ("a sentence for BitNet and Muse Spark", KERNELS),
     "mlx/memory.py Costs.measure": ("no work ahead", "mlx/test_memory.py::test_costs_are_measured_with_no_work_ahead"),
+    "mlx/memory.py Costs.decode": ("steps that share prompts", "mlx/test_memory.py::test_decoding_on_a_gpu"),
+    "mlx/memory.py Costs.update": ("a wider margin", MEASURED),
+    "mlx/memory.py _learning": ("compiled passes are measured, too", MEASURED),
+    "mlx/memory.py _peaks": ("the least of two passes", MEASURED),
     "mlx/memory.py limit_memory": ("a wired limit and a smaller cache", LIMITS),
     "mlx/memory.py usable_memory": ("0.9 of Metal's working set", LIMITS),
     "mlx/models.py load_model": ("weights as they are stored", STORED),
@@ -77,7 +86,7 @@ USES = [
 
 
 def test_every_branch_by_device_is_in_the_table_and_run_by_a_test():
-    asked = ("default_device", "metal.is_available", "is_default")
+    asked = ("default_device", "metal.is_available", "is_default", "is_nvidia")
     found = {f"{path} {where}" for path, name, where, _ in USES if name.endswith(asked)}
     assert found == set(BRANCHES)
     for _, test in BRANCHES.values():

@@ -142,7 +142,7 @@ def test_a_folder_in_which_a_run_was_cut_short_before_its_first_step_is_its_own(
 
 @pytest.mark.parametrize(
     "output",
-    ["file/run", "file/a/b", "new/" + "x" * 300, "dangling", "new/dangling/../x\0y", "~nobody-here/x", "z\udcff"],
+    ["", "file/run", "file/a/b", "new/" + "x" * 300, "dangling", "new/dangling/../x\0y", "~nobody-here/x", "z\udcff"],
 )
 def test_a_folder_that_cannot_be_made_is_reported_before_the_model_is_loaded(output, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -150,9 +150,28 @@ def test_a_folder_that_cannot_be_made_is_reported_before_the_model_is_loaded(out
     (tmp_path / "dangling").symlink_to("nowhere")
     assert main(["train", "--model=no/such", f"--output={output}"]) == 2
     error = capsys.readouterr().err
-    assert "output" in error or "the path" in error
+    assert "output" in error or "the path" in error or "a path is empty" in error
     assert "no/such" not in error
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "file"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--model="],
+        ["train", "--output", ""],
+        ["generate", "--run=", "hi"],
+        ["view", ""],
+        ["export", "--to=peft", ""],
+    ],
+)
+def test_a_path_that_is_empty_is_not_the_folder_one_is_in(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "a path is empty; give one" in error or "model is ; string should have at least 1 character" in error
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_a_run_that_cannot_begin_leaves_nothing_where_there_was_nothing(tmp_path, monkeypatch, capsys):
@@ -166,7 +185,7 @@ def test_a_run_that_cannot_begin_leaves_nothing_where_there_was_nothing(tmp_path
 def test_a_path_is_read_as_people_write_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/me")
-    read = {"~": "/home/me", "~/runs/x": "/home/me/runs/x", "a~/b": "a~/b", "a/~/b": "a/~/b", "s3:x": "s3:x", "": ""}
+    read = {"~": "/home/me", "~/runs/x": "/home/me/runs/x", "a~/b": "a~/b", "a/~/b": "a/~/b", "s3:x": "s3:x"}
     assert {given: local_path(given) for given in read} == read
     assert local_path("./~x") == str(tmp_path / "~x")
     assert Config(output=Config(output="./~x").model_dump(mode="json")["output"]).output == tmp_path / "~x"

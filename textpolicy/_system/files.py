@@ -34,6 +34,8 @@ def local_path(given: Any) -> Any:
     if not isinstance(given, str | os.PathLike):
         return given
     text = os.fspath(given)
+    if not text:  # of a shell variable that is not set; pathlib would take the folder that one is in
+        raise UserError("a path is empty; give one, or leave its setting out")
     if "\0" in text:
         raise UserError(f"the path {text!r} has a zero byte; choose another")
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):

@@ -79,6 +79,7 @@ NonNegativeInt = Annotated[_Whole, Field(ge=0, le=2**31 - 1)]
 NonNegative = Annotated[_Real, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[_Real, Field(gt=0, allow_inf_nan=False)]
 LocalPath = Annotated[Path, BeforeValidator(local_path)]
+ModelName = Annotated[str, Field(min_length=1)]  # an empty path would be the folder that one is in
 Address = Annotated[str | None, AfterValidator(_without_secret)]
 
 
@@ -423,7 +424,7 @@ class TrackingSettings(Section):
 class Config(Section):
     """The settings that determine a training run."""
 
-    model: str = "smollm2-135m"
+    model: ModelName = "smollm2-135m"
     """Built-in name, folder, .gguf file or hub id such as Qwen/Qwen3-0.6B."""
     task: str = "largest"
     """Task to train on: largest, reasoning_gym:chain_sum, your own FILE.py:FUNCTION; `textpolicy tasks` lists them."""

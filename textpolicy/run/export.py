@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..config.settings import LocalPath, Positional, Section
+from ..config.settings import LocalPath, ModelName, Positional, Section
 from ..errors import UserError
 from .inference import Source, choose, prepare
 
@@ -37,9 +37,9 @@ class ExportArguments(Section):
     """Type of the numbers, not for gguf; that of the stored base if not given, and float32 for peft."""
     quant: Literal["q4", "q8", "f16", "q8_0"] | None = None
     """mlx: q4 or q8 (none if not given); gguf: f16 (if not given) or q8_0."""
-    base: str | None = None
+    base: ModelName | None = None
     """peft: folder or hub id of the base that peft is to load; the run's own model if not given."""
-    model: str | None = None
+    model: ModelName | None = None
     """Built-in name, folder, .gguf file or hub id; instead of a run."""
     adapter: LocalPath | None = None
     """Adapter folder for the model."""

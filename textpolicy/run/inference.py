@@ -14,6 +14,7 @@ from .._system.terminal import columns
 from ..config.settings import (
     Config,
     LocalPath,
+    ModelName,
     Positional,
     PositiveInt,
     RewardSettings,
@@ -40,7 +41,7 @@ class Source(Section):
 
     run: LocalPath | None = None
     """Folder of a run: its model, adapter and prompts."""
-    model: str | None = None
+    model: ModelName | None = None
     """Built-in name, folder, .gguf file or hub id; instead of a run."""
     adapter: LocalPath | None = None
     """A run whose adapter to use, or an adapter folder; without --model on the run's own model."""

@@ -28,6 +28,13 @@ class Block:
     language: str
     text: str
     why_not: str | None  # the mark's reason
+    above: str  # the paragraph above it
+
+    @property
+    def saved_as(self) -> str | None:
+        """The file that the reader is told to make of it, by a paragraph that ends in "Save this as `NAME`:"."""
+        told = re.search(r"\bSave this as `(?P<name>[^`/]+)`:$", self.above)
+        return told["name"] if told else None
 
     @property
     def fate(self) -> Fate:
@@ -64,7 +71,8 @@ def blocks_in(text: str, file: str = "a page") -> list[Block]:
             mark = MARK.match(lines[at - 1]) if at else None
             indent = len(opening["indent"])
             body = "\n".join(line[indent:] if not line[:indent].strip() else line for line in lines[at + 1 : end])
-            found.append(Block(file, at + 1, opening["info"].strip(), body, mark["why"] if mark else None))
+            above = "\n".join(lines[: at - 1 if mark else at]).rstrip().rpartition("\n\n")[2]
+            found.append(Block(file, at + 1, opening["info"].strip(), body, mark["why"] if mark else None, above))
             at = end
         at += 1
     return found

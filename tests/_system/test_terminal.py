@@ -9,6 +9,7 @@ import pytest
 from rich.cells import cell_len
 
 from textpolicy._system.terminal import counted, example, latest, wrap
+from textpolicy.cli.main import main
 
 LETTERS = "ab c漢字😀é\n\x1b\u202e'\"\\"
 
@@ -42,11 +43,27 @@ def test_lines_are_broken_between_words_alone(width):
     assert wrap(text, None) == text
 
 
-@pytest.mark.parametrize("command", ["textpolicy train --resume 'a b' --steps 9", "pip install 'textpolicy[mlx]'"])
+WHOLE = [
+    "textpolicy train --resume 'a b' --steps 9",
+    "pip install 'textpolicy[mlx]'",
+    "textpolicy generate --run runs/x 'Add [a, b] and [c].'",
+]
+
+
+@pytest.mark.parametrize("command", WHOLE)
 def test_a_command_at_the_end_of_a_sentence_stays_whole(command):
     lines = wrap(f"the run in runs/x was stopped after 3 of 6 steps; go on with: {command}", 30, "  ").split("\n")
     assert lines[-1] == f"  {command}"
     assert all(len(line) <= 30 for line in lines[:-1])
+
+
+@pytest.mark.parametrize("width", [68, 80])
+@pytest.mark.parametrize("words", [["--help"], ["campaign", "--help"], ["algorithms"], ["tasks"]])
+def test_a_list_of_commands_fits_the_terminal(words, width, monkeypatch, capsys):
+    """Their usage, with [ARGUMENTS], is read and not copied, so that it is broken as any text."""
+    monkeypatch.setattr("textpolicy._system.terminal.columns", lambda stream=None: width)
+    assert main(words) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if cell_len(line) > width] == []
 
 
 def test_one_thing_has_no_s():

@@ -254,9 +254,20 @@ def shell(monkeypatch, tmp_path, tiny_model, two_runs) -> Callable[[list[str]], 
 
 @pytest.mark.parametrize("file", pages_with("bash", apart=OF_CAMPAIGNS))
 def test_the_commands_of_a_page_run_as_written(file, shell):
+    for block in blocks_of(file):
+        if block.saved_as:
+            Path(block.saved_as).write_text(block.text, encoding="utf-8")
+        elif block.language == "bash" and block.why_not is None:
+            for words in commands(block):
+                shell(words)
+
+
+@pytest.mark.parametrize("file", pages_with("bash"))
+def test_a_command_that_needs_a_checkout_says_so(file):
+    """The package has neither examples/ nor scripts/, so the paragraph above such a block speaks of a checkout."""
     for block in blocks(file, "bash"):
-        for words in commands(block):
-            shell(words)
+        if any(word.startswith(("examples/", "scripts/")) for words in commands(block) for word in words):
+            assert "checkout" in block.above, f"{file}:{block.line}"
 
 
 def test_the_commands_on_campaigns_are_run_by_the_tests_of_campaigns():

@@ -12,7 +12,8 @@ from typing import IO, Any, TextIO
 
 from rich.cells import cell_len, set_cell_size
 
-_COMMAND = re.compile(r"(?<=:) ((?:textpolicy|pip|uv|python) [a-z-].*)$")  # as sentences end with
+_USAGE = r"(?:[^']|'[^']*')* \["  # with [ARGUMENTS] outside quotes: read, not copied
+_COMMAND = re.compile(rf"(?<=:) ((?!{_USAGE})(?:textpolicy|pip|uv|python) [a-z-].*)$")  # as sentences end with
 _SHARE = 4  # a prompt keeps one column in so many beside a long completion
 
 

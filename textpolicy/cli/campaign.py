@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
     if name in ("-h", "--help"):
         print("usage: textpolicy campaign COMMAND [ARGUMENTS]\n\nArms x seeds, and what they show.\n")
         for command, (_, _, meaning) in COMMANDS.items():
-            print(f"  {command:<10} {meaning}")
+            say(f"  {command:<10} {meaning}", 13)
         print("\n'textpolicy campaign COMMAND --help' describes one.")
         return 0
     if name not in COMMANDS:

@@ -161,7 +161,7 @@ def test_the_peak_of_long_rows_is_predicted_where_attention_keeps_all_scores(che
         engine = MLXEngine(model, stop=[], compile=True, checkpoint_every=checkpoint_every)
         most = costs.update(work, 2 * work.row)
         memory.hold(engine, costs, most, math.inf)
-        assert 1 <= most / updates(engine, work, 2 * work.row, 500) <= 1.3
+        assert 1 <= most / updates(engine, work, 2 * work.row, 500) <= 1.4  # a model of 20 MB; larger ones are nearer
 
 
 def test_a_pass_is_held_to_its_room_and_the_limit_restored(monkeypatch):

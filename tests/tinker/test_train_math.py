@@ -518,7 +518,7 @@ def test_an_evaluation_that_could_pass_a_limit_is_skipped_and_reported(problems,
     run(settings(problems, tmp_path / "run", max_tokens_total=3600, **few))  # a look may take 6 x (41 + 512)
     assert [row["step"] for row in lines(tmp_path / "run" / "evals.jsonl")] == [0]
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1
-    assert "problems are not evaluated after 1 steps: " in capsys.readouterr().out
+    assert "problems are not evaluated after 1 step: " in capsys.readouterr().out
 
 
 def test_a_limit_on_cost_counts_what_was_spent_before_a_resume(problems, tmp_path):

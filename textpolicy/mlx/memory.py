@@ -332,7 +332,7 @@ def hold(engine: MLXEngine, costs: Costs, update_bytes: float, decode_bytes: flo
 
     One operation may go beyond the point where it waits. The largest takes what each layer keeps, at most.
     """
-    share, fixed = 1 - 1 / (3 + len(engine.model.layers)), costs.weights + 2 * costs.trained
+    share, fixed = 1 - 1 / (2 + len(engine.model.layers)), costs.weights + 2 * costs.trained
     engine.room = {"update": share * update_bytes - fixed, "decode": share * decode_bytes - fixed}
 
 

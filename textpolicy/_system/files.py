@@ -52,7 +52,14 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def fill_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, then rename it to ``path``. Raises OSError."""
+    """Let ``write`` fill a file beside ``path``, then rename it to ``path``. Raises OSError.
+
+    A device or a pipe is written to, and never replaced.
+    """
+    if path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            write(file)
+        return
     new = path.with_name(f".{path.name}.new")
     with new.open("wb") as file:
         write(file)

@@ -8,9 +8,7 @@ import pytest
 from conftest import tiny_llama
 from pretended_metal import MACS, metal, pretended_metal  # noqa: F401 (metal is a fixture)
 
-from textpolicy.mlx import memory
-from textpolicy.mlx.engine import MLXEngine
-from textpolicy.mlx.memory import Workload, limit_memory, preflight, usable_memory
+from textpolicy.mlx.memory import limit_memory, usable_memory
 from textpolicy.mlx.read.context import Attention, Context, members
 
 SIZES = [None] if sys.platform == "darwin" else list(MACS)  # in GB; None: of this Mac
@@ -45,13 +43,3 @@ def test_the_slots_of_a_context_are_blocks_of_64(completion):
     [slots] = {layer.keys.shape[2] for layer in members(context.layers) if isinstance(layer, Attention)}
     assert slots % 64 == 0
     assert 5 + completion <= slots < 5 + completion + 128
-
-
-@pytest.mark.parametrize("gpu", [False, True])
-def test_only_a_gpu_is_held_to_what_is_predicted(gpu, monkeypatch):
-    device = mx.default_device()
-    engine = MLXEngine(tiny_llama(60), stop=(0,), compile=False)
-    monkeypatch.setattr(memory, "limit_memory", lambda limit=None: 1e9)
-    monkeypatch.setattr(mx, "default_device", lambda: device if gpu else mx.Device(mx.cpu))
-    preflight(engine, Workload(2, 2, 4, 4))
-    assert sorted(engine.room) == (["decode", "update"] if gpu else [])

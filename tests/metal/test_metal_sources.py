@@ -50,10 +50,6 @@ BRANCHES = {
     "mlx/memory.py _learning": ("compiled passes are measured, too", MEASURED),
     "mlx/memory.py _peaks": ("the least of two passes", MEASURED),
     "mlx/memory.py limit_memory": ("a wired limit and a smaller cache", LIMITS),
-    "mlx/memory.py preflight": (
-        "work in flight waits at what is predicted",
-        "metal/test_metal_memory.py::test_only_a_gpu_is_held_to_what_is_predicted",
-    ),
     "mlx/memory.py usable_memory": ("0.9 of Metal's working set", LIMITS),
     "mlx/models.py load_model": ("weights as they are stored", STORED),
     "mlx/probe.py describe_mlx": ("gpu", ENGINE),

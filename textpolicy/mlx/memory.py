@@ -306,7 +306,7 @@ def preflight(
 ) -> Plan:
     """Set MLX's limits, measure the engine's model and give the engine sizes that fit into ``limit`` bytes.
 
-    On a GPU the engine is then held to the peaks that are predicted, since work in flight would take what there is.
+    The engine is then held to the peaks that are predicted, since a GPU's work in flight would take what there is.
     ``limit`` defaults to ``usable_memory()``. The memory of other arrays is left to them, and room is left for
     ``copies`` copies of the trainable parameters. Raises UserError where no size fits.
     """
@@ -322,8 +322,7 @@ def preflight(
     plan = fit(costs, training, budget, engine.micro_batch_tokens, engine.decode_rows, evaluation)
     engine.micro_batch_tokens, engine.decode_rows = plan.micro_batch_tokens, plan.decode_rows
     engine.copies = engine.copies and plan.copies
-    if mx.default_device() == mx.Device(mx.gpu):  # a CPU has no work in flight, and would let go of freed buffers
-        hold(engine, costs, plan.update_bytes, plan.decode_bytes)
+    hold(engine, costs, plan.update_bytes, plan.decode_bytes)
     return plan
 
 

@@ -1,0 +1,1 @@
+"""The Tinker API, and OpenAI's, over our own engine: ``textpolicy serve``."""

@@ -119,6 +119,14 @@ class ImportanceSampling(Objective):
 
 
 @dataclass(frozen=True)
+class CrossEntropy(Objective):
+    """Maximise J = A l, the log-prob without a ratio, of tokens that no policy need have sampled (A = 1: SFT)."""
+
+    def __call__(self, ratio: Array, logprobs: Array, advantages: Array, xp: Any) -> Array:
+        return advantages * logprobs
+
+
+@dataclass(frozen=True)
 class KL:
     """The penalty in the loss that keeps the policy near the reference: the same weights with adapters off.
 

@@ -12,7 +12,7 @@ from fixed_episodes import fixed_episodes
 
 from textpolicy.engine import Sampling
 from textpolicy.errors import ServiceError, UserError
-from textpolicy.losses import ImportanceSampling, Surrogate
+from textpolicy.losses import CrossEntropy, ImportanceSampling, Surrogate
 from textpolicy.tinker.engine import Adam, TinkerEngine
 from textpolicy.types import Batch
 
@@ -174,6 +174,17 @@ def test_a_datum_holds_the_arrays_of_the_wire_and_nothing_else():
             "advantages": "float32",
         }
         assert {a.shape for a in arrays.values()} == {(datum.model_input.length,)}
+
+
+def test_a_datum_of_cross_entropy_has_weights_alone():
+    server, engine = listening()
+    batch = credited()
+    engine.update(batch, Surrogate(CrossEntropy()), 1e-3)
+    data, loss, _ = server.sent[0]
+    assert loss == "cross_entropy"
+    assert {name for datum in data for name in datum.loss_fn_inputs} == {"target_tokens", "weights"}
+    sent = sum(float(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in data)
+    assert sent == pytest.approx(float((batch.advantages * batch.weights).sum()), abs=1e-6)
 
 
 def test_advantages_carry_the_weights_and_a_mean_is_undone():

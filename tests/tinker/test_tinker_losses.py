@@ -15,6 +15,7 @@ from textpolicy.losses import (
     Clip,
     ClippedWeight,
     Correction,
+    CrossEntropy,
     ImportanceSampling,
     SoftGate,
     Surrogate,
@@ -35,6 +36,7 @@ from textpolicy.types import Batch
             TinkerLoss("cispo", {"clip_low_threshold": 0.5, "clip_high_threshold": 5}),
         ),
         (Surrogate(ImportanceSampling()), TinkerLoss("importance_sampling")),
+        (Surrogate(CrossEntropy()), TinkerLoss("cross_entropy", weighted=True)),
         (
             Surrogate(Clip(0.25, 0.5), ratio="sequence"),
             TinkerLoss("gspo", {"clip_low_threshold": 0.75, "clip_high_threshold": 1.5}, masked=True),
@@ -92,6 +94,9 @@ def service_loss(loss, data, learner):
         for t, gap in zip(marked, gaps, strict=True):
             ratio = math.exp(sum(gaps) / len(gaps) if loss.name == "gspo" else gap)
             a = float(d.advantages[t])
+            if loss.name == "cross_entropy":
+                total -= a * float(logprobs[t])
+                continue
             if loss.name == "importance_sampling":
                 total -= ratio * a
                 continue
@@ -107,9 +112,10 @@ def service_loss(loss, data, learner):
         Surrogate(Clip(0.2, 0.28)),
         Surrogate(ClippedWeight(0.7, 1.3)),
         Surrogate(ImportanceSampling()),
+        Surrogate(CrossEntropy()),
         Surrogate(Clip(0.05, 0.1), ratio="sequence"),
     ],
-    ids=["ppo", "cispo", "importance_sampling", "gspo"],
+    ids=["ppo", "cispo", "importance_sampling", "cross_entropy", "gspo"],
 )
 def test_the_services_sum_over_data_of_unequal_lengths_is_the_batchs_loss(surrogate, aggregation):
     rng = np.random.default_rng(0)

@@ -28,9 +28,20 @@ class Schedule:
     warmup: int = 0  # steps
     final: float = 1.0  # rate of the last step, as a share of the peak
     updates: int = 1  # optimiser steps on the rollouts of one step
+    first: int = 0  # steps of the stages before
+
+    @property
+    def end(self) -> int:
+        """The number of steps done after the last one."""
+        return self.first + self.steps
+
+    def steps_from(self, done: int) -> range:
+        """Return the numbers of the steps that are left after so many were done."""
+        return range(max(done, self.first), self.end)
 
     def __call__(self, step: int) -> float:
-        """Return the learning rate of ``step``, counted from 0."""
+        """Return the learning rate of ``step``, a number in ``range(first, end)``."""
+        step -= self.first
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup - 1)
@@ -67,7 +78,7 @@ def train(
     """
     curriculum = session.curriculum or EveryPrompt(len(env), sampling.seed)
     controller = session.controller or algorithm.controller()
-    for step in range(session.start, schedule.steps):
+    for step in schedule.steps_from(session.start):
         if session.stopped():
             return
         started = time.perf_counter()
@@ -82,7 +93,7 @@ def train(
             return
         sampled = time.perf_counter()
         extra = session.on_sampled(step, rollouts.sampled)
-        gap = check(engine, step, rollouts.sampled) if check else None
+        gap = check(engine, step - schedule.first, rollouts.sampled) if check else None
         episodes = with_reference(engine, rollouts.trained) if algorithm.reward_kl else rollouts.trained
         tokens = algorithm.tokens(episodes, controller)
         batches = algorithm.pack(episodes, tokens, schedule.updates)
@@ -90,7 +101,8 @@ def train(
             batches = [replace(batch, old=engine.score(batch)) for batch in batches]
         updates = [engine.update(batch, algorithm.surrogate, schedule(step)) for batch in batches]
         updated = time.perf_counter()
-        measured = {**(gap.row if gap else {}), **(check.after(engine, step, rollouts.sampled) if check else {})}
+        change = check.after(engine, step - schedule.first, rollouts.sampled) if check else {}
+        measured = {**(gap.row if gap else {}), **change}
         row = summarize(rollouts, updates, sampled - started, updated - sampled)
         pooling = {"sepa_lambda": controller.strength} if controller else {}
         if not all(math.isnan(e.reward) for e in rollouts.sampled):

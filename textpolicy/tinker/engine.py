@@ -205,8 +205,11 @@ class TinkerEngine:
                 )
         sent, data = self.data(rows), []
         for d in sent:
-            arrays = {"target_tokens": d.target_tokens, "logprobs": d.logprobs, "advantages": d.advantages}
-            data.append(_wire(d, {**arrays, "sequence_ratio_mask": d.mask} if loss.masked else arrays))
+            arrays = {"logprobs": d.logprobs, "advantages": d.advantages}
+            if loss.masked:
+                arrays["sequence_ratio_mask"] = d.mask
+            sent_with = {"weights": d.advantages} if loss.weighted else arrays
+            data.append(_wire(d, {"target_tokens": d.target_tokens, **sent_with}))
         a = self.adam
         adam = sdk().AdamParams(
             learning_rate=learning_rate,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..losses import Clip, ClippedWeight, ImportanceSampling, Surrogate
+from ..losses import Clip, ClippedWeight, CrossEntropy, ImportanceSampling, Surrogate
 
 _UNBOUNDED = math.exp(20)  # the local loss keeps ratios below it, so it is no bound
 
@@ -19,10 +19,11 @@ class TinkerLoss:
     name: str
     config: Mapping[str, float] | None = None
     masked: bool = False
+    weighted: bool = False  # its data have weights in place of log-probs and advantages
 
 
 def tinker_loss(surrogate: Surrogate) -> TinkerLoss:
-    """Return ppo, gspo, cispo or importance_sampling; its thresholds are ratios, 1 - clip_low and 1 + clip_high.
+    """Return the loss of the service; its thresholds are ratios, 1 - clip_low and 1 + clip_high.
 
     The service's gspo is GSPO-token (arXiv:2507.18071, eq. 13-14), whose gradient is that of a ratio per sequence
     where the advantage is the same for all tokens of a completion. Raises UserError for any other surrogate.
@@ -46,6 +47,8 @@ def tinker_loss(surrogate: Surrogate) -> TinkerLoss:
         case ClippedWeight(weight_low=low, weight_high=high) if surrogate.ratio == "token":
             most = _UNBOUNDED if high is None else high
             return TinkerLoss("cispo", {"clip_low_threshold": max(low or 0.0, 0.0), "clip_high_threshold": most})
+        case CrossEntropy():
+            return TinkerLoss("cross_entropy", weighted=True)
         case ImportanceSampling() if surrogate.ratio == "token":
             return TinkerLoss("importance_sampling")
     raise UserError(

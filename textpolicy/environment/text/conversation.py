@@ -19,7 +19,7 @@ import numpy as np
 
 from ...engine import stop_tokens
 from ...errors import UserError
-from ...rewards.answer import opened_thought, thought_marks
+from ...rewards.answer import answered, opened_thought, thought_marks
 from ...rewards.contract import accepted_keywords
 from .pieces import spoken, text_decode
 from .template import ChatTemplate, Message, Schema, TemplateRefusalError, plain, says, unused
@@ -129,6 +129,29 @@ class ChatCodec:
             if all(says(self.decode_all(ids), m["content"]) for m in after):
                 return ids[1:] if ids and ids[0] == last else ids
         raise refusals[0]
+
+    def turn(self, messages: Sequence[Message], tools: Sequence[Schema] = ()) -> list[int]:
+        """Return the token ids of the last message, the assistant's, as the policy would have sampled them.
+
+        They are what the template writes from the start of the turn on, calls of tools included, up to its stop token;
+        or the content with a stop token, where the template writes the turn otherwise than it begins one. Raises
+        TemplateRefusalError for calls that it leaves out, and a thought that it begins and the message does not end.
+        """
+        cut = unused("cut", (messages, tools))
+        messages, tools = self._cut(([plain(m) for m in messages], tools), cut)
+        said, text = messages[-1], None if self.template is None else self.template.turn(messages, tools)
+        if text is None and self.template is not None:
+            mark = opened_thought(self.decode_all(list(self.encode(messages[:-1], True, tools))[-LONGEST_MARK:]))
+            text = said["content"].removeprefix(mark.strip()) if mark else said["content"]
+            if said.get("tool_calls") or (mark and answered(text, mark) is None):
+                what = "tool calls" if said.get("tool_calls") else f"a turn without the end of the thought {mark!r}"
+                raise TemplateRefusalError(
+                    f"the chat template of {self.template.model} cannot show {what} as the policy would say it; write "
+                    "it in the content, or set prompt.template_args"
+                )
+        ids = self._pieces(self.encode_after, said["content"] if text is None else text, cut)
+        end = next((n for n, token in enumerate(ids) if token in self.stop), len(ids))
+        return [*ids[:end], *(ids[end : end + 1] or sorted(self.stop)[:1])]
 
     def _written(self, messages: Sequence[Message], tools: Sequence[Schema], mark: str = "") -> list[int]:
         """Return the token ids of what the template writes of ``messages``, after the ``mark`` that one of them is.

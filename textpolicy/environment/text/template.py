@@ -9,6 +9,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
 from string import ascii_letters
@@ -109,6 +110,22 @@ class ChatTemplate:
             if not says(text, said):
                 raise self._left_out(m)
         return text
+
+    def turn(self, messages: Sequence[Message], tools: Sequence[Schema] = ()) -> str | None:
+        """Return what the template writes of the last message, the assistant's, behind the start of its turn.
+
+        None where it writes the message otherwise than as the continuation of such a start. Raises
+        TemplateRefusalError for messages before it that the template refuses.
+        """
+        if self.simple:
+            return None
+        before, said = self.write(messages[:-1], tools), messages[-1]["content"].strip()
+        for form in _FORMS:
+            with suppress(TemplateRefusalError):
+                text = self.render([form(m) for m in messages], tools, start=False)
+                if text.startswith(before) and says(text[len(before) :], said):
+                    return str(text[len(before) :])
+        return None
 
     def shows(self, messages: Sequence[Message], tools: Sequence[Schema], words: Iterable[str]) -> bool:
         """Return whether the template takes ``messages`` and ``tools`` and writes all the ``words``."""

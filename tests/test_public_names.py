@@ -254,8 +254,8 @@ def test_importing_textpolicy_loads_no_array_library():
     assert out.strip() == ""
 
 
-def test_importing_textpolicy_takes_less_than_200_milliseconds():
-    script = "import time; t = time.perf_counter(); import textpolicy; print(time.perf_counter() - t)"
+def test_importing_textpolicy_takes_less_than_200_milliseconds_of_the_processor():
+    script = "import time; t = time.process_time(); import textpolicy; print(time.process_time() - t)"
     assert min(float(run(script)) for _ in range(3)) < 0.2
 
 

@@ -356,6 +356,43 @@ class OnPolicySettings(Section):
     """Stop the run at this mean difference of the log-probs, in nats, unless a correction is on."""
 
 
+class StageSettings(Section):
+    """One stage of a run: what it does, for how many steps, and the settings that differ from the run's."""
+
+    kind: Literal["sft", "rl"]
+    """Learn from demonstrations (sft), or from rewards (rl)."""
+    steps: PositiveInt
+    """Number of training steps."""
+    data: str | None = None
+    """sft: the demonstrations, FILE.jsonl, .csv or .parquet, or FILE.py:FUNCTION; by default the task's answers."""
+    validation: str | None = None
+    """sft: more of them, whose loss is measured at every evaluation."""
+    algorithm: AlgorithmSettings = AlgorithmSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    on_policy: OnPolicySettings = OnPolicySettings()
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        for kind, names in _OF_KIND.items():
+            for name in names:
+                if kind != self.kind and name in changed(self):
+                    raise ValueError(f"stage.{name} is set in a stage of the kind {self.kind}; it belongs to {kind}")
+        return self
+
+
+_OF_KIND = {"sft": ("data", "validation")}  # settings of one kind of stage
+_OF_RUN = (  # settings in sections that a stage may change, which all stages share
+    ("rollout", "max_tokens"),
+    ("rollout", "max_turns"),
+    ("rollout", "max_episode_tokens"),
+    ("optimizer", "weight_decay"),
+    ("optimizer", "max_grad_norm"),
+    ("optimizer", "max_skipped"),
+)
+_OF_STAGE = ("algorithm", "rollout", "optimizer", "on_policy")  # sections that a stage may change
+
+
 class MachineSettings(Section):
     """The use of this machine: changes speed and memory, not results."""
 
@@ -450,19 +487,60 @@ class Config(Section):
     machine: MachineSettings = MachineSettings()
     tinker: TinkerSettings = TinkerSettings()
     tracking: TrackingSettings = TrackingSettings()
+    stage: tuple[StageSettings, ...] = ()
+    """The stages of the run, tables [[stage]] in a TOML file; without any a run is one of rl. docs/15_stages.md."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stages_begin_with_the_runs_settings(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(stages := values.get("stage"), list | tuple) or not stages:
+            return values
+        plain = [s.model_dump(exclude_unset=True) if isinstance(s, BaseModel) else s for s in stages]
+        given = {name: values[name] for name in _OF_STAGE if name in values}
+        base = {n: s.model_dump(exclude_unset=True) if isinstance(s, BaseModel) else s for n, s in given.items()}
+        merged_stages = [merged(base, stage) if isinstance(stage, dict) else stage for stage in plain]
+        steps = [stage.get("steps") for stage in merged_stages if isinstance(stage, dict)]
+        total = {"steps": sum(filter(None, steps))} if steps and all(type(n) is int and n > 0 for n in steps) else {}
+        return {**total, **values, "stage": merged_stages}
+
+    @property
+    def stages(self) -> tuple[Config, ...]:
+        """The settings of each stage, in order, as those of a run of that stage alone; of the run if it has none."""
+        return tuple(
+            self.model_copy(update={"steps": s.steps, "stage": (s,), **{name: getattr(s, name) for name in _OF_STAGE}})
+            for s in self.stage
+        ) or (self,)
+
+    @model_validator(mode="after")
+    def _stages_make_up_the_run(self) -> Self:
+        if self.stage and self.steps != (total := sum(stage.steps for stage in self.stage)):
+            raise ValueError(f"steps is {self.steps} and the stages have {total} in all; leave steps out")
+        for n, stage in enumerate(self.stage, 1):
+            for section, name in _OF_RUN:
+                here, there = (getattr(getattr(settings, section), name) for settings in (self, stage))
+                if here != there:
+                    raise ValueError(
+                        f"{section}.{name} is {there} in stage {n}; it is one for all stages, so set it for the run"
+                    )
+            if self.engine == "tinker":
+                raise ValueError(
+                    "engine is tinker and stages train on this machine; leave the stages out, or set engine to mlx"
+                )
+        return self
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:
-        if self.optimizer.updates_per_step > self.rollout.prompts_per_step:
-            raise ValueError(
-                f"optimizer.updates_per_step is {self.optimizer.updates_per_step} and rollout.prompts_per_step "
-                f"{self.rollout.prompts_per_step}; set the updates to at most the prompts"
-            )
-        if self.adapter.kind == "full" and self.algorithm.kl.coefficient:
-            raise ValueError(
-                f"algorithm.kl.coefficient is {self.algorithm.kl.coefficient} and adapter.kind full, which leaves no "
-                "reference; set the coefficient to 0, or choose another kind"
-            )
+        for config in self.stages:
+            if config.optimizer.updates_per_step > config.rollout.prompts_per_step:
+                raise ValueError(
+                    f"optimizer.updates_per_step is {config.optimizer.updates_per_step} and rollout.prompts_per_step "
+                    f"{config.rollout.prompts_per_step}; set the updates to at most the prompts"
+                )
+            if self.adapter.kind == "full" and config.algorithm.kl.coefficient:
+                raise ValueError(
+                    f"algorithm.kl.coefficient is {config.algorithm.kl.coefficient} and adapter.kind full, which "
+                    "leaves no reference; set the coefficient to 0, or choose another kind"
+                )
         if self.engine != "tinker" and (given := changed(self.tinker)):
             raise ValueError(f"tinker.{given[0]} is set and engine is {self.engine}; set engine to tinker")
         return self
@@ -525,8 +603,9 @@ def _short(value: Any) -> str:
 def _section(kind: type[BaseModel], path: Iterable[str]) -> type[BaseModel]:
     """Return the section at ``path`` below a ``kind``."""
     for part in path:
-        annotation = kind.model_fields[part].annotation
-        kind = annotation if isinstance(annotation, type) else get_args(annotation)[0]
+        if not part.isdecimal():  # the place in a list of sections
+            annotation = kind.model_fields[part].annotation
+            kind = annotation if isinstance(annotation, type) else get_args(annotation)[0]
     return kind
 
 
@@ -545,7 +624,7 @@ def settings_of(kind: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[
     for name, field in kind.model_fields.items():
         if isinstance(field.default, BaseModel):
             yield from settings_of(type(field.default), (*above, name))
-        else:
+        elif name != "stage":  # a list of sections, which has no flag
             yield (*above, field.alias or name), field
 
 

@@ -165,10 +165,11 @@ def evaluations(run: RecordedRun) -> list[Evaluation]:
 def read_facts(folder: Path | str) -> Facts:
     """Read the facts of a run folder, finished or not. Raises UserError for any other folder."""
     run = load_run(folder)
-    rows: list[Row] = [
-        {name: value for name, value in row.items() if name != "kind" and value is not None}
-        for row in run.rows
-        if row["kind"] == "train"
+    steps = [row for row in run.rows if row["kind"] == "train"]
+    rows: list[Row] = [  # of the last stage, in a run of several
+        {name: value for name, value in row.items() if name not in ("kind", "stage") and value is not None}
+        for row in steps
+        if row.get("stage") == steps[-1].get("stage")
     ]
     names = ("optimizer.updates_per_step", "rollout.max_tokens", "on_policy.max_gap")
     config = flat(run.config)  # without some in old runs, and of any shape in another program's

@@ -73,6 +73,27 @@ class RecordedRun:
         return found
 
     @cached_property
+    def stages(self) -> list[dict[str, Any]]:
+        """The stages so far, in order: ``stage``, its ``steps``, those done at its ``end``, and what was measured then.
+
+        That is the greedy ``accuracy`` on the validation problems, avg@n and pass@n where they were sampled, and the
+        ``loss`` on held-out demonstrations. A run without stages has none.
+        """
+        found: list[dict[str, Any]] = []
+        for row in self.rows:
+            if row["kind"] == "train" and "stage" in row:
+                if not found or found[-1]["stage"] != row["stage"]:
+                    found.append({"stage": row["stage"], "steps": 0})
+                found[-1] |= {"steps": found[-1]["steps"] + 1, "end": row["step"] + 1}
+        for row in self.rows:
+            if row["kind"] == "eval_loss" or (row["kind"] in _EVALUATIONS and row["split"] == "validation"):
+                measured = {name: row[name] for name in row if name in ("accuracy", "loss") or "@" in name}
+                for stage in found:
+                    if stage["end"] == row["step"]:
+                        stage |= measured
+        return found
+
+    @cached_property
     def metrics(self) -> pa.Table:
         """The table with one row per training step; null where a step has no such metric."""
         return self._table(("train",))
@@ -159,7 +180,7 @@ def _row(line: bytes, where: str, given: Mapping[str, str], advice: str) -> dict
         raise UserError(f"{where} has no number as its {wrong[0]}; {advice}")
     if kind == "eval" and not (0 <= numbers["accuracy"] <= 1 <= numbers["problems"] == int(numbers["problems"])):
         raise UserError(f"{where} has an accuracy of {row['accuracy']} on {row['problems']} problems; {advice}")
-    if kind == "train" and (odd := [name for name in row if name != "kind" and name not in numbers]):
+    if kind == "train" and (odd := [name for name in row if name not in ("kind", "stage", *numbers)]):
         raise UserError(f"{where} has a metric that is not a number ({odd[0][:_LONGEST]!r}); {advice}")
     if kind in _EVALUATIONS and not isinstance(row.get("split"), str):
         raise UserError(f"{where} does not name its split; {advice}")

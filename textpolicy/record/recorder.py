@@ -32,8 +32,9 @@ class Recorder(Sink):
     spell: Spell  # gives each token's text, as ``TextGenerationEnv.pieces``
 
     def step(self, step: int, row: Row, episodes: Sequence[Episode]) -> None:
-        """Write the completions of a training step."""
-        self._write(layout.rollouts_path(self.run, step), step, "train", episodes)
+        """Write the completions of a training step; nothing where none were sampled."""
+        if episodes:
+            self._write(layout.rollouts_path(self.run, step), step, "train", episodes)
 
     def evaluated(self, step: int, split: str, row: Mapping[str, Any], episodes: Sequence[Episode]) -> None:
         """Write the held-out completions of an evaluation after ``step`` steps."""

@@ -22,7 +22,7 @@ from .arms import Arm, Series, arms_of, by_step, differences, held_out, series
 from .charts import line_chart, running_width, stacked_bars
 from .learning import learning, outcome
 from .rendering import render
-from .words import duration, folder_names, natural, title_of
+from .words import duration, folder_names, natural, stage_line, title_of
 
 _PROMPTS = 5  # of each kind: best, worst, most changed
 _COMPLETIONS = 3  # of each kind, where no prompt was drawn in both halves
@@ -78,6 +78,7 @@ def report_html(folders: Sequence[Path], back: str | None = None) -> str:
         title=title_of([flat(run.config) for run in runs.values()], [arm.name for arm in arms]),
         arms=[(arm, learning(arm.runs)) for arm in arms],
         columns=_table(runs),
+        stages=[(name, [stage_line(stage) for stage in run.stages]) for name, run in runs.items() if run.stages],
         charts=[(title, Markup(svg)) for title, svg in drawn],
         constant=constant,
         back=back,

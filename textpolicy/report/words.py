@@ -8,6 +8,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from .._system.terminal import counted
+
 _ALONE = ("algorithm.name", "task", "model")  # settings whose value says enough
 
 
@@ -81,3 +83,16 @@ def in_points(*shares: float, sign: str = "", decimals: int = 1) -> list[str]:
         if len({0.0, *map(float, texts)}) == len({0.0, *points}):
             break
     return [text.replace("-", "+" if sign else "") if float(text) == 0 else text for text in texts]
+
+
+def stage_line(stage: Mapping[str, Any]) -> str:
+    """Return what was measured at the end of a stage, an entry of ``RecordedRun.stages``, in words."""
+    names = {
+        "accuracy": "of the validation problems right, greedy",
+        "loss": "nats per token on held-out demonstrations",
+    }
+    told = []
+    for name in [name for name in stage if name not in ("stage", "steps", "end")]:
+        value = f"{stage[name]:.3f}" if name == "loss" else f"{stage[name]:.1%}"
+        told.append(f"{value} {names[name]}" if name in names else f"{name} {value}")
+    return f"after {stage['stage']}, {counted(stage['steps'], 'step')}: {', '.join(told) or 'not evaluated'}"

@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
 
 from .._system.files import fill_whole, write_whole
 from ..algorithms import Algorithm
@@ -20,6 +22,7 @@ from ..algorithms.sepa import SEPAController
 from ..config.recipe import configure
 from ..config.settings import CheckpointSettings, Config, EvaluationSettings, RolloutSettings
 from ..engine import ResumableEngine, Sampling, stop_tokens
+from ..environment.demonstrations import demonstrations
 from ..environment.multi_turn import ToolEnv
 from ..environment.single_turn import TextGenerationEnv
 from ..errors import UserError
@@ -29,7 +32,8 @@ from ..loop.train import Schedule
 from ..record import layout
 from ..rewards.scoring import Scorer
 from ..tasks import Problem, Task, load_task
-from ..tasks.own import short_name, task_file
+from ..tasks.own import named_rows, short_name, task_file
+from ..types import Episode
 from .checkpoint import Checkpoint
 from .resume import BASE, QUESTIONS
 from .spending import Free
@@ -63,16 +67,24 @@ class Parts:
     max_skipped: int  # steps in a row that may be skipped because they were not finite
     spending: Spending
     versions: Mapping[str, str]  # of now: the file of a task may be edited or moved later
+    stage: str | None = None  # its kind, numbered where there are several; None in a run without stages
+    demonstrations: Sequence[Episode] = ()  # of a stage of sft
+    held_out: Sequence[Episode] = ()  # demonstrations whose loss is measured
+    following: tuple[Parts, ...] = ()  # the parts of the stages after this one
 
 
 def assemble(config: Config, task: Task | None = None, recipe: Algorithm | None = None) -> Parts:
     """Build the parts of a run; its ``task`` and ``recipe`` are those that ``config`` names unless given.
 
+    They are those of its first stage, with those of the stages that follow.
+
     Raises UserError, and ServiceError from a server.
     """
     task = load_task(config.task) if task is None else task
-    config, recipe = with_max_tokens(config, task), recipe or configure(config)
-    engine, tokenizer = build_engine(config, recipe)
+    config = with_max_tokens(config, task)
+    stages = config.stages
+    recipes = [recipe or configure(stage) for stage in stages]
+    engine, tokenizer = build_engine(config, recipes[0])
     try:
         task, limit = with_scorer(task, config), config.evaluation.problems or None
         problems = {"train": task.train, "validation": task.validation[:limit], "test": task.test[:limit]}
@@ -82,32 +94,69 @@ def assemble(config: Config, task: Task | None = None, recipe: Algorithm | None 
         if config.engine == "tinker":
             from ..tinker.spending import budget
 
-            spending = budget(config, recipe, task, engine, splits)
-        curriculum = PassRateCurriculum if config.rollout.curriculum == "pass_rate" else EveryPrompt
-        tokens = config.rollout.max_tokens
-        return Parts(
-            config,
-            title=f"{config.algorithm.name} on {config.task} with {config.model}",
-            engine=engine,
-            tokenizer=tokenizer,
-            splits=splits,
-            recipe=recipe,
-            controller=recipe.controller(),
-            curriculum=curriculum(len(splits["train"]), seed=config.seed),
-            rollout=config.rollout,
-            sampling=Sampling(tokens, config.rollout.temperature, seed=config.seed),
-            greedy=Sampling(tokens, temperature=0.0),
-            schedule=schedule(config),
-            check=OnPolicyCheck(**config.on_policy.model_dump(), corrected=recipe.surrogate.correction is not None),
-            evaluation=config.evaluation,
-            checkpoint=config.checkpoint,
-            max_skipped=config.optimizer.max_skipped,
-            spending=spending,
-            versions={**versions(engine, config.task), QUESTIONS: task.digest, **base_of(config)},
-        )
+            spending = budget(config, recipes[0], task, engine, splits)
+        made, first, tokens = list[Parts](), 0, config.rollout.max_tokens
+        shown = [_demonstrations(own, task, tokenizer) for own in stages]
+        of_now = {**versions(engine, config.task), QUESTIONS: task.digest, **base_of(config)}
+        for n, rows in enumerate(shown, 1):
+            for name, episodes in rows.items():
+                learned = b"".join(e.tokens.tobytes() + e.mask.tobytes() for e in episodes)
+                of_now[f"{name.replace('_', ' ')} of stage {n}"] = hashlib.sha256(learned).hexdigest()[:16]
+        kinds = [own.stage[0].kind for own in stages if own.stage]
+        for n, (own, how, rows) in enumerate(zip(stages, recipes, shown, strict=True), 1):
+            curriculum = PassRateCurriculum if own.rollout.curriculum == "pass_rate" else EveryPrompt
+            parts = Parts(
+                config,
+                title=_title(config),
+                engine=engine,
+                tokenizer=tokenizer,
+                splits=splits,
+                recipe=how,
+                controller=how.controller(),
+                curriculum=curriculum(len(splits["train"]), seed=config.seed),
+                rollout=own.rollout,
+                sampling=Sampling(tokens, own.rollout.temperature, seed=config.seed),
+                greedy=Sampling(tokens, temperature=0.0),
+                schedule=replace(schedule(own), first=first),
+                check=OnPolicyCheck(**own.on_policy.model_dump(), corrected=how.surrogate.correction is not None),
+                evaluation=config.evaluation,
+                checkpoint=config.checkpoint,
+                max_skipped=config.optimizer.max_skipped,
+                spending=spending,
+                versions=of_now,
+                stage=None if not kinds else kinds[n - 1] if kinds.count(kinds[n - 1]) == 1 else f"{kinds[n - 1]}-{n}",
+                demonstrations=rows.get("demonstrations", ()),
+                held_out=rows.get("held_out", ()),
+            )
+            made.append(parts)
+            first = parts.schedule.end
+        return replace(made[0], following=tuple(made[1:]))
     except BaseException:
         engine.close("errored")
         raise
+
+
+def _title(config: Config) -> str:
+    """Return what the run does, for people to read."""
+    stages = " then ".join(stage.kind for stage in config.stage)
+    return f"{stages or config.algorithm.name} on {config.task} with {config.model}"
+
+
+def _demonstrations(config: Config, task: Task, tokenizer: Any) -> dict[str, list[Episode]]:
+    """Return the demonstrations of a stage of sft, and those of which the loss is measured, as fields of its parts."""
+    if not config.stage or config.stage[0].kind != "sft":
+        return {}
+    [stage] = config.stage
+    answers = [
+        {"prompt": task.prompt(p.question), "completion": p.answer} for p in task.train if p.answer not in ("", None)
+    ]
+    template: dict[str, Any] = {"template_args": config.prompt.template_args, "day": config.prompt.day}
+    found = {}
+    for name, given in {"demonstrations": stage.data, "held_out": stage.validation}.items():
+        if given is not None or name == "demonstrations":
+            rows, source = (answers, f"the answers of {config.task}") if given is None else (named_rows(given), given)
+            found[name] = demonstrations(rows, tokenizer=tokenizer, source=source, **template)
+    return found
 
 
 def build_engine(config: Config, recipe: Algorithm | None = None) -> tuple[Any, Any]:
@@ -160,7 +209,15 @@ def fit_memory(parts: Parts, checkpoint: Checkpoint | None = None) -> Plan | Non
     longest = {name: max(len(env.prompt_ids(i)) for i in range(len(env))) for name, env in parts.splits.items()}
     tokens = parts.splits["train"].episode_tokens
     refuse_beyond_context(config, max(longest.values()) + tokens, "the longest prompt with what may follow it")
-    training = Workload(parts.rollout.prompts_per_step, parts.rollout.group_size, longest["train"], tokens)
+    works = []
+    for stage in (parts, *parts.following):
+        rows, sizes = stage.rollout.prompts_per_step, (stage.rollout.group_size, longest["train"], tokens)
+        if shown := [*stage.demonstrations, *stage.held_out]:
+            starts = [int(np.argmax(e.mask)) for e in shown]
+            refuse_beyond_context(config, max(len(e.tokens) for e in shown), "the longest demonstration")
+            sizes = (1, max(starts), max(len(e.tokens) - n for e, n in zip(shown, starts, strict=True)))
+        works.append((rows, *sizes))
+    training = Workload(*map(max, zip(*works, strict=True)))  # of the stages together, at most
     held_out = [Workload(len(parts.splits[name]), 1, longest[name], tokens) for name in longest if name != "train"]
     engine: Any = parts.engine
     return preflight(engine, training, held_out, limit, copies=1)  # the best so far
@@ -220,8 +277,12 @@ def with_max_tokens(config: Config, task: Task) -> Config:
     """Return ``config`` with completions of the task's length, unless ``rollout.max_tokens`` is set."""
     if task.max_tokens is None or "max_tokens" in config.rollout.model_fields_set:
         return config
-    rollout = config.rollout.model_copy(update={"max_tokens": task.max_tokens})
-    return config.model_copy(update={"rollout": rollout})
+
+    def fitted(settings: Any) -> Any:
+        rollout = settings.rollout.model_copy(update={"max_tokens": task.max_tokens})
+        return settings.model_copy(update={"rollout": rollout})
+
+    return cast(Config, fitted(config).model_copy(update={"stage": tuple(map(fitted, config.stage))}))
 
 
 def with_full_paths(config: Config) -> Config:
@@ -231,10 +292,20 @@ def with_full_paths(config: Config) -> Config:
         from ..mlx.models import full_name
 
         changes["model"] = full_name(config.model)
-    if config.algorithm.grams is not None:
-        grams = Path(os.path.abspath(config.algorithm.grams))
-        changes["algorithm"] = config.algorithm.model_copy(update={"grams": grams})
-    return config.model_copy(update=changes)
+    stages = []
+    for stage in config.stage:
+        rows = {name: getattr(stage, name) for name in ("data", "validation") if getattr(stage, name) is not None}
+        full = {name: os.path.abspath(os.path.expanduser(path)) for name, path in rows.items()}
+        stages.append(_with_full_grams(stage).model_copy(update=full))
+    return cast(Config, _with_full_grams(config).model_copy(update={**changes, "stage": tuple(stages)}))
+
+
+def _with_full_grams(settings: Any) -> Any:
+    """Return the settings of a run or a stage with the path of their grams in full."""
+    if settings.algorithm.grams is None:
+        return settings
+    grams = Path(os.path.abspath(settings.algorithm.grams))
+    return settings.model_copy(update={"algorithm": settings.algorithm.model_copy(update={"grams": grams})})
 
 
 def full_task(name: str) -> str:
@@ -252,13 +323,15 @@ def base_of(config: Config) -> dict[str, str]:
 
 
 def refuse_long_warmup(config: Config) -> None:
-    """Raise UserError for a warm-up that was asked for and is longer than the run; the default one is shortened."""
-    o = config.optimizer
-    if "warmup_steps" in o.model_fields_set and o.warmup_steps > config.steps:
-        raise UserError(
-            f"optimizer.warmup_steps is {o.warmup_steps} and steps {config.steps}, so the run would end before the "
-            "peak of the learning rate; set the warm-up to at most the steps"
-        )
+    """Raise UserError for a warm-up that was asked for and is longer than a stage; the default one is shortened."""
+    for stage in config.stages:
+        o = stage.optimizer
+        if "warmup_steps" in o.model_fields_set and o.warmup_steps > stage.steps:
+            what = f"stage of {stage.stage[0].kind}" if stage.stage else "run"
+            raise UserError(
+                f"optimizer.warmup_steps is {o.warmup_steps} and steps {stage.steps}, so the {what} would end before "
+                "the peak of the learning rate; set the warm-up to at most the steps"
+            )
 
 
 def schedule(config: Config) -> Schedule:

@@ -95,17 +95,21 @@ class RunView:
         self.rows.append(row)
         one_of_each_group = list({e.group: e for e in reversed(episodes)}.values())[::-1]
         self.last = one_of_each_group[:_LAST] or self.last
+        learned = "learned_tokens" in row  # from demonstrations, without rollouts
         reward = f"reward {row['reward_mean']:.2f}" if "reward_mean" in row else "nothing could be scored"
+        reward = f"loss {row['loss']:.4f}" if learned else reward
         short = f"correct {row['accuracy']:.0%}" if "accuracy" in row else reward  # beside the bar, in 80 columns
         self.progress.update(self.bar, completed=step + 1, last=short)
         accuracy = f"  correct {row['accuracy']:4.0%}" if "accuracy" in row else ""
         # an engine may not see the entropy, and a server may not report the norm of the gradient
         uncertain = "".join(f"{name} {row[name]:.2f}  " for name in ("entropy", "surprisal") if name in row)
         gradient = f"gradient {row['grad_norm']:.2f}  " if "grad_norm" in row else ""
+        sampled = f"{row['learned_tokens']:.0f} tokens  " if learned else ""
+        if not learned:
+            sampled = f"no-signal groups {row['frac_reward_zero_std']:3.0%}  length {row['length_mean']:.1f}  "
         line = (
             f"step {step + 1:3d}  {reward}{accuracy}  "
-            f"no-signal groups {row['frac_reward_zero_std']:3.0%}  length {row['length_mean']:.1f}  "
-            f"{uncertain}{gradient}{row['sample_seconds'] + row['update_seconds']:.1f} s"
+            f"{sampled}{uncertain}{gradient}{row['sample_seconds'] + row['update_seconds']:.1f} s"
         )
         self._write_log(line)
         worth_a_line = step % max(1, self.steps // _LINES) == 0 or step == self.steps - 1
@@ -148,7 +152,8 @@ class RunView:
         halves = (("rollouts", row["sample_seconds"]), ("updates", row["update_seconds"]))
         speeds = ", ".join(f"{name} {row['sampled_tokens'] / seconds:.0f}" for name, seconds in halves if seconds > 0)
         memory = f"  memory {row['peak_memory_bytes'] / 1e9:.2f} GB" if "peak_memory_bytes" in row else ""
-        lines += [f"tokens/s  {row['tokens_per_second']:.0f} ({speeds}){memory}"]
+        if "tokens_per_second" in row:
+            lines += [f"tokens/s  {row['tokens_per_second']:.0f} ({speeds}){memory}"]
         lines += [example_line(episode, self.console.width) for episode in self.last]
         return Group(self.progress, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
 

@@ -63,8 +63,10 @@ def closing_table(history: History, folder: Path, train_seconds: float, seconds:
     table += [
         ("training", f"{counted(len(rows), 'step')} in {train_seconds:.0f} s ({seconds:.0f} s with all evaluation)"),
         ("time", f"rollouts {sampling:.0f} s, updates {updating:.0f} s"),
-        ("speed", f"{tokens:.0f} tokens sampled, {tokens / (sampling + updating):.0f} tokens/s, rollouts and updates"),
     ]
+    if tokens:
+        speed = f"{tokens / (sampling + updating):.0f} tokens/s, rollouts and updates"
+        table.append(("speed", f"{tokens:.0f} tokens sampled, {speed}"))
     if peaks := [row["peak_memory_bytes"] for row in rows if "peak_memory_bytes" in row]:  # of an engine here
         table.append(("peak memory", f"{max(peaks) / 1e9:.2f} GB in MLX arrays"))
     return [

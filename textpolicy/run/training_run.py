@@ -27,9 +27,11 @@ from ..doctor.words import last_lines
 from ..errors import StoppedError, TextPolicyError, UserError
 from ..loop.evaluation import Evaluation, Rate, evaluate
 from ..loop.metrics import Row
+from ..loop.teach import held_out_loss, teach
 from ..loop.train import Session, train
 from ..record import layout
 from ..record.metrics_file import MetricsFile
+from ..record.reader import load_run
 from ..record.recorder import Recorder
 from ..record.sinks import Sink, Sinks
 from ..record.trackers import open_trackers, require
@@ -130,8 +132,12 @@ class Run:
         checkpoint: Checkpoint | None = None,
     ) -> None:
         """Open the run's files, cut back to ``checkpoint``, from which it resumes. Raises OSError and UserError."""
-        self.parts, self.folder, self.extension = parts, folder, extension
+        self.folder, self.extension = folder, extension
         self.done = 0 if checkpoint is None else checkpoint.step  # training steps
+        self.stages = (parts, *parts.following)
+        self.steps = self.stages[-1].schedule.end  # of all of them
+        # those of the stage in progress
+        self.parts = parts = next((stage for stage in self.stages if self.done < stage.schedule.end), self.stages[-1])
         self.saved: int | None = None  # steps done by the last checkpoint
         self.end: str | None = None  # why the run ends before its last step
         self.history = History()
@@ -146,7 +152,7 @@ class Run:
         self.metrics = MetricsFile(path, kept)
         layout.drop_from(folder, self.done)
         config = parts.config
-        self.view = RunView(parts.schedule.steps, quiet=config.quiet, log=folder / layout.LOG)
+        self.view = RunView(self.steps, quiet=config.quiet, log=folder / layout.LOG)
         self.signal = StopSignal(self.view.stop)
         self.recorder = Recorder(folder, parts.splits["train"].pieces)
         self.trackers = open_trackers(config, folder, before, kept)
@@ -173,6 +179,7 @@ class Run:
     def resume(self, checkpoint: Checkpoint, remarks: Sequence[str]) -> Path:
         """Train on from ``checkpoint``, after printing the ``remarks`` on how it was found."""
         state, parts = checkpoint.state, self.parts
+        same_stage = state.get("stage", 0) == parts.schedule.first
         with self._open():
             parts.spending.allow(checkpoint.step)
             for line in remarks:
@@ -183,9 +190,9 @@ class Run:
             self.history.load_state_dict(state["history"])
             self.history.rows = self.metrics.rows("train")
             self.view.rows = list(self.history.rows)
-            if state["curriculum"] is not None:
+            if state["curriculum"] is not None and same_stage:
                 parts.curriculum.load_state_dict(state["curriculum"])
-            if parts.controller is not None and state["sepa"] is not None:
+            if parts.controller is not None and state["sepa"] is not None and same_stage:
                 parts.controller.load_state_dict(state["sepa"])
             restore_streams(state["streams"])
             now, seconds = time.perf_counter(), state["seconds"]
@@ -194,7 +201,7 @@ class Run:
             if remark := changed_versions(state["versions"], parts.versions):
                 self.view.print(remark)
             parts.spending.try_out(parts.splits["train"])
-            self.view.print(f"resuming {self.folder} after {self.done} of {parts.schedule.steps} steps")
+            self.view.print(f"resuming {self.folder} after {self.done} of {self.steps} steps")
             self.extension.begin(parts, self.folder, self.done)
             (self.folder / layout.SUMMARY).unlink(missing_ok=True)
             write_whole(self.folder / layout.CONFIG, parts.config.model_dump_json(indent=2) + "\n")
@@ -219,31 +226,17 @@ class Run:
 
     def _train(self) -> None:
         """Take the steps that are left, and write what a run ends with."""
+        for parts in self.stages:
+            if self.done < parts.schedule.end and not self._stopped():
+                self.parts = parts
+                self._take_steps()
         parts = self.parts
-        train(
-            parts.engine,
-            parts.splits["train"],
-            parts.recipe,
-            schedule=parts.schedule,
-            prompts_per_step=parts.rollout.prompts_per_step,
-            group_size=parts.rollout.group_size,
-            sampling=parts.sampling,
-            check=parts.check,
-            session=Session(
-                start=self.done,
-                curriculum=parts.curriculum,
-                controller=parts.controller,
-                stopped=lambda: self.signal.number is not None or self.end is not None,
-                on_sampled=self.on_sampled,
-            ),
-            on_step=self.on_step,
-        )
         if self.signal.number is not None:
             if self.saved != self.done:
                 self.checkpoint()
             raise StoppedError(
                 f"stopped by {signal.Signals(self.signal.number).name} after {self.done} of "
-                f"{parts.schedule.steps} steps; resume with: {how_to_resume(self.folder)}",
+                f"{self.steps} steps; resume with: {how_to_resume(self.folder)}",
                 self.signal.number,
             )
         seconds = time.perf_counter() - self.trained
@@ -255,6 +248,46 @@ class Run:
         sync_tree(self.folder / "adapter")
         self.history.after = self.evaluate("test", self.history.kept_step)
         self.finish(seconds, time.perf_counter() - self.started)
+
+    def _stopped(self) -> bool:
+        """Return whether the run ends before its last step."""
+        return self.signal.number is not None or self.end is not None
+
+    def _take_steps(self) -> None:
+        """Take the steps of the stage in progress that are left."""
+        parts, first = self.parts, self.done
+        if parts.stage is not None:
+            self.view.print(f"stage {parts.stage}: steps {first + 1} to {parts.schedule.end}")
+        if parts.demonstrations:
+            teach(
+                parts.engine,
+                parts.demonstrations,
+                schedule=parts.schedule,
+                rows_per_step=parts.rollout.prompts_per_step,
+                seed=parts.config.seed,
+                start=first,
+                stopped=self._stopped,
+                on_step=self.on_step,
+            )
+            return
+        train(
+            parts.engine,
+            parts.splits["train"],
+            parts.recipe,
+            schedule=parts.schedule,
+            prompts_per_step=parts.rollout.prompts_per_step,
+            group_size=parts.rollout.group_size,
+            sampling=parts.sampling,
+            check=parts.check,
+            session=Session(
+                start=first,
+                curriculum=parts.curriculum,
+                controller=parts.controller,
+                stopped=self._stopped,
+                on_sampled=self.on_sampled,
+            ),
+            on_step=self.on_step,
+        )
 
     def on_sampled(self, step: int, episodes: Sequence[Episode]) -> Row:
         """Record what a server was paid for before the update, which may fail; credit follows after it."""
@@ -269,8 +302,10 @@ class Run:
         row = {**row, **self.extension.on_row(step, row, episodes)}
         self.history.rows.append(row)
         self.sinks.step(step, row, episodes)
-        self.metrics.write({"kind": "train", **row})
-        last, due = done == self.parts.schedule.steps, done % self.parts.evaluation.every == 0
+        self.metrics.write(
+            {"kind": "train", **({} if self.parts.stage is None else {"stage": self.parts.stage}), **row}
+        )
+        last, due = done == self.parts.schedule.end, done % self.parts.evaluation.every == 0  # last of its stage
         examples = episodes[:: self.parts.rollout.group_size]
         better = self.validate(done, examples) if due or last else False
         if not last:
@@ -326,6 +361,10 @@ class Run:
         """
         for e in examples[:3]:
             self.view.example(e)
+        if shown := self.parts.held_out:
+            loss = held_out_loss(self.parts.engine, shown)
+            self.view.print(f"   loss on {counted(len(shown), 'held-out demonstration')}: {loss:.4f} nats per token")
+            self.metrics.write({"kind": "eval_loss", "step": steps, "loss": loss, "demonstrations": len(shown)})
         rate = self.evaluate("validation", steps)
         if rate is not None:
             self.history.validation.append((steps, rate))
@@ -347,14 +386,17 @@ class Run:
     def finish(self, train_seconds: float, seconds: float) -> None:
         """Write the report and the summary, which is last because it says that the run is complete."""
         from ..report.page import write_report
+        from ..report.words import stage_line
 
         train, spending = self.parts.splits["train"], self.parts.spending
         env = self.parts.splits.get("test", train)
         question = env.examples[0].get("question", env.prompt_text(0))
-        rows = [*closing_table(self.history, self.folder, train_seconds, seconds), *spending.lines]
         self.metrics.sync()
+        stages = load_run(self.folder).stages
+        rows = [*closing_table(self.history, self.folder, train_seconds, seconds), *spending.lines]
+        rows[2:2] = [("stage", stage_line(stage)) for stage in stages]
         write_report([self.folder], self.folder / layout.REPORT)
-        figures = {**summary(self.history, train_seconds), **spending.row}
+        figures = {**summary(self.history, train_seconds), **spending.row, **({"stages": stages} if stages else {})}
         write_whole(self.folder / layout.SUMMARY, json.dumps(figures, indent=2) + "\n")
         self.view.table("done", rows, next_commands(self.folder, question))
         if self.end is not None:
@@ -380,6 +422,7 @@ class Run:
             now = time.perf_counter()
             state = {
                 "history": self.history.state_dict(),
+                "stage": parts.schedule.first,
                 "curriculum": parts.curriculum.state_dict(),
                 "sepa": None if parts.controller is None else parts.controller.state_dict(),
                 "streams": streams(),

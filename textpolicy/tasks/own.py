@@ -95,17 +95,7 @@ def own_task(path: Path, function: str) -> Task:
 
     Raises UserError.
     """
-    module = _imported(path)
-    made = getattr(module, function, None)
-    if not callable(made):
-        own = [k for k, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
-        raise unknown_name(f"function in {path} called", function, own or ["(it defines none)"])
-    try:
-        task = made()
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{function}() of {path} raised {_described(error, path)}; fix it") from error
+    task = _returned(path, function)
     if not isinstance(task, Task):
         raise UserError(f"{function}() of {path} returned a {type(task).__name__}; return a textpolicy.tasks.Task")
     places: dict[str, str] = {}  # of the questions, in whatever spelling
@@ -116,6 +106,30 @@ def own_task(path: Path, function: str) -> Task:
             if places.setdefault(question_key(problem.question), name) != name:
                 raise UserError(f"{problem.question!r:.80} is in two splits of the task of {path}; keep it in one")
     return task
+
+
+def named_rows(name: str) -> list[dict[str, Any]]:
+    """Return the rows of a file, or those that a function of a Python file, "FILE.py:FUNCTION", returns.
+
+    Raises UserError.
+    """
+    own = task_file(name)
+    return rows_of(name) if own is None else rows_of(_returned(*own))
+
+
+def _returned(path: Path, function: str) -> Any:
+    """Return what ``function`` of the Python file ``path`` returns. Raises UserError."""
+    module = _imported(path)
+    made = getattr(module, function, None)
+    if not callable(made):
+        own = [k for k, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+        raise unknown_name(f"function in {path} called", function, own or ["(it defines none)"])
+    try:
+        return made()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{function}() of {path} raised {_described(error, path)}; fix it") from error
 
 
 def _imported(path: Path) -> ModuleType:

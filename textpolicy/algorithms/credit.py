@@ -81,11 +81,13 @@ class Credit:
     reward: Floats  # (B,) float64, NaN where scoring failed
     group: Ints  # (B,) int, dense: 0..G-1
     baseline: Floats | None = None  # (B,) float64, advantages before any stage; None where they come per token
+    alone: bool = False  # whether completions are learned from each by itself, not against the others of their group
 
     @property
     def silent(self) -> Bools:
         """The completions without a learning signal, (B,) bool: unscored, or in a uniform group."""
-        return Rewards(self.reward, self.group).uniform | np.isnan(self.reward)
+        uniform = np.zeros(len(self.reward), bool) if self.alone else Rewards(self.reward, self.group).uniform
+        return uniform | np.isnan(self.reward)
 
 
 def row_mean(values: Floats, row: Ints, rows: int) -> Floats:

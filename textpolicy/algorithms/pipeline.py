@@ -178,7 +178,8 @@ class Algorithm:
     def pack(self, episodes: Sequence[Episode], tokens: Credit, count: int = 1) -> list[Batch]:
         """Pack episodes and ``tokens``, their credit, into ``count`` batches of whole groups, each normalised alone."""
         spread = _over_episodes(tokens.advantage, episodes)
-        muted = [self.mask_truncated and e.truncated for e in episodes]
+        left_out = {*np.flatnonzero(tokens.baseline == 0)} if tokens.alone else set()
+        muted = [(self.mask_truncated and e.truncated) or i in left_out for i, e in enumerate(episodes)]
         kept = [replace(e, mask=np.zeros_like(e.mask)) if m else e for e, m in zip(episodes, muted, strict=True)]
         parts = np.array_split(np.arange(tokens.group.max() + 1), min(count, tokens.group.max() + 1))
         members = [np.flatnonzero(np.isin(tokens.group, part)) for part in parts]

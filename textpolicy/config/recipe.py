@@ -8,6 +8,7 @@ from typing import Any
 from ..algorithms import Algorithm, algorithm
 from ..algorithms.grams import load_strategic_grams
 from ..algorithms.planning import PlanningGrams
+from ..algorithms.rft import RejectionSampling
 from ..algorithms.top_entropy import KeepTopEntropy
 from ..errors import UserError
 from ..losses import KL, Correction
@@ -19,6 +20,8 @@ _APART = ("name", "kl", "correction", "sepa", "grams", "top_entropy")  # setting
 
 def configure(config: Config) -> Algorithm:
     """Return the recipe of the run, with its settings. Raises UserError for a setting that does not apply to it."""
+    if config.stage and config.stage[0].kind == "rft":  # the settings are those of one stage
+        return RejectionSampling(unique=config.stage[0].unique, cap=config.stage[0].cap)
     settings, kl, c = config.algorithm, config.algorithm.kl, config.algorithm.correction
     given = {k: v for k in type(settings).model_fields if k not in _APART and (v := getattr(settings, k)) is not None}
     given |= {f"sepa_{k}": v for k, v in settings.sepa.model_dump().items() if v is not None}

@@ -359,14 +359,18 @@ class OnPolicySettings(Section):
 class StageSettings(Section):
     """One stage of a run: what it does, for how many steps, and the settings that differ from the run's."""
 
-    kind: Literal["sft", "rl"]
-    """Learn from demonstrations (sft), or from rewards (rl)."""
+    kind: Literal["sft", "rft", "rl"]
+    """Learn from demonstrations (sft), from what was sampled and is right (rft), or from rewards (rl)."""
     steps: PositiveInt
     """Number of training steps."""
     data: str | None = None
     """sft: the demonstrations, FILE.jsonl, .csv or .parquet, or FILE.py:FUNCTION; by default the task's answers."""
     validation: str | None = None
     """sft: more of them, whose loss is measured at every evaluation."""
+    unique: bool = True
+    """rft: keep each completion of a prompt once in a step."""
+    cap: PositiveInt | None = None
+    """rft: keep at most this many completions of a prompt in a step; all by default."""
     algorithm: AlgorithmSettings = AlgorithmSettings()
     rollout: RolloutSettings = RolloutSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -381,7 +385,7 @@ class StageSettings(Section):
         return self
 
 
-_OF_KIND = {"sft": ("data", "validation")}  # settings of one kind of stage
+_OF_KIND = {"sft": ("data", "validation"), "rft": ("unique", "cap")}  # settings of one kind of stage
 _OF_RUN = (  # settings in sections that a stage may change, which all stages share
     ("rollout", "max_tokens"),
     ("rollout", "max_turns"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
@@ -19,17 +19,27 @@ RatioLevel = Literal[
     "sequence-mean",  # mean_t r_t: GRPO-S (arXiv:2508.04349)
 ]
 Estimator = Literal["k1", "k2", "k3", "abs", "k1+", "k3+"]
+Divergence = Literal["tv", "kl"]
+
+
+class Tokens(NamedTuple):
+    """The policies at the tokens of a batch, as an objective reads them; every array is (B, T) unless it says other."""
+
+    ratio: Array  # r, of the surrogate's level: (B, T), or (B, 1) per sequence
+    logprobs: Array  # l, under the policy being trained
+    old: Array  # o, under the denominator of the ratio, constant in the gradient
+    advantages: Array  # A, or (B, 1)
 
 
 class Objective(Protocol):
-    """The quantity to maximise at a token, J(r, A)."""
+    """The quantity to maximise at a token, J(r, l, o, A)."""
 
-    def __call__(self, ratio: Array, logprobs: Array, advantages: Array, xp: Any) -> Array:
-        """Return (B, T) values; ``ratio`` is (B, T) or (B, 1)."""
+    def __call__(self, at: Tokens, xp: Any) -> Array:
+        """Return (B, T) values in the array namespace ``xp``."""
 
-    def clipped(self, ratio: Array, advantages: Array) -> tuple[Array, Array]:
+    def clipped(self, at: Tokens, xp: Any) -> tuple[Array, Array]:
         """Return where clipping stops the gradient, below the range and above it; nowhere unless overridden."""
-        return ratio != ratio, ratio != ratio
+        return at.ratio != at.ratio, at.ratio != at.ratio
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,8 @@ class Clip(Objective):
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise UserError(f"dual_clip is {self.dual_clip}; set it above 1")
 
-    def __call__(self, ratio: Array, logprobs: Array, advantages: Array, xp: Any) -> Array:
+    def __call__(self, at: Tokens, xp: Any) -> Array:
+        ratio, advantages = at.ratio, at.advantages
         free = ratio if self.delta is None else xp.minimum(ratio, self.delta)
         clipped = xp.clip(ratio, 1 - self.clip_low, 1 + self.clip_high)
         j = xp.minimum(clipped * advantages, free * advantages)  # MLX gives the slope of a tie to the second
@@ -63,9 +74,9 @@ class Clip(Objective):
             return j
         return xp.where(advantages < 0, xp.maximum(j, self.dual_clip * advantages), j)
 
-    def clipped(self, ratio: Array, advantages: Array) -> tuple[Array, Array]:
-        low, high = ratio < 1 - self.clip_low, ratio > 1 + self.clip_high
-        return low & (advantages < 0), high & (advantages > 0)
+    def clipped(self, at: Tokens, xp: Any) -> tuple[Array, Array]:
+        low, high = at.ratio < 1 - self.clip_low, at.ratio > 1 + self.clip_high
+        return low & (at.advantages < 0), high & (at.advantages > 0)
 
 
 @dataclass(frozen=True)
@@ -85,13 +96,63 @@ class ClippedWeight(Objective):
                 f"the weight range is [{self.weight_low}, {self.weight_high}]; set 0 <= weight_low < weight_high"
             )
 
-    def __call__(self, ratio: Array, logprobs: Array, advantages: Array, xp: Any) -> Array:
+    def __call__(self, at: Tokens, xp: Any) -> Array:
         high = np.inf if self.weight_high is None else self.weight_high
-        return _fixed(xp.clip(ratio, self.weight_low, high), xp) * advantages * logprobs
+        return _fixed(xp.clip(at.ratio, self.weight_low, high), xp) * at.advantages * at.logprobs
 
-    def clipped(self, ratio: Array, advantages: Array) -> tuple[Array, Array]:
+    def clipped(self, at: Tokens, xp: Any) -> tuple[Array, Array]:
         high = np.inf if self.weight_high is None else self.weight_high
-        return ratio < (self.weight_low or 0.0), ratio > high
+        return at.ratio < (self.weight_low or 0.0), at.ratio > high
+
+
+@dataclass(frozen=True)
+class WithinDivergence(Objective):
+    """Maximise J = M sg(min(r, weight_high)) A l: DPPO (arXiv:2602.04879), which bounds probabilities and not ratios.
+
+    M is 0, and the token has no gradient, where its probability p = exp(l) has moved from p_o = exp(o) the way
+    that A pushes it by more than the bound: D > divergence_high upwards with A > 0, D > divergence_low downwards
+    otherwise. D is the divergence between (p, 1 - p) and (p_o, 1 - p_o): |p - p_o| for "tv", KL(p_o || p) for "kl".
+    ``symmetric`` drops tokens beyond a bound whatever the sign of A (ipo of prime-rl).
+    """
+
+    divergence: Divergence = "tv"
+    divergence_low: float = 0.15
+    divergence_high: float = 0.15
+    symmetric: bool = False
+    weight_high: float | None = 20.0  # sec. 5.4
+
+    def __post_init__(self) -> None:
+        if self.divergence not in get_args(Divergence):
+            raise unknown_name("divergence", self.divergence, get_args(Divergence))
+        if not 0 <= self.divergence_low < np.inf or not 0 <= self.divergence_high < np.inf:
+            raise UserError(
+                f"the bounds of the divergence are {self.divergence_low} and {self.divergence_high}; set both to 0 or "
+                "more"
+            )
+        if self.weight_high is not None and not self.weight_high > 0:
+            raise UserError(f"weight_high is {self.weight_high}; set it above 0")
+
+    def __call__(self, at: Tokens, xp: Any) -> Array:
+        low, high = self.clipped(at, xp)
+        weight = at.ratio if self.weight_high is None else xp.minimum(at.ratio, self.weight_high)
+        return xp.where(low | high, 0, _fixed(weight, xp) * at.advantages * at.logprobs)
+
+    def clipped(self, at: Tokens, xp: Any) -> tuple[Array, Array]:
+        p, p_o = xp.exp(_fixed(at.logprobs, xp)), xp.exp(at.old)
+        moved = p - p_o
+        if self.divergence == "kl":
+            d = p_o * (at.old - _fixed(at.logprobs, xp)) + (1 - p_o) * xp.log((1 - p_o + 1e-8) / (1 - p + 1e-8))
+            moved = xp.where(moved > 0, d, -d)
+        low, high = moved < -self.divergence_low, moved > self.divergence_high
+        return (low, high) if self.symmetric else (low & (at.advantages <= 0), high & (at.advantages > 0))
+
+
+@dataclass(frozen=True)
+class LogLikelihood(Objective):
+    """Maximise J = A l, without a ratio: cross-entropy where A is 1, and DRO with ``Surrogate.drift``."""
+
+    def __call__(self, at: Tokens, xp: Any) -> Array:
+        return at.advantages * at.logprobs
 
 
 @dataclass(frozen=True)
@@ -105,17 +166,17 @@ class SoftGate(Objective):
         if not (self.tau_pos > 0 and self.tau_neg > 0):
             raise UserError(f"tau_pos is {self.tau_pos} and tau_neg {self.tau_neg}; set both above 0")
 
-    def __call__(self, ratio: Array, logprobs: Array, advantages: Array, xp: Any) -> Array:
-        tau = xp.where(advantages > 0, self.tau_pos, self.tau_neg)
-        return 4 / tau / (1 + xp.exp(-tau * (ratio - 1))) * advantages
+    def __call__(self, at: Tokens, xp: Any) -> Array:
+        tau = xp.where(at.advantages > 0, self.tau_pos, self.tau_neg)
+        return 4 / tau / (1 + xp.exp(-tau * (at.ratio - 1))) * at.advantages
 
 
 @dataclass(frozen=True)
 class ImportanceSampling(Objective):
     """Maximise J = r A without bounds: REINFORCE with an importance ratio."""
 
-    def __call__(self, ratio: Array, logprobs: Array, advantages: Array, xp: Any) -> Array:
-        return ratio * advantages
+    def __call__(self, at: Tokens, xp: Any) -> Array:
+        return at.ratio * at.advantages
 
 
 @dataclass(frozen=True)
@@ -179,31 +240,35 @@ class Surrogate:
     kl: KL | None = None
     correction: Correction | None = None
     off_policy_limit: float | None = None  # drop tokens with A < 0 of sequences whose mean b - l exceeds it
+    drift: float | None = None  # adds drift (l - o)^2 / 2 to the loss of a token, which holds l near o
 
     def __post_init__(self) -> None:
+        if self.drift is not None and not 0 <= self.drift < np.inf:
+            raise UserError(f"drift is {self.drift}; set it to 0 or more")
         if self.ratio not in get_args(RatioLevel):
             raise unknown_name("ratio level", self.ratio, get_args(RatioLevel))
 
 
 def policy_objective(logprobs: Array, batch: Any, xp: Any, surrogate: Surrogate) -> Array:
-    """Return sum_t w_t (-c_t J(r_t, A_t) + beta KL_t), the scalar to minimise.
+    """Return sum_t w_t (-c_t J_t + beta KL_t + drift (l_t - o_t)^2 / 2), the scalar to minimise.
 
     ``logprobs`` is l, (B, T), under the policy being trained; ``batch`` holds arrays of the namespace
     ``xp``. w are its weights, c the sampler correction, constant in the gradient. Raises UserError when
     there is a KL penalty and the batch has no reference log-probs.
     """
     live = batch.weights != 0
-    l = xp.where(live, logprobs, 0)
-    log_r = xp.where(live, l - denominator(l, batch, xp, surrogate), 0)
-    j = surrogate.objective(importance_ratio(log_r, live, surrogate.ratio, xp), l, batch.advantages, xp)
+    at = tokens_of(logprobs, batch, xp, surrogate)
+    l, log_r = at.logprobs, at.logprobs - at.old
+    j = surrogate.objective(at, xp)
     if surrogate.correction is not None:
-        o = denominator(l, batch, xp, surrogate)
-        j = j * correction_weights(o, batch.logprobs, live, surrogate.correction, xp)
+        j = j * correction_weights(at.old, batch.logprobs, live, surrogate.correction, xp)
     if surrogate.off_policy_limit is not None:
         drift = _sequence_mean(xp.where(live, batch.logprobs - _fixed(l, xp), 0), live)
         stale = drift > surrogate.off_policy_limit  # arXiv:2512.02556, eq. 9, against the sampler
         j = xp.where(stale & (batch.advantages < 0), 0, j)
     loss = -(batch.weights * j).sum()
+    if surrogate.drift:
+        loss = loss + (batch.weights * (surrogate.drift / 2 * log_r * log_r)).sum()
     kl = surrogate.kl
     if kl is None:
         return loss
@@ -214,6 +279,14 @@ def policy_objective(logprobs: Array, batch: Any, xp: Any, surrogate: Surrogate)
         ratio = xp.exp(xp.clip(log_r, -20, 20))
         value = value * (ratio if kl.estimator in ("k1", "k3", "abs") else _fixed(ratio, xp))
     return loss + (batch.weights * (kl.coefficient * value)).sum()
+
+
+def tokens_of(logprobs: Array, batch: Any, xp: Any, surrogate: Surrogate) -> Tokens:
+    """Return what an objective reads of l, (B, T), and a batch; l and o are 0 where a token has no weight."""
+    live = batch.weights != 0
+    l = xp.where(live, logprobs, 0)
+    o = xp.where(live, denominator(l, batch, xp, surrogate), 0)
+    return Tokens(importance_ratio(l - o, live, surrogate.ratio, xp), l, o, batch.advantages)
 
 
 def denominator(logprobs: Array, batch: Any, xp: Any, surrogate: Surrogate) -> Array:

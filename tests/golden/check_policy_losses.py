@@ -13,8 +13,8 @@ from textpolicy.losses import (
     ImportanceSampling,
     SoftGate,
     Surrogate,
-    importance_ratio,
     kl_estimate,
+    tokens_of,
 )
 
 AGGREGATION = {  # loss type -> (aggregation, what becomes of empty rows), in TRL's terms
@@ -74,8 +74,7 @@ def clip_fractions(case: Case, logprobs: np.ndarray, batch, how: Surrogate) -> l
     if "clip_frac" not in case.expected:
         return []
     live = batch.weights != 0
-    r = importance_ratio(np.where(live, logprobs - batch.logprobs, 0), live, how.ratio, np)
-    low, high = how.objective.clipped(r, batch.advantages)
+    low, high = how.objective.clipped(tokens_of(logprobs, batch, np, how), np)
     fraction = {"clip_frac_low": low[live].mean(), "clip_frac_high": high[live].mean()}
     return [Answer(k, v) for k, v in {**fraction, "clip_frac": sum(fraction.values())}.items()]
 

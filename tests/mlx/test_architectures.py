@@ -12,7 +12,7 @@ from conftest import recipe
 from mlx.utils import tree_flatten
 
 from textpolicy.errors import UserError
-from textpolicy.losses import Surrogate, policy_objective
+from textpolicy.losses import LogLikelihood, Surrogate, WithinDivergence, policy_objective
 from textpolicy.mlx.decode.compiled_steps import Steps
 from textpolicy.mlx.engine import MLXEngine, PolicyObjective
 from textpolicy.mlx.kernels.plain import plain_operations
@@ -119,9 +119,17 @@ def activations_waiting(model, every):
     return waiting
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS, [PROMPTS[2]], [[5 + i % 50 for i in range(64)]]])
-def test_compiled_passes_have_the_gradients_of_eager_ones(prompts):
-    model, rows, objective = adapted("qwen3"), batch(prompts), PolicyObjective(Surrogate())
+COMPILED = [
+    *((prompts, Surrogate()) for prompts in (PROMPTS, [PROMPTS[2]], [[5 + i % 50 for i in range(64)]])),
+    (PROMPTS, Surrogate(WithinDivergence("kl"), drift=0.1)),
+    (PROMPTS, Surrogate(WithinDivergence("tv", symmetric=True))),
+    (PROMPTS, Surrogate(LogLikelihood(), drift=1.0)),
+]
+
+
+@pytest.mark.parametrize(("prompts", "surrogate"), COMPILED)
+def test_compiled_passes_have_the_gradients_of_eager_ones(prompts, surrogate):
+    model, rows, objective = adapted("qwen3"), batch(prompts), PolicyObjective(surrogate)
     eager = dict(tree_flatten(MLXEngine(model, stop=[0]).gradients(rows, objective)[1]))
     engine = MLXEngine(model, stop=[0], compile=True)
     for _ in range(3):  # a shape is compiled when it comes for the second time

@@ -19,6 +19,7 @@ from textpolicy.losses import (
     ImportanceSampling,
     SoftGate,
     Surrogate,
+    WithinDivergence,
     policy_objective,
 )
 from textpolicy.tinker.datum import datum_arrays
@@ -57,6 +58,8 @@ def test_a_weight_without_an_upper_bound_has_one_that_no_ratio_reaches():
     ("surrogate", "message"),
     [
         (Surrogate(SoftGate()), "no loss for SoftGate"),
+        (Surrogate(WithinDivergence()), "no loss for WithinDivergence"),
+        (Surrogate(drift=0.1), "algorithm.drift is set"),
         (Surrogate(Clip(delta=4.0)), "no loss for Clip"),
         (Surrogate(Clip(dual_clip=3.0)), "no loss for Clip"),
         (Surrogate(ratio="sequence-sum"), "ratio per sequence-sum"),
@@ -79,7 +82,7 @@ def test_every_recipe_is_either_sent_or_refused():
             tinker_loss(algorithm(name).surrogate)
         except UserError:
             refused.add(name)
-    assert refused == {"rloo", "sapo"}
+    assert refused == {"rloo", "sapo", "dppo", "dppo_kl", "ipo", "dro"}
 
 
 # ---- the sum over what is sent, in slow loops after the service's documentation

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..errors import unknown_name
-from ..losses import Clip, ClippedWeight, SoftGate, Surrogate
+from ..losses import Clip, ClippedWeight, LogLikelihood, SoftGate, Surrogate, WithinDivergence
 from .credit import Credit as Credit
 from .credit import Rewards as Rewards
 from .grams import DEFAULT_STRATEGIC_GRAMS
@@ -84,6 +84,37 @@ ALGORITHMS = {
         surrogate=Surrogate(_GSPO_BAND, ratio="sequence-token"),
         summary="GSPO's ratio with an advantage per token",
         paper="arXiv:2507.18071",
+    ),
+    "luspo": Algorithm(
+        GroupRelative(),
+        surrogate=Surrogate(Clip(2e-3, 2.5e-3), ratio="sequence"),  # sec. 5.1
+        aggregation="seq-mean-token-sum",
+        summary="GSPO whose completions weigh by their length",
+        paper="arXiv:2602.05261",
+    ),
+    "dppo": Algorithm(
+        GroupRelative(),
+        surrogate=Surrogate(WithinDivergence()),
+        summary="bounds how far a token's probability moves, and not its ratio",
+        paper="arXiv:2602.04879",
+    ),
+    "dppo_kl": Algorithm(
+        GroupRelative(),
+        surrogate=Surrogate(WithinDivergence("kl", 0.05, 0.05)),
+        summary="DPPO with the KL divergence of a token's probability",
+        paper="arXiv:2602.04879",
+    ),
+    "ipo": Algorithm(
+        GroupRelative("none"),
+        surrogate=Surrogate(WithinDivergence("tv", 0.1, 0.1, symmetric=True, weight_high=None), drift=2e-3),
+        summary="DPPO that drops a token in both directions, and holds ratios near 1",
+        paper="prime-rl",
+    ),
+    "dro": Algorithm(
+        GroupRelative(),
+        surrogate=Surrogate(LogLikelihood(), drift=0.1),
+        summary="the log-likelihood times the advantage, held near the sampler by a square",
+        paper="arXiv:2405.19107",
     ),
     "sapo": replace(
         _GRPO,

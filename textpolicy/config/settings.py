@@ -30,7 +30,7 @@ from .._system.files import local_path, of_a_checkout
 from ..algorithms import algorithm
 from ..environment.text.template import DATE
 from ..errors import UserError
-from ..losses import Estimator, RatioLevel
+from ..losses import Divergence, Estimator, RatioLevel
 from ..rewards.contract import OnFailure
 from ..types import Aggregation
 from .adapters import Adapter, Sigma, make_adapter
@@ -205,7 +205,15 @@ class AlgorithmSettings(Section):
     weight_low: NonNegative | None = None
     """CISPO: smallest weight of a token's gradient."""
     weight_high: Positive | None = None
-    """CISPO: largest weight of a token's gradient."""
+    """CISPO, DPPO: largest weight of a token's gradient."""
+    divergence: Divergence | None = None
+    """DPPO: measure how far a token's probability moved by total variation or by KL."""
+    divergence_low: NonNegative | None = None
+    """DPPO: furthest that a token's probability may fall, as a divergence."""
+    divergence_high: NonNegative | None = None
+    """DPPO: furthest that a token's probability may rise, as a divergence."""
+    drift: NonNegative | None = None
+    """Weight of half the squared log-ratio, added to the loss of each token."""
     tau_pos: Positive | None = None
     """SAPO: sharpness of the gate where the advantage is positive."""
     tau_neg: Positive | None = None

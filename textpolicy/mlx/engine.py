@@ -18,7 +18,7 @@ from mlx.utils import tree_map
 
 from ..engine import Sampling
 from ..errors import NotFiniteError, UserError, refuse_outside
-from ..losses import Surrogate, correction_weights, denominator, importance_ratio, kl_estimate, policy_objective
+from ..losses import Surrogate, correction_weights, kl_estimate, policy_objective, tokens_of
 from ..types import Batch, Completion, token_ids
 from .adapters.merging import adapters_off, save_adapter, trainable
 from .blas import blas_threads
@@ -125,7 +125,7 @@ class MLXEngine:
             return logprobs_of(self.model, batch, self.micro_batch_tokens)
 
     def update(self, batch: Batch, surrogate: Surrogate, learning_rate: float) -> Mapping[str, float]:
-        """Take one optimiser step on ``batch``; rows that cannot change the loss are skipped, which changes nothing.
+        """Take one optimiser step on ``batch``; rows without advantages are skipped unless there is a KL.
 
         If no row is left, no parameter moves, not even by momentum, and ``updated`` is 0; it is 0, and ``skipped`` 1,
         when the loss or the gradient is not finite. A KL in the loss needs the reference's log-probs, which
@@ -278,9 +278,8 @@ class PolicyObjective:
         loss = policy_objective(logprobs, rows, mx, surrogate)
         live = rows.weights != 0
         gap = mx.where(live, logprobs - rows.logprobs, 0)
-        log_r = mx.where(live, logprobs - denominator(logprobs, rows, mx, surrogate), 0)
-        ratio = importance_ratio(log_r, live, surrogate.ratio, mx)
-        low, high = surrogate.objective.clipped(ratio, rows.advantages)
+        at = tokens_of(logprobs, rows, mx, surrogate)
+        low, high = surrogate.objective.clipped(at, mx)
         count = {
             "tokens": live,
             "logprob_gap_mean": mx.abs(gap),
@@ -291,8 +290,7 @@ class PolicyObjective:
         if surrogate.kl is not None:
             count["reference_kl"] = live * kl_estimate(logprobs, rows.reference, "k3", mx, limit=20)
         if surrogate.correction is not None:
-            old = denominator(logprobs, rows, mx, surrogate)
-            weights = correction_weights(old, rows.logprobs, live, surrogate.correction, mx)
+            weights = correction_weights(at.old, rows.logprobs, live, surrogate.correction, mx)
             count |= {"correction_mean": live * weights, "correction_dropped": live & (weights == 0)}
         sums = {name: mx.stop_gradient(value.sum()) for name, value in count.items()}
         extremes = {"logprob_gap_max": mx.stop_gradient(mx.abs(gap).max())}

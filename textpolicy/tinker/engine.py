@@ -13,7 +13,7 @@ import numpy as np
 from .._system.files import write_whole
 from ..engine import Sampling, stop_tokens
 from ..errors import ServiceError, TextPolicyError, UserError, refuse_outside, unknown_name
-from ..losses import Surrogate, importance_ratio, policy_objective
+from ..losses import Surrogate, policy_objective, tokens_of
 from ..types import Batch, Completion, token_ids
 from .datum import DatumArrays, datum_arrays
 from .loss import tinker_loss
@@ -369,7 +369,7 @@ def _measured(l: np.ndarray, batch: Batch, surrogate: Surrogate) -> dict[str, fl
     """Return the loss and the gap of the learner's log-probs l to the sampler's, as the local engine reports them."""
     live = batch.weights != 0
     d = np.where(live, l - batch.logprobs, 0).astype(np.float64)
-    low, high = surrogate.objective.clipped(importance_ratio(d, live, surrogate.ratio, np), batch.advantages)
+    low, high = surrogate.objective.clipped(tokens_of(l, batch, np, surrogate), np)
     return {
         "loss": float(policy_objective(l, batch, np, surrogate)),
         "logprob_gap_max": float(np.abs(d).max()),

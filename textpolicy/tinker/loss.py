@@ -32,6 +32,7 @@ def tinker_loss(surrogate: Surrogate) -> TinkerLoss:
         (surrogate.kl is not None, "algorithm.kl", "set algorithm.kl.place to reward"),
         (surrogate.correction is not None, "algorithm.correction", "leave it out: the ratio is taken to the sampler"),
         (surrogate.off_policy_limit is not None, "algorithm.off_policy_limit", "leave it out"),
+        (surrogate.drift is not None, "algorithm.drift", "choose a recipe without it"),
     ):
         if there:
             raise UserError(

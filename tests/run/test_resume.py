@@ -371,6 +371,8 @@ def on_step(self, step, row, episodes):
     true(self, step, row, episodes)
     if step == 2:
         os.kill(os.getpid(), signal.SIGTERM)
+        while self.signal.number is None:  # equal signals that wait are one
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
         print("still here")
 Run.on_step = on_step

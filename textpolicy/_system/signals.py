@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -18,10 +19,10 @@ class StopSignal:
     Outside the main thread, where Python receives no signals, and for an ignored signal it does nothing.
     """
 
-    def __init__(self, clear: Callable[[], object] = lambda: None) -> None:
-        """Call ``clear`` before the note that the run is stopping, which must stay on the screen."""
+    def __init__(self, clear: Callable[[], object] | None = None) -> None:
+        """Call ``clear`` before the note that the run is stopping, where a live view would wipe it off the screen."""
         self.number: int | None = None
-        self._clear, self._note = clear, threading.Thread(target=self._say)
+        self._clear, self._clearing = clear, threading.Thread(target=self._say)
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -34,15 +35,22 @@ class StopSignal:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
-        if self.number is not None:
-            self._note.join()
+        if self._clearing.ident is not None:
+            self._clearing.join()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
+        again, self.number = self.number is not None, number  # a second may come while the note is written
+        if not again and self._clear is None:
+            self._say()
         for handled in self._before:
             signal.signal(handled, signal.SIG_DFL)
-        self._note.start()  # a print may be in the middle of its line, and hold what the note needs
+        if again:
+            os.kill(os.getpid(), number)
+        elif self._clear is not None:
+            self._clearing.start()  # a print may be in the middle of its line, and hold what ``clear`` needs
 
     def _say(self) -> None:
-        self._clear()
-        os.write(2, _STOPPING)
+        if self._clear is not None:
+            self._clear()
+        with suppress(OSError):  # nobody may read it
+            os.write(2, _STOPPING)

@@ -153,7 +153,7 @@ class Run:
         layout.drop_from(folder, self.done)
         config = parts.config
         self.view = RunView(self.steps, quiet=config.quiet, log=folder / layout.LOG)
-        self.signal = StopSignal(self.view.stop)
+        self.signal = StopSignal(self.view.stop if self.view.live else None)
         self.recorder = Recorder(folder, parts.splits["train"].pieces)
         self.trackers = open_trackers(config, folder, before, kept)
         self.sinks = Sinks([self.recorder, *self.trackers, *sinks, self.view])

@@ -98,3 +98,37 @@ def test_a_full_disk_under_the_output_is_one_sentence(words):
     assert done.returncode == 2
     closed = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *PROGRAM, *words], capture_output=True, env=SETTINGS)
     assert (closed.returncode, closed.stderr) == (0, b"")
+
+
+PROBE = """
+import os, sys
+from textpolicy._system.terminal import until_unread
+
+def command():
+    with open(sys.argv[1], "w") as file:
+        os.write(1, b"of a library")
+        os.system("echo of a child; echo of a child >&2")
+        print("printed")
+        print("an error", file=sys.stderr)
+        file.write(f"{file.fileno() > 2} {sys.stdin.read()!r}")
+    return 0
+
+sys.exit(until_unread(command))
+"""
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (1, 2), (0, 1, 2)])
+def test_no_file_gets_the_descriptor_of_a_closed_stream(closed, tmp_path):
+    ends = " ".join(f"{number}<&-" for number in closed)
+    words = ["sh", "-c", f'exec "$@" {ends}', "sh", sys.executable, "-c", PROBE, str(tmp_path / "file")]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert (tmp_path / "file").read_text() == "True ''"
+    assert done.returncode == 0
+    assert done.stdout.split("\n") == ([""] if 1 in closed else ["of a libraryof a child", "printed", ""])
+    assert done.stderr.split("\n") == ([""] if 2 in closed else ["of a child", "an error", ""])
+
+
+def test_an_error_is_not_printed_among_the_results_where_its_stream_is_closed():
+    words = ["sh", "-c", 'exec "$@" 2>&-', "sh", *PROGRAM, "doctor", "nowhere"]
+    done = subprocess.run(words, capture_output=True, env=SETTINGS, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")

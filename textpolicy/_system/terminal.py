@@ -117,17 +117,34 @@ class Lasting:
             silence(self._stream)
 
 
+def open_closed() -> None:
+    """Open the null device as each standard stream that the caller closed, as by ``>&-``.
+
+    Otherwise the next file would get its descriptor, and whatever a library prints.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor, and so this one
+            os.set_inheritable(nowhere, True)  # processes that are started get it, too
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # and print(file=sys.stderr) would print on standard output
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
 def until_unread(command: Callable[[], int]) -> int:
     """Run ``command`` and return its exit code, unless what it prints cannot be written.
 
     Then it is 141, as of SIGPIPE, where the reader has gone away, and 2 with a sentence where the disk is full.
+    Standard streams that are closed are opened to nowhere before.
     """
+    open_closed()
     try:
         try:
             return command()
         finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
     except OSError as error:
         try:
             print(flush=True)  # a stream without a buffer has nothing left to flush

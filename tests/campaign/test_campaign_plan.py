@@ -203,6 +203,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
         ({"seeds": [1, 2, 1]}, "seed 1 is given twice"),
         ({"baseline": "gpro"}, "did you mean 'grpo'"),
         ({"arms": {**ARMS, "a/b": {}}}, "an arm is called 'a/b'"),
+        ({"arms": {**ARMS, "Grpo": {}}}, "the arms grpo and Grpo differ only in the case of their letters"),
         ({"arms": {**ARMS, "other": {"seed": 1}}}, "the arm other sets seed, which all arms share"),
         ({"arms": {**ARMS, "other": {"task": "addition"}}}, "the arm other sets task"),
         ({"arms": {**ARMS, "other": {"evaluation": {"problems": 3}}}}, "the arm other sets evaluation"),

@@ -71,6 +71,12 @@ class CampaignSettings(Section):
         twice = sorted({s for s in self.seeds if self.seeds.count(s) > 1})
         if twice:
             raise ValueError(f"seed {twice[0]} is given twice; give every seed once, because a copy adds no evidence")
+        for name in self.arms:
+            if alike := [other for other in self.arms if other != name and other.lower() == name.lower()]:
+                raise ValueError(
+                    f"the arms {name} and {alike[0]} differ only in the case of their letters, and a Mac would give "
+                    "them one folder; rename one"
+                )
         for name, overrides in self.arms.items():
             if not _NAME.fullmatch(name):
                 raise ValueError(f"an arm is called {name!r}; use letters, digits, '-', '_' and '.'")

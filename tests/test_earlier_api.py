@@ -80,6 +80,7 @@ textpolicy.tasks.countdown: generate_countdown_problems(num_problems, num_number
 textpolicy.tasks.countdown: format_countdown_prompt(target, numbers)
 textpolicy.training: Trainer(model, advantage_fn, loss_fn, optimizer, get_logprobs_fn=None, metrics_fn=None, max_grad_norm=0.5, compile_training='auto', gradient_checkpointing=False, micro_batch_size=None, buffer=None, data_selector_fn=None, auto_save_lora=None, metrics_interval=10, advantage_transform_fn=None, advantage_reward_key='rewards', profile=False, on_policy=True)
 textpolicy.training: Trainer.train(rollout_data=None)
+textpolicy.training: Trainer.train_epoch(coordinator, num_steps=1)
 textpolicy.training: Trainer.link_buffer(buffer, data_selector_fn=None)
 textpolicy.training: build_gtpo_hicra_transform(tokenizer, *, strategic_grams=None, hicra_alpha=0.2, entropy_weight=0.1)
 textpolicy.training: build_gtpo_transform(*, alpha_1=1.0, alpha_2=0.1, reward_threshold=0.5, tokenizer=None, strategic_grams=None, hicra_gamma=0.0, sepa_steps=0, sepa_schedule='linear', sepa_delay_steps=0, sepa_correct_rate_gate=0.0, use_maxrl_base=False)
@@ -211,6 +212,35 @@ def test_settings_of_the_earlier_decoders_change_nothing_and_say_so(key, caplog)
     ids, extras = policy(mx.array([5, 6]), deterministic=True)
     assert len(ids) == len(extras["logprob"])
     assert key in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "instead"),
+    [
+        (tp.buffer.Buffer, "sample_sequences", "sample_episodes"),
+        (tp.buffer.Buffer, "print_state", "episode_count"),
+        (tp.RolloutRunner, "collect_rollout", r"collect\(\)"),
+        (tp.RolloutRunner, "get_statistics", r"collect\(\)"),
+        (tp.Trainer, "get_metrics", r"train\(\)"),
+        (tp.Trainer, "reset_metrics", r"train\(\)"),
+        (tp.Trainer, "reset_timer", r"train\(\)"),
+    ],
+)
+def test_a_method_that_is_gone_says_what_to_call_instead(kind, name, instead):
+    with pytest.raises(UserError, match=rf"^{kind.__name__}\.{name} of version 0.1 is gone; .*{instead}"):
+        getattr(object.__new__(kind), name)(4, 2, recent_first=False)
+    assert hasattr(kind, instead.partition("\\")[0])
+
+
+def test_an_epoch_is_as_many_steps_on_what_the_coordinator_collects():
+    class Handed:
+        collect = staticmethod(lambda: [1, 2])
+
+    trainer = object.__new__(tp.Trainer)
+    trainer.train = lambda data: {"loss": sum(data)}
+    assert trainer.train_epoch(Handed, 3) == [{"loss": 3}] * 3
+    with pytest.raises(UserError, match="num_steps is 0"):
+        trainer.train_epoch(Handed, 0)
 
 
 def test_lists_that_were_optional_may_be_none():

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from .errors import UserError
+from .errors import UserError, gone
 from .types import Completion
 from .types import Episode as TrainingEpisode
 
@@ -229,6 +229,9 @@ class Buffer:
             raise ValueError(f"order is {order!r}; set it to 'asc' or 'desc'")
         latest = self.episodes[-k:]
         return latest if order == "asc" else latest[::-1]
+
+    sample_sequences = gone("Buffer.sample_sequences", "cut the episodes that sample_episodes returns into sequences")
+    print_state = gone("Buffer.print_state", "print episode_count, len(buffer), or the episodes")
 
     def _keep(self, episode: Episode) -> None:
         self.episodes.append(episode)

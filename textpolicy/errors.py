@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NoReturn
 
 
 class TextPolicyError(Exception):
@@ -54,6 +54,15 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UserError(f"there is no {what} {name!r}; {hint}choose one of {', '.join(known)}")
+
+
+def gone(name: str, instead: str) -> Callable[..., NoReturn]:
+    """Return the method that stands for one of version 0.1: it raises UserError and says what to use ``instead``."""
+
+    def method(*_: Any, **__: Any) -> NoReturn:
+        raise UserError(f"{name} of version 0.1 is gone; {instead}")
+
+    return method
 
 
 def refuse_outside(name: str, value: Any, low: float = 0, high: float = float("inf"), *, whole: bool = False) -> None:

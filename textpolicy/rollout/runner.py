@@ -10,7 +10,7 @@ import numpy as np
 from ..buffer import Buffer
 from ..environment.base import Environment
 from ..environment.single_turn import TextGenerationEnv
-from ..errors import UserError
+from ..errors import UserError, gone
 from .base import BatchedPolicy, Policy, RolloutStrategy, checked_step
 from .clock import Clock
 
@@ -82,6 +82,11 @@ class RolloutRunner:
                     with self.clock("buffer_store"):
                         self.strategy.store_transition(buffer, **unsolved | transition)
         return buffer
+
+    collect_rollout = gone(
+        "RolloutRunner.collect_rollout", "call collect(), with max_episodes for a number of episodes"
+    )
+    get_statistics = gone("RolloutRunner.get_statistics", "collect() returns a Buffer, whose episodes have the rewards")
 
     def collect_batched(self, batched_policy_fn: SampleBatch, batch_size: int) -> Buffer:
         """Return a fresh buffer with the next ``batch_size`` episodes, sampled in one call.

@@ -20,9 +20,10 @@ from ..algorithms.sepa import Pooling
 from ..algorithms.weighting import WeightByUncertainty
 from ..buffer import Buffer
 from ..environment.text.pieces import Pieces, text_decode
-from ..errors import UserError, unknown_name
+from ..errors import UserError, gone, refuse_outside, unknown_name
 from ..rewards.registry import accepted_keywords
 from ..rollout.clock import Clock
+from ..rollout.coordinator import RolloutCoordinator
 from ..types import Episode
 from .transforms import CreditTransform, MarkPlanning, PostprocessesBatch, PreparesBatch, Transform
 
@@ -155,6 +156,15 @@ class Trainer:
             result |= {f"timing/{part}_pct": 100 * s / total for part, s in clock.seconds.items()}
             result["timing/total_s"] = total
         return result
+
+    def train_epoch(self, coordinator: RolloutCoordinator, num_steps: int = 1) -> list[dict[str, float]]:
+        """Collect with ``coordinator`` and ``train`` on that, ``num_steps`` times; return what each step returned."""
+        refuse_outside("num_steps", num_steps, 1, whole=True)
+        return [self.train(coordinator.collect()) for _ in range(num_steps)]
+
+    get_metrics = gone("Trainer.get_metrics", "train() returns the metrics of its step")
+    reset_metrics = gone("Trainer.reset_metrics", "train() returns the metrics of its step alone")
+    reset_timer = gone("Trainer.reset_timer", "with profile=True train() returns the times of its step alone")
 
     def _step(self, episodes: Sequence[Episode], data: Mapping[str, Any], clock: Clock) -> dict[str, float]:
         """Update the model on at least one episode and return the metrics."""

@@ -1,5 +1,6 @@
 """From finished run folders, made by hand, to findings, a verdict and pages."""
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -250,6 +251,59 @@ def test_costs_are_those_of_the_runs_at_the_prices_given(tmp_path):
     arm = found_in(tmp_path / "c", settings).arms[0]
     assert (arm.cost.sampled_tokens, arm.cost.trained_tokens, arm.cost.seconds) == (1200, 3600, 36.0)
     assert arm.money == pytest.approx(0.012 + 0.0036 + 36)
+
+
+UNKNOWN = [("sampled_tokens", 0), ("trained_tokens", 1), ("update_seconds", 2)]
+
+
+@pytest.mark.parametrize(("name", "place"), UNKNOWN)
+def test_a_cost_that_a_step_did_not_record_is_unknown_and_not_smaller(tmp_path, name, place):
+    root = tmp_path / "c"
+    settings = made(root, [0.1, 0.2], seeds=2, prices={"sampled_per_million": 1.0, "hour": 1.0})
+    path = root / "runs" / "new" / "seed1" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    del next(row for row in rows if row["kind"] == "train")[name]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    old, new = found_in(root, settings).arms
+    assert [x is None for x in dataclasses.astuple(new.cost)] == [i == place for i in range(3)]
+    assert None not in dataclasses.astuple(old.cost)
+    assert (new.money is None) == (name != "trained_tokens")  # which has no price here
+    [row] = [r for r in markdown(found_in(root, settings)).splitlines() if r.startswith("| new | 4") or "unknown" in r]
+    assert row.count("unknown") == 1 + (new.money is None)
+
+
+NO_NUMBERS = [float("nan"), float("inf"), -1.0, "many", [7], {"a": 1}]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+@pytest.mark.parametrize("name", ["sampled_tokens", "trained_tokens", "sample_seconds", "update_seconds", "accuracy"])
+def test_what_is_no_cost_and_no_score_is_refused_with_its_line(tmp_path, name, value):
+    root = tmp_path / "c"
+    settings = made(root, [0.1], seeds=1)
+    path = root / "runs" / "new" / "seed0" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    number = max(i for i, row in enumerate(rows) if name in row)
+    rows[number][name] = value
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=rf"^line {number + 1} of {path} .*{name}"):
+        found_in(root, settings)
+
+
+ATTEMPT = {"arm": "old", "seed": 0, "returncode": 0, "seconds": 1.5}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"seconds": v} for v in (float("nan"), float("inf"), -1, "1", None)]
+    + [{"seed": 0.5}, {"seed": "0"}, {"seed": True}, {"arm": 7}, {"returncode": "0"}, {"returncode": None}],
+)
+def test_an_attempt_of_odd_values_is_refused_with_its_line(tmp_path, capsys, odd):
+    made(tmp_path / "c", [], seeds=1)
+    lines = [json.dumps(ATTEMPT), json.dumps({**ATTEMPT, **odd})]
+    (tmp_path / "c" / "progress.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert main(["campaign", "status", str(tmp_path / "c")]) == 2
+    assert "line 2 of" in (said := capsys.readouterr().err)
+    assert "is not an attempt at a run; remove the line" in said
 
 
 def test_curves_are_over_all_runs_of_an_arm(tmp_path):

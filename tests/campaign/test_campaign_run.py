@@ -11,9 +11,9 @@ import pytest
 from tiny_folder import SMALL, write_tiny_model
 
 from textpolicy.campaign.jobs import Job, carry_out, read_attempts
-from textpolicy.campaign.plan import finished
 from textpolicy.cli.main import main
 from textpolicy.errors import UserError
+from textpolicy.record.reader import ended
 
 RUN = """
 import json, os, pathlib, sys, time
@@ -200,7 +200,7 @@ def duel(tmp_path, module, monkeypatch):
         def jobs(settings, root):
             folders = {arm: root / "runs" / arm / "seed0" for arm in settings.arms}
             pairs = zip(folders.items(), learns, strict=True)
-            return [Job(arm, 0, f, (module, str(f), str(learnt)), finished) for (arm, f), learnt in pairs]
+            return [Job(arm, 0, f, (module, str(f), str(learnt)), ended) for (arm, f), learnt in pairs]
 
         monkeypatch.setattr("textpolicy.cli.campaign.jobs_of", jobs)
         return main(["campaign", "run", str(source), *words])

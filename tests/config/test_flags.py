@@ -105,6 +105,8 @@ def test_a_value_is_what_was_written(words, expected):
         (["--no-ratio"], "there is no flag --no-ratio; did you mean --ratio?"),
         (["--no-on=1"], "there is no flag --no-on=1; ask for --help"),
         (["--table=a"], "--table cannot be read; write NAME=VALUE,NAME=VALUE or a JSON object"),
+        (["--table={" + '"a":[' * 50_000], "--table cannot be read"),
+        (["--table=a=" + "9" * 5000], "--table cannot be read"),
         (["--table={"], "--table cannot be read; write NAME=VALUE,NAME=VALUE or a JSON object"),
         (["--note=a\0b"], "note has a zero byte"),
         (["extra"], "the command does not take 'extra'"),

@@ -172,6 +172,33 @@ def test_a_checkpoint_of_another_format_or_under_another_name_is_not_sound(tmp_p
         read(tmp_path / "step-000009")
 
 
+ODD = {
+    "a pipe": None,
+    "a list": b"[1]",
+    "nested without end": b"[" * 90000,
+    "a step without end": b'{"format": 1, "step": 1e999, "files": {}}',
+    "a step of text": b'{"format": 1, "step": "2", "files": {}}',
+    "a step of a half": b'{"format": 1, "step": 2.5, "files": {}}',
+    "files of numbers": b'{"format": 1, "step": 2, "files": [[5, "x"]]}',
+    "no files": b'{"format": 1, "step": 2}',
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_checkpoint_whose_list_is_no_list_of_files_is_passed_over(tmp_path, odd):
+    checkpoints = Checkpoints(tmp_path)
+    older, newer = (checkpoints.write(step, {"n": step}, fill("a")) for step in (1, 2))
+    (newer.path / "manifest.json").unlink()
+    if ODD[odd] is None:
+        os.mkfifo(newer.path / "manifest.json")
+    else:
+        (newer.path / "manifest.json").write_bytes(ODD[odd])
+    found = checkpoints.latest()
+    assert found.checkpoint == older
+    assert [fault.count("\n") for fault in found.faults] == [0]
+    assert "manifest.json" in found.faults[0]
+
+
 def test_a_checkpoint_whose_list_lacks_the_state_is_passed_over(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     older = checkpoints.write(1, {"n": 1}, fill("a"))

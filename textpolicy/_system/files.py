@@ -1,9 +1,11 @@
-"""Read paths as people write them; write files atomically, sync them to the disk, and list what a folder holds."""
+"""Read paths as people write them, and JSON as it may be damaged; write files atomically; list what a folder holds."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ _LITTER = {  # what Finder, Spotlight, Time Machine and the trash leave in folde
     *(".DocumentRevisions-V100", ".Spotlight-V100", ".fseventsd", ".TemporaryItems", ".Trashes", ".VolumeIcon.icns"),
     *("__MACOSX", "Network Trash Folder", "Temporary Items", ".com.apple.timemachine.donotpresent"),
 }
+_DEEPEST = 64  # lists and objects in one another: no file has as many, and what walks them calls itself
 
 
 def of_a_checkout(path: Path) -> str:
@@ -44,6 +47,54 @@ def local_path(given: Any) -> Any:
     if full.startswith("~"):
         raise UserError(f"the path {text!r} begins with the home of a user who is not known; write ./{text} for a name")
     return os.path.abspath(full) if Path(full).parts[:1] and Path(full).parts[0].startswith("~") else full
+
+
+def parse_json(text: str | bytes, number: Callable[[str], float] = float) -> Any:
+    """Parse JSON whose floats ``number`` makes, as of the words NaN and Infinity, which Python writes.
+
+    Raises ValueError for anything else, and for lists and objects more than 64 deep.
+    """
+    try:
+        values = json.loads(text, parse_float=number, parse_constant=number)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    level = [values]
+    for _ in range(_DEEPEST):
+        inside = [
+            value.values() if isinstance(value, dict) else value for value in level if type(value) in (dict, list)
+        ]
+        level = [value for values_inside in inside for value in values_inside]
+        if not level:
+            return values
+    raise ValueError("it is nested too deeply")
+
+
+def finite(text: str) -> float:
+    """Return the number that ``text`` spells. Raises ValueError for what is none, or infinite."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
+def read_object(path: Path, advice: str) -> dict[str, Any] | None:
+    """Read the JSON object in the file ``path``, all of whose numbers are finite; None if there is no such file.
+
+    Raises UserError, which ends with the ``advice``, for a file that cannot be read, for what is no file, such as a
+    pipe that nobody writes to, and for any other content.
+    """
+    if not os.path.exists(path):
+        return None
+    try:
+        if not path.is_file():
+            raise OSError(errno.EINVAL, "it is not a file")
+        values = parse_json(path.read_text(encoding="utf-8"), finite)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {advice}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); {advice}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object; {advice}")
+    return values
 
 
 def write_whole(path: Path, text: str) -> None:

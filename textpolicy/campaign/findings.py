@@ -36,7 +36,7 @@ class ArmFindings:
     lowest: float
     highest: float
     cost: Cost
-    money: float
+    money: float | None  # None where what has a price was not recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +112,7 @@ def find(settings: CampaignSettings, root: Path, jobs: Sequence[Job]) -> Finding
         if not runs:
             raise UserError(f"the arm {name} has no finished run; resume the campaign with 'textpolicy campaign run'")
         values = np.array([o.value for o in runs])
-        cost = Cost(
-            sum(o.cost.sampled_tokens for o in runs),
-            sum(o.cost.trained_tokens for o in runs),
-            sum(o.cost.seconds for o in runs),
-        )
+        cost = Cost.total([o.cost for o in runs])
         sd = float(values.std(ddof=1)) if len(values) > 1 else None
         lowest, highest = float(values.min()), float(values.max())
         money = cost.money(settings.prices)

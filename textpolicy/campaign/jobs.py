@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
 
+from .._system.files import finite, parse_json
 from .._system.lock import lock_with_children
 from .._system.machine import RUNS
 from ..errors import UserError
@@ -126,9 +128,12 @@ def read_attempts(root: Path) -> list[Attempt]:
     attempts = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            attempts.append(Attempt(str(row["arm"]), int(row["seed"]), int(row["returncode"]), float(row["seconds"])))
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            row = parse_json(line, finite)
+            attempt = Attempt(**{f.name: row[f.name] for f in fields(Attempt)})
+            if (*map(type, astuple(attempt)[:3]),) != (str, int, int) or not 0 <= attempt.seconds < math.inf:
+                raise ValueError("a value of another type")
+            attempts.append(attempt)
+        except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"line {number} of {path} is not an attempt at a run; remove the line") from error
     return attempts
 

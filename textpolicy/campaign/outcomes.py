@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..analysis.curves import summarize_curve
 from ..errors import UserError
 from ..record.layout import MATH_EVALS
-from ..record.reader import load_run
+from ..record.reader import load_run, marks
 from .settings import Prices, Summary
 
 
@@ -26,16 +27,22 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The tokens and the time of one run."""
+    """The tokens and the time of one run, or of several; None where a step did not record them."""
 
-    sampled_tokens: int  # tokens of completions
-    trained_tokens: int  # tokens of the sequences that updates read, prompts included
-    seconds: float  # wall-clock: of the process if a campaign ran it, else of its steps
+    sampled_tokens: int | None  # tokens of completions
+    trained_tokens: int | None  # tokens of the sequences that updates read, prompts included
+    seconds: float | None  # wall-clock: of the process if a campaign ran it, else of its steps
 
-    def money(self, prices: Prices) -> float:
-        """Return the cost in the currency of the prices."""
-        tokens = self.sampled_tokens * prices.sampled_per_million + self.trained_tokens * prices.trained_per_million
-        return tokens / 1e6 + self.seconds / 3600 * prices.hour
+    @classmethod
+    def total(cls, costs: Sequence[Cost]) -> Cost:
+        """Return the sum of the ``costs``."""
+        return cls(*(known_sum([getattr(cost, f.name) for cost in costs]) for f in fields(cls)))
+
+    def money(self, prices: Prices) -> float | None:
+        """Return the cost in the currency of the prices; None where what has a price is not known."""
+        tokens = ((self.sampled_tokens, prices.sampled_per_million), (self.trained_tokens, prices.trained_per_million))
+        parts = [(amount, price / 1e6) for amount, price in tokens] + [(self.seconds, prices.hour / 3600)]
+        return known_sum([None if amount is None else amount * price for amount, price in parts if price])
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,29 +73,36 @@ def read_outcome(folder: Path, arm: str, seed: int, summary: Summary, seconds: f
         raise UserError(f"{folder} has no evaluation on held-out problems; run it again, with some")
     curve = tuple(Point(row["step"], row["accuracy"], int(row["problems"])) for row in during)
     judged = kept[0] if summary == "kept" else during[-1]
-    value, solved = judged["accuracy"], judged.get("solved")
+    value, solved = judged["accuracy"], marks(judged)
     if summary == "auc":
         value, solved = summarize_curve([p.accuracy for p in curve], steps=[p.step for p in curve]).auc, None
-    if seconds is None:
-        seconds = sum(row.get("sample_seconds", 0) + row.get("update_seconds", 0) for row in steps)
+    sampled, trained, *spent = (
+        known_sum([row.get(name) for row in steps])
+        for name in ("sampled_tokens", "trained_tokens", "sample_seconds", "update_seconds")
+    )
     return Outcome(
         arm=arm,
         seed=seed,
         value=value,
         problems=int(judged["problems"]),
         curve=curve,
-        solved=solved if isinstance(solved, str) and set(solved) <= {"0", "1"} else None,
+        solved=solved,
         cost=Cost(
-            sampled_tokens=int(sum(row.get("sampled_tokens", 0) for row in steps)),
-            trained_tokens=int(sum(row.get("trained_tokens", 0) for row in steps)),
-            seconds=seconds,
+            sampled_tokens=None if sampled is None else int(sampled),
+            trained_tokens=None if trained is None else int(trained),
+            seconds=known_sum(spent) if seconds is None else seconds,
         ),
     )
 
 
+def known_sum(values: Sequence[Any]) -> Any:
+    """Return the sum of the numbers; None if any is not known."""
+    return None if None in values else sum(values)
+
+
 def solved_by_run(outcomes: Sequence[Outcome]) -> np.ndarray | None:
     """Return (S, P) 0 or 1 for runs on the same problems; None where a run did not record them."""
-    marks = [o.solved for o in outcomes]
-    if any(m is None for m in marks) or len({len(m) for m in marks if m is not None}) != 1:
+    found = [o.solved for o in outcomes if o.solved is not None]
+    if len(found) < len(outcomes) or len({len(solved) for solved in found}) != 1:
         return None
-    return np.array([[int(c) for c in m] for m in marks if m is not None])
+    return np.array([[int(mark) for mark in solved] for solved in found])

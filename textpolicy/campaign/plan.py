@@ -14,9 +14,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .._system.files import names, write_whole
+from .._system.files import names, read_object, write_whole
 from ..errors import UserError
 from ..record.layout import CONFIG
+from ..record.reader import ended
 from .jobs import Job, read_attempts
 from .settings import CampaignSettings, check_campaign
 
@@ -33,17 +34,8 @@ def jobs_of(settings: CampaignSettings, root: Path) -> list[Job]:
         for arm in settings.arms:
             folder = root / "runs" / arm / f"seed{seed}"
             config = str(root / "configs" / f"{arm}-seed{seed}.toml")
-            jobs.append(Job(arm, seed, folder, ("textpolicy", "train", config), finished, resumes=True))
+            jobs.append(Job(arm, seed, folder, ("textpolicy", "train", config), ended, resumes=True))
     return jobs
-
-
-def finished(folder: Path) -> bool:
-    """Return whether the run in ``folder`` has ended: it has written summary.json, its last file, as a whole."""
-    try:
-        json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def as_toml(values: Mapping[str, Any]) -> str:
@@ -107,10 +99,10 @@ def write_manifest(settings: CampaignSettings, root: Path, status: str) -> None:
     runs = []
     for job in jobs_of(settings, root):
         attempt = last.get((job.arm, job.seed))
-        try:  # a run that has begun wrote its settings down, with those that its task decides
-            config = json.loads((job.folder / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            config = settings.config(job.arm, job.seed).model_dump(mode="json")
+        # A run that has begun wrote its settings down, with those that its task decides.
+        config = read_object(job.folder / CONFIG, _RESTORE) or settings.config(job.arm, job.seed).model_dump(
+            mode="json"
+        )
         runs.append(
             {
                 "arm": job.arm,
@@ -142,14 +134,9 @@ def write_manifest(settings: CampaignSettings, root: Path, status: str) -> None:
 def read_manifest(root: Path) -> dict[str, Any]:
     """Read ``root/manifest.json``. Raises UserError if there is none, or it is damaged."""
     path = root / "manifest.json"
-    if not path.is_file():
+    values = read_object(path, _RESTORE)
+    if values is None:
         raise UserError(f"{root} has no manifest.json; give the folder of a campaign, or plan one first")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); {_RESTORE}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a JSON object; {_RESTORE}")
     return values
 
 

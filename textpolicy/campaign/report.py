@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import inf, isfinite
+from math import inf, isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +152,10 @@ def _arm_rows(found: Findings) -> tuple[Rows, Rows, Rows]:
             last = o.curve[-1]
             held_out = Rate(round(last.accuracy * last.problems), last.problems)  # with its Wilson interval
             runs.append([a.name, str(o.seed), f"{o.value:.1%}", str(held_out), str(last.step)])
-        tokens = f"{a.cost.sampled_tokens:,}", f"{a.cost.trained_tokens:,}"
-        costs.append([a.name, *tokens, duration(a.cost.seconds), f"{a.money:.4g}" if priced else "no price given"])
+        tokens = ("unknown" if n is None else f"{n:,}" for n in (a.cost.sampled_tokens, a.cost.trained_tokens))
+        money = "unknown" if a.money is None else f"{a.money:.4g}"
+        took = duration(nan if a.cost.seconds is None else a.cost.seconds)
+        costs.append([a.name, *tokens, took, money if priced else "no price given"])
     return arms, runs, costs
 
 

@@ -17,11 +17,12 @@ from ..analysis.sequential import smallest_anytime_p
 from ..campaign.findings import decided, find, question
 from ..campaign.jobs import carry_out, read_attempts
 from ..campaign.outcomes import read_outcome
-from ..campaign.plan import finished, in_words, jobs_of, planned, write_manifest, write_plan
+from ..campaign.plan import in_words, jobs_of, planned, write_manifest, write_plan
 from ..campaign.report import write_analysis, write_report
 from ..campaign.settings import SUMMARIES, CampaignSettings, Summary, read_campaign
 from ..config.settings import LocalPath, Positional, Section
 from ..errors import UserError, unknown_name
+from ..record.reader import ended
 from ..report.words import duration
 
 
@@ -143,7 +144,7 @@ def enough(settings: CampaignSettings, root: Path) -> bool:
     values: dict[str, dict[int, float]] = {arm: {} for arm in settings.arms}
     for seed in settings.seeds:
         folders = {arm: root / "runs" / arm / f"seed{seed}" for arm in settings.arms}
-        if not all(map(finished, folders.values())):
+        if not all(map(ended, folders.values())):
             break
         for arm, folder in folders.items():
             values[arm][seed] = read_outcome(folder, arm, seed, settings.summary).value

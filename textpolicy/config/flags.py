@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import textwrap
@@ -17,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from .._system.files import parse_json
 from ..errors import UserError
 from .settings import Positional, explain, merged, nearest, settings_of, untrainable
 
@@ -80,11 +80,11 @@ class Argument:
         """Return a JSON object, or NAME=VALUE,... whose values true, false, null and numbers are what they spell."""
         try:
             if word.lstrip().startswith("{"):
-                return dict(json.loads(word))
+                return dict(parse_json(word))
             pairs = dict(pair.split("=", 1) for pair in _items(word))
+            return {n: parse_json(text.lower()) if _SPELLS.fullmatch(text) else text for n, text in pairs.items()}
         except ValueError as error:
             raise UserError(f"{self.shown} cannot be read; write NAME=VALUE,NAME=VALUE or a JSON object") from error
-        return {name: json.loads(text.lower()) if _SPELLS.fullmatch(text) else text for name, text in pairs.items()}
 
 
 def read(
@@ -170,7 +170,7 @@ def _items(word: str) -> list[Any]:
     """Return the items of a list: JSON, or text separated by commas; none if it is empty."""
     if word.startswith("["):
         try:
-            return list(json.loads(word))
+            return list(parse_json(word))
         except ValueError:
             pass  # a name that begins with a bracket
     return [item.strip() for item in word.split(",")] if word.strip() else []

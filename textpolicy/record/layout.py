@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,8 @@ def drop_from(run: Path, step: int) -> None:
     """
     stale = [path for kind in (ROLLOUTS, EVALS) for path in (run / kind).glob(".*.part")]
     for kind, first in ((ROLLOUTS, step), (EVALS, step + 1)):
-        stale += [path for path in parquet_files(run / kind) if int(path.stem.rsplit("-", 1)[1]) >= first]
+        numbered = ((re.fullmatch(r".*-(\d+)", path.stem), path) for path in parquet_files(run / kind))
+        stale += [path for number, path in numbered if number is not None and int(number[1]) >= first]
     for path in stale:
         path.unlink(missing_ok=True)  # macOS removes the ._ half of a file with the file
 

@@ -9,14 +9,17 @@ from typing import Any
 
 from .._system.files import to_disk
 from ..errors import UserError
+from .reader import parse_row
 
 
 class MetricsFile:
     """The file at ``path``, truncated to ``offset`` bytes and appended to from there."""
 
     def __init__(self, path: Path, offset: int = 0) -> None:
-        """Open the file. Raises OSError, and UserError for a file shorter than ``offset``."""
+        """Open the file. Raises OSError, and UserError for a file shorter than ``offset``, and for what is no file."""
         self.path = path
+        if path.exists() and not path.is_file():  # a pipe would wait for a reader
+            raise UserError(f"{path} is not a file; remove it, or choose another output")
         self.file = path.open("ab")
         if (size := self.file.tell()) < offset:
             self.file.close()
@@ -39,11 +42,9 @@ class MetricsFile:
 
     def rows(self, kind: str) -> list[dict[str, Any]]:
         """Return the rows of one kind so far, without the key "kind". Raises UserError for an invalid line."""
-        try:
-            lines = [dict(json.loads(line)) for line in self.path.read_text(encoding="utf-8").splitlines()]
-            return [{k: v for k, v in row.items() if k != "kind"} for row in lines if row["kind"] == kind]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{self.path} is damaged ({error}); restore it, or start the run again") from error
+        advice, lines = "restore it, or start the run again", enumerate(self.path.read_bytes().splitlines(), 1)
+        rows = [parse_row(line, f"line {number} of {self.path}", {}, advice) for number, line in lines]
+        return [{k: v for k, v in row.items() if k != "kind"} for row in rows if row["kind"] == kind]
 
     def close(self) -> None:
         """Close the file."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -11,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._system.files import local_path
+from .._system.files import local_path, parse_json, read_object
 from ..errors import UserError
 from . import layout
 
@@ -21,8 +20,12 @@ if TYPE_CHECKING:
 
 _EVALUATIONS = ("eval", "eval_sampled")
 _NEEDED = {"train": ("step",), "eval": ("step", "accuracy", "problems"), "eval_sampled": ("step",)}  # numbers
+_COUNTS = (
+    "sample_seconds", "update_seconds", "sampled_tokens", "trained_tokens", "peak_memory_bytes", "num_datums",
+)  # fmt: skip
 _WORDS = ("algorithm", "advantage_mode", "transform_mode", "condition")  # in the rows of train_math
 _ANOTHER = "give the folder of a run, if another program or an earlier version wrote this one"
+_DAMAGED = "the run folder is damaged"
 _LONGEST = 200  # characters of a file shown in an error
 
 
@@ -38,17 +41,17 @@ class RecordedRun:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved settings."""
-        return _json(self.folder / layout.CONFIG)
+        return read_object(self.folder / layout.CONFIG, _DAMAGED) or {}
 
     @cached_property
     def versions(self) -> dict[str, str]:
         """The versions of the packages that ran it."""
-        return _json(self.folder / layout.VERSIONS)
+        return read_object(self.folder / layout.VERSIONS, _DAMAGED) or {}
 
     @cached_property
     def summary(self) -> dict[str, Any]:
         """The record written at the end of the run; {} before."""
-        return _json(self.folder / layout.SUMMARY)
+        return read_object(self.folder / layout.SUMMARY, _DAMAGED) or {}
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
@@ -63,12 +66,15 @@ class RecordedRun:
             (layout.MATH_EVALS, "eval", {"split": "validation"}),
         ):
             path, of_run = self.folder / name, False
-            lines = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.is_file() else []
+            try:
+                lines = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.is_file() else []
+            except OSError as error:
+                raise UserError(f"{path} cannot be read ({error.strerror}); {_DAMAGED}") from error
             given = left_out if any(b'"kind"' in line for line in lines) else {"kind": kind, **left_out}
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     where = f"line {number} of {path}"
-                    found.append(_row(line, where, given, "remove the line" if of_run else _ANOTHER))
+                    found.append(parse_row(line, where, given, "remove the line" if of_run else _ANOTHER))
                     of_run = True
         return found
 
@@ -127,6 +133,8 @@ class RecordedRun:
             empty = layout.schema().empty_table()
             return empty if names is None else empty.select(names)
         try:
+            if odd := [path for path in files if not path.is_file()]:  # pyarrow waits for whoever writes to a pipe
+                raise OSError(f"{odd[0].name} is not a file")
             paths = [os.path.join(".", path) for path in files]  # or pyarrow takes s3:x for an address and ~ for home
             data = ds.dataset(paths, schema=layout.schema(), format="parquet")
             return data.to_table(columns=names, filter=where)
@@ -164,11 +172,26 @@ def damaged(what: str, error: Exception) -> UserError:
     return UserError(f"{what} is not a valid Parquet file of completions ({reason}); remove it, or restore it")
 
 
-def _row(line: bytes, where: str, given: Mapping[str, str], advice: str) -> dict[str, Any]:
+def ended(folder: Path) -> bool:
+    """Return whether the run in ``folder`` has ended: summary.json, which it writes last, is there and sound."""
+    try:
+        return read_object(folder / layout.SUMMARY, _DAMAGED) is not None
+    except UserError:
+        return False
+
+
+def marks(row: Mapping[str, Any]) -> str | None:
+    """Return 1 or 0 for each problem of an evaluation, solved or not; None where its ``row`` does not say for each."""
+    solved = row.get("solved")
+    told = isinstance(solved, str) and not set(solved) - {"0", "1"} and len(solved) == row["problems"]
+    return solved if told else None
+
+
+def parse_row(line: bytes, where: str, given: Mapping[str, str], advice: str) -> dict[str, Any]:
     """Parse and check one line that leaves out what is ``given``. Raises UserError, which ends with the ``advice``."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = parse_json(line)
+    except ValueError as error:
         raise UserError(f"{where} is not JSON ({error}); {advice}") from error
     if not isinstance(row, dict) or not isinstance(kind := (row := {**given, **row}).get("kind"), str):
         raise UserError(f"{where} is not a row of a run (an object with a kind); {advice}")
@@ -180,21 +203,10 @@ def _row(line: bytes, where: str, given: Mapping[str, str], advice: str) -> dict
         raise UserError(f"{where} has no number as its {wrong[0]}; {advice}")
     if kind == "eval" and not (0 <= numbers["accuracy"] <= 1 <= numbers["problems"] == int(numbers["problems"])):
         raise UserError(f"{where} has an accuracy of {row['accuracy']} on {row['problems']} problems; {advice}")
+    if wrong := [name for name in _COUNTS if kind == "train" and not 0 <= numbers.get(name, 0) < math.inf]:
+        raise UserError(f"{where} has a {wrong[0]} of {numbers[wrong[0]]}; {advice}")
     if kind == "train" and (odd := [name for name in row if name not in ("kind", "stage", *numbers)]):
         raise UserError(f"{where} has a metric that is not a number ({odd[0][:_LONGEST]!r}); {advice}")
     if kind in _EVALUATIONS and not isinstance(row.get("split"), str):
         raise UserError(f"{where} does not name its split; {advice}")
     return row
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; {} if the file does not exist. Raises UserError for anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}); the run folder is damaged") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a JSON object; the run folder is damaged")
-    return values

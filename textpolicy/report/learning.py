@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy.stats import norm
@@ -14,8 +13,7 @@ from scipy.stats import t as student
 
 from ..doctor import examine
 from ..doctor.facts import Evaluation, evaluations, mean
-from ..record import layout
-from ..record.reader import RecordedRun
+from ..record.reader import RecordedRun, ended, marks
 from .words import in_points
 
 
@@ -98,7 +96,7 @@ def _answered(runs: Sequence[RecordedRun]) -> tuple[str, str]:
     ends = "no interval, because all changed by the same amount"
     if math.isfinite(low):
         ends = "95% interval {} to {}".format(*in_points(low, high, sign="+"))
-    unfinished = "" if all((run.folder / layout.SUMMARY).is_file() for run in runs) else " so far"
+    unfinished = "" if all(ended(run.folder) for run in runs) else " so far"
     reason = f"The share of held-out {split} problems solved {moved}{unfinished} {how} ({ends}, {over})."
     if low > 0 or (not math.isfinite(low) and difference > 0):
         return ("Yes" if low > 0 else f"Yes, all {len(judged)} seeds alike"), reason
@@ -117,8 +115,8 @@ def _over_problems(run: RecordedRun, found: Outcome) -> tuple[float, float]:
     """
     assert found.after is not None
     rows = [row for row in run.rows if row["kind"] == "eval" and row["split"] == found.split]
-    a, b = (_marks(row.get("solved")) for row in (rows[0], rows[-1]))
-    if a is not None and b is not None and len(a) == len(b):
+    a, b = (np.array([mark == "1" for mark in marks(row) or ""], bool) for row in (rows[0], rows[-1]))
+    if len(a) == len(b) > 0:
         n, z = len(a) + 2, float(norm.ppf(0.975))
         gained, lost = (float((x & ~y).sum() + 1) / n for x, y in ((b, a), (a, b)))
         half = z * math.sqrt((gained + lost - (gained - lost) ** 2) / n)
@@ -134,13 +132,6 @@ def _over_seeds(differences: np.ndarray) -> tuple[float, float]:
     n, center = len(differences), float(differences.mean())
     half = float(student.ppf(0.975, n - 1) * differences.std(ddof=1) / math.sqrt(n))
     return center - half, center + half
-
-
-def _marks(solved: Any) -> np.ndarray | None:
-    """Return which problems were solved, (N,) bool; None where a row does not say."""
-    if not isinstance(solved, str) or not solved or set(solved) - {"0", "1"}:
-        return None
-    return np.array([mark == "1" for mark in solved])
 
 
 def _in_training(runs: Sequence[RecordedRun]) -> str:

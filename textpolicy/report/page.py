@@ -15,9 +15,8 @@ from pydantic import Field
 from .._system.files import write_whole
 from ..config.settings import LocalPath, Positional, Section
 from ..errors import UserError
-from ..record.layout import SUMMARY
 from ..record.prompts import compare, halves
-from ..record.reader import RecordedRun, flat, load_run
+from ..record.reader import RecordedRun, ended, flat, load_run
 from .arms import Arm, Series, arms_of, by_step, differences, held_out, series
 from .charts import line_chart, running_width, stacked_bars
 from .learning import learning, outcome
@@ -93,9 +92,7 @@ def _table(runs: dict[str, RecordedRun]) -> list[tuple[str, list[tuple[str, str]
     """Return the columns of the table of runs: a head, and for each run a text and a small one; none is empty."""
     settings = [flat(run.config) for run in runs.values()]
     differing = [name for name in differences(settings) if name not in ("model", "steps")]
-    columns = {
-        "run": [(name, "" if (run.folder / SUMMARY).is_file() else "not finished") for name, run in runs.items()]
-    }
+    columns = {"run": [(name, "" if ended(run.folder) else "not finished") for name, run in runs.items()]}
     for name in [*differing, "seed", "model"]:
         values = [of_run.get(name) for of_run in settings]
         columns[name] = [("" if value is None else str(value), "") for value in values]

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._system.files import is_litter, sync
+from .._system.files import is_litter, read_object, sync
+from ..errors import UserError
 
 MANIFEST, STATE = "manifest.json", "state.json"
 _FORMAT = 1
@@ -120,12 +121,14 @@ class Checkpoints:
 def read(path: Path) -> Checkpoint:
     """Return the checkpoint in the folder ``path`` after checking every byte of it. Raises UnsoundError."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        format, step, files = manifest["format"], int(manifest["step"]), dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UnsoundError(f"its {MANIFEST} cannot be read ({error!r})") from error
-    if format != _FORMAT or _name(step) != path.name:
-        raise UnsoundError(f"its {MANIFEST} is of format {format} and step {step}")
+        manifest = read_object(path / MANIFEST, "it is damaged")
+    except UserError as error:
+        raise UnsoundError(str(error)) from error
+    if manifest is None:
+        raise UnsoundError(f"it lacks {MANIFEST}")
+    format, step, files = (manifest.get(name) for name in ("format", "step", "files"))
+    if format != _FORMAT or type(step) is not int or _name(step) != path.name or not isinstance(files, dict):
+        raise UnsoundError(f"its {MANIFEST} is of format {format!s:.20} and step {step!s:.20}")
     for name, digest in files.items():
         if ".." in Path(name).parts or Path(name).is_absolute() or not (path / name).is_file():
             raise UnsoundError(f"it lacks {name}")

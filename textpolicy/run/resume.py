@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -15,12 +15,13 @@ from typing import Annotated, Any, Self
 from pydantic import model_validator
 
 from .._system.faults import TRAIN_MATH, how_to_resume
-from .._system.files import names
+from .._system.files import names, read_object
 from .._system.lock import LOCK, RunLock
 from .._system.terminal import counted
 from ..config.settings import MONEY, Config, LocalPath, Positional, PositiveInt, check_config
 from ..errors import UserError
 from ..record.layout import CONFIG, EVALS, METRICS, REPORT, ROLLOUTS, SUMMARY, TASK, VERSIONS, parquet_files
+from ..record.reader import ended
 from .checkpoint import Checkpoint, Checkpoints
 
 CHECKPOINTS = "checkpoints"
@@ -94,16 +95,16 @@ def reopen(
         if found.faults:
             raise UserError(f"{found.faults[0]}, nor is any other; remove {folder} to begin again")
         if has_trained(folder):
-            ended = "is finished" if (folder / SUMMARY).exists() else "has made steps"
+            state = "is finished" if (folder / SUMMARY).exists() else "has made steps"
             raise UserError(
-                f"the run in {folder} {ended} and its checkpoints are gone, so it cannot resume; choose another output"
+                f"the run in {folder} {state} and its checkpoints are gone, so it cannot resume; choose another output"
             )
         return Resumed(folder, None)
     done, began = found.checkpoint.step, found.checkpoint.state["config"]
     if config.steps < done:
         raise UserError(f"steps is {config.steps} and the run in {folder} has made {done}; set it to {done} or more")
     made = max(done, len(_STEP.findall(_metrics(folder))))
-    if (folder / SUMMARY).exists() and config.steps <= made:
+    if ended(folder) and config.steps <= made:
         raise UserError(
             f"the run in {folder} is finished, with {counted(made, 'step')}; choose another output, or train it "
             f"further with: {how_to_resume(folder)} --steps {2 * made} --allow steps"
@@ -144,11 +145,9 @@ def is_run(folder: Path) -> bool:
         raise UserError(f"the output folder {folder} cannot be read ({error.strerror}); choose another") from error
     if not found or (LOCK in found and found <= _BEFORE_CONFIG):
         return True
-    try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # none, or damaged
-        settings = None
-    settled = isinstance(settings, dict) and settings.keys() >= _ALWAYS
+    settled = False
+    with suppress(UserError):  # damaged
+        settled = (read_object(folder / CONFIG, "") or {}).keys() >= _ALWAYS
     return settled + (VERSIONS in found) + bool(Checkpoints(folder / CHECKPOINTS).steps()) >= 2
 
 
@@ -177,12 +176,9 @@ def saved_values(folder: Path) -> dict[str, Any]:
 def saved_settings(folder: Path) -> dict[str, Any]:
     """Return the settings that the run in ``folder`` wrote, checked. Raises UserError."""
     path = folder / CONFIG
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{folder} is not a run folder ({path.name} cannot be read); give the folder of a run"
-        ) from error
+    values = read_object(path, "restore it, or give the folder of another run")
+    if values is None:
+        raise UserError(f"{folder} is not a run folder (it has no {path.name}); give the folder of a run")
     check_config(values, str(path))
     return values
 

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from .._system.extras import extra
 from .._system.faults import TRAIN_MATH
-from .._system.files import write_whole
+from .._system.files import read_object, write_whole
 from .._system.terminal import counted, until_unread
 from ..algorithms import Algorithm
 from ..algorithms.planning import planning_masks
@@ -363,14 +363,15 @@ def train(args: TrainMathArguments) -> Path:
     if saved.exists():
         if summary.exists() and not args.resume:
             raise UserError(f"{folder} holds a run; add --resume to resume it, or choose another --log-dir")
-        before, now = json.loads(saved.read_text(encoding="utf-8")), args.model_dump(mode="json")
+        before, now = own_settings(args.log_dir), args.model_dump(mode="json")
         fixed = [name for name in now if name not in _FREE]
         changed = [f"{n} was {before.get(n)!r} and is {now[n]!r}" for n in fixed if before.get(n) != now[n]]
         if changed:
             raise UserError(
                 f"the run began with other settings: {'; '.join(changed)}; resume it with its own, or start another"
             )
-        if summary.exists() and (steps := json.loads(summary.read_text())["steps"]) >= args.max_steps:
+        steps = (read_object(summary, "restore it, or remove it to make the last evaluation again") or {}).get("steps")
+        if type(steps) is int and steps >= args.max_steps:
             raise UserError(
                 f"the run in {folder} is finished, with {counted(steps, 'step')}; raise --max-steps to train it further"
             )
@@ -389,6 +390,11 @@ def train(args: TrainMathArguments) -> Path:
     return run(config, _ALLOWED if saved.exists() else (), [files], extension)
 
 
+def own_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings that the run in ``folder`` wrote down. Raises UserError."""
+    return read_object(folder / TRAIN_MATH, "restore it, or choose another --log-dir") or {}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; a UserError is one sentence on stderr and exit code 2."""
     return until_unread(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
@@ -400,8 +406,7 @@ def _run(arguments: list[str]) -> int:
         args = parse(TrainMathArguments, arguments, command, program="python -m")
         saved = args.log_dir / TRAIN_MATH
         if args.resume and saved.exists():  # the run's own settings are the defaults
-            own = json.loads(saved.read_text(encoding="utf-8"))
-            own = {name: value for name, value in own.items() if value is not None}
+            own = {name: value for name, value in own_settings(args.log_dir).items() if value is not None}
             args = parse(TrainMathArguments, arguments, command, program="python -m", **own)
         if args.dry_run:
             print("\n".join(dry_run(args)))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from .._system.files import read_object
 from ..algorithms import Algorithm
 from ..algorithms.gtpo import ShapeByEntropy
 from ..algorithms.top_entropy import KeepTopEntropy
@@ -44,10 +44,9 @@ def build(config: Config, recipe: Algorithm, adam: Adam | None = None) -> tuple[
 def kept(config: Config, adapter: Path) -> TinkerEngine:
     """Return the engine as the run left it, from the folder that ``save`` wrote. Raises UserError, ServiceError."""
     path = adapter / "tinker.json"
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))["state"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} has no path of the adapter on the server; give the folder of a run") from error
+    advice = "give the folder of a run"
+    if not isinstance(state := (read_object(path, advice) or {}).get("state"), str):
+        raise UserError(f"{path} has no path of the adapter on the server; {advice}")
     return TinkerEngine.connect(
         config.model, base_url=config.tinker.base_url, resume=state, patience=config.tinker.patience
     )

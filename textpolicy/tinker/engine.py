@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
-from .._system.files import write_whole
+from .._system.files import read_object, write_whole
 from ..engine import Sampling, stop_tokens
 from ..errors import ServiceError, TextPolicyError, UserError, refuse_outside, unknown_name
 from ..losses import Surrogate, policy_objective, tokens_of
@@ -277,10 +277,10 @@ class TinkerEngine:
         (folder / KEPT).write_text(json.dumps({"path": weights}) + "\n", encoding="utf-8")
 
     def read_weights(self, folder: Path) -> str:
-        try:
-            return str(json.loads((folder / KEPT).read_text(encoding="utf-8"))["path"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / KEPT} has no path of a state on the server; remove {folder}") from error
+        path, advice = folder / KEPT, f"remove {folder}"
+        if not isinstance(weights := (read_object(path, advice) or {}).get("path"), str):
+            raise UserError(f"{path} has no path of a state on the server; {advice}")
+        return weights
 
     def write_state(self, folder: Path) -> None:
         """Save weights and optimiser on the server. Raises ServiceError and OSError."""

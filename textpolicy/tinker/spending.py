@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .._system.files import to_disk
+from .._system.files import parse_json, to_disk
 from .._system.terminal import counted
 from ..algorithms import Algorithm
 from ..config.settings import Config, TinkerSettings
@@ -285,10 +285,19 @@ def quote_run(
 # ---- files of JSON lines, which a crash may cut off and a resume cuts back
 
 
-def read_lines(path: Path) -> list[Any]:
-    """Return the lines of a file, none if it is missing; an unfinished last line is left out."""
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
-    return [json.loads(line) for line in whole.splitlines()]
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file, none if it is missing; an unfinished last line is left out.
+
+    Raises UserError for a line that is not a JSON object.
+    """
+    found = []
+    lines = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(dict(parse_json(line)))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"line {number} of {path} is not a JSON object; restore it, or remove the line") from error
+    return found
 
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:

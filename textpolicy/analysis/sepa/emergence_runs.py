@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import nan
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..._system.files import parse_json
 from ...errors import UserError
 
 CORRECT_FROM = 0.99  # the reward that counts as correct where the log has no correctness
@@ -60,13 +60,15 @@ def read_run(run_dir: str | Path) -> EmergenceRunStats:
     A run of `textpolicy train` has no such log; its steps are those of its metrics.jsonl.
     """
     folder = Path(run_dir) / "emergence"
-    steps, generations = read_rows(folder / "steps.jsonl"), read_rows(folder / "generations.jsonl")
+    steps = read_rows(folder / "steps.jsonl", "mean_reward")
+    generations = read_rows(folder / "generations.jsonl", "reward", "gram_entropy_delta")
     if not folder.exists():
-        trained = [row for row in read_rows(Path(run_dir) / "metrics.jsonl") if row.get("kind") == "train"]
-        steps = [{"mean_reward": row.get("reward_mean")} for row in trained]
+        trained = [row for row in read_rows(Path(run_dir) / "metrics.jsonl", "reward_mean") if row["kind"] == "train"]
+        steps = [{"mean_reward": row["reward_mean"]} for row in trained]
     answers = []
     for row in generations:
-        right, reward = (row.get("metadata") or {}).get("correctness"), row["reward"]
+        metadata, reward = row.get("metadata"), row["reward"]
+        right = metadata.get("correctness") if isinstance(metadata, dict) else None
         if right is None:
             right = reward is not None and reward >= CORRECT_FROM
         answers.append((str(row.get("prompt", "")), bool(right)))
@@ -102,21 +104,31 @@ def aggregate_group_stats(runs: Sequence[EmergenceRunStats]) -> EmergenceGroupSt
     )
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path, *numbers: str) -> list[dict[str, Any]]:
     """Read the lines of a JSONL file; none if it is missing. A last line that a kill cut off is left out.
 
-    Raises UserError for any other line that is not JSON.
+    The values called ``numbers`` are finite, or None where a line has none or NaN. Raises UserError for any other line.
     """
-    if not path.exists():
+    if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             if number < len(lines):
                 raise UserError(f"line {number} of {path} is not JSON ({error}); fix or remove it") from error
+            continue
+        if not isinstance(row, dict):
+            raise UserError(f"line {number} of {path} is not a JSON object; remove it")
+        row = {"kind": None, **dict.fromkeys(numbers), **row}
+        for name in numbers:
+            if (value := row[name]) != value:  # NaN
+                row[name] = value = None
+            if value is not None and (type(value) not in (int, float) or not isfinite(value)):
+                raise UserError(f"line {number} of {path} has a {name} of {value!s:.40}, which is no number; remove it")
+        rows.append(row)
     return rows
 
 

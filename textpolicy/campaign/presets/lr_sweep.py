@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from math import isfinite
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from ..._system.files import write_whole
-from ...analysis.sepa.emergence_runs import read_rows
 from ...config.settings import LocalPath, Positive, PositiveInt
+from ...record.reader import load_run
 from ..jobs import Job, carry_out
 from .scripts import MathAlgorithm, MathCampaignSettings, Seeds, math_job, new_root, only_planned, write_commands
 
@@ -79,24 +80,24 @@ def run(args: SweepArguments) -> int:
 
 def label_of(lr: float) -> str:
     """Return ``lr`` with one digit where that is exact (4e-05), else with as many as needed (1.2e-05)."""
-    short = f"{lr:.0e}"
-    return short if float(short) == lr else f"{lr:g}"
+    return next(text for text in (f"{lr:.0e}", f"{lr:g}", repr(lr)) if float(text) == lr)
 
 
 def probed(algorithm: MathAlgorithm, lr: float, jobs: Sequence[Job]) -> dict[str, Any]:
     """Return the results of one learning rate, means over its finished runs; None where no run is finished."""
-    done = [job.folder for job in jobs if job.done]
-    rows = [read_rows(folder / "metrics.jsonl") for folder in done]
+    done = [load_run(job.folder).rows for job in jobs if job.done]
+    looks = [[row for row in rows if row["kind"] == "eval"] for rows in done]
+    rows = [[row for row in of_run if row["kind"] == "train"] for of_run in done]
     return {
         "algorithm": algorithm,
         "lr": lr,
         "seeds": len(done),  # finished runs
         "steps": sum(map(len, rows)),
-        "datums": int(sum(row["num_datums"] for run in rows for row in run)),  # sequences learned from
-        "correct_rate": _mean([run[-1]["correct_rate"] for run in rows]),  # of the last step's completions
-        "running_correct_rate": _mean([run[-1]["running_correct_rate"] for run in rows]),  # of all completions
-        "held_out": _mean([read_rows(folder / "evals.jsonl")[-1]["accuracy"] for folder in done]),  # at the last step
-        "loss": _mean([row["loss"] for run in rows for row in run]),
+        "datums": int(sum(row.get("num_datums", 0) for run in rows for row in run)),  # sequences learned from
+        "correct_rate": _mean([run[-1].get("correct_rate") for run in rows if run]),  # of the last step's completions
+        "running_correct_rate": _mean([run[-1].get("running_correct_rate") for run in rows if run]),  # of all
+        "held_out": _mean([of_run[-1]["accuracy"] for of_run in looks if of_run]),  # at the last step
+        "loss": _mean([row.get("loss") for run in rows for row in run]),
         "status": "completed" if len(done) == len(jobs) else "failed",
     }
 
@@ -118,5 +119,5 @@ def table(probes: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
+    known = [v for v in values if v is not None and isfinite(v)]
     return sum(known) / len(known) if known else None

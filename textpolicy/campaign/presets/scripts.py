@@ -12,13 +12,15 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 
 from ..._system.files import write_whole
+from ..._system.terminal import until_unread
 from ...analysis._inputs import statsmodels
 from ...config.flags import parse
 from ...config.settings import LocalPath, PositiveInt, Section
 from ...errors import TextPolicyError
+from ...record.reader import ended
 from ...run.train_math import MathSettings
 from ..jobs import Attempt, Job, carry_out
-from ..plan import finished, in_words
+from ..plan import in_words
 from ..settings import Share
 
 Arguments = TypeVar("Arguments", bound=Section)
@@ -68,7 +70,7 @@ def math_job(
     values = {**shared.model_dump(include=set(MathSettings.model_fields)), "algorithm": algorithm, "lr": lr}
     values |= {"seed": seed, "max_steps": steps, "log_dir": folder}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
-    return Job(arm, seed, folder, (MODULE, *flags), finished, resumes=True)
+    return Job(arm, seed, folder, (MODULE, *flags), ended, resumes=True)
 
 
 def new_root(name: str) -> Path:
@@ -118,12 +120,16 @@ def write_commands(jobs: Sequence[Job], root: Path) -> None:
 
 def script(name: str, kind: type[Arguments], run: Callable[[Arguments], int], argv: Sequence[str]) -> int:
     """Run one script and return its exit code; a UserError is one sentence on stderr and exit code 2."""
-    try:
-        with in_words():
-            return run(parse(kind, argv, "", program=name))
-    except TextPolicyError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{name}: stopped by Ctrl-C; the same command resumes", file=sys.stderr)
-        return 130
+
+    def command() -> int:
+        try:
+            with in_words():
+                return run(parse(kind, argv, "", program=name))
+        except TextPolicyError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"{name}: stopped by Ctrl-C; the same command resumes", file=sys.stderr)
+            return 130
+
+    return until_unread(command)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..._system.extras import extra
-from ..._system.files import write_whole
+from ..._system.files import parse_json, read_object, write_whole
 from ...errors import TextPolicyError, UserError
 from .tracker import INSTALL, Opened, Tracker
 
@@ -47,7 +47,10 @@ def open_trackers(config: Config, folder: Path, before: bytes = b"", kept: int =
         return []
     rows, stay = _rows(before), len(_rows(before[:kept]))
     path, trackers = folder / MARKS, list[Tracker]()
-    marks = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    advice = "remove it, and the trackers get a new run"
+    marks = read_object(path, advice) or {}
+    if odd := [name for name, mark in marks.items() if not isinstance(mark, str | None)]:
+        raise UserError(f"{path} knows the run of {odd[0]} by what is no text; {advice}")
     for name in config.tracking.to:
         with _refusals(name):
             opened = _open(name, config, folder, marks.get(name))
@@ -94,8 +97,8 @@ def _rows(lines: bytes) -> list[dict[str, Any]]:
     rows = []
     for line in lines.rpartition(b"\n")[0].splitlines():
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = parse_json(line)
+        except ValueError:
             continue
         if isinstance(row, dict) and {"kind", "step"} <= row.keys():
             rows.append(row)

@@ -247,6 +247,8 @@ def _read(path: Path, columns: Sequence[str] | None) -> pa.Table:
 
     schema = layout.schema()
     try:
+        if not path.is_file():  # a pipe would wait for whoever writes to it
+            raise OSError("it is not a file")
         with path.open("rb") as opened, pq.ParquetFile(opened) as file:  # a path may look like an address
             table = file.read(columns=None if columns is None else list(columns), use_threads=False)
         names = schema.names if columns is None else list(columns)

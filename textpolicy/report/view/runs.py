@@ -13,7 +13,7 @@ import numpy as np
 
 from ...errors import UserError
 from ...record import layout
-from ...record.reader import RecordedRun, load_run
+from ...record.reader import RecordedRun, ended, load_run
 from .index import LIMIT, SHOWN, Address, Index, Kind, Query, stamp_of
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class ViewedRun:
     @property
     def over(self) -> bool:
         """The state of the run: True once it has finished."""
-        return (self.folder / layout.SUMMARY).is_file()
+        return ended(self.folder)
 
     @property
     def recorded(self) -> RecordedRun:
@@ -178,7 +178,7 @@ class Runs:
         for given in self.folders:
             found = [given] if (given / layout.METRICS).is_file() else []
             for depth in range(1, _DEEPEST + 1 if not found else 0):
-                found += [path.parent for path in given.glob("*/" * depth + layout.METRICS)]
+                found += [path.parent for path in given.glob("*/" * depth + layout.METRICS) if path.is_file()]
             if not found:
                 load_run(given)  # raises
             for folder in sorted(found, key=_natural):

@@ -141,7 +141,7 @@ def make_app(folders: Sequence[Path], token: str) -> Starlette:
     return applications.Starlette(
         routes=[routing.Mount(f"/{token}", routes=routes)],
         middleware=[middleware(hosts, allowed_hosts=["127.0.0.1", "localhost"])],
-        exception_handlers={TextPolicyError: pages.refused},
+        exception_handlers={TextPolicyError: pages.refused, OSError: pages.refused},
     )
 
 
@@ -244,8 +244,11 @@ class Pages:
         return FileResponse(_HERE / name, headers={**_FILES[name], "Cache-Control": "max-age=3600"})
 
     def refused(self, request: Request, error: Exception) -> Response:
-        """Show the error of an invalid request."""
-        return self._page("refused.html", request, status=400, sentence=str(error))
+        """Show the error of an invalid request, or of a run's files."""
+        sentence = str(error)
+        if isinstance(error, OSError):
+            sentence = f"{error.filename} cannot be used ({error.strerror}); check the folder of the run"
+        return self._page("refused.html", request, status=400, sentence=sentence)
 
     def _side(self, at: str) -> dict[str, Any]:
         """Return the completion at an address: its run, address and row."""

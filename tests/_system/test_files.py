@@ -97,3 +97,31 @@ def test_a_line_may_have_numbers_that_are_not_finite_and_a_limited_depth():
     for depth in (65, 900, 100_000):
         with pytest.raises(ValueError, match="nested too deeply"):
             parse_json("[" * depth + "]" * depth)
+
+
+def test_a_file_that_several_write_at_once_is_a_whole_one_and_none_of_them_fails(tmp_path):
+    path, failed = tmp_path / "report.html", list[BaseException]()
+    texts = [letter * 300_000 for letter in "abcdef"]
+
+    def write(text):
+        try:
+            for _ in range(20):
+                write_whole(path, text)
+                assert path.read_text() in texts
+        except BaseException as error:  # noqa: BLE001 - of a thread, whose errors nobody sees
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_what_a_killed_process_left_beside_a_file_is_written_over(tmp_path):
+    (tmp_path / ".a.json.new").write_text("x" * 100)
+    write_whole(tmp_path / "a.json", "short")
+    assert (tmp_path / "a.json").read_text() == "short"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

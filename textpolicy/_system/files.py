@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -105,18 +106,29 @@ def write_whole(path: Path, text: str) -> None:
 def fill_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a file beside ``path``, then rename it to ``path``. Raises OSError.
 
-    A device or a pipe is written to, and never replaced.
+    Of several processes that do so at once, each waits for the one before, so that the file is always a whole one. A
+    device or a pipe is written to, and never replaced.
     """
     if path.exists() and not path.is_file():
         with path.open("wb") as file:
             write(file)
         return
     new = path.with_name(f".{path.name}.new")
-    with new.open("wb") as file:
-        write(file)
-        file.flush()
-        to_disk(file.fileno())
-    os.replace(new, path)
+    while True:
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666), "wb") as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                if not os.path.samestat(os.fstat(file.fileno()), new.stat()):
+                    continue
+            except FileNotFoundError:  # renamed by the process that had the lock
+                continue
+            file.truncate()
+            write(file)
+            file.flush()
+            to_disk(file.fileno())
+            os.replace(new, path)
+        break
     sync(path.parent)
 
 

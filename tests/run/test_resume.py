@@ -149,7 +149,7 @@ def test_a_metrics_file_with_a_line_that_is_no_row_is_damaged(line, tmp_path):
     rows = b'{"kind": "train", "step": 0, "loss": 0.5}\n'
     (tmp_path / "metrics.jsonl").write_bytes(rows + line + b"\n")
     metrics = MetricsFile(tmp_path / "metrics.jsonl", len(rows) + len(line) + 1)
-    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged \(.*\); restore it, or start the run again"):
+    with pytest.raises(UserError, match=r"^line 2 of .*metrics\.jsonl .*; restore it, or start the run again"):
         metrics.rows("train")
     metrics.close()
     metrics = MetricsFile(tmp_path / "metrics.jsonl", len(rows))  # a checkpoint before it cuts it off

@@ -8,7 +8,7 @@ import sys
 import pytest
 from rich.cells import cell_len
 
-from textpolicy._system.terminal import counted, example, latest, wrap
+from textpolicy._system.terminal import counted, example, latest, one_line, wrap
 from textpolicy.cli.main import main
 
 LETTERS = "ab c漢字😀é\n\x1b\u202e'\"\\"
@@ -64,6 +64,18 @@ def test_a_list_of_commands_fits_the_terminal(words, width, monkeypatch, capsys)
     monkeypatch.setattr("textpolicy._system.terminal.columns", lambda stream=None: width)
     assert main(words) == 0
     assert [line for line in capsys.readouterr().out.splitlines() if cell_len(line) > width] == []
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2Jb", "a\u202eb", "a\rb", "a\u2028b", "a\x85b", "a\tb", "a\x7fb"])
+def test_an_error_is_one_line_whatever_a_path_is_called(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir(name)
+    for words in (["doctor", name], ["export", name, "--to=hf"], ["campaign", "status", name], ["train", name]):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1
+        assert said.removesuffix("\n").isprintable()
+    assert one_line("漢字 é 😀 'x'") == "漢字 é 😀 'x'"
 
 
 def test_one_thing_has_no_s():

@@ -32,6 +32,11 @@ def say(text: str, indent: int = 2, stream: TextIO | None = None) -> None:
     print("\n".join(wrap(line, width, " " * indent) for line in text.split("\n")), file=stream)
 
 
+def one_line(text: str) -> str:
+    """Return ``text`` with codes in place of what would end the line, or act on the terminal: new lines, escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def counted(number: int, what: str) -> str:
     """Return "1 step" or "2 steps"."""
     return f"{number} {what}{'' if number == 1 else 's'}"

@@ -14,7 +14,7 @@ from pydantic import Field
 from .._system.faults import machine_fault
 from .._system.files import local_path
 from .._system.machine import how_to_install
-from .._system.terminal import say, until_unread
+from .._system.terminal import one_line, say, until_unread
 from ..config.flags import checked, parse, read
 from ..config.settings import LocalPath, Positional, Section, check_config, merged, read_values
 from ..errors import StoppedError, TextPolicyError
@@ -63,7 +63,7 @@ def _run(arguments: list[str]) -> int:
         message = f"{error.filename!r} cannot be used ({error.strerror}); check the path"
     except KeyboardInterrupt:
         message, code = "stopped by Ctrl-C", 130
-    say(f"textpolicy: {message}", stream=sys.stderr)
+    say(f"textpolicy: {one_line(message)}", stream=sys.stderr)
     return code
 
 

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field, model_validator
 from .._system.extras import extra
 from .._system.faults import TRAIN_MATH
 from .._system.files import read_object, write_whole
-from .._system.terminal import counted, until_unread
+from .._system.terminal import counted, one_line, until_unread
 from ..algorithms import Algorithm
 from ..algorithms.planning import planning_masks
 from ..algorithms.sepa import Pooling
@@ -413,7 +413,7 @@ def _run(arguments: list[str]) -> int:
         else:
             train(args)
     except TextPolicyError as error:
-        print(f"train_math: {error}", file=sys.stderr)
+        print(f"train_math: {one_line(str(error))}", file=sys.stderr)
         return error.exit_code if isinstance(error, StoppedError) else 2
     except KeyboardInterrupt:
         print("train_math: stopped by Ctrl-C; --resume continues from the last checkpoint", file=sys.stderr)

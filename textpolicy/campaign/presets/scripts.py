@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 
 from ..._system.files import write_whole
-from ..._system.terminal import until_unread
+from ..._system.terminal import one_line, until_unread
 from ...analysis._inputs import statsmodels
 from ...config.flags import parse
 from ...config.settings import LocalPath, PositiveInt, Section
@@ -126,7 +126,7 @@ def script(name: str, kind: type[Arguments], run: Callable[[Arguments], int], ar
             with in_words():
                 return run(parse(kind, argv, "", program=name))
         except TextPolicyError as error:
-            print(f"{name}: {error}", file=sys.stderr)
+            print(f"{name}: {one_line(str(error))}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print(f"{name}: stopped by Ctrl-C; the same command resumes", file=sys.stderr)

@@ -8,8 +8,10 @@ import pytest
 from made_run import make_run
 
 from textpolicy.cli.main import main
+from textpolicy.config.settings import Config
 from textpolicy.errors import UserError
 from textpolicy.record.reader import ended, load_run, marks
+from textpolicy.record.trackers import open_trackers
 
 
 def after(name, content):
@@ -172,6 +174,14 @@ def test_a_file_that_may_not_be_read_is_a_sentence_on_the_page(tmp_path, monkeyp
     answer = TestClient(app, base_url="http://127.0.0.1").get("/token/")
     assert answer.status_code == 400
     assert "metrics.jsonl cannot be read (Permission denied)" in answer.text
+
+
+@pytest.mark.parametrize("content", [b"", b"[", b"[1]", b'{"wandb": 5}', b'{"mlflow": ["a"]}', b'{"wandb": NaN}'])
+def test_marks_of_trackers_that_are_damaged_are_one_sentence(tmp_path, content):
+    (tmp_path / "trackers.json").write_bytes(content)
+    config = Config(tracking={"to": ["wandb"]})
+    with pytest.raises(UserError, match=r"^\S*trackers\.json .*; remove it, and the trackers get a new run$"):
+        open_trackers(config, tmp_path)
 
 
 def test_marks_that_are_not_one_for_each_problem_are_no_evidence():

@@ -13,7 +13,7 @@ from textpolicy.errors import ServiceError, UserError
 from textpolicy.run.training_run import run
 from textpolicy.tasks import TASKS, Problem, Task
 from textpolicy.tinker.engine import TinkerEngine
-from textpolicy.tinker.spending import RunWork
+from textpolicy.tinker.spending import RunWork, read_lines
 
 STEPS = 5
 WORDS = len("let me check. \\boxed{10}") + 1  # tokens of the longest answer
@@ -244,3 +244,12 @@ def test_a_dry_run_without_prices_names_the_flags_that_set_them(no_tinker_accoun
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--engine=tinker", "--model=any", "--dry-run"]) == 0
     assert "no prices are given; pass --tinker.price-prefill" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", [b"{", b"7", b"[1, 2]", b"\xff", b'{"a": ' * 9000])
+def test_a_line_of_a_ledger_that_is_no_object_is_named(tmp_path, line):
+    (tmp_path / "spent.jsonl").write_bytes(b'{"step": 0}\n' + line + b"\n")
+    with pytest.raises(UserError, match=r"^line 2 of .*spent\.jsonl is not a JSON object; restore it"):
+        read_lines(tmp_path / "spent.jsonl")
+    (tmp_path / "spent.jsonl").write_bytes(b'{"step": 0}\n' + line)
+    assert read_lines(tmp_path / "spent.jsonl") == [{"step": 0}]  # the last is still being written

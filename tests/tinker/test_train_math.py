@@ -672,3 +672,24 @@ def test_without_the_sdk_the_command_prints_how_to_install_it(problems, tmp_path
     monkeypatch.setitem(sys.modules, "tinker", None)
     assert main([f"--data={problems}", f"--log-dir={tmp_path / 'run'}"]) == 2
     assert "pip install 'textpolicy[tinker]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"lr": Infinity}', b'{"a": [' * 9000])
+def test_settings_of_a_run_that_are_damaged_are_one_sentence(tmp_path, capsys, content):
+    (tmp_path / "train_math.json").write_bytes(content)
+    assert main(["--log-dir", str(tmp_path), "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert "train_math.json is not" in said
+    assert "restore it, or choose another --log-dir" in said
+
+
+def test_weights_on_a_server_whose_path_is_damaged_are_one_sentence(tmp_path):
+    engine = object.__new__(TinkerEngine)
+    engine.write_weights("tinker://a/b", tmp_path)
+    [path] = tmp_path.iterdir()
+    assert engine.read_weights(tmp_path) == "tinker://a/b"
+    for content in (b"", b"[1]", b"{}", b'{"path": 7}', b'{"path": ["tinker://a"]}'):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{path.name} .*; remove "):
+            engine.read_weights(tmp_path)

@@ -54,6 +54,15 @@ def limits():
     mx.set_cache_limit(kept)
 
 
+@pytest.fixture
+def no_work_ahead():
+    """Let MLX wait for each operation before it takes memory for the next.
+
+    It may be ten ahead, of operations that a thread of its own does: how many depends on what else the machine does.
+    """
+    mx.set_memory_limit(1)
+
+
 def model_of(kind):
     """A model of a few blocks, wide enough that activations matter."""
     mx.random.seed(0)
@@ -144,24 +153,28 @@ def test_the_peaks_of_the_built_in_model_are_predicted_within_a_third():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_work_ahead")  # as on a GPU while it is measured
 @pytest.mark.parametrize("checkpoint_every", [0, 1])
 def test_the_peak_of_long_rows_is_predicted_where_attention_keeps_all_scores(checkpoint_every, monkeypatch):
     """As on Metal: MLX's own attention under a gradient, and compiled passes, held to what was predicted for them."""
     monkeypatch.setattr(exponentials, "patches", dict)
     monkeypatch.setattr(memory, "_WIDE", {mx.cpu: (64, 128, 256)})
-    monkeypatch.setattr(memory, "_TIMES", {mx.cpu: 2})
+    # a buffer let go of late makes one of the short rows look larger, and the curve through them bends: the least of 5
+    monkeypatch.setattr(memory, "_TIMES", {mx.cpu: 5})
     monkeypatch.setattr(memory, "_MARGIN", {mx.cpu: memory._MARGIN[mx.gpu]})
     model = attach_lora(tiny_family("llama", hidden_size=64, num_attention_heads=8, vocab_size=500), rank=4)
-    mx.set_memory_limit(1)  # as on a GPU while it is measured
     costs = Costs.measure(model, checkpoint_every=checkpoint_every, compiled=True)
-    mx.set_memory_limit(2**40)
     assert costs.compiled.pair > 0
     for tokens in (256, 1024):
         work = Workload(1, 2, prompt_tokens=60, completion_tokens=tokens)
         engine = MLXEngine(model, stop=[], compile=True, checkpoint_every=checkpoint_every)
         most = costs.update(work, 2 * work.row)
+        # 1.4 of rows of 256 tokens; with work in flight the peak lies between this one and ``most``
+        assert 1 <= most / updates(engine, work, 2 * work.row, 500) <= 1.6
         memory.hold(engine, costs, most, math.inf)
-        assert 1 <= most / updates(engine, work, 2 * work.row, 500) <= 1.4  # a model of 20 MB; larger ones are nearer
+        mx.set_memory_limit(2**40)
+        assert updates(engine, work, 2 * work.row, 500) <= most
+        mx.set_memory_limit(1)
 
 
 def test_a_pass_is_held_to_its_room_and_the_limit_restored(monkeypatch):
@@ -319,23 +332,32 @@ def test_an_engine_gets_smaller_sizes_and_the_same_gradients():
     assert by_parts["peak_memory_bytes"] - before <= 1.1 * room < at_once["peak_memory_bytes"] - before
 
 
-@pytest.mark.parametrize("share", [0.5, 0.8, 1.2])
-@pytest.mark.parametrize(
-    ("kind", "vocabulary", "work"),
-    [
-        ("lora", 300, Workload(4, 6, 5, 4)),
-        ("lora", 4096, Workload(6, 6, 40, 10)),
-        ("full", 4000, Workload(2, 2, 20, 60)),
-    ],
-)
-def test_measuring_stays_within_the_limit_and_steps_within_the_prediction(kind, vocabulary, work, share, monkeypatch):
+SMALL = [
+    ("lora", 300, Workload(4, 6, 5, 4)),
+    ("lora", 4096, Workload(6, 6, 40, 10)),
+    ("full", 4000, Workload(2, 2, 20, 60)),
+]
+
+
+def small_engine(kind, vocabulary):
+    """An engine of 0.5 to 3 MB of weights, of which one operation is much."""
     model = tiny_family("llama", hidden_size=64, num_hidden_layers=2, vocab_size=vocabulary, head_dim=16)
-    engine = MLXEngine(attach(model, Full() if kind == "full" else LoRA(rank=4)), stop=[])
-    limit = mx.get_active_memory() + share * Costs.measure(model).update(work, 8192)
+    return MLXEngine(attach(model, Full() if kind == "full" else LoRA(rank=4)), stop=[])
+
+
+@pytest.mark.usefixtures("no_work_ahead")
+@pytest.mark.parametrize("share", [0.5, 0.8, 1.2])
+@pytest.mark.parametrize(("kind", "vocabulary", "work"), SMALL)
+def test_measuring_stays_within_the_limit(kind, vocabulary, work, share, monkeypatch):
+    """Work in flight is let go up to the limit, and one operation beyond it."""
+    engine = small_engine(kind, vocabulary)
+    limit = mx.get_active_memory() + share * Costs.measure(engine.model).update(work, 8192)
     peaks = []
 
     def watched(results, peak=memory._peak):
+        before = mx.set_memory_limit(1)  # preflight has set it to ``limit``
         found = peak(results)
+        mx.set_memory_limit(before)
         peaks.append(mx.get_peak_memory())
         return found
 
@@ -345,12 +367,17 @@ def test_measuring_stays_within_the_limit_and_steps_within_the_prediction(kind, 
         plan = preflight(engine, work, limit=limit)
     assert 0 < max(peaks) <= limit
     assert plan is not None or share < 1
-    if plan is None:
-        return
-    assert mx.get_peak_memory() < max(peaks)  # the first step reports a peak of its own
-    # a model of 3 MB, of which work in flight is a part that differs from run to run
+    if plan is not None:
+        assert plan.update_bytes <= limit
+        assert mx.get_peak_memory() < max(peaks)  # the first step reports a peak of its own
+
+
+@pytest.mark.parametrize(("kind", "vocabulary", "work"), SMALL)
+def test_steps_with_work_in_flight_stay_within_the_prediction(kind, vocabulary, work):
+    engine = small_engine(kind, vocabulary)
+    plan = preflight(engine, work)
+    # a tenth more: an operation's arrays may be let go of while the next one's are taken
     assert updates(engine, work, plan.micro_batch_tokens, vocabulary) <= 1.1 * plan.update_bytes
-    assert plan.update_bytes <= limit
 
 
 # the machine

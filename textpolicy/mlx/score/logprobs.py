@@ -33,7 +33,7 @@ _paths: dict[type, Path] = {}  # of each class of models seen
 class Scored(NamedTuple):
     """The scores of N tokens."""
 
-    logprobs: mx.array  # (N,) float32
+    logprobs: mx.array  # (N,) float32, or (N, K) of K targets each
     entropy: mx.array | None  # (N,) float32, nats, of the distributions they are drawn from; carries no gradient
 
 
@@ -97,7 +97,8 @@ def token_logprobs(
 ) -> Scored:
     """Return log-probs of (N,) ``targets`` after hidden states (N, D) at temperatures (N,), ``at_once`` at a time.
 
-    Without ``gradient`` they are cheaper and must not be differentiated.
+    Of (N, K) targets, K after each state, they are (N, K). Without ``gradient`` they are cheaper and must not be
+    differentiated.
     """
     rows = at_once or tokens_at_once(split.head(hidden[:1]).shape[-1])  # a shape is known without being computed
     trained = split.trained() if gradient else {}
@@ -109,7 +110,7 @@ def token_logprobs(
         if chunks:  # wait for the chunk before, so that their logits are never alive together
             [h] = mx.depends([h], [chunks[-1].logprobs])
         chunk = (h, targets[a:b], temperatures[a:b], entropy)
-        if trained:
+        if trained or (gradient and targets.ndim > 1):  # slopes of K log-probs by the states would be (N, K, D)
             chunks.append(_recomputed(split, trained, *chunk))
         elif gradient:
             chunks.append(_with_slopes(split.head, *chunk))
@@ -128,15 +129,16 @@ def tokens_at_once(vocabulary: int) -> int:
 def _log_softmax(
     z: mx.array, targets: mx.array, entropy: bool, exp: Callable[[mx.array], mx.array] = mx.exp
 ) -> tuple[mx.array, mx.array | None, mx.array, mx.array]:
-    """Return log-probs (N,) of ``targets`` under logits z (N, V), entropies (N,), e = exp(z - max z) and its sums.
+    """Return log-probs of ``targets`` under logits z (N, V), entropies (N,), e = exp(z - max z) and its sums.
 
+    Targets and their log-probs are (N,), or (N, K).
     H = log sum_v e_v - sum_v e_v (z_v - max z) / sum_v e_v.
     """
     shifted = z - z.max(axis=-1, keepdims=True)
     mass = exp(shifted)
     total = mass.sum(axis=-1)
-    picked = mx.take_along_axis(shifted, targets[:, None], axis=-1)[:, 0]
-    logprobs = picked - mx.log(total)
+    picked = mx.take_along_axis(shifted, targets.reshape(len(z), -1), axis=-1)
+    logprobs = (picked - mx.log(total)[:, None]).reshape(targets.shape)
     if not entropy:
         return logprobs, None, mass, total
     mean = (mass * mx.maximum(shifted, -1e30)).sum(axis=-1) / total  # 0 * -inf is not a number

@@ -11,9 +11,11 @@ for each shape, and compiles a shape when it occurs for the second time.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -31,8 +33,9 @@ from .logprobs import Split, token_logprobs
 _NARROWER = 0.75  # completions shorter than this share of the longest in their pass get a pass of their own
 _KEPT = 64  # shapes remembered, compiled or not
 
-# (B, T) log-probs and the rows they belong to, MLX arrays in their fields -> loss, sums to report
+# (B, T) log-probs and the rows they belong to, MLX arrays in their fields -> loss, sums or arrays to report
 Objective = Callable[[mx.array, Any], tuple[mx.array, dict[str, mx.array]]]
+Form = tuple[str, tuple[int, ...]]  # name and shape of what an objective reports
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +53,7 @@ class Layout:
 
     tree: PromptTree
     passes: tuple[Pass, ...]  # longest continuations first
-    targets: np.ndarray  # (N,) int32, pass after pass
+    targets: np.ndarray  # (N,) int32, or (N, K) where a position has K, pass after pass
     temperatures: np.ndarray  # (N,) float32
     place: np.ndarray  # (D, T) int32, the index among the N of each position; N where nothing was sampled
     which: np.ndarray  # (B,) int32, the continuation, of D, of each row
@@ -63,14 +66,20 @@ class Layout:
         # move every row to the left edge, from its first sampled target on
         columns = np.minimum(batch.starts[:, None] + np.arange(spans.max()), batch.weights.shape[1] - 1)
         inside = np.arange(spans.max()) < spans[:, None]
-        rows = batch.map(
-            lambda a: np.where(inside, np.take_along_axis(a, columns, axis=1), np.zeros((), a.dtype)),
-            skip=("temperatures",),
-        )
+        moved, outside = (np.arange(len(batch))[:, None], columns), ~inside
+
+        def left(a: np.ndarray) -> np.ndarray:
+            out = a[moved]
+            out[outside] = 0
+            return out
+
+        rows = batch.map(left, skip=("temperatures",))
         # choose a row of each distinct continuation, longest first; row b has the continuation which[b]
         keys = [
-            (prompt.tobytes(), target[:span].tobytes(), float(t))
-            for prompt, target, span, t in zip(prompts, rows.targets, spans, rows.temperatures[:, 0], strict=True)
+            (prompt.tobytes(), tokens[:span].tobytes(), target[:span].tobytes(), float(t))
+            for prompt, tokens, target, span, t in zip(
+                prompts, rows.inputs, rows.targets, spans, rows.temperatures[:, 0], strict=True
+            )
         ]
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
         chosen = np.array(sorted(first.values(), key=lambda i: -spans[i]))
@@ -160,13 +169,14 @@ def _runs(lengths: Sequence[int], max_tokens: int, max_rows: int) -> list[tuple[
 def score(model: nn.Module, layout: Layout, *, checkpoint_every: int = 0, gradient: bool = True) -> mx.array:
     """Return (B, T) float32 log-probs of the rows' sampled targets at their temperatures; 0 elsewhere.
 
-    The activations of every ``checkpoint_every``-th block are computed again in the backward pass (0: of
-    none). Without ``gradient`` it is cheaper and must not be differentiated.
+    They are (B, T, K) where a position has K targets. The activations of every ``checkpoint_every``-th block are
+    computed again in the backward pass (0: of none). Without ``gradient`` it is cheaper and must not be differentiated.
     """
     split, hidden = Split.of(model), hidden_states(model, layout, checkpoint_every)
     targets, temperatures = mx.array(layout.targets), mx.array(layout.temperatures)
     logprobs = token_logprobs(split, hidden, targets, temperatures, gradient=gradient).logprobs
-    grid = mx.concatenate([logprobs, mx.zeros(1)])[mx.array(layout.place)]  # (D, T)
+    nothing = mx.zeros((1, *logprobs.shape[1:]))
+    grid = mx.concatenate([logprobs, nothing])[mx.array(layout.place)]  # (D, T), or (D, T, K)
     return take_rows(grid, mx.array(layout.which))
 
 
@@ -184,15 +194,16 @@ def hidden_states(model: nn.Module, layout: Layout, checkpoint_every: int = 0) -
 
 @plain_operations()
 def logprobs_of(model: nn.Module, batch: Batch, max_tokens: int, max_rows: int | None = None) -> np.ndarray:
-    """Return (B, T) float32 log-probs of the sampled targets under ``model``, without gradients; 0 elsewhere."""
-    out = np.zeros(batch.weights.shape, np.float32)
+    """Return float32 log-probs of the sampled targets, in their shape, without gradients; 0 elsewhere."""
+    out = np.zeros(batch.targets.shape, np.float32)
     live = np.flatnonzero(batch.weights.any(axis=1))
     for rows, layout in micro_batches(batch.take(live), max_tokens, max_rows):
         scored = np.array(score(model, layout, gradient=False))
         for i, line in zip(live[rows], scored, strict=True):
             start, stop = batch.starts[i], batch.lengths[i]
             out[i, start:stop] = line[: stop - start]
-    return np.where(batch.weights != 0, out, 0)
+    out[batch.weights == 0] = 0
+    return out
 
 
 def padded(layout: Layout, prompts: bool) -> Layout:
@@ -224,7 +235,7 @@ def padded(layout: Layout, prompts: bool) -> Layout:
     return Layout(
         tree=tree,
         passes=tuple(passes),
-        targets=np.pad(layout.targets, (0, more)),
+        targets=np.pad(layout.targets, [(0, more)] + [(0, 0)] * (layout.targets.ndim - 1)),
         temperatures=np.pad(layout.temperatures, (0, more), constant_values=1),
         place=_padded(np.where(layout.place == n, n + more, layout.place), distinct, wide, n + more),
         which=np.pad(layout.which, (0, tall - len(layout.rows))),
@@ -234,7 +245,7 @@ def padded(layout: Layout, prompts: bool) -> Layout:
 
 def _padded(array: np.ndarray, rows: int, width: int, value: int = 0) -> np.ndarray:
     more = [(0, rows - array.shape[0]), (0, width - array.shape[1])]
-    return np.pad(array, more, constant_values=value)
+    return np.pad(array, more + [(0, 0)] * (array.ndim - 2), constant_values=value)
 
 
 def arrays_of(layout: Layout) -> list[mx.array]:
@@ -273,13 +284,18 @@ class Gradients:
 
     @plain_operations()
     def __call__(self, layout: Layout, objective: Objective) -> tuple[dict[str, mx.array], Any]:
-        """Return the sums to report, and the gradients."""
+        """Return what the objective reports, and the gradients."""
         refuse_kernels_alone(self.model)
         compute = self._compiled if self.compiled else self._differentiate
-        names, sums, gradients = compute(layout, objective)
-        return dict(zip(names, sums, strict=True)), gradients
+        forms, flat, gradients = compute(layout, objective)
+        ends = accumulate(math.prod(shape) for _, shape in forms)
+        reported = {
+            name: flat[end - math.prod(shape) : end].reshape(shape)
+            for (name, shape), end in zip(forms, ends, strict=True)
+        }
+        return reported, gradients
 
-    def _compiled(self, layout: Layout, objective: Objective) -> tuple[list[str], mx.array, Any]:
+    def _compiled(self, layout: Layout, objective: Objective) -> tuple[list[Form], mx.array, Any]:
         """Return what ``_differentiate`` does, from a compiled function if this shape occurred before."""
         wide = padded(layout, prompts=not Context(self.model).recurrent)
         given = arrays_of(wide)  # what varies between layouts of one key
@@ -299,17 +315,18 @@ class Gradients:
             self.known.popitem(last=False)
         return self._differentiate(layout, objective) if function is None else function(given)
 
-    def _differentiate(self, layout: Layout, objective: Objective) -> tuple[list[str], mx.array, Any]:
-        """Return the names of the sums, the sums (K,) float32, and the gradients.
+    def _differentiate(self, layout: Layout, objective: Objective) -> tuple[list[Form], mx.array, Any]:
+        """Return names and shapes of what the objective reports, all of it flat (K,) float32, and the gradients.
 
-        They are one array because ``mx.compile`` fails where two outputs without a gradient are equal expressions.
+        It is one array because ``mx.compile`` fails where two outputs without a gradient are equal expressions.
         """
 
-        def loss(model: nn.Module) -> tuple[mx.array, list[str], mx.array]:
+        def loss(model: nn.Module) -> tuple[mx.array, list[Form], mx.array]:
             logprobs = score(model, layout, checkpoint_every=self.checkpoint_every)
-            total, sums = objective(logprobs, layout.rows.map(mx.array))
-            numbers = [mx.array(value, mx.float32).reshape(1) for value in sums.values()]
-            return total, [*sums], mx.concatenate([mx.zeros(0), *numbers])
+            total, reported = objective(logprobs, layout.rows.map(mx.array))
+            arrays = {name: mx.array(value, mx.float32) for name, value in reported.items()}
+            flat = mx.concatenate([mx.zeros(0), *(array.reshape(-1) for array in arrays.values())])
+            return total, [(name, array.shape) for name, array in arrays.items()], flat
 
-        (_, names, sums), gradients = nn.value_and_grad(self.model, loss)(self.model)
-        return names, sums, gradients
+        (_, forms, flat), gradients = nn.value_and_grad(self.model, loss)(self.model)
+        return forms, flat, gradients

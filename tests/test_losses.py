@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from textpolicy.errors import UserError
-from textpolicy.losses import Clip, ImportanceSampling, LogLikelihood, Surrogate, WithinDivergence, policy_objective
+from textpolicy.losses import Clip, CrossEntropy, ImportanceSampling, Surrogate, WithinDivergence, policy_objective
 
 
 def slow_loss(logprobs, batch, how):
@@ -106,7 +106,7 @@ def test_the_symmetric_bound_drops_a_token_that_went_too_far_whatever_the_sign_o
         assert slopes(new, batch_of(old, a), how) == pytest.approx([0, 0, -a * 1.1], rel=1e-5)
 
 
-@given(st.integers(0, 10_000), st.sampled_from([*KINDS, LogLikelihood()]), st.sampled_from([None, 0.5]))
+@given(st.integers(0, 10_000), st.sampled_from([*KINDS, CrossEntropy()]), st.sampled_from([None, 0.5]))
 def test_on_policy_the_gradient_is_that_of_reinforce(seed, objective, drift):
     rng = np.random.default_rng(seed)
     old = rng.uniform(-6, -0.01, 5)
@@ -144,7 +144,7 @@ ENUMERATED = [
     (WithinDivergence("tv", 0.05, 0.08, weight_high=None), 0.0),
     (WithinDivergence("kl", 0.01, 0.02, weight_high=None), 0.0),
     (WithinDivergence("tv", 0.06, 0.06, symmetric=True, weight_high=None), 2e-3),
-    (LogLikelihood(), 0.7),
+    (CrossEntropy(), 0.7),
 ]
 
 
@@ -168,7 +168,7 @@ def test_the_gradient_over_a_whole_vocabulary_is_that_of_the_expected_loss(objec
         slope = [(value(at + e, at, o, a)[0] - value(at - e, at, o, a)[0]) / 2e-5 for e in steps]
         np.testing.assert_allclose(ours, slope, atol=1e-6)
         dropped += (value(at, at, o, a)[1] == 0).sum()
-    assert dropped > 10 or isinstance(objective, LogLikelihood)
+    assert dropped > 10 or isinstance(objective, CrossEntropy)
 
 
 @pytest.mark.parametrize(

@@ -148,14 +148,6 @@ class WithinDivergence(Objective):
 
 
 @dataclass(frozen=True)
-class LogLikelihood(Objective):
-    """Maximise J = A l, without a ratio: cross-entropy where A is 1, and DRO with ``Surrogate.drift``."""
-
-    def __call__(self, at: Tokens, xp: Any) -> Array:
-        return at.advantages * at.logprobs
-
-
-@dataclass(frozen=True)
 class SoftGate(Objective):
     """Maximise J = (4 / tau) sigmoid(tau (r - 1)) A, tau by the sign of A: SAPO (arXiv:2511.20347)."""
 
@@ -181,10 +173,10 @@ class ImportanceSampling(Objective):
 
 @dataclass(frozen=True)
 class CrossEntropy(Objective):
-    """Maximise J = A l, the log-prob without a ratio, of tokens that no policy need have sampled (A = 1: SFT)."""
+    """Maximise J = A l, the log-prob without a ratio: SFT with A = 1, of any tokens, and DRO with a drift."""
 
-    def __call__(self, ratio: Array, logprobs: Array, advantages: Array, xp: Any) -> Array:
-        return advantages * logprobs
+    def __call__(self, at: Tokens, xp: Any) -> Array:
+        return at.advantages * at.logprobs
 
 
 @dataclass(frozen=True)

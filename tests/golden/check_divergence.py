@@ -6,7 +6,7 @@ import numpy as np
 from objective import answers, rows, weights_of
 from vectors import Answer, Case, UnknownCase
 
-from textpolicy.losses import LogLikelihood, Surrogate, WithinDivergence, tokens_of
+from textpolicy.losses import CrossEntropy, Surrogate, WithinDivergence, tokens_of
 
 NOT_TARGETS = {"value": "prime-rl's -rho A, where ours is verl's -sg(rho) A l: the same gradient"}
 
@@ -34,5 +34,5 @@ def surrogate(case: Case) -> Surrogate:
             objective = WithinDivergence("tv", p["low"], p["high"], symmetric, weight_high=None)
             return Surrogate(objective, drift=p["drift"])
         case "dro":
-            return Surrogate(LogLikelihood(), drift=p["beta"])
+            return Surrogate(CrossEntropy(), drift=p["beta"])
     raise UnknownCase(case.id)

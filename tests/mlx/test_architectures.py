@@ -12,7 +12,7 @@ from conftest import recipe
 from mlx.utils import tree_flatten
 
 from textpolicy.errors import UserError
-from textpolicy.losses import LogLikelihood, Surrogate, WithinDivergence, policy_objective
+from textpolicy.losses import CrossEntropy, Surrogate, WithinDivergence, policy_objective
 from textpolicy.mlx.decode.compiled_steps import Steps
 from textpolicy.mlx.engine import MLXEngine, PolicyObjective
 from textpolicy.mlx.kernels.plain import plain_operations
@@ -123,7 +123,7 @@ COMPILED = [
     *((prompts, Surrogate()) for prompts in (PROMPTS, [PROMPTS[2]], [[5 + i % 50 for i in range(64)]])),
     (PROMPTS, Surrogate(WithinDivergence("kl"), drift=0.1)),
     (PROMPTS, Surrogate(WithinDivergence("tv", symmetric=True))),
-    (PROMPTS, Surrogate(LogLikelihood(), drift=1.0)),
+    (PROMPTS, Surrogate(CrossEntropy(), drift=1.0)),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..errors import unknown_name
-from ..losses import Clip, ClippedWeight, LogLikelihood, SoftGate, Surrogate, WithinDivergence
+from ..losses import Clip, ClippedWeight, CrossEntropy, SoftGate, Surrogate, WithinDivergence
 from .credit import Credit as Credit
 from .credit import Rewards as Rewards
 from .grams import DEFAULT_STRATEGIC_GRAMS
@@ -112,7 +112,7 @@ ALGORITHMS = {
     ),
     "dro": Algorithm(
         GroupRelative(),
-        surrogate=Surrogate(LogLikelihood(), drift=0.1),
+        surrogate=Surrogate(CrossEntropy(), drift=0.1),
         summary="the log-likelihood times the advantage, held near the sampler by a square",
         paper="arXiv:2405.19107",
     ),

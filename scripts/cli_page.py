@@ -12,13 +12,13 @@ from pydantic.fields import FieldInfo
 
 from textpolicy.cli.campaign import COMMANDS as CAMPAIGN
 from textpolicy.cli.main import COMMANDS, AlgorithmsArguments, DoctorArguments, TasksArguments
-from textpolicy.cli.tinker_server import ServerArguments
 from textpolicy.config.settings import Config, Positional, settings_of
 from textpolicy.report.page import ReportArguments
 from textpolicy.report.view.server import ViewArguments
 from textpolicy.run.export import ExportArguments
 from textpolicy.run.inference import EvalArguments, GenerateArguments
 from textpolicy.run.resume import TrainArguments
+from textpolicy.serve.command import ServeArguments, TinkerServerArguments
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "09_cli.md"
 MARK = "<!-- written by scripts/cli_page.py: {} -->"
@@ -31,7 +31,8 @@ ARGUMENTS: dict[str, type[BaseModel]] = {
     "doctor": DoctorArguments,
     "algorithms": AlgorithmsArguments,
     "tasks": TasksArguments,
-    "tinker-server": ServerArguments,
+    "serve": ServeArguments,
+    "tinker-server": TinkerServerArguments,
 }
 Row = tuple[str, str, str, str]  # name, kind, default, meaning
 

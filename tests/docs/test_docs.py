@@ -18,7 +18,6 @@ from tiny_folder import write_tiny_model
 from textpolicy.campaign.settings import CampaignSettings
 from textpolicy.cli.campaign import COMMANDS as CAMPAIGN
 from textpolicy.cli.main import COMMANDS, AlgorithmsArguments, DoctorArguments, TasksArguments, main
-from textpolicy.cli.tinker_server import ServerArguments
 from textpolicy.config.flags import parse
 from textpolicy.config.recipe import configure
 from textpolicy.config.settings import Config, check_config
@@ -28,6 +27,7 @@ from textpolicy.report.view.server import ViewArguments
 from textpolicy.run.export import ExportArguments
 from textpolicy.run.inference import EvalArguments, GenerateArguments
 from textpolicy.run.resume import TrainArguments
+from textpolicy.serve.command import ServeArguments, TinkerServerArguments
 
 SERVED = ["docs/12_tinker_gpu.md"]  # which start a Tinker server
 ARGUMENTS = {
@@ -40,7 +40,8 @@ ARGUMENTS = {
     "doctor": DoctorArguments,
     "algorithms": AlgorithmsArguments,
     "tasks": TasksArguments,
-    "tinker-server": ServerArguments,
+    "serve": ServeArguments,
+    "tinker-server": TinkerServerArguments,
 }
 OF_CAMPAIGNS = {"docs/13_tinker_campaigns.md"}  # tests/campaign runs their commands
 

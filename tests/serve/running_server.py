@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import uvicorn
 
 from textpolicy._system.ports import bound
+from textpolicy.errors import ServiceError
 from textpolicy.serve.server import make_app
 from textpolicy.serve.service import Service
 
@@ -16,6 +18,7 @@ class Running:
     """A server of ``models`` at ``url``; ``stop`` ends it."""
 
     def __init__(self, models, folder, key=None, **settings):
+        self.models = list(models)
         self.service = Service({model.name: model for model in models}, folder, **settings)
         self.socket = bound("127.0.0.1", 0)
         self.socket.listen()
@@ -30,6 +33,20 @@ class Running:
         self.thread.join()
         self.service.close()
         self.socket.close()
+
+    def kill(self):
+        """End as a process does that is killed: nothing more is written, and the lock is gone."""
+        self.server.should_exit = self.server.force_exit = True
+        self.thread.join()
+        self.socket.close()
+        nothing = Future()
+        nothing.set_exception(ServiceError("killed"))
+        self.service.journal.write = lambda *statements: nothing
+        for model in self.models:
+            model.gate.set()  # its thread ends
+        self.service.worker.stop()
+        self.service.journal.close()
+        self.service.lock.__exit__(None, None, None)
 
 
 @contextmanager

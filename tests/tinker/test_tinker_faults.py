@@ -139,9 +139,14 @@ def test_a_server_killed_in_a_step_is_one_sentence_and_a_new_one_resumes(tinker_
 
 @contextmanager
 def started_by_the_command(settings):
-    """``textpolicy tinker-server`` in a process of its own, and where it serves."""
-    flags = [f"--folder={settings.folder}", "--model=tiny", "--port=0", "--rank=4"]
-    command = [sys.executable, "-m", "textpolicy", "tinker-server", *flags]
+    """The server, started by a process of its own, and where it serves."""
+    script = (
+        "import sys, time; from pathlib import Path; from textpolicy.tinker.server.server import *; "
+        "model, folder = map(Path, sys.argv[1:]); "
+        "server = LocalServer(ServerSettings(model=model, folder=folder, rank=4)); "
+        "print('serving', server.name, 'at', server.url, flush=True); time.sleep(3600)"
+    )
+    command = [sys.executable, "-c", script, str(settings.model), str(settings.folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         yield process, next(line for line in process.stdout if line.startswith("serving")).split()[3].rstrip(";")
         process.kill()

@@ -209,11 +209,21 @@ def tasks(arguments: list[str]) -> int:
     return 0
 
 
-def tinker_server(arguments: list[str]) -> int:
-    """Serve Tinker's API until Ctrl-C."""
-    from . import tinker_server as server
+def serve(arguments: list[str]) -> int:
+    """Serve the Tinker API, and OpenAI's, until a signal."""
+    from ..serve import command
 
-    server.serve(parse(server.ServerArguments, arguments, "tinker-server"))
+    command.serve(parse(command.ServeArguments, arguments, "serve"))
+    return 0
+
+
+def tinker_server(arguments: list[str]) -> int:
+    """Serve as ``serve`` does, by its older name."""
+    from ..serve import command
+
+    older = parse(command.TinkerServerArguments, arguments, "tinker-server")
+    given = older.model_dump(exclude={"model"}) | {"models": older.models or (older.model,)}
+    command.serve(command.ServeArguments(**given))
     return 0
 
 
@@ -245,9 +255,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {  # with the line of --help: python 
     "validate": (validate, "Check this installation: textpolicy validate [--train] [--json]."),
     "algorithms": (algorithms, "List the algorithms, or show one: textpolicy algorithms [NAME]."),
     "tasks": (tasks, "List the tasks, or show problems of one: textpolicy tasks [NAME [--show N]]."),
-    "tinker-server": (
-        tinker_server,
-        "Start a Tinker server on this machine: textpolicy tinker-server [--model NAME] [--port PORT].",
-    ),
+    "serve": (serve, "Serve models to Tinker programs and as OpenAI's API: textpolicy serve MODEL [MODEL ...]."),
+    "tinker-server": (tinker_server, "The older name of serve: textpolicy tinker-server [--model NAME] [--port PORT]."),
     "campaign": (campaign, "Plan, run and judge arms x seeds: textpolicy campaign plan|run|status|analyze|report."),
 }

@@ -129,7 +129,7 @@ class Api:
     async def load_weights(self, request: Request) -> Response:
         """Load a checkpoint into a model that is there, or make the model that it holds."""
         sent = await body(request)
-        asked = requests.read_json(requests.LoadWeights, sent)
+        asked = requests.read_json(requests.Addressed, sent)
         if asked.model_id is not None:
             return await self._in_order("load_weights", asked.model_id, asked.seq_id, sent)
         if asked.session_id is None or asked.model_seq_id is None:
@@ -177,10 +177,12 @@ class Api:
         session = self.registry.sessions.get(job.session)
         if session is not None:
             session.seen = time.monotonic()
-        try:
-            outcome = await asyncio.wait_for(ended(job.end), HOLD)
-        except TimeoutError:
+        result, stopping = ended(job.end), asyncio.ensure_future(self.service.stopping.wait())
+        await asyncio.wait((result, stopping), timeout=HOLD, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not result.done():
             return JSONResponse({"type": "try_again", "request_id": job.id, "queue_state": "active"})
+        outcome = result.result()
         if job.retrieved is None:
             job.retrieved = time.time()
             self.service.journal.write(("UPDATE jobs SET retrieved = ? WHERE id = ?", (job.retrieved, job.id)))

@@ -68,13 +68,18 @@ class CreateModel(Asked):
     user_metadata: dict[str, Any] | None = None
 
 
-class LoadWeights(Asked):
-    """The wish for the weights of a checkpoint, in a new model or in one that is there."""
+class Addressed(Asked):
+    """The model that is meant: one that is there, in its order, or a new one of a session."""
 
     model_id: Id | None = None
     seq_id: Place | None = None
     session_id: Id | None = None
     model_seq_id: Place | None = None
+
+
+class LoadWeights(Addressed):
+    """The wish for the weights of a checkpoint, in a new model or in one that is there."""
+
     base_model: str | None = None
     path: str
     optimizer: bool = False

@@ -11,11 +11,11 @@ import numpy as np
 
 from ..engine import Sampling as Settings
 from ..errors import UserError
-from ..serving import Model, Read, Request, Sampled, Weights
+from ..serving import Decoding, Model, Read, Request, Sampled, Weights
 from ..types import Bools, Completion, Ints, token_ids
 from . import messages, requests
 from .checkpoints import Checkpoints
-from .registry import Registry, Sampler
+from .registry import Registry, Sampler, Tenant
 
 IN_MEMORY = 8  # samplers' weights that are kept there
 UNBOUNDED = 4096  # tokens of a completion, where neither the client nor the model bounds it
@@ -38,6 +38,7 @@ class Wish:
     targets: Ints | None = None  # (P - 1, K), -1 where nothing is asked
     last: int | None = None  # positions of the prompt to read, from its end
     empty: bool = False  # whether no token is to be sampled
+    trained: Tenant | None = None  # the model whose newest weights are meant, in place of the sampler's
     answer: Callable[[Sequence[Sampled], Read | None], None] = lambda sampled, read: None
     refuse: Callable[[BaseException], None] = lambda error: None
 
@@ -47,7 +48,8 @@ class Decoders:
 
     def __init__(self, models: Mapping[str, Model], registry: Registry, checkpoints: Checkpoints) -> None:
         self.models, self.registry, self.checkpoints = models, registry, checkpoints
-        self.decoders = {name: model.decoding() for name, model in models.items()}
+        self.decoders = {id(model): model.decoding() for model in models.values()}  # a model may have two names
+        self.newest: Callable[[Tenant], Weights] = lambda tenant: self.models[tenant.base].base
         self._queue: deque[Wish] = deque()
         self._running: dict[str, tuple[Wish, Read | None]] = {}
         self._weights: OrderedDict[str, Weights] = OrderedDict()
@@ -64,7 +66,7 @@ class Decoders:
         """Forget a wish."""
         self._queue = deque(wish for wish in self._queue if wish.key != key)
         if (found := self._running.pop(key, None)) is not None:
-            self.decoders[found[0].sampler.base].cancel(key)
+            self._decoder(found[0]).cancel(key)
 
     def turn(self) -> None:
         """Admit what has come, at most one prompt to be read among it, and decode one step further."""
@@ -77,13 +79,13 @@ class Decoders:
                 wish.refuse(error)
             if reads:
                 break
-        for name, decoder in self.decoders.items():
+        for decoder in self.decoders.values():
             if not len(decoder):
                 continue
             try:
                 ended = decoder.step()
             except Exception as error:  # noqa: BLE001 - what was decoded together fails together, and its clients hear why
-                for key in [key for key, (wish, _) in self._running.items() if wish.sampler.base == name]:
+                for key in [key for key, (wish, _) in self._running.items() if self._decoder(wish) is decoder]:
                     decoder.cancel(key)
                     self._running.pop(key)[0].refuse(error)
                 continue
@@ -91,9 +93,13 @@ class Decoders:
                 if (found := self._running.pop(key, None)) is not None:
                     found[0].answer(sampled, found[1])
 
+    def _decoder(self, wish: Wish) -> Decoding:
+        return self.decoders[id(self.models[wish.sampler.base])]
+
     def _admit(self, wish: Wish, reads: bool) -> None:
         """Read the prompt, if that was asked for, and queue its completions. Raises UserError."""
-        model, weights = self.models[wish.sampler.base], self._weights_of(wish.sampler)
+        model = self.models[wish.sampler.base]
+        weights = self._weights_of(wish.sampler) if wish.trained is None else self.newest(wish.trained)
         prompt = token_ids(wish.prompt, model.vocabulary)
         if not len(prompt):
             raise UserError("the prompt is empty; send at least one token")
@@ -113,7 +119,7 @@ class Decoders:
             return
         stop = model.stop if wish.stop is None else wish.stop
         asked = Request(weights, prompt, wish.n, wish.settings, stop, wish.strings, wish.top)
-        self.decoders[wish.sampler.base].admit(wish.key, asked)
+        self._decoder(wish).admit(wish.key, asked)
         self._running[wish.key] = wish, read
 
     def _weights_of(self, sampler: Sampler) -> Weights:
@@ -139,6 +145,12 @@ class Decoders:
         return self._weights[key]
 
 
+def limit_of(asked: int | None, model: Model, prompt: int) -> int:
+    """Return the most tokens of a completion: those ``asked`` for, as far as the model has room for them."""
+    room = UNBOUNDED if model.context is None else max(model.context - prompt, 0)
+    return room if asked is None else asked if model.context is None else min(asked, room)
+
+
 def read_wish(asked: requests.Sample, key: str, sampler: Sampler, model: Model) -> Wish:
     """Return the wish in a request of the Tinker API. Raises UserError for one that cannot be."""
     if other := {chunk.type for chunk in asked.prompt.chunks} - {"encoded_text"}:
@@ -149,9 +161,7 @@ def read_wish(asked: requests.Sample, key: str, sampler: Sampler, model: Model) 
         raise UserError("prompt_alt_tokens_k is not served here; leave it out")
     tokens = [token for chunk in asked.prompt.chunks for token in chunk.tokens]
     prompt, p = token_ids(tokens, model.vocabulary), asked.sampling_params
-    limit = p.max_tokens
-    if limit is None:
-        limit = UNBOUNDED if model.context is None else max(model.context - len(prompt), 0)
+    limit = limit_of(p.max_tokens, model, len(prompt))
     settings = Settings(
         max_tokens=max(limit, 1),
         temperature=p.temperature,

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import ServiceError, TextPolicyError, UserError
 from .api import Api
+from .openai import OpenAI
 from .service import RefusedError, Service
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -52,7 +53,7 @@ class Gate:
 def make_app(service: Service, key: str | None = None, hosts: tuple[str, ...] = LOOPBACK) -> Starlette:
     """Return the application that serves ``service`` to those who know the ``key``, under the names in ``hosts``."""
     return Starlette(
-        routes=Api(service).routes(),
+        routes=[*Api(service).routes(), *OpenAI(service).routes()],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)), Middleware(Gate, key=key)],
         exception_handlers={TextPolicyError: refused, OSError: refused},
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +40,7 @@ class Service:
         """Take up what an earlier server left in ``folder``. Raises UserError, OSError."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.models = folder, models
+        self.stopping = asyncio.Event()
         self.lock = RunLock(folder)
         self.lock.__enter__()
         self.journal = Journal(folder)
@@ -47,6 +48,7 @@ class Service:
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.training = Training(models, self.registry, self.checkpoints, folder)
         self.decoders = Decoders(models, self.registry, self.checkpoints)
+        self.decoders.newest = self.training.newest
         self.worker = Worker(self.training, self.decoders, self.registry, patience)
         self.waiting = sum(job.waiting for job in self.registry.jobs.values())
         self.bytes = sum(len(job.payload or b"") for job in self.registry.jobs.values())
@@ -126,6 +128,6 @@ class Service:
             self.waiting, self.bytes = self.waiting - 1, self.bytes - size
 
 
-def ended(future: Future[T]) -> Awaitable[T]:
+def ended(future: Future[T]) -> asyncio.Future[T]:
     """Return a future of another thread as one to await, whose cancellation leaves it alone."""
     return asyncio.shield(asyncio.wrap_future(future))

@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..errors import ServiceError, UserError
-from ..serving import Adam, Adapter, Learner, Model, Passed
+from ..serving import Adam, Adapter, Learner, Model, Passed, Weights
 from . import messages, requests
 from .checkpoints import About, Checkpoints, Name
 from .registry import REPLAYED, Job, Outcome, Registry, Sampler, Tenant
+from .runs import Runs
 
 SHARE = 0.05  # of the time, for writing states
 STABLE = "stable_reinforce"
@@ -30,8 +31,7 @@ class Training:
     def __init__(self, models: Mapping[str, Model], registry: Registry, checkpoints: Checkpoints, folder: Path) -> None:
         self.models, self.registry, self.checkpoints = models, registry, checkpoints
         self.states, self.snapshots = folder / "states", folder / "snapshots"
-        self.passed: Callable[[Tenant, Passed], None] = lambda tenant, passed: None
-        self.stepped: Callable[[Tenant, Mapping[str, float]], None] = lambda tenant, metrics: None
+        self.runs = Runs(folder / "runs", models)
 
     def base(self, name: str) -> Model:
         """Return a base model. Raises UserError for one that is not served."""
@@ -76,14 +76,15 @@ class Training:
                 answer = self._create_from(tenant, requests.read_json(requests.LoadWeights, job.payload))
             case "forward_backward":
                 assert learner is not None
-                passed = self._pass(tenant, learner, job.payload)
-                self.passed(tenant, passed)
+                asked_of, passed = self._pass(tenant, learner, job.payload)
+                if asked_of.backward:
+                    self.runs.passed(tenant, asked_of, passed)
                 return messages.write_passed(passed), True
             case "optim_step":
                 assert learner is not None
                 metrics = self._step(tenant, learner, job.payload)
                 tenant.steps += 1
-                self.stepped(tenant, metrics)
+                self.runs.stepped(tenant, metrics)
                 answer = {"metrics": dict(metrics), "type": "optim_step"}
             case "load_weights":
                 assert learner is not None
@@ -127,6 +128,12 @@ class Training:
                     self._load(tenant, learner, requests.read_json(requests.LoadWeights, row["payload"]))
         tenant.learner = learner
 
+    def newest(self, tenant: Tenant) -> Weights:
+        """Return a model's weights as they are now. Raises UserError."""
+        self.wake(tenant)
+        assert tenant.learner is not None
+        return tenant.learner.weights()
+
     def _create(self, tenant: Tenant, asked: requests.CreateModel) -> dict[str, Any]:
         """Make a new adapter."""
         _refuse_optimizer(asked.optimizer_config)
@@ -146,7 +153,7 @@ class Training:
         self._write_state(tenant, 0)
         return {"path": asked.path, "model_id": tenant.id, "type": "load_weights"}
 
-    def _pass(self, tenant: Tenant, learner: Learner, payload: bytes) -> Passed:
+    def _pass(self, tenant: Tenant, learner: Learner, payload: bytes) -> tuple[messages.Pass, Passed]:
         asked = messages.read_pass(messages.parsed_pass(payload))
         if asked.loss == STABLE:
             raise UserError(
@@ -162,7 +169,7 @@ class Training:
                 )
         passed = learner.passed(asked.data, asked.loss, asked.config, backward=asked.backward)
         tenant.settled = tenant.settled and not asked.backward
-        return passed
+        return asked, passed
 
     def _step(self, tenant: Tenant, learner: Learner, payload: bytes) -> Mapping[str, float]:
         asked = requests.read_json(requests.OptimStep, payload)
@@ -175,7 +182,7 @@ class Training:
 
     def _load(self, tenant: Tenant, learner: Learner, asked: requests.LoadWeights) -> None:
         path, about = self.checkpoints.found(asked.path)
-        if about.base != tenant.base:
+        if self.models.get(about.base) is not self.models.get(tenant.base):
             raise UserError(
                 f"{asked.path} belongs to {about.base}, and this model to {tenant.base}; load one of its own"
             )
@@ -265,6 +272,7 @@ class Training:
         if tenant.learner is not None:
             tenant.learner.close()
         tenant.learner = tenant.state = None
+        self.runs.ended(tenant)
         shutil.rmtree(self.states / tenant.id.replace(":", "-"), ignore_errors=True)
 
 

@@ -208,7 +208,7 @@ def _handler(requests: queue.SimpleQueue[Request], root: str) -> type[BaseHTTPRe
                     status, answer = request.answer.get()
                     stream = status == 200 and request.stream
             if stream:
-                events = [*map(json.dumps, _chunks(answer)), "[DONE]"]
+                events = [*map(json.dumps, chunks(answer)), "[DONE]"]
                 kind, data = "text/event-stream", "".join(f"data: {event}\n\n" for event in events).encode()
             else:
                 kind, data = "application/json", json.dumps(answer).encode()
@@ -235,7 +235,7 @@ def _is_tool(tool: Any) -> bool:
     return False
 
 
-def _chunks(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
+def chunks(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a chat completion as the chunks of a stream, with the whole message in the first."""
     [choice] = answer["choices"]
     delta = dict(choice["message"])

@@ -79,7 +79,7 @@ def test_a_copy_is_made_once_it_pays_and_not_before():
 
 def test_many_rows_are_left_to_the_layer_where_small_products_are_made(at_once):
     product = Product(lora_layer(), few=True)
-    product(mx.random.normal((module._FEW + 1, 24)))
+    product(mx.random.normal((module.FEW + 1, 24)))
     assert product.weight is None
 
 

@@ -173,7 +173,7 @@ class _Decoder:
         new: Any = None if self.steps is None else self.steps.begin(tree, rows)
         if new is None:
             self.steps = None
-            sources, reads, state = _distinct(tree.parents, tree.last)
+            sources, reads, state = distinct(tree.parents, tree.last)
             context = tree.read(self.model, spare=min(_SPARE, self.sampling.max_tokens)).fork(sources)
             new = ActiveRows(context, rows, state, mx.array(reads))
         if active is None:
@@ -207,7 +207,7 @@ class _Decoder:
         if not running.any():
             return None
         rows, size = active.rows[running], active.reads.shape[0]
-        sources, reads, state = _distinct(active.state[running], tokens[running])
+        sources, reads, state = distinct(active.state[running], tokens[running])
         if len(np.unique(sources)) == len(sources) >= _LEAVE * size:  # none diverged and few have ended: keep the rows
             padded = np.zeros(size, np.int32)
             padded[sources] = reads
@@ -263,7 +263,7 @@ class _Decoder:
         return tokens
 
 
-def _distinct(sources: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def distinct(sources: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the distinct (source, token) pairs as two arrays, and the index of each row's pair.
 
     The pairs stay in row order if all differ.

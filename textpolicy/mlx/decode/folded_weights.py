@@ -16,7 +16,7 @@ from ..kernels.patching import StandIn, with_modules
 
 _PAYS = 8  # products before a layer's weights are copied: the copy costs about as much as so many products save
 _MOST_BYTES = memory() / 16  # for all copies
-_FEW = 12  # rows that OpenBLAS multiplies with small matrices in place; it packs larger ones first
+FEW = 12  # rows that OpenBLAS multiplies with small matrices in place; it packs larger ones first
 _CORES = 2  # with more cores, large products are divided among them and small ones are not
 _SMALL = 10**6  # rows x inputs x outputs of a small product, at most
 _NARROW, _WIDE = 16, 64  # outputs of a small product
@@ -31,7 +31,7 @@ def folded(model: nn.Module, rows: int) -> nn.Module:
     """
     if not copies(model):
         return model
-    few = rows <= _FEW and 0 < blas_threads() <= _CORES and has_small_products()
+    few = rows <= FEW and 0 < blas_threads() <= _CORES and has_small_products()
 
     def stand_in(where: tuple[str | int, ...], module: nn.Module) -> StandIn | nn.Module | None:
         if not _suits(module) or not (few or isinstance(module, LoRALinear)):
@@ -60,11 +60,11 @@ class Product:
 
     def __init__(self, layer: nn.Module, few: bool):
         outputs, inputs = _base(layer).weight.shape
-        fitting = (n for n in (_WIDE, _WIDE // 2, _NARROW) if outputs % n == 0 and _FEW * n * inputs <= _SMALL)
+        fitting = (n for n in (_WIDE, _WIDE // 2, _NARROW) if outputs % n == 0 and FEW * n * inputs <= _SMALL)
         self.layer = layer
         self.plain = layer.as_linear if isinstance(layer, nn.Embedding) else layer
         self.width = next(fitting, 0) if few else 0  # outputs of one small product; 0 is one large product
-        self.most = _FEW if self.width else sys.maxsize  # rows that the copy is good for
+        self.most = FEW if self.width else sys.maxsize  # rows that the copy is good for
         self.made = 0  # products so far
         # W + scale (A B)^T (outputs, inputs), or blocks (outputs / width, inputs, width) of its transpose
         self.weight: mx.array | None = None

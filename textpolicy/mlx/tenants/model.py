@@ -37,7 +37,7 @@ class Base:
         self.context = min(known, default=None)
         self.stop = stop_tokens(tokenizer, needed=False)
         self.base = Snapshot(model)
-        self._decoding = Decoding(Bounds(self.vocabulary, self.context), self.context)
+        self._decoding = Decoding(model, tokenizer, Bounds(self.vocabulary, self.context), lambda prompt, more: 128)
 
     @classmethod
     def load(cls, name: str) -> Base:

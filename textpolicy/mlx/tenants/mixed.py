@@ -1,0 +1,87 @@
+"""The model with several adapters at once, each on its own rows: y = W x + ((x [A1 .. AK]) * mask) [B1; ..; BK]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
+
+from ..adapters.attach import LowRankLinear, wrapped
+from ..kernels.patching import StandIn, with_modules
+
+_MIXED = (LoRALinear, LowRankLinear, LoRAEmbedding)
+
+
+def can_mix(model: nn.Module) -> bool:
+    """Return whether all layers that the adapter of ``model`` wraps can have several adapters at once."""
+    return all(type(module) in _MIXED for _, module in wrapped(model))
+
+
+class Mixed:
+    """The view of a base in which row r of a batch has the adapter ``owners[r]`` of several, or none (-1)."""
+
+    def __init__(self, base: nn.Module, models: Sequence[nn.Module]):
+        layers = [dict(wrapped(model)) for model in models]
+        ranks = [max((_low(layer)[0].shape[1] for layer in some.values()), default=0) for some in layers]
+        self.columns = mx.array([i for i, rank in enumerate(ranks) for _ in range(rank)], mx.int32)  # (sum of ranks,)
+        self.mask = mx.zeros((0, len(self.columns)))  # (R, sum of ranks) float32, of the rows being read
+        arrays: dict[str, tuple[mx.array, mx.array]] = {}
+        for name in dict.fromkeys(name for some in layers for name in some):
+            a, b = zip(*(_low(some[name]) if name in some else (None, None) for some in layers), strict=True)
+            like = next(pair for pair in zip(a, b, strict=True) if pair[0] is not None)
+            arrays[name] = (
+                mx.concatenate([_or_zeros(x, (like[0].shape[0], r)) for x, r in zip(a, ranks, strict=True)], axis=1),
+                mx.concatenate([_or_zeros(x, (r, like[1].shape[1])) for x, r in zip(b, ranks, strict=True)]),
+            )
+        mx.eval(arrays)
+
+        def stand_in(where: tuple[str | int, ...], module: nn.Module) -> Any:
+            found = arrays.get(".".join(map(str, where)))
+            if found is None:
+                return None
+            return self._table(module, *found) if isinstance(module, _TABLES) else self._linear(module, *found)
+
+        self.model: nn.Module = with_modules(base, stand_in)
+
+    def own(self, owners: Any) -> None:
+        """Say which adapter each row (R,) of the next reads has."""
+        self.mask = (mx.array(owners)[:, None] == self.columns).astype(mx.float32)
+
+    def _linear(self, layer: nn.Module, a: mx.array, b: mx.array) -> StandIn:
+        def call(x: mx.array) -> mx.array:
+            low = (x @ a.astype(x.dtype)) * self._mask(x.ndim, x.dtype)
+            return layer(x) + low @ b.astype(x.dtype)
+
+        return StandIn(layer, call)
+
+    def _table(self, table: Any, a: mx.array, b: mx.array) -> Any:
+        def call(ids: mx.array) -> mx.array:
+            y = table(ids)
+            return y + ((a[ids] * self._mask(ids.ndim + 1, a.dtype)) @ b).astype(y.dtype)
+
+        def as_linear(x: mx.array) -> mx.array:
+            low = (x @ b.T.astype(x.dtype)) * self._mask(x.ndim, x.dtype)
+            return table.as_linear(x) + low @ a.T.astype(x.dtype)
+
+        other: Any = StandIn(table, call)
+        other.as_linear = as_linear
+        return other
+
+    def _mask(self, axes: int, dtype: mx.Dtype) -> mx.array:
+        """Return the mask (R, 1, .., sum of ranks) for an array of so many axes, whose first is the row."""
+        return self.mask.reshape(len(self.mask), *[1] * (axes - 2), -1).astype(dtype)
+
+
+_TABLES = (nn.Embedding, nn.QuantizedEmbedding)
+
+
+def _low(layer: Any) -> tuple[mx.array, mx.array]:
+    """Return A (inputs, r) and B (r, outputs), with the scale, of an adapted layer; a table has a row of A a token."""
+    return layer.lora_a, layer.scale * layer.lora_b
+
+
+def _or_zeros(array: mx.array | None, shape: tuple[int, ...]) -> mx.array:
+    return mx.zeros(shape) if array is None else array

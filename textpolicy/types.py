@@ -61,6 +61,7 @@ class Episode:
     is_correct: bool | None = None  # None when the reward function does not report it
     pieces: tuple[str, ...] = ()  # the text of each sampled token; () unless requested
     reference: Floats | None = None  # (L,) float32, log-probs under the frozen reference, where a recipe needs them
+    lead: Floats | None = None  # (L,) float32, a teacher's log-probs minus the policy's, where a recipe distils
     scores: Mapping[str, float] = field(default_factory=dict)  # the unweighted score of each reward that applied
     prompt_index: int | None = None  # index among the environment's prompts
     credited: Credited | None = None  # None unless the episode was trained on
@@ -247,7 +248,7 @@ def refuse_untrainable(episodes: Sequence[Episode]) -> None:
     if not episodes:
         raise UserError("a batch needs at least one episode, got none; collect some rollouts first")
     for e in episodes:
-        named = ("tokens", "mask", "logprobs", "entropy", "reference")
+        named = ("tokens", "mask", "logprobs", "entropy", "reference", "lead")
         shapes = {n: array.shape for n in named if (array := getattr(e, n)) is not None}
         if len(set(shapes.values())) > 1 or not len(e.tokens) or e.mask[0]:
             listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from test_resume import CutError, cut_in, refused
-from toy_run import metrics, outcome, quickly, settings
+from toy_run import make_model, metrics, outcome, quickly, settings
 
 from textpolicy.cli.main import main
 from textpolicy.config.settings import check_config, read_values
@@ -104,6 +104,47 @@ def test_the_report_and_the_summary_have_the_held_out_accuracy_of_every_stage(wh
     assert page.count("after rl") == 1
 
 
+def test_what_is_right_a_sibling_and_another_model_teach_in_one_run(config, tmp_path):
+    """Also after it was cut short: a teacher leaves nothing in a checkpoint."""
+    model = make_model(tmp_path / "teacher", seed=1)
+    stages = f"""
+[[stage]]
+kind = "rft"
+steps = 1
+cap = 2
+[[stage]]
+kind = "distill"
+steps = 1
+teacher = "self"
+context = "sibling"
+reward_weight = 0.5
+[[stage]]
+kind = "distill"
+steps = 1
+teacher = "{model}"
+discount = 0.9
+"""
+    path = tmp_path / "three.toml"
+    settings = config.read_text().partition("[[stage]]")[0].replace("warmup_steps = 2", "warmup_steps = 1")
+    path.write_text(settings + stages)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(["train", str(path), f"--output={whole}"]) == 0
+    rows = [row for row in metrics(whole) if row["kind"] == "train"]
+    assert [row["stage"] for row in rows] == ["rft", "distill-2", "distill-3"]
+    assert ["teacher_kl" in row for row in rows] == [False, True, True]
+    assert all(row["updated"] for row in rows)
+    rollouts = load_run(whole).rollouts.to_pylist()
+    kept = [r for r in rollouts if r["step"] == 0 and r["advantage"]]
+    assert kept
+    assert all(r["is_correct"] and r["advantage"] == 1 and set(r["credit"]) == {1.0} for r in kept)
+    with pytest.MonkeyPatch.context() as patch:
+        cut_in(patch, 2)
+        with pytest.raises(CutError):
+            main(["train", str(path), f"--output={cut}"])
+    assert main(["train", f"--resume={cut}"]) == 0
+    assert outcome(cut) == outcome(whole)
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -111,6 +152,8 @@ def test_the_report_and_the_summary_have_the_held_out_accuracy_of_every_stage(wh
         ({"kind": "rl", "steps": 2, "prompt": {"day": "2025-01-02"}}, "there is no setting 'stage.0.prompt'"),
         ({"kind": "rl", "steps": 2, "rollout": {"max_tokens": 3}}, "rollout.max_tokens is 3 in stage 1; it is one"),
         ({"kind": "rl"}, "stage.0.steps is missing"),
+        ({"kind": "distill", "steps": 2, "teacher": "self"}, "nothing to learn from it"),
+        ({"kind": "distill", "steps": 2, "teacher": "nowhere"}, "nowhere"),
         ({"kind": "dpo", "steps": 2}, "stage.0.kind is dpo"),
         ({"kind": "sft", "steps": 2, "data": "nowhere.jsonl"}, "cannot read .*nowhere.jsonl"),
         ({"kind": "rl", "steps": 2, "optimizer": {"warmup_steps": 3}}, "the stage of rl would end before"),

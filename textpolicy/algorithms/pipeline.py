@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..losses import Surrogate
 from ..types import Aggregation, Batch, Credited, Episode, Floats, refuse_untrainable
 from .credit import Credit, Rewards
+from .distillation import Distillation
 from .gtpo import ShapeByEntropy
 from .length import overlong_penalty
 from .maxrl import MeanNormalized
@@ -49,6 +50,7 @@ class Algorithm:
     reward_kl: float = 0.0  # coefficient of a KL (k1) inside the reward
     overlong_cache: float = 0.0  # share of ``length`` over which the soft overlong penalty grows; 0 is off
     mask_truncated: bool = False  # truncated completions count in their group and get no gradient
+    distillation: Distillation | None = None  # a teacher's signal for every token, added to that of the rewards
     resample: int = 0  # further draws of prompts in a step to replace uniform groups (dynamic sampling)
     summary: str = ""
     paper: str = ""
@@ -124,7 +126,10 @@ class Algorithm:
             credit = replace(credit, uncertainty=pooled)
         for stage in self.stages:
             credit = stage(credit)
-        return replace(credit, advantage=np.where(credit.silent[credit.row], 0.0, credit.advantage))
+        advantage = np.where(credit.silent[credit.row], 0.0, credit.advantage)
+        if self.distillation is not None:  # what a teacher says of a token needs no reward
+            advantage = self.distillation(advantage, episodes)
+        return replace(credit, advantage=advantage)
 
     def _before_stages(self, episodes: Sequence[Episode]) -> Credit:
         """Return the credit before any stage: the baseline's advantage on every token, and what stages read."""

@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from ..algorithms import Algorithm, algorithm
+from ..algorithms.distillation import Distillation
 from ..algorithms.grams import load_strategic_grams
 from ..algorithms.planning import PlanningGrams
 from ..algorithms.rft import RejectionSampling
@@ -42,7 +43,16 @@ def configure(config: Config) -> Algorithm:
         kl=KL(kl.coefficient, kl.estimator, kl.importance_weighted) if in_loss else None,
         correction=None if c.level == "none" else Correction(c.level, c.how, c.low, c.high),
     )
-    return replace(recipe, surrogate=surrogate, length=float(config.rollout.max_tokens))
+    recipe = replace(recipe, surrogate=surrogate, length=float(config.rollout.max_tokens))
+    if not config.stage or config.stage[0].kind != "distill":
+        return recipe
+    if recipe.surrogate.ratio not in ("token", "sequence-token"):
+        raise UserError(
+            f"algorithm.ratio is {recipe.surrogate.ratio} and a teacher judges tokens one by one; set it to token, or "
+            "choose a recipe with a ratio per token"
+        )
+    stage = config.stage[0]
+    return replace(recipe, distillation=Distillation(stage.coefficient, stage.discount, stage.reward_weight))
 
 
 def with_settings(recipe: Algorithm, name: str, settings: dict[str, Any]) -> Algorithm:

@@ -367,8 +367,8 @@ class OnPolicySettings(Section):
 class StageSettings(Section):
     """One stage of a run: what it does, for how many steps, and the settings that differ from the run's."""
 
-    kind: Literal["sft", "rft", "rl"]
-    """Learn from demonstrations (sft), from what was sampled and is right (rft), or from rewards (rl)."""
+    kind: Literal["sft", "rft", "distill", "rl"]
+    """Learn from demonstrations (sft), from what is sampled and right (rft), a teacher (distill), or rewards (rl)."""
     steps: PositiveInt
     """Number of training steps."""
     data: str | None = None
@@ -379,6 +379,16 @@ class StageSettings(Section):
     """rft: keep each completion of a prompt once in a step."""
     cap: PositiveInt | None = None
     """rft: keep at most this many completions of a prompt in a step; all by default."""
+    teacher: ModelName = "base"
+    """distill: the model without its adapter (base) or as it is (self), another model, or a run with its adapter."""
+    context: Literal["none", "answer", "demonstration", "sibling"] = "none"
+    """distill: what the teacher also reads: a column of the row, or another completion of the group that is right."""
+    coefficient: NonNegative = 1.0
+    """distill: weight of the teacher's log-probs minus the policy's."""
+    discount: Annotated[_Real, Field(ge=0, le=1)] = 0.0
+    """distill: count what the teacher says of later tokens, each further one by this factor less."""
+    reward_weight: NonNegative = 0.0
+    """distill: weight of the recipe's own advantages, from rewards, that are added."""
     algorithm: AlgorithmSettings = AlgorithmSettings()
     rollout: RolloutSettings = RolloutSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -390,10 +400,19 @@ class StageSettings(Section):
             for name in names:
                 if kind != self.kind and name in changed(self):
                     raise ValueError(f"stage.{name} is set in a stage of the kind {self.kind}; it belongs to {kind}")
+        if self.kind == "distill" and self.teacher == "self" and self.context == "none":
+            raise ValueError(
+                "stage.teacher is self and stage.context none, so that there is nothing to learn from it; set "
+                "stage.context to answer, demonstration or sibling, or choose another teacher"
+            )
         return self
 
 
-_OF_KIND = {"sft": ("data", "validation"), "rft": ("unique", "cap")}  # settings of one kind of stage
+_OF_KIND = {
+    "sft": ("data", "validation"),
+    "rft": ("unique", "cap"),
+    "distill": ("teacher", "context", "coefficient", "discount", "reward_weight"),
+}  # settings of one kind of stage
 _OF_RUN = (  # settings in sections that a stage may change, which all stages share
     ("rollout", "max_tokens"),
     ("rollout", "max_turns"),
@@ -534,9 +553,10 @@ class Config(Section):
                     raise ValueError(
                         f"{section}.{name} is {there} in stage {n}; it is one for all stages, so set it for the run"
                     )
-            if self.engine == "tinker":
+            if self.engine == "tinker" and (len(self.stage) > 1 or stage.kind not in ("distill", "rl")):
                 raise ValueError(
-                    "engine is tinker and stages train on this machine; leave the stages out, or set engine to mlx"
+                    f"engine is tinker, which takes a run of one stage, distill or rl, and stage {n} is one of "
+                    f"{len(self.stage)} and of {stage.kind}; leave the others out, or set engine to mlx"
                 )
         return self
 
@@ -552,6 +572,11 @@ class Config(Section):
                 raise ValueError(
                     f"algorithm.kl.coefficient is {config.algorithm.kl.coefficient} and adapter.kind full, which "
                     "leaves no reference; set the coefficient to 0, or choose another kind"
+                )
+            if self.adapter.kind == "full" and any(s.kind == "distill" and s.teacher == "base" for s in config.stage):
+                raise ValueError(
+                    "stage.teacher is base and adapter.kind full, which leaves no model without adapter; set the "
+                    "teacher to a model, or choose another kind"
                 )
         if self.engine != "tinker" and (given := changed(self.tinker)):
             raise ValueError(f"tinker.{given[0]} is set and engine is {self.engine}; set engine to tinker")

@@ -85,7 +85,7 @@ class TextGenerationEnv(Environment):
         self.max_tokens, self.group_size, self.seed = max_tokens, group_size, seed
         self._scorer = Scorer.of(reward_fn)
         self._scorer.refuse(self.examples)
-        self._codec = ChatCodec.of(tokenizer, template_args, day)
+        self._codec, self._chat = ChatCodec.of(tokenizer, template_args, day), chat
         self._pieces = Pieces(self._codec.decode)
         read = [read_prompt(i, prompt) for i, prompt in enumerate(prompts)]
         self.prompts, self._texts = [prompt for prompt, _ in read], [text for _, text in read]
@@ -179,6 +179,15 @@ class TextGenerationEnv(Environment):
     def prompt_ids(self, i: int) -> np.ndarray:
         """Return the token ids of prompt ``i``, (P,) int32, read-only."""
         return self._ids[i]
+
+    def told(self, i: int, more: str) -> Sequence[int]:
+        """Return the token ids of prompt ``i`` with ``more`` text at the end of what is asked, for a teacher."""
+        prompt: Prompt = self.prompts[i]
+        if isinstance(prompt, str):
+            return self._codec.encode(f"{prompt}\n\n{more}", self._chat, self.schemas)
+        last = max(n for n, m in enumerate(prompt) if m["role"] != "assistant" or n == 0)
+        asked = {**prompt[last], "content": f"{prompt[last]['content']}\n\n{more}"}
+        return self._codec.encode([*prompt[:last], asked, *prompt[last + 1 :]], self._chat, self.schemas)
 
     def prompt_text(self, i: int) -> str:
         """Return prompt ``i`` as a person reads it; of chat messages, the last one that is not the assistant's."""

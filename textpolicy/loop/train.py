@@ -17,6 +17,7 @@ from .collect import collect, collect_informative, with_reference
 from .curriculum import EveryPrompt
 from .metrics import Row, summarize
 from .on_policy import OnPolicyCheck
+from .teacher import Teacher, teacher_kl
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,13 @@ def train(
     group_size: int,
     sampling: Sampling,
     check: OnPolicyCheck | None = None,
+    teacher: Teacher | None = None,
     session: Session = Session(),
     on_step: Callable[[int, Row, Sequence[Episode]], None] = lambda step, row, episodes: None,
 ) -> None:
     """Sample, score, credit and update, ``schedule.steps`` times. ``sampling.seed`` fixes every draw.
+
+    A recipe that distils needs a ``teacher``.
 
     ``on_step`` gets each step's number, from 0, its metrics and all its episodes, with credit where trained on.
     """
@@ -95,6 +99,9 @@ def train(
         extra = session.on_sampled(step, rollouts.sampled)
         gap = check(engine, step - schedule.first, rollouts.sampled) if check else None
         episodes = with_reference(engine, rollouts.trained) if algorithm.reward_kl else rollouts.trained
+        if teacher is not None:
+            episodes = teacher.teach(engine, env, episodes)
+            extra = {**extra, "teacher_kl": teacher_kl(episodes)}
         tokens = algorithm.tokens(episodes, controller)
         batches = algorithm.pack(episodes, tokens, schedule.updates)
         if algorithm.surrogate.correction and len(batches) > 1:

@@ -20,7 +20,7 @@ from .._system.files import fill_whole, write_whole
 from ..algorithms import Algorithm
 from ..algorithms.sepa import SEPAController
 from ..config.recipe import configure
-from ..config.settings import CheckpointSettings, Config, EvaluationSettings, RolloutSettings
+from ..config.settings import CheckpointSettings, Config, EvaluationSettings, RolloutSettings, check_config
 from ..engine import ResumableEngine, Sampling, stop_tokens
 from ..environment.demonstrations import demonstrations
 from ..environment.multi_turn import ToolEnv
@@ -28,6 +28,7 @@ from ..environment.single_turn import TextGenerationEnv
 from ..errors import UserError
 from ..loop.curriculum import EveryPrompt, PassRateCurriculum
 from ..loop.on_policy import OnPolicyCheck
+from ..loop.teacher import Teacher, refuse_other_tokens
 from ..loop.train import Schedule
 from ..record import layout
 from ..rewards.scoring import Scorer
@@ -35,7 +36,7 @@ from ..tasks import Problem, Task, load_task
 from ..tasks.own import named_rows, short_name, task_file
 from ..types import Episode
 from .checkpoint import Checkpoint
-from .resume import BASE, QUESTIONS
+from .resume import BASE, QUESTIONS, saved_settings
 from .spending import Free
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Parts:
     stage: str | None = None  # its kind, numbered where there are several; None in a run without stages
     demonstrations: Sequence[Episode] = ()  # of a stage of sft
     held_out: Sequence[Episode] = ()  # demonstrations whose loss is measured
+    teacher: Teacher | None = None  # of a stage of distillation
     following: tuple[Parts, ...] = ()  # the parts of the stages after this one
 
 
@@ -127,6 +129,7 @@ def assemble(config: Config, task: Task | None = None, recipe: Algorithm | None 
                 stage=None if not kinds else kinds[n - 1] if kinds.count(kinds[n - 1]) == 1 else f"{kinds[n - 1]}-{n}",
                 demonstrations=rows.get("demonstrations", ()),
                 held_out=rows.get("held_out", ()),
+                teacher=_teacher(own, tokenizer),
             )
             made.append(parts)
             first = parts.schedule.end
@@ -157,6 +160,30 @@ def _demonstrations(config: Config, task: Task, tokenizer: Any) -> dict[str, lis
             rows, source = (answers, f"the answers of {config.task}") if given is None else (named_rows(given), given)
             found[name] = demonstrations(rows, tokenizer=tokenizer, source=source, **template)
     return found
+
+
+def _teacher(config: Config, tokenizer: Any) -> Teacher | None:
+    """Return the teacher of a stage of distillation, loaded if it is another model. Raises UserError."""
+    if not config.stage or config.stage[0].kind != "distill":
+        return None
+    [stage], remote = config.stage, config.engine == "tinker"
+    if stage.teacher in ("base", "self"):
+        return Teacher(None, stage.teacher == "base", stage.context, by_sampler=remote)
+    if remote:
+        raise UserError(
+            f"stage.teacher is {stage.teacher} and engine tinker, where the model is its own teacher; set it to base "
+            "or self, or use --engine mlx"
+        )
+    from ..mlx.engine import MLXEngine
+    from ..mlx.models import load_model
+
+    name, adapter = stage.teacher, None
+    if (Path(name) / "adapter").is_dir():  # a run
+        name, adapter = check_config(saved_settings(Path(name)), name).model, Path(name) / "adapter"
+    model, theirs = load_model(name, adapter)
+    refuse_other_tokens(tokenizer, theirs, stage.teacher)
+    scorer = MLXEngine(model, stop=stop_tokens(theirs), micro_batch_tokens=config.machine.micro_batch_tokens)
+    return Teacher(scorer, context=stage.context)
 
 
 def build_engine(config: Config, recipe: Algorithm | None = None) -> tuple[Any, Any]:
@@ -296,6 +323,8 @@ def with_full_paths(config: Config) -> Config:
     for stage in config.stage:
         rows = {name: getattr(stage, name) for name in ("data", "validation") if getattr(stage, name) is not None}
         full = {name: os.path.abspath(os.path.expanduser(path)) for name, path in rows.items()}
+        if config.engine == "mlx" and stage.teacher not in ("base", "self"):
+            full["teacher"] = full_name(stage.teacher)
         stages.append(_with_full_grams(stage).model_copy(update=full))
     return cast(Config, _with_full_grams(config).model_copy(update={**changes, "stage": tuple(stages)}))
 

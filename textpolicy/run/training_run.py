@@ -279,6 +279,7 @@ class Run:
             group_size=parts.rollout.group_size,
             sampling=parts.sampling,
             check=parts.check,
+            teacher=parts.teacher,
             session=Session(
                 start=first,
                 curriculum=parts.curriculum,

@@ -75,7 +75,7 @@ class RunWork:
         """Return the most that step ``number``, from 0, takes: every completion is of full length and learned from."""
         rollout, check, draws = self.config.rollout, self.config.on_policy, 1 + self.recipe.resample
         rows, whole = rollout.prompts_per_step * rollout.group_size, self.prompt_tokens + self.completion_tokens
-        scored = rows * whole if self.recipe.reward_kl else 0
+        scored = rows * whole * (bool(self.recipe.reward_kl) + (self.recipe.distillation is not None))
         if check.every and number % check.every == 0:
             scored += 2 * min(check.completions, rows * draws) * whole
         drawn = self.sampled(rollout.prompts_per_step, rollout.group_size) * draws

@@ -108,14 +108,18 @@ def test_a_slow_blas_is_advice_and_no_failure(monkeypatch, capsys):
     assert "advice: matrix products are slow; import textpolicy before mlx, with OpenBLAS" in out
 
 
-def test_slow_products_below_openblas_are_not_blamed_on_a_missing_one(monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_slow_products_below_openblas_are_blamed_on_other_programs_and_on_threads_if_there_are_several(
+    threads, monkeypatch
+):
     from textpolicy.mlx import probe
 
     monkeypatch.setattr(probe, "matmul_gflops", lambda: 6.04)
-    monkeypatch.setattr(probe, "blas_threads", lambda: 2)
+    monkeypatch.setattr(probe, "blas_threads", lambda: threads)
     advice = probe.describe_mlx()["advice"]
     assert advice.startswith("matrix products are slow; OpenBLAS is in place")
     assert "install" not in advice
+    assert ("OPENBLAS_NUM_THREADS=1" in advice) == (threads > 1)
 
 
 def test_a_missing_optional_package_is_advice_with_an_install_line(monkeypatch):

@@ -1,5 +1,6 @@
 """The command line: exit codes, one sentence per mistake, nothing half-written."""
 
+import re
 import subprocess
 import sys
 
@@ -43,7 +44,9 @@ def test_lists_of_algorithms_and_tasks(capsys):
 def test_every_task_is_listed_and_one_can_be_shown(capsys):
     assert main(["tasks"]) == 0
     listed = capsys.readouterr().out
-    assert all(line.endswith((".", "default.")) for line in listed.splitlines()[:8])
+    rows = listed.split("\n\n")[0].splitlines()
+    assert all(row.endswith((".", "default.")) for row in rows)
+    assert len({row.index(re.split(r" {2,}", row)[1]) for row in rows}) == 1, "what a task is stands in one column"
     assert main(["tasks", "countdown", "--show", "3"]) == 0
     shown = capsys.readouterr().out
     assert "1000 training, 100 validation, 200 test problems" in shown

@@ -191,9 +191,11 @@ def tasks(arguments: list[str]) -> int:
 
     args = parse(TasksArguments, arguments, "tasks")
     if args.name is None:
-        for name in TASKS:
-            say(f"{name:<16} {MEANINGS.get(name, '')}".rstrip(), 17)
-        say(f"{REASONING_GYM + 'NAME':<16} Any data set of reasoning-gym, by its name (textpolicy[reasoning-gym]).", 17)
+        any_of = REASONING_GYM + "NAME"
+        meanings = {**MEANINGS, any_of: "Any data set of reasoning-gym, by its name (textpolicy[reasoning-gym])."}
+        width = max(map(len, [*TASKS, any_of]))
+        for name in [*TASKS, any_of]:
+            say(f"{name:<{width}}  {meanings.get(name, '')}".rstrip(), width + 2)
         print("\n'textpolicy tasks NAME --show 3' prints problems of one.")
         return 0
     task = load_task(args.name)

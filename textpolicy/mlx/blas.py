@@ -25,6 +25,7 @@ SLOW_ADVICE = (
     "and its Fortran runtime (Debian: apt-get install libgfortran5) installed"
 )
 BUSY_ADVICE = "OpenBLAS is in place, so check again when no other program uses this machine's cores"
+WAITING_ADVICE = f"{BUSY_ADVICE}; while one does, its threads wait for each other and OPENBLAS_NUM_THREADS=1 is faster"
 
 
 def import_mlx() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .blas import BUSY_ADVICE, SLOW_ADVICE, SLOW_GFLOPS, blas_threads, matmul_gflops
+from .blas import BUSY_ADVICE, SLOW_ADVICE, SLOW_GFLOPS, WAITING_ADVICE, blas_threads, matmul_gflops
 
 
 def describe_mlx() -> dict[str, Any]:
@@ -21,7 +21,7 @@ def describe_mlx() -> dict[str, Any]:
         "matmul_gflops": round(rate, 1),
         "fast": rate >= SLOW_GFLOPS,
     }
-    remedy = BUSY_ADVICE if blas_threads() else SLOW_ADVICE
+    remedy = (SLOW_ADVICE, BUSY_ADVICE, WAITING_ADVICE)[min(blas_threads(), 2)]
     return facts if facts["fast"] else {**facts, "advice": f"matrix products are slow; {remedy}"}
 
 

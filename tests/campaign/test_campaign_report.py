@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 
 import numpy as np
@@ -239,10 +240,12 @@ def test_curves_without_a_common_step_are_left_out_and_seeds_keep_their_places(t
     assert [word for word in words if word in "012"][:3] == ["0", "1", "2"]
 
 
-def test_an_arm_without_a_finished_run_is_named(tmp_path):
-    settings = made(tmp_path / "c", [])
-    with pytest.raises(UserError, match="the arm old has no finished run"):
-        found_in(tmp_path / "c", settings)
+def test_an_arm_without_a_finished_run_is_named_with_the_command_that_runs_it(tmp_path):
+    folder = tmp_path / "my duel"
+    settings = made(folder, [])
+    with pytest.raises(UserError, match="the arm old has no finished run") as refused:
+        found_in(folder, settings)
+    assert shlex.split(str(refused.value).split(": ")[1]) == ["textpolicy", "campaign", "run", str(folder)]
 
 
 def test_costs_are_those_of_the_runs_at_the_prices_given(tmp_path):

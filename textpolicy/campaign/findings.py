@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite, isnan
@@ -110,7 +111,8 @@ def find(settings: CampaignSettings, root: Path, jobs: Sequence[Job]) -> Finding
     for name in settings.arms:
         runs = [o for o in outcomes if o.arm == name]
         if not runs:
-            raise UserError(f"the arm {name} has no finished run; resume the campaign with 'textpolicy campaign run'")
+            command = shlex.join(["textpolicy", "campaign", "run", str(root)])
+            raise UserError(f"the arm {name} has no finished run; run the campaign with: {command}")
         values = np.array([o.value for o in runs])
         cost = Cost.total([o.cost for o in runs])
         sd = float(values.std(ddof=1)) if len(values) > 1 else None

@@ -172,3 +172,38 @@ def test_an_arm_has_runs_of_the_same_weight(tmp_path):
 def test_an_arm_without_a_run_is_refused():
     with pytest.raises(UserError, match="there is no run to aggregate; give at least one"):
         analysis.aggregate_group_stats([])
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('{"step": 1, "mean_reward": Infinity}', "has a mean_reward of inf, which is no number"),
+        ('{"step": 1, "mean_reward": "high"}', "has a mean_reward of high, which is no number"),
+        ('{"step": 1, "mean_reward": [1]}', "which is no number"),
+        ('{"step": 1, "mean_reward": true}', "which is no number"),
+        ('{"step": 1, "mean_reward": 1' + "0" * 400 + "}", "which is no number"),
+        ("[1]", "is not a JSON object"),
+        ("7", "is not a JSON object"),
+        ('{"a": ' * 9000, "is not JSON"),
+    ],
+)
+def test_a_line_of_a_log_that_is_no_step_is_named(tmp_path, line, sentence):
+    (tmp_path / "emergence").mkdir()
+    path = tmp_path / "emergence" / "steps.jsonl"
+    path.write_text(f'{{"step": 0, "mean_reward": 0.5}}\n{line}\n{{"step": 2, "mean_reward": 0.25}}\n')
+    with pytest.raises(UserError, match=f"^line 2 of {path} ") as caught:
+        analysis.load_emergence_run_stats(tmp_path)
+    assert sentence in str(caught.value)
+
+
+def test_a_step_whose_reward_is_not_known_is_left_out_of_the_mean(tmp_path):
+    (tmp_path / "emergence").mkdir()
+    rows = [
+        '{"step": 0, "mean_reward": 0.5}',
+        '{"step": 1, "mean_reward": NaN}',
+        '{"step": 2}',
+        '{"mean_reward": null}',
+    ]
+    (tmp_path / "emergence" / "steps.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    found = analysis.load_emergence_run_stats(tmp_path)
+    assert (found.steps, found.step_mean_reward) == (4, 0.5)

@@ -297,7 +297,7 @@ ATTEMPT = {"arm": "old", "seed": 0, "returncode": 0, "seconds": 1.5}
 
 @pytest.mark.parametrize(
     "odd",
-    [{"seconds": v} for v in (float("nan"), float("inf"), -1, "1", None)]
+    [{"seconds": v} for v in (float("nan"), float("inf"), 10**400, -1, "1", None)]
     + [{"seed": 0.5}, {"seed": "0"}, {"seed": True}, {"arm": 7}, {"returncode": "0"}, {"returncode": None}],
 )
 def test_an_attempt_of_odd_values_is_refused_with_its_line(tmp_path, capsys, odd):

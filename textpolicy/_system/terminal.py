@@ -23,7 +23,7 @@ def columns(stream: TextIO | None = None) -> int | None:
     if stream is None or not stream.isatty():
         return None
     asked = os.environ.get("COLUMNS", "")
-    return (int(asked) if asked.isdecimal() else os.get_terminal_size(stream.fileno()).columns) or 80
+    return (int(asked) if asked.isdecimal() and len(asked) < 6 else os.get_terminal_size(stream.fileno()).columns) or 80
 
 
 def say(text: str, indent: int = 2, stream: TextIO | None = None) -> None:

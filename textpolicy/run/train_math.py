@@ -6,7 +6,6 @@ Problems are answered in \boxed{} and graded by value. The command is a preset o
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -20,7 +19,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from .._system.extras import extra
 from .._system.faults import TRAIN_MATH
-from .._system.files import read_object, write_whole
+from .._system.files import parse_json, read_object, write_whole
 from .._system.terminal import counted, one_line, until_unread
 from ..algorithms import Algorithm
 from ..algorithms.planning import planning_masks
@@ -185,7 +184,7 @@ def grams_of(text: str) -> list[str]:
     if not text.lstrip().startswith("["):
         return load_strategic_grams(text)
     try:
-        grams = json.loads(text)
+        grams = parse_json(text)
     except ValueError as error:
         raise UserError(f"strategic_grams is not a JSON list ({error}); correct it, or give a file") from error
     if not all(isinstance(gram, str) for gram in grams):

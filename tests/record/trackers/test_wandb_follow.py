@@ -55,7 +55,8 @@ def test_every_integer_step_is_logged_once_and_other_lines_are_skipped(metrics):
 
 
 def test_only_finite_numbers_are_logged(metrics):
-    add(metrics, line(0, loss=math.nan, note="warm", full=True, tokens=12, scores=[1.0]))
+    add(metrics, line(0, loss=math.nan, kl=math.inf, large=10**400, note="warm", full=True, tokens=12, scores=[1.0]))
+    add(metrics, '{"step": 1, "a": ' + "[" * 9000 + "\n")
     assert Follower(metrics).new() == [{"tinker/step": 0, "tinker/tokens": 12}]
 
 

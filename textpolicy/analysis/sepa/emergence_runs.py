@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite, nan
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from ..._system.files import parse_json
 from ...errors import UserError
 
+LARGEST = 1e300  # above it sums are infinite
 CORRECT_FROM = 0.99  # the reward that counts as correct where the log has no correctness
 
 
@@ -126,7 +127,7 @@ def read_rows(path: Path, *numbers: str) -> list[dict[str, Any]]:
         for name in numbers:
             if (value := row[name]) != value:  # NaN
                 row[name] = value = None
-            if value is not None and (type(value) not in (int, float) or not isfinite(value)):
+            if value is not None and (type(value) not in (int, float) or not abs(value) < LARGEST):
                 raise UserError(f"line {number} of {path} has a {name} of {value!s:.40}, which is no number; remove it")
         rows.append(row)
     return rows

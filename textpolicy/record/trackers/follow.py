@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..._system.files import parse_json
+
+_LARGEST = 1e300  # NaN, infinities and whole numbers of hundreds of digits are none that a tracker takes
 Log = Callable[[dict[str, float]], object]
 
 
@@ -38,7 +39,7 @@ class Follower:
         found: list[dict[str, float]] = []
         for line in complete.splitlines():
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError:  # a partial line left by a killed run, or bytes that are not text
                 continue
             if not isinstance(row, dict) or row.get("kind", "train") != "train":
@@ -48,7 +49,7 @@ class Follower:
                 continue
             self.steps.add(step)
             numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-            found.append({f"tinker/{name}": value for name, value in numbers.items() if math.isfinite(value)})
+            found.append({f"tinker/{name}": value for name, value in numbers.items() if abs(value) < _LARGEST})
         return found
 
 

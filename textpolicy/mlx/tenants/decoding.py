@@ -7,7 +7,7 @@ Rows of several run through layers that hold all of their adapters (mixed.py).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +26,10 @@ from ..kernels import exponentials
 from ..kernels.patching import patched
 from ..kernels.plain import plain_operations
 from ..read.bounds import Bounds
-from ..read.context import PromptTree
+from ..read.context import Context, PromptTree
 from .mixed import Mixed, can_mix
 from .reading import likeliest
+from .room import Room
 from .snapshot import Snapshot
 
 PLACES = 128  # completions decoded side by side, at most
@@ -74,9 +75,8 @@ class _Row:
 class Decoding:
     """The continuous batch of one base. ``tokenizer`` is for texts that end a completion."""
 
-    def __init__(self, base: nn.Module, tokenizer: Any, bounds: Bounds, fits: Callable[[int, int], int]):
-        self._base, self._tokenizer, self._bounds = base, tokenizer, bounds
-        self._fits = fits  # tokens of a prompt, and most that follow -> how many such rows memory has room for
+    def __init__(self, base: nn.Module, tokenizer: Any, bounds: Bounds, room: Room | None = None):
+        self._base, self._tokenizer, self._bounds, self._room = base, tokenizer, bounds, room
         self._queue: deque[_Row] = deque()
         self._rows: dict[int, _Row] = {}  # running ones, by number
         self._started = 0
@@ -102,7 +102,7 @@ class Decoding:
             )
         if request.sampling.repetition_penalty != 1:
             raise UserError("a repetition penalty is not served here; set it to 1")
-        if self._fits(size, more) < 1:
+        if self._room is not None and not self._room.places([(size, more)], self._contexts()):
             raise UserError(
                 f"memory has no room for one completion of {size + more} tokens; shorten the prompt, or lower "
                 "max_tokens"
@@ -144,29 +144,34 @@ class Decoding:
     def _start_queued(self) -> None:
         """Give the queued completions the free places, if they are all that is asked for, or enough."""
         running = [row for row in self._rows.values() if row.running]
+        if not self._queue:
+            return
         places = PLACES
-        for row in (*running, *self._queue):
-            if len(running) >= places:
-                break
-            places = min(places, self._fits(len(row.request.prompt), row.request.sampling.max_tokens))
-        free = max(places, 1) - len(running)
-        if not self._queue or free <= 0 or (running and free < min(len(self._queue), _ENTER * places)):
+        if self._room is not None:
+            some = [row.request for row in [*running, *self._queue][:PLACES]]
+            sizes = [(len(request.prompt), request.sampling.max_tokens) for request in some]
+            places = max(self._room.places(sizes, self._contexts()), 1)
+        free = places - len(running)
+        if free <= 0 or (running and free < min(len(self._queue), _ENTER * places)):
             return
         new: dict[Any, dict[int, _Row]] = {}
         for _ in range(min(free, len(self._queue))):
             row = self._queue.popleft()
             new.setdefault(row.request.weights, {})[self._started] = row
             self._started += 1
-        for weights, some in new.items():
-            self._rows |= some
-            tree = PromptTree.build([row.request.prompt for row in some.values()])
+        for weights, begun in new.items():
+            self._rows |= begun
+            tree = PromptTree.build([row.request.prompt for row in begun.values()])
             sources, reads, state = distinct(tree.parents, tree.last)
-            spare = min(_SPARE, max(row.request.sampling.max_tokens for row in some.values()))
+            spare = min(_SPARE, max(row.request.sampling.max_tokens for row in begun.values()))
             context = tree.read(weights.model, spare=spare).fork(sources)
-            rows = ActiveRows(context, np.array([*some]), state, mx.array(reads))
+            rows = ActiveRows(context, np.array([*begun]), state, mx.array(reads))
             group = None if can_mix(weights.model) else weights
             before = self._active.get(group)
             self._active[group] = rows if before is None else before.joined(rows)
+
+    def _contexts(self) -> list[Context]:
+        return [active.context for active in self._active.values()]
 
     # ---- tokens
 

@@ -28,6 +28,7 @@ from ..score.micro_batches import Gradients, logprobs_of, micro_batches
 from ..state import read_arrays, restore_training_state, training_state, write_arrays
 from .data import Rows
 from .objectives import Loss
+from .room import Room
 from .shared import twin
 from .snapshot import Snapshot, writing
 
@@ -39,15 +40,17 @@ _HIGHEST = {"beta1": _BELOW_1, "beta2": _BELOW_1}
 class Tenant:
     """The learner of one adapter; its model is a twin of the base, with which it shares all frozen arrays."""
 
-    def __init__(self, base: nn.Module, model: nn.Module, bounds: Bounds, longest: int | None, compiled: bool):
-        self._base, self._bounds, self._longest, self._compiled = base, bounds, longest, compiled
+    def __init__(self, base: nn.Module, model: nn.Module, bounds: Bounds, longest: int | None, room: Room | None):
+        self._base, self._bounds, self._longest, self._room = base, bounds, longest, room
         self.micro_batch_tokens = 8192
         self._become(model, _fresh())
 
     def _become(self, model: nn.Module, optimizer: optim.AdamW) -> None:
+        if self._room is not None:
+            self._room.refuse_adapter(sum(value.nbytes for value in trainable(model).values()))
         self.model, self.optimizer = model, optimizer
         optimizer.init(model.trainable_parameters())
-        self._gradients = Gradients(model, compiled=self._compiled)
+        self._gradients = Gradients(model)
         self.gradient: Any = None  # the sum since the last step
 
     def passed(self, data: Sequence[Datum], loss: str, config: Mapping[str, Any], *, backward: bool) -> Passed:
@@ -60,11 +63,14 @@ class Tenant:
         every, k = np.arange(len(data)), rows.targets.shape[2]
         l = np.zeros(rows.targets.shape, np.float32)
         starts, own = rows.split()
+        tokens = self.micro_batch_tokens
+        if self._room is not None:
+            tokens = self._room.pass_tokens(len(data), int(rows.lengths.max()), tokens)
         gradient: Any = None
         with patched(self.model, pass_patches()):
             if len(own) and backward:
                 batch = rows.batch(own, starts[own], rows.lengths[own])
-                for some, layout in micro_batches(batch, self.micro_batch_tokens):
+                for some, layout in micro_batches(batch, tokens):
                     reported, grad = self._gradients(layout, chosen)
                     gradient = grad if gradient is None else tree_map(mx.add, gradient, grad)
                     mx.eval(reported, gradient)
@@ -72,8 +78,8 @@ class Tenant:
                         n = rows.lengths[i] - starts[i]
                         l[i, starts[i] : rows.lengths[i]] = line[:n].reshape(n, k)
             elif len(own):
-                self._score(l, rows, own, starts[own], rows.lengths[own])
-            self._score(l, rows, every, np.zeros_like(starts), starts)
+                self._score(l, rows, own, starts[own], rows.lengths[own], tokens)
+            self._score(l, rows, every, np.zeros_like(starts), starts, tokens)
         whole = rows.batch(every, np.zeros_like(starts), rows.lengths)
         double = {f.name: _double(getattr(whole, f.name)) for f in fields(whole)}
         total = float(
@@ -92,7 +98,9 @@ class Tenant:
         ]
         return Passed(kept, {"loss:sum": total})
 
-    def _score(self, l: np.ndarray, rows: Rows, which: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> None:
+    def _score(
+        self, l: np.ndarray, rows: Rows, which: np.ndarray, starts: np.ndarray, stops: np.ndarray, tokens: int
+    ) -> None:
         """Fill l (B, T, K) with the log-probs of the rows ``which`` at [start, stop), equal ones computed once."""
         some = stops > starts
         which, starts, stops = which[some], starts[some], stops[some]
@@ -104,7 +112,7 @@ class Tenant:
         ]
         _, first, back = np.unique(np.array(keys, object), return_index=True, return_inverse=True)
         batch = rows.batch(which[first], starts[first], stops[first], loss=False)
-        found = logprobs_of(self.model, batch, self.micro_batch_tokens)
+        found = logprobs_of(self.model, batch, tokens)
         for i, a, b, j in zip(which, starts, stops, back.reshape(-1), strict=True):
             l[i, a:b] = found[j, a:b].reshape(b - a, -1)
 
@@ -178,8 +186,3 @@ def _norm(tree: Any) -> float:
     flat: Iterable[tuple[str, mx.array]] = tree_flatten(tree)  # type: ignore[assignment]
     squares = mx.stack([mx.square(array).sum() for _, array in flat])
     return float(np.sqrt(np.array(squares).astype(float).sum()))
-
-
-def bytes_of(model: nn.Module) -> int:
-    """Return the bytes of the trainable parameters."""
-    return sum(value.nbytes for value in trainable(model).values())

@@ -18,6 +18,7 @@ from ..read.bounds import Bounds
 from .decoding import Decoding
 from .learner import Tenant
 from .reading import read
+from .room import Room
 from .shared import lora, twin
 from .snapshot import Snapshot
 
@@ -26,7 +27,14 @@ class Base:
     """The base model in this process, and what can be made of it: learners, samplers, a continuous batch."""
 
     def __init__(
-        self, name: str, model: Any, tokenizer: Any, *, folder: Path | None = None, context: int | None = None
+        self,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        *,
+        folder: Path | None = None,
+        context: int | None = None,
+        room: Room | None = None,
     ):
         refuse_kernels_alone(model)
         model.freeze()
@@ -36,20 +44,22 @@ class Base:
         known = [n for n in (context, self.bounds.positions) if n is not None]
         self.context = min(known, default=None)
         self.stop = stop_tokens(tokenizer, needed=False)
-        self.base = Snapshot(model)
-        self._decoding = Decoding(model, tokenizer, Bounds(self.vocabulary, self.context), lambda prompt, more: 128)
+        self.base, self._room = Snapshot(model), room
+        self._decoding = Decoding(model, tokenizer, Bounds(self.vocabulary, self.context), room)
 
     @classmethod
     def load(cls, name: str) -> Base:
         """Return the model called ``name``: a built-in, a folder, a GGUF file or a hub id. Raises UserError."""
         model, tokenizer = load_model(name)
-        return cls(name, model, tokenizer, folder=find_model(name), context=context_length(name))
+        return cls(name, model, tokenizer, folder=find_model(name), context=context_length(name), room=Room.of(model))
 
     def learner(self, adapter: Adapter) -> Tenant:
         """Return a fresh adapter with its optimiser; without a seed it starts from seed 0. Raises UserError."""
-        refuse_outside("the rank of a LoRA", adapter.rank, 1, min(2**15, 2**31 - 1), whole=True)
+        refuse_outside("the rank of a LoRA", adapter.rank, 1, 4096, whole=True)
+        seed = adapter.seed or 0
+        refuse_outside("the seed of a LoRA", seed, 0, 2**63 - 1, whole=True)
         model = twin(self.model)
-        return self._tenant(attach(model, lora(model, adapter), adapter.seed or 0))
+        return self._tenant(attach(model, lora(model, adapter), seed))
 
     def loaded(self, folder: Path, *, optimizer: bool) -> Tenant:
         """Return the learner that ``Tenant.save`` wrote. Raises UserError."""
@@ -59,7 +69,7 @@ class Base:
         return tenant
 
     def _tenant(self, model: Any) -> Tenant:
-        return Tenant(self.model, model, Bounds(self.vocabulary, self.context), self.context, False)
+        return Tenant(self.model, model, Bounds(self.vocabulary, self.context), self.context, self._room)
 
     def sampler(self, folder: Path) -> Snapshot:
         """Return the weights that were saved in ``folder``. Raises UserError."""

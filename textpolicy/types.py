@@ -17,6 +17,7 @@ Bools = NDArray[np.bool_]
 
 Aggregation = Literal[
     "token-mean",  # 1 / all sampled tokens: BNPO, and DAPO's eq. 12
+    "prompt-mean",  # 1 / (prompts x the prompt's tokens): ScaleRL
     "seq-mean-token-mean",  # 1 / (sequences x the sequence's tokens): GRPO, GSPO, SAPO
     "seq-mean-token-sum",  # 1 / sequences: LUSPO
     "seq-mean-token-sum-norm",  # 1 / (sequences x a constant length): Dr. GRPO
@@ -63,6 +64,7 @@ class Episode:
     reference: Floats | None = None  # (L,) float32, log-probs under the frozen reference, where a recipe needs them
     lead: Floats | None = None  # (L,) float32, a teacher's log-probs minus the policy's, where a recipe distils
     scores: Mapping[str, float] = field(default_factory=dict)  # the unweighted score of each reward that applied
+    reward_weights: Mapping[str, float] = field(default_factory=dict)  # of those scores in ``reward``
     prompt_index: int | None = None  # index among the environment's prompts
     credited: Credited | None = None  # None unless the episode was trained on
     learner: Floats | None = None  # (L,) float32, the learner's log-probs before the update, where they were measured
@@ -160,7 +162,9 @@ class Batch:
             targets=pad([e.tokens[1:] for e in episodes], np.int32),
             logprobs=pad([e.logprobs[1:] for e in episodes], np.float32),
             advantages=pad([a[1:] for a in advantages], np.float32),
-            weights=loss_weights(pad([e.mask[1:] for e in episodes], bool), aggregation, length).astype(np.float32),
+            weights=loss_weights(
+                pad([e.mask[1:] for e in episodes], bool), aggregation, length, groups=[e.group for e in episodes]
+            ).astype(np.float32),
             temperatures=np.array([[e.temperature] for e in episodes], np.float32),
             reference=pad(references, np.float32) if len(references) == len(episodes) else None,
         )
@@ -210,10 +214,12 @@ def loss_weights(
     aggregation: Aggregation,
     length: float | None = None,
     empty_rows: Literal["excluded", "counted"] = "excluded",
+    groups: Sequence[int] | None = None,
 ) -> NDArray[np.float64]:
     """Return the (B, T) float64 weights whose weighted sum of token losses is the aggregate, from a (B, T) mask.
 
     ``length`` is the constant of "seq-mean-token-sum-norm" in tokens, the longest completion allowed.
+    ``groups`` are the prompts of the rows, (B,), which "prompt-mean" needs; a prompt without tokens does not count.
     A row without tokens counts as a sequence only if ``empty_rows`` is "counted"; with no tokens at
     all every weight is 0. Sources: docs/algorithms.md. Raises UserError.
     """
@@ -223,6 +229,12 @@ def loss_weights(
     match aggregation:
         case "token-mean":
             denominator = max(live.sum(), 1)
+        case "prompt-mean":
+            if groups is None:
+                raise UserError("prompt-mean averages over prompts and got none; give the group of each row")
+            _, prompt = np.unique(np.asarray(groups), return_inverse=True)
+            of_prompt = np.bincount(prompt, live.sum(axis=1))
+            denominator = max((of_prompt > 0).sum(), 1) * np.maximum(of_prompt, 1)[prompt][:, None]
         case "seq-mean-token-mean":
             denominator = sequences * tokens
         case "seq-mean-token-sum":

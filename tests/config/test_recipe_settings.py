@@ -107,7 +107,9 @@ PENALTIES = [{"overlong_cache": 0.2}, {"kl": {"coefficient": 0.1, "place": "rewa
 
 
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)
-@pytest.mark.parametrize(("name", "why"), [("gtpo_paper", "no effect"), ("maxrl", "negative"), ("full", "negative")])
+@pytest.mark.parametrize(
+    ("name", "why"), [("gtpo_paper", "no effect"), ("maxrl", "negative"), ("full", "negative"), ("gdpo", "each")]
+)
 def test_a_recipe_whose_credit_is_made_of_outcomes_refuses_a_penalty_in_the_reward(name, why, penalty):
     with pytest.raises(UserError) as error:
         configured(name, **penalty)

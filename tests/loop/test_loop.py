@@ -53,7 +53,7 @@ def train_to_say_seven(name, steps):
     return rows
 
 
-LEARNERS = ["grpo", "cispo", "sapo", "dppo", "dro"]  # one recipe for each objective
+LEARNERS = ["grpo", "cispo", "sapo", "dppo", "dro", "opo"]  # one recipe for each objective
 
 
 @pytest.mark.parametrize("name", LEARNERS)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..errors import unknown_name
-from ..losses import Clip, ClippedWeight, CrossEntropy, SoftGate, Surrogate, WithinDivergence
+from ..losses import Clip, ClippedWeight, CrossEntropy, ImportanceSampling, SoftGate, Surrogate, WithinDivergence
 from .credit import Credit as Credit
 from .credit import Rewards as Rewards
+from .gdpo import DecoupledRelative
 from .grams import DEFAULT_STRATEGIC_GRAMS
 from .grpo import GroupRelative
 from .gtpo import ShapeByEntropy
 from .hicra import AmplifyPlanning
 from .maxrl import MeanNormalized
+from .opo import LengthWeighted
 from .pipeline import Algorithm as Algorithm
 from .planning import PlanningGrams
 from .reinforce import NoBaseline, ReturnToGo, Whiten
@@ -48,6 +50,18 @@ ALGORITHMS = {
         paper="arXiv:2503.14476",
     ),
     "bnpo": replace(_GRPO, aggregation="token-mean", summary="GRPO with one mean over all tokens", paper="TRL 1.16"),
+    "gdpo": Algorithm(
+        DecoupledRelative(),
+        (Whiten(),),
+        summary="several rewards, each normalised on its own, then summed and whitened",
+        paper="arXiv:2601.05242",
+    ),
+    "opo": Algorithm(
+        LengthWeighted(),
+        surrogate=Surrogate(ImportanceSampling()),
+        summary="a completion against the mean reward per token of its prompt",
+        paper="arXiv:2505.23585",
+    ),
     "rloo": Algorithm(
         LeaveOneOut(),
         surrogate=Surrogate(ratio="sequence-sum"),

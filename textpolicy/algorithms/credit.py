@@ -24,6 +24,8 @@ class Rewards:
     mean: Floats = field(init=False)  # (B,) mean reward of the group; 0 for a group without a scored completion
     uniform: Bools = field(init=False)  # (B,) bool: the group's scored rewards are all equal
     centered: Floats = field(init=False)  # (B,) reward minus mean; exactly 0 if unscored or in a uniform group
+    length: Ints | None = None  # (B,) sampled tokens; None: all of one length
+    parts: tuple[tuple[float, Floats], ...] = ()  # weight and (B,) scores, or NaN, of each of several rewards
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # the record is frozen

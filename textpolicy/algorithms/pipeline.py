@@ -14,6 +14,7 @@ from ..losses import Surrogate
 from ..types import Aggregation, Batch, Credited, Episode, Floats, refuse_untrainable
 from .credit import Credit, Rewards
 from .distillation import Distillation
+from .gdpo import DecoupledRelative
 from .gtpo import ShapeByEntropy
 from .length import overlong_penalty
 from .maxrl import MeanNormalized
@@ -67,6 +68,8 @@ class Algorithm:
             why = "GTPO's paper form makes its own advantages from the outcomes, so that would have no effect"
         elif type(self.baseline) is MeanNormalized:
             why = "MaxRL divides by the mean reward, which that could make negative"
+        elif type(self.baseline) is DecoupledRelative:
+            why = "GDPO normalises each reward on its own, and that is none of them"
         if why and (self.overlong_cache or self.reward_kl):
             raise UserError(
                 "the recipe has an overlong penalty or a KL in the reward, and "
@@ -78,7 +81,7 @@ class Algorithm:
         """The fields of this recipe and its baseline that have no effect in it."""
         stages = {type(stage) for stage in self.stages}
         idle = {"scale_rewards", "overlong_cache", "reward_kl"} if ShapeByEntropy in stages else set()
-        if type(self.baseline) is MeanNormalized:
+        if type(self.baseline) in (MeanNormalized, DecoupledRelative):
             idle |= {"overlong_cache", "reward_kl"}
         return frozenset(idle if self.pooling or WeightByUncertainty in stages else {*idle, "uncertainty"})
 
@@ -152,7 +155,8 @@ class Algorithm:
                 raise UserError("the overlong penalty needs the longest completion; set the algorithm's length")
             overlong = overlong_penalty(count, self.length, max(1.0, round(self.overlong_cache * self.length)))
         shaped = rewards.value + overlong - np.bincount(row, penalty, len(episodes))
-        baseline = self.baseline(Rewards(shaped, rewards.group))
+        parts = _parts(episodes) if self.signal == "reward" else ()
+        baseline = self.baseline(Rewards(shaped, rewards.group, count, parts))
         uncertainty = surprisal if self.uncertainty == "surprisal" else entropy
         if uncertainty is None:
             raise UserError(
@@ -203,6 +207,15 @@ class Algorithm:
             trained = 0 * credit if self.mask_truncated and e.truncated else credit
             out.append(replace(e, credited=Credited(float(a), trained, marks != 0 if self.grams else None)))
         return out
+
+
+def _parts(episodes: Sequence[Episode]) -> tuple[tuple[float, Floats], ...]:
+    """Return the weight and the (B,) scores, NaN where it did not apply, of each reward that is not only reported."""
+    weights = {name: weight for e in episodes for name, weight in e.reward_weights.items() if weight}
+    return tuple(
+        (weights[name], np.array([e.scores.get(name, np.nan) for e in episodes], np.float64))
+        for name in sorted(weights)
+    )
 
 
 def _sampled(episodes: Sequence[Episode], arrays: Sequence[Floats]) -> NDArray[np.float64]:

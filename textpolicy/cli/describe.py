@@ -37,10 +37,9 @@ def describe(name: str, recipe: Algorithm) -> str:
     widths = max(map(len, flags.values())), max(len(_shown(value)) for value, _ in settings.values())
     for setting, (value, meaning) in settings.items():
         lines.append(f"{flags[setting]:<{widths[0]}}  {_shown(value):<{widths[1]}}  {meaning}")
-    # The example spells out a setting of the last part that has one.
-    order = [
-        field for part in (*reversed(stages), recipe.surrogate.objective, recipe.baseline) for field in _values(part)
-    ]
+    # The example spells out a setting of the last part that has one, or the aggregation.
+    last_first = (*reversed(stages), recipe.surrogate.objective, recipe.baseline)
+    order = [*(field for part in last_first for field in _values(part)), "aggregation"]
     given = {setting.replace(".", "_"): setting for setting, (value, _) in settings.items() if value is not None}
     chosen = next(given[field] for field in order if field in given)
     example = f"{flags[chosen]} {_shown(settings[chosen][0])}"

@@ -58,6 +58,7 @@ def collect(
             reward=scored.reward,
             is_correct=scored.is_correct,
             scores=scored.scores,
+            reward_weights=scored.weights,
             group=first_group + n // group_size,
             prompt=env.prompt_text(c.index),
             prompt_index=c.index,

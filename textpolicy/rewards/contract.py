@@ -130,6 +130,7 @@ class Scored:
     reward: float  # NaN when it could not be scored
     is_correct: bool | None = None  # None when no reward returns it
     scores: Mapping[str, float] = field(default_factory=dict)  # of each of several rewards that applied, unweighted
+    weights: Mapping[str, float] = field(default_factory=dict, compare=False)  # of those scores in ``reward``
 
 
 def read_result(result: Any) -> Scored | None:

@@ -256,9 +256,10 @@ class Scorer:
             if not verdicts and self.correct_from is not None and not math.isnan(total):
                 is_correct = total >= self.correct_from
             scores: Mapping[str, float] = {reward.name: o.reward for reward, o in applied}
+            weights: Mapping[str, float] = {reward.name: reward.weight for reward, _ in applied}
             if len(self.rewards) == 1:  # which may be a sum itself
-                scores = applied[0][1].scores if applied else {}
-            found.append(Scored(total, is_correct, scores))
+                scores, weights = (applied[0][1].scores, applied[0][1].weights) if applied else ({}, {})
+            found.append(Scored(total, is_correct, scores, weights))
         return found
 
     def refuse(self, examples: Sequence[Mapping[str, Any]]) -> None:

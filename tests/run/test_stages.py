@@ -137,6 +137,8 @@ discount = 0.9
     kept = [r for r in rollouts if r["step"] == 0 and r["advantage"]]
     assert kept
     assert all(r["is_correct"] and r["advantage"] == 1 and set(r["credit"]) == {1.0} for r in kept)
+    taught = [{c for r in rollouts if r["step"] == step for c in r["credit"]} for step in (1, 2)]
+    assert all(len(credits) > 50 for credits in taught)  # one of its own for every token
     with pytest.MonkeyPatch.context() as patch:
         cut_in(patch, 2)
         with pytest.raises(CutError):

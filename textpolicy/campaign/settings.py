@@ -109,7 +109,8 @@ class CampaignSettings(Section):
         from ..run.assembly import refuse_long_warmup
 
         config = check_config(self.overrides(arm, seed), f"arm {arm}, seed {seed}")
-        configure(config)
+        for stage in config.stages:
+            configure(stage)
         refuse_long_warmup(config)
         return config
 

@@ -76,7 +76,7 @@ class Parts:
 
 
 def assemble(config: Config, task: Task | None = None, recipe: Algorithm | None = None) -> Parts:
-    """Build the parts of a run; its ``task`` and ``recipe`` are those that ``config`` names unless given.
+    """Build the parts of a run; its ``task`` and ``recipe`` are those that ``config`` and its stages name unless given.
 
     They are those of its first stage, with those of the stages that follow.
 
@@ -86,7 +86,7 @@ def assemble(config: Config, task: Task | None = None, recipe: Algorithm | None 
     config = with_max_tokens(config, task)
     stages = config.stages
     recipes = [recipe or configure(stage) for stage in stages]
-    engine, tokenizer = build_engine(config, recipes[0])
+    engine, tokenizer = build_engine(stages[0], recipes[0])
     try:
         task, limit = with_scorer(task, config), config.evaluation.problems or None
         problems = {"train": task.train, "validation": task.validation[:limit], "test": task.test[:limit]}
@@ -96,7 +96,7 @@ def assemble(config: Config, task: Task | None = None, recipe: Algorithm | None 
         if config.engine == "tinker":
             from ..tinker.spending import budget
 
-            spending = budget(config, recipes[0], task, engine, splits)
+            spending = budget(stages[0], recipes[0], task, engine, splits)  # of the one that there is
         made, first, tokens = list[Parts](), 0, config.rollout.max_tokens
         shown = [_demonstrations(own, task, tokenizer) for own in stages]
         of_now = {**versions(engine, config.task), QUESTIONS: task.digest, **base_of(config)}
@@ -268,7 +268,7 @@ def price(config: Config, expected_tokens: int | None = None) -> Sequence[str]:
     from ..tinker.spending import quote_run
 
     task = load_task(config.task)
-    config = with_max_tokens(config, task)
+    [config] = with_max_tokens(config, task).stages
     recipe = configure(config)
     refuse_unhonoured(config, recipe)
     return quote_run(config, recipe, task, expected_tokens)

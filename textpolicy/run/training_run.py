@@ -87,13 +87,14 @@ def run(
     config = with_full_paths(config)
     task = extension.task or load_task(config.task)
     config = with_max_tokens(config, task)
-    recipe = extension.recipe or configure(config)
+    for stage in () if extension.recipe else config.stages:
+        configure(stage)  # raises before there is any work to lose
     with ExitStack() as held:
         resumed = reopen(config, task.digest, partial(base_of, config), allow, held)
         if resumed is None:
             refuse_long_warmup(config)
             try_folder(config)
-        parts = extension.replace_parts(assemble(config, task, recipe))
+        parts = extension.replace_parts(assemble(config, task, extension.recipe))
         ends: dict[Any, Any] = {None: "success", KeyboardInterrupt: "interrupted", StoppedError: "interrupted"}
         held.push(lambda kind, error, trace: parts.engine.close(ends.get(kind, "errored")))
         if resumed is not None:

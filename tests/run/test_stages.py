@@ -104,6 +104,15 @@ def test_the_report_and_the_summary_have_the_held_out_accuracy_of_every_stage(wh
     assert page.count("after rl") == 1
 
 
+def test_the_start_gate_says_what_to_begin_with(whole, capsys):
+    assert main(["eval", f"--run={whole}", "--start-gate", "--group-size=4", "--show=0"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"toy, test: avg@16 .* sampled at temperature 1", printed)
+    assert re.search(r"toy, test: pass@16 \d+\.\d% \[", printed)
+    assert re.search(r"toy, test: \d+\.\d% \[.*\] of groups of 4 would disagree", printed)
+    assert re.search("begin with rl|teach first|little left to learn", printed)
+
+
 def test_what_is_right_a_sibling_and_another_model_teach_in_one_run(config, tmp_path):
     """Also after it was cut short: a teacher leaves nothing in a checkpoint."""
     model = make_model(tmp_path / "teacher", seed=1)

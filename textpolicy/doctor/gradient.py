@@ -30,8 +30,9 @@ CAUSES = {  # rule -> why groups have no signal, what to change
     ),
     "all_fail": (
         "because nearly every completion fails",
-        "take easier problems (rollout.curriculum = 'pass_rate'), pay for partial success in the reward, "
-        "or raise rollout.group_size to find the rare success",
+        "teach first ([[stage]] kind = 'sft', or 'distill' with a teacher, before kind = 'rl'), take easier problems "
+        "(rollout.curriculum = 'pass_rate'), pay for partial success in the reward, or raise rollout.group_size to "
+        "find the rare success",
     ),
     "all_pass": (
         "because nearly every completion is right already",

@@ -26,6 +26,7 @@ from ..engine import Sampling, stop_tokens
 from ..environment.single_turn import TextGenerationEnv
 from ..errors import UserError
 from ..loop.evaluation import evaluate as evaluate_engine
+from ..loop.start_gate import StartGate
 from ..record.layout import CONFIG
 from ..record.reader import RecordedRun
 from ..tasks import Task, load_task
@@ -34,6 +35,8 @@ from .console import example_line
 from .resume import other_base, saved_settings
 
 logger = logging.getLogger(__name__)
+
+GATE_SAMPLES = 16  # of each problem, at which starts are compared
 
 
 class Source(Section):
@@ -100,6 +103,10 @@ class EvalArguments(Source):
     """Completions of each problem; more than 1 needs a temperature."""
     pass_at: list[PositiveInt] = Field(default_factory=list)
     """Also print pass@k, the chance that k completions include a correct one; give the flag once for each k."""
+    start_gate: bool = False
+    """Say whether rl can begin here: pass@k of 16 samples, the share of groups that would disagree, and the advice."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """With start_gate: completions in a group."""
     show: Annotated[int, Field(ge=0)] = 5
     """Print so many completions."""
     rewards: RewardSettings = RewardSettings()
@@ -146,6 +153,9 @@ def generate(args: GenerateArguments) -> str:
 
 def evaluate(args: EvalArguments) -> str:
     """Return a few completions, and accuracy with its interval; arguments are checked before the model is loaded."""
+    if args.start_gate:
+        samples = max(GATE_SAMPLES, args.group_size) if args.samples == 1 else args.samples
+        args = args.model_copy(update={"samples": samples, "temperature": args.temperature or 1.0})
     if too_many := [k for k in args.pass_at if k > args.samples]:
         raise UserError(f"pass_at is {too_many[0]} and samples {args.samples}; set samples to that at least")
     if args.samples > 1 and args.temperature == 0:
@@ -187,6 +197,11 @@ def evaluate(args: EvalArguments) -> str:
         over = f"over {average.problems} problems, {how} (95% interval)"
         lines.append(f"{what}: avg@{args.samples} {average} {over}")
         lines += [f"{what}: pass@{k} {result.pass_at(k)} {over}" for k in sorted(set(args.pass_at))]
+    if args.start_gate:
+        gate = StartGate.of(result, args.group_size)
+        lines.append(f"{what}: pass@{gate.samples} {gate.passed} {over}")
+        lines.append(f"{what}: {gate.informative} of groups of {gate.group_size} would disagree")
+        lines.append(gate.advice)
     return "\n".join(lines)
 
 

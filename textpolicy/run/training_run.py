@@ -27,6 +27,7 @@ from ..doctor.words import last_lines
 from ..errors import StoppedError, TextPolicyError, UserError
 from ..loop.evaluation import Evaluation, Rate, evaluate
 from ..loop.metrics import Row
+from ..loop.start_gate import StartGate
 from ..loop.teach import held_out_loss, teach
 from ..loop.train import Session, train
 from ..record import layout
@@ -379,6 +380,9 @@ class Run:
                 row = {"kind": "eval_sampled", "step": steps, "split": "validation", "samples": n, **figures}
                 self.sinks.evaluated(steps, "validation", row, result.episodes)
                 self.metrics.write(row)
+                group = self.parts.rollout.group_size
+                if not steps and all(len(answers) >= group for answers in result.judged()):
+                    self.view.print(f"   {StartGate.of(result, group).advice}")
         best = self.history.best[1] if self.history.best else None
         better = rate is None or best is None or rate.value >= best.value
         if better:

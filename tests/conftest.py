@@ -231,3 +231,39 @@ def tinker(tinker_server, no_tinker_account):
     yield connect
     for engine in engines:
         engine.close()
+
+
+# ---- our own server of the Tinker API, with the model of NumPy in tests/serve/made_model.py
+
+
+@pytest.fixture
+def made():
+    """The model that ``server`` serves."""
+    from made_model import MadeModel
+
+    return MadeModel()
+
+
+@pytest.fixture
+def server(made, tmp_path):
+    """A server in a thread of this process."""
+    from running_server import running
+
+    with running([made], tmp_path / "server") as started:
+        yield started
+
+
+@pytest.fixture
+def connect(server, no_tinker_account):
+    """``connect()``: clients of the server from the real SDK, closed when the test is over."""
+    tinker = pytest.importorskip("tinker", reason="the clients are the Tinker SDK's")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="tinker")
+    clients = []
+
+    def client(url=None, key="tml-test"):
+        clients.append(tinker.ServiceClient(base_url=url or server.url, api_key=key))
+        return clients[-1]
+
+    yield client
+    for each in clients:
+        each.close("success").result()

@@ -58,7 +58,14 @@ def a_pass(model, seq, data, loss="cross_entropy", forward_only=False):
         model_id=model, seq_id=seq, loss_fn=loss, forward_only=forward_only
     )
     for one in data:
-        tokens, inputs = one if isinstance(one, tuple) else (one[:-1], {"target_tokens": one[1:]})
+        tokens, inputs = (
+            one
+            if isinstance(one, tuple)
+            else (
+                one[:-1],
+                {"target_tokens": one[1:], "weights": np.ones(len(one) - 1)},
+            )
+        )
         datum = made.data.add()
         datum.model_input.add().encoded_text.tokens = np.asarray(tokens, np.int32).tobytes()
         for name, values in inputs.items():

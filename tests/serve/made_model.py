@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -55,6 +56,7 @@ class Pairs:
 
 def write(folder, **arrays):
     new = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
     new.mkdir(parents=True)
     np.savez(new / "pairs.npz", **arrays)
     (new / "adapter_config.json").write_text(json.dumps({"pairs": True}))

@@ -18,8 +18,7 @@ class Running:
     """A server of ``models`` at ``url``; ``stop`` ends it."""
 
     def __init__(self, models, folder, key=None, **settings):
-        self.models = list(models)
-        self.service = Service({model.name: model for model in models}, folder, **settings)
+        self.service = Service(models if callable(models) else lambda: {m.name: m for m in models}, folder, **settings)
         self.socket = bound("127.0.0.1", 0)
         self.socket.listen()
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
@@ -42,7 +41,7 @@ class Running:
         nothing = Future()
         nothing.set_exception(ServiceError("killed"))
         self.service.journal.write = lambda *statements: nothing
-        for model in self.models:
+        for model in self.service.models.values():
             model.gate.set()  # its thread ends
         self.service.worker.stop()
         self.service.journal.close()

@@ -81,7 +81,7 @@ def test_a_server_that_was_killed_goes_on_where_it_was(tmp_path):
     found = losses(ask, model, 1, 3)
     kept = ask.pass_over(model, 7, DATA)[1]["request_id"]
     found.append(loss_of(ask.result(kept)))
-    killed.models[0].gate.clear()  # what comes now is not carried out
+    killed.service.models["made/pairs"].gate.clear()  # what comes now is not carried out
     promised = [ask.step(model, 8)[1]["request_id"], ask.pass_over(model, 9, DATA)[1]["request_id"]]
     killed.kill()
     with running([MadeModel()], tmp_path / "killed") as server:
@@ -129,7 +129,9 @@ def test_a_server_that_was_stopped_has_its_states_on_disk(tmp_path):
 
 
 def test_two_servers_never_share_a_folder(server):
-    script = "import sys, pathlib; from textpolicy.serve.service import Service; Service({}, pathlib.Path(sys.argv[1]))"
+    script = (
+        "import sys, pathlib; from textpolicy.serve.service import Service; Service(dict, pathlib.Path(sys.argv[1]))"
+    )
     command = [sys.executable, "-c", script, str(server.service.folder)]
     second = subprocess.run(command, capture_output=True, text=True, check=False)
     assert second.returncode != 0

@@ -84,7 +84,7 @@ def serve(args: ServeArguments) -> None:
             "127.0.0.1 alone"
         )
     with bound(args.host, args.port) as listening:  # before the work of loading
-        service = Service(load(args.models), args.folder, patience=args.session_timeout)
+        service = Service(lambda: load(args.models), args.folder, patience=args.session_timeout)
         try:
             config = uvicorn.Config(
                 make_app(service, key, LOOPBACK if args.host in LOOPBACK else ("*",)),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,20 +36,30 @@ class RefusedError(TextPolicyError):
 class Service:
     """The server of ``models``, whose folder no other server uses meanwhile."""
 
-    def __init__(self, models: Mapping[str, Model], folder: Path, *, patience: float = 300.0) -> None:
-        """Take up what an earlier server left in ``folder``. Raises UserError, OSError."""
+    def __init__(
+        self,
+        models: Callable[[], Mapping[str, Model]],
+        folder: Path,
+        *,
+        patience: float = 300.0,
+    ) -> None:
+        """Take up what an earlier server left in ``folder``. Raises UserError, OSError, and what ``models`` raises.
+
+        That is called in the thread that owns the models: MLX computes what was begun in another in no other.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.models = folder, models
         self.stopping = asyncio.Event()
         self.lock = RunLock(folder)
         self.lock.__enter__()
-        self.journal = Journal(folder)
+        self.folder, self.journal = folder, Journal(folder)
+        self._thread = ThreadPoolExecutor(1, "models")
+        self.models = self._thread.submit(models).result()
         self.registry = Registry(self.journal)
         self.checkpoints = Checkpoints(folder / "checkpoints")
-        self.training = Training(models, self.registry, self.checkpoints, folder)
-        self.decoders = Decoders(models, self.registry, self.checkpoints)
+        self.training = Training(self.models, self.registry, self.checkpoints, folder)
+        self.decoders = Decoders(self.models, self.registry, self.checkpoints)
         self.decoders.newest = self.training.newest
-        self.worker = Worker(self.training, self.decoders, self.registry, patience)
+        self.worker = Worker(self._thread, self.training, self.decoders, self.registry, patience)
         self.waiting = sum(job.waiting for job in self.registry.jobs.values())
         self.bytes = sum(len(job.payload or b"") for job in self.registry.jobs.values())
         self._counting = threading.Lock()
@@ -61,6 +71,7 @@ class Service:
     def close(self) -> None:
         """End after what is under way; the rest is done by the next server in the folder."""
         self.worker.stop()
+        self._thread.shutdown()
         self.journal.close()
         self.lock.__exit__(None, None, None)
 

@@ -8,6 +8,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 
 from .._system.faults import machine_fault
 from ..errors import NotFiniteError, TextPolicyError, UserError
@@ -26,8 +27,11 @@ HOUSEKEEPING = 5.0  # seconds between rounds of it
 class Worker:
     """The thread. Everything but its public methods runs in it."""
 
-    def __init__(self, training: Training, decoders: Decoders, registry: Registry, patience: float) -> None:
+    def __init__(
+        self, thread: Executor, training: Training, decoders: Decoders, registry: Registry, patience: float
+    ) -> None:
         """Sessions that are not heard of for ``patience`` seconds are taken for gone."""
+        self._thread = thread
         self.training, self.decoders, self.registry, self.patience = training, decoders, registry, patience
         self._posts: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -35,7 +39,7 @@ class Worker:
         self._turn: deque[Tenant] = deque()  # models with something to do, in the order of their turns
         self._debt = 0.0  # seconds by which training is ahead of decoding
         self._last_round = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="models", daemon=True)
+        self._ended: Future[None] | None = None
 
     # ---- from other threads
 
@@ -47,7 +51,7 @@ class Worker:
         for job in list(self.registry.jobs.values()):
             if job.kind == "asample" and job.waiting:
                 self.add(job)
-        self._thread.start()
+        self._ended = self._thread.submit(self._run)
 
     def post(self, action: Callable[[], None]) -> None:
         """Let the thread call ``action`` soon."""
@@ -68,8 +72,8 @@ class Worker:
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        if self._thread.is_alive():
-            self._thread.join()
+        if self._ended is not None:
+            self._ended.result()
 
     # ---- in the thread
 

@@ -38,8 +38,9 @@ def three(base):
     }
 
 
-@pytest.mark.parametrize("apart", [0, 1, 3])
-def test_completions_are_the_same_alone_and_beside_those_of_other_samplers(apart):
+@pytest.mark.parametrize(("apart", "at_once"), [(0, 8), (1, 1), (3, 1), (1, 3)])
+def test_completions_are_the_same_alone_and_beside_those_of_other_samplers(apart, at_once, monkeypatch):
+    monkeypatch.setattr(module, "_AT_ONCE", at_once)
     base = tiny_base()
     requests = three(base)
     together = decoded(base, requests, apart)
@@ -99,7 +100,8 @@ def test_one_sampler_alone_samples_what_our_engine_does():
         assert theirs.truncated == ours.completion.truncated
 
 
-def test_a_cancelled_request_leaves_and_the_others_stay_as_they_are():
+def test_a_cancelled_request_leaves_and_the_others_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(module, "_AT_ONCE", 1)
     base = tiny_base()
     requests = three(base)
     whole = decoded(base, requests)

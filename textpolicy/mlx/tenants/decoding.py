@@ -1,4 +1,4 @@
-"""The continuous batch: requests of any samplers join it between two tokens and are decoded side by side.
+"""The continuous batch: requests of any samplers join it every few tokens and are decoded side by side.
 
 Rows of one adapter alone run as a rollout's do, on copies of the weights with the adapter folded in where those pay.
 Rows of several run through layers that hold all of their adapters (mixed.py).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -35,6 +35,7 @@ from .snapshot import Snapshot
 PLACES = 128  # completions decoded side by side, at most
 _SPARE = 64  # the most positions of a context to allocate ahead
 _LEAVE = 0.75  # the context is packed again when a smaller share of its rows is still in use
+_AT_ONCE = 8  # tokens between two points at which requests can join, unless one ends before
 _ENTER = 0.25  # where not all that are queued find a place, some start when at least this share is free
 
 
@@ -45,6 +46,7 @@ class _Row:
     key: str
     index: int  # among the completions of the request
     request: Request
+    kind: Sampling  # of the draws: those with equal settings are made together
     random: np.ndarray  # (max_tokens,) float32
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -108,7 +110,8 @@ class Decoding:
                 "max_tokens"
             )
         seed = request.sampling.seed
-        self._queue += [_Row(key, i, request, uniforms(seed, i, more)) for i in range(request.n)]
+        kind = replace(request.sampling, seed=0, max_tokens=1)
+        self._queue += [_Row(key, i, request, kind, uniforms(seed, i, more)) for i in range(request.n)]
         self._left[key], self._ended[key] = request.n, []
 
     def cancel(self, key: str) -> None:
@@ -120,18 +123,21 @@ class Decoding:
         self._ended.pop(key, None)
 
     def step(self) -> Mapping[str, Sequence[Sampled]]:
-        """Sample a token for every running completion; return requests that have ended, by key.
+        """Sample a few tokens for every running completion; return requests that have ended, by key.
 
         Raises NotFiniteError where the logits of a sampler are not finite.
         """
         with patched(self._base, exponentials.patches()), plain_operations("kimi_k3"):
             self._start_queued()
-            for group in list(self._active):
-                if (after := self._write(group, self._active[group])) is None:
-                    del self._active[group]
-                    self._views.pop(group, None)
-                else:
-                    self._active[group] = after
+            for _ in range(_AT_ONCE):
+                for group in list(self._active):
+                    if (after := self._write(group, self._active[group])) is None:
+                        del self._active[group]
+                        self._views.pop(group, None)
+                    else:
+                        self._active[group] = after
+                if not self._active or 0 in self._left.values():
+                    break
         ended = {}
         for key in [key for key, left in self._left.items() if left == 0]:
             del self._left[key]
@@ -181,16 +187,15 @@ class Decoding:
         logits = active.context.read(self._view(group, active, rows), active.reads[:, None])[:, -1]
         settings: dict[Sampling, list[int]] = {}
         for r, row in enumerate(rows):
-            settings.setdefault(_kind(row.request.sampling), []).append(r)
+            settings.setdefault(row.kind, []).append(r)
         uniform = np.array([row.random[min(len(row.tokens), len(row.random) - 1)] for row in rows], np.float32)
         draws = []
+        self._samplers = {kind: self._samplers.get(kind) or Sampler(kind) for kind in settings}
         for sampling, places in settings.items():
             state, from_, who = active.state[places], logits, np.array(places)
             if len(settings) > 1:
                 used, state = np.unique(state, return_inverse=True)
                 from_ = logits[mx.array(used)]
-            if sampling not in self._samplers:
-                self._samplers[sampling] = Sampler(sampling)
             draws.append((who, self._samplers[sampling](from_, mx.array(state), mx.array(uniform[who]))))
         tops = [(r, row.request) for r, row in enumerate(rows) if row.request.top and row.running]
         tables = self._alternatives(logits, active.state, tops) if tops else None
@@ -266,11 +271,6 @@ class Decoding:
         if self._rows.pop(number, None) is not None and not row.gone:
             self._left[row.key] -= 1
             self._ended[row.key].append(row)
-
-
-def _kind(sampling: Sampling) -> Sampling:
-    """Return the settings on which a draw depends, all others as they are by default."""
-    return Sampling(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p)
 
 
 def _model(weights: Any) -> nn.Module:

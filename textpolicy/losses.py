@@ -273,6 +273,11 @@ def policy_objective(logprobs: Array, batch: Any, xp: Any, surrogate: Surrogate)
     return loss + (batch.weights * (kl.coefficient * value)).sum()
 
 
+def echo_loss(logprobs: Array, batch: Any, xp: Any) -> Array:
+    """Return -sum_t e_t l_t, the cross-entropy on what environments said (ECHO); e are the batch's ``echo``."""
+    return -xp.where(batch.echo != 0, batch.echo * logprobs, 0).sum()
+
+
 def tokens_of(logprobs: Array, batch: Any, xp: Any, surrogate: Surrogate) -> Tokens:
     """Return what an objective reads of l, (B, T), and a batch; l and o are 0 where a token has no weight."""
     live = batch.weights != 0

@@ -115,20 +115,27 @@ class Batch:
     temperatures: Floats  # (B, 1) float32, at which ``logprobs`` were sampled and must be scored
     old: Floats | None = None  # float32, the learner's log-probs before the first of several updates
     reference: Floats | None = None  # float32, log-probs under the frozen reference
+    echo: Floats | None = None  # float32, weights of the cross-entropy on replies of environments, 0 elsewhere
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     @property
+    def scored(self) -> Bools:
+        """The targets whose log-probs the loss reads, (B, T) bool: those with a weight of either kind."""
+        sampled: Bools = self.weights != 0
+        return sampled if self.echo is None else sampled | (self.echo != 0)
+
+    @property
     def lengths(self) -> Ints:
         """The length of each row without padding, (B,) int: one past its last weighted target."""
-        length: Ints = self.weights.shape[1] - np.argmax(self.weights[:, ::-1] != 0, axis=1)
+        length: Ints = self.weights.shape[1] - np.argmax(self.scored[:, ::-1], axis=1)
         return length
 
     @property
     def starts(self) -> Ints:
         """The position of each row's first weighted target, (B,) int."""
-        first: Ints = np.argmax(self.weights != 0, axis=1)
+        first: Ints = np.argmax(self.scored, axis=1)
         return first
 
     @classmethod
@@ -138,11 +145,13 @@ class Batch:
         advantages: Sequence[Floats],
         aggregation: Aggregation = "token-mean",
         length: float | None = None,
+        echo: float = 0.0,
     ) -> Self:
         """Pack episodes: shift, pad and weigh them. The next-token shift happens here and nowhere else.
 
         ``advantages`` has one (L,) array per episode; ``aggregation`` and ``length`` are those of
-        ``loss_weights``. Raises UserError for episodes that no learner can score.
+        ``loss_weights``. ``echo`` is the weight of the mean cross-entropy over all tokens that environments wrote
+        after a policy's first. Raises UserError for episodes that no learner can score.
         """
         refuse_untrainable(episodes)
         if len(advantages) != len(episodes):
@@ -156,6 +165,7 @@ class Batch:
                 raise UserError(
                     "an episode's advantages are not finite; check the rewards and the algorithm's settings"
                 )
+        replies = pad([(np.cumsum(e.mask) > 0)[1:] & ~e.mask[1:] for e in episodes], bool)
         references = [e.reference[1:] for e in episodes if e.reference is not None]
         return cls(
             inputs=pad([e.tokens[:-1] for e in episodes], np.int32),
@@ -167,6 +177,7 @@ class Batch:
             ).astype(np.float32),
             temperatures=np.array([[e.temperature] for e in episodes], np.float32),
             reference=pad(references, np.float32) if len(references) == len(episodes) else None,
+            echo=(echo * replies / replies.sum()).astype(np.float32) if echo and replies.any() else None,
         )
 
     def take(self, rows: NDArray[Any], width: int | None = None) -> Batch:

@@ -16,7 +16,7 @@ from textpolicy.errors import UserError
 SAMPLES = {  # a value for every setting under [algorithm]
     "scale_rewards": "batch", "aggregation": "token-sum", "ratio": "sequence", "clip_low": 0.1, "clip_high": 0.3,
     "delta": 4.0, "dual_clip": 3.0, "weight_low": 0.5, "weight_high": 4.0, "tau_pos": 2.0, "tau_neg": 2.0,
-    "divergence": "kl", "divergence_low": 0.3, "divergence_high": 0.3, "drift": 0.2,
+    "divergence": "kl", "divergence_low": 0.3, "divergence_high": 0.3, "drift": 0.2, "echo": 0.2,
     "off_policy_limit": 0.1, "signal": "correctness", "mask_truncated": True, "overlong_cache": 0.1, "resample": 2,
     "uncertainty": "entropy", "entropy_beta": 0.2, "hicra_alpha": 0.3, "alpha_1": 0.9, "alpha_2": 0.2,
     "reward_threshold": 0.4, "normalisation": "separate", "top_entropy": 0.5, "grams": None, "kl.coefficient": 0.1,

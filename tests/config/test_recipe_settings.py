@@ -54,6 +54,7 @@ LANDS = {
     "signal": ("maxrl", "correctness", lambda r: r.signal, None),
     "mask_truncated": ("grpo", True, lambda r: r.mask_truncated, None),
     "overlong_cache": ("grpo", 0.5, lambda r: r.overlong_cache, None),
+    "echo": ("grpo", 0.2, lambda r: r.echo, None),
     "resample": ("grpo", 3, lambda r: r.resample, None),
     "uncertainty": ("gtpo", "entropy", lambda r: r.uncertainty, None),
     "entropy_beta": ("full", 0.4, lambda r: stage("WeightByUncertainty")(r).entropy_beta, "hicra"),

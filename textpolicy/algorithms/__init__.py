@@ -56,6 +56,12 @@ ALGORITHMS = {
         summary="several rewards, each normalised on its own, then summed and whitened",
         paper="arXiv:2601.05242",
     ),
+    "echo": Algorithm(
+        GroupRelative(),
+        echo=0.1,
+        summary="grpo that also learns to predict what tools and environments say",
+        paper="prime-rl",
+    ),
     "opo": Algorithm(
         LengthWeighted(),
         surrogate=Surrogate(ImportanceSampling()),

@@ -52,6 +52,7 @@ class Algorithm:
     overlong_cache: float = 0.0  # share of ``length`` over which the soft overlong penalty grows; 0 is off
     mask_truncated: bool = False  # truncated completions count in their group and get no gradient
     distillation: Distillation | None = None  # a teacher's signal for every token, added to that of the rewards
+    echo: float = 0.0  # weight of the cross-entropy on what tools and environments say; 0 is off
     resample: int = 0  # further draws of prompts in a step to replace uniform groups (dynamic sampling)
     summary: str = ""
     paper: str = ""
@@ -193,7 +194,8 @@ class Algorithm:
         parts = np.array_split(np.arange(tokens.group.max() + 1), min(count, tokens.group.max() + 1))
         members = [np.flatnonzero(np.isin(tokens.group, part)) for part in parts]
         return [
-            Batch.pack([kept[i] for i in m], [spread[i] for i in m], self.aggregation, self.length) for m in members
+            Batch.pack([kept[i] for i in m], [spread[i] for i in m], self.aggregation, self.length, self.echo)
+            for m in members
         ]
 
     def credited(self, episodes: Sequence[Episode], tokens: Credit) -> list[Episode]:

@@ -226,6 +226,8 @@ class AlgorithmSettings(Section):
     """Do not train on truncated completions; they still count in their group's baseline."""
     overlong_cache: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of max_tokens over which the penalty for long completions grows to 1; 0 turns it off."""
+    echo: NonNegative | None = None
+    """Weight of the cross-entropy on what tools and environments say, a mean over those tokens; 0 turns it off."""
     resample: NonNegativeInt | None = None
     """Number of times a step replaces prompts whose completions all got the same reward."""
     uncertainty: Literal["surprisal", "entropy"] | None = None

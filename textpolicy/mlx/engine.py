@@ -18,7 +18,7 @@ from mlx.utils import tree_map
 
 from ..engine import Sampling
 from ..errors import NotFiniteError, UserError, refuse_outside
-from ..losses import Surrogate, correction_weights, kl_estimate, policy_objective, tokens_of
+from ..losses import Surrogate, correction_weights, echo_loss, kl_estimate, policy_objective, tokens_of
 from ..types import Batch, Completion, token_ids
 from .adapters.merging import adapters_off, save_adapter, trainable
 from .blas import blas_threads
@@ -125,7 +125,7 @@ class MLXEngine:
             return logprobs_of(self.model, batch, self.micro_batch_tokens)
 
     def update(self, batch: Batch, surrogate: Surrogate, learning_rate: float) -> Mapping[str, float]:
-        """Take one optimiser step on ``batch``; rows without advantages are skipped unless there is a KL.
+        """Take one optimiser step on ``batch``; rows without advantages are skipped unless there is a KL or an echo.
 
         If no row is left, no parameter moves, not even by momentum, and ``updated`` is 0; it is 0, and ``skipped`` 1,
         when the loss or the gradient is not finite. A KL in the loss needs the reference's log-probs, which
@@ -133,7 +133,8 @@ class MLXEngine:
         rollouts and evaluations included.
         """
         metrics = {"loss": 0.0, "grad_norm": 0.0, "updated": 0.0, "skipped": 0.0}
-        matters = (batch.weights != 0) & ((batch.advantages != 0) | (surrogate.kl is not None))
+        learns = (batch.advantages != 0) | (surrogate.kl is not None)
+        matters = (batch.weights != 0) & learns | (batch.scored & (batch.weights == 0))
         live = np.flatnonzero(matters.any(axis=1))
         if len(live):
             rows = batch.take(live)
@@ -276,6 +277,8 @@ class PolicyObjective:
         """Return the loss, and sums over sampled tokens that tell how far the learner is from the sampler."""
         surrogate = self.surrogate
         loss = policy_objective(logprobs, rows, mx, surrogate)
+        if rows.echo is not None:
+            loss = loss + echo_loss(logprobs, rows, mx)
         live = rows.weights != 0
         gap = mx.where(live, logprobs - rows.logprobs, 0)
         at = tokens_of(logprobs, rows, mx, surrogate)

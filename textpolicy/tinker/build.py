@@ -72,6 +72,11 @@ def refuse_unhonoured(config: Config, recipe: Algorithm) -> None:
             f"the recipe {config.algorithm.name} needs exact entropies, which the Tinker service does not report; "
             "choose another (gtpo weighs by surprisal), or use --engine mlx"
         )
+    if recipe.echo:
+        raise UserError(
+            f"algorithm.echo is {recipe.echo:g}, a second loss on other tokens, which the Tinker engine does not send; "
+            "set it to 0, or use --engine mlx"
+        )
     if KeepTopEntropy in kinds:
         raise UserError(
             "algorithm.top_entropy needs exact entropies, which the Tinker service does not report; leave it out, or "

@@ -86,7 +86,7 @@ class Layout:
         place = {keys[i]: d for d, i in enumerate(chosen)}
         which = np.array([place[key] for key in keys])
         sampled = np.zeros((len(chosen), rows.weights.shape[1]), bool)
-        np.logical_or.at(sampled, which, rows.weights != 0)
+        np.logical_or.at(sampled, which, rows.scored)
         numbered = np.where(sampled, np.cumsum(sampled).reshape(sampled.shape) - 1, sampled.sum())
         # cut the continuations into passes of similar lengths
         tree, widths = PromptTree.build([prompts[i] for i in chosen]), spans[chosen].tolist()
@@ -196,13 +196,13 @@ def hidden_states(model: nn.Module, layout: Layout, checkpoint_every: int = 0) -
 def logprobs_of(model: nn.Module, batch: Batch, max_tokens: int, max_rows: int | None = None) -> np.ndarray:
     """Return float32 log-probs of the sampled targets, in their shape, without gradients; 0 elsewhere."""
     out = np.zeros(batch.targets.shape, np.float32)
-    live = np.flatnonzero(batch.weights.any(axis=1))
+    live = np.flatnonzero(batch.scored.any(axis=1))
     for rows, layout in micro_batches(batch.take(live), max_tokens, max_rows):
         scored = np.array(score(model, layout, gradient=False))
         for i, line in zip(live[rows], scored, strict=True):
             start, stop = batch.starts[i], batch.lengths[i]
             out[i, start:stop] = line[: stop - start]
-    out[batch.weights == 0] = 0
+    out[~batch.scored] = 0
     return out
 
 
@@ -301,7 +301,7 @@ class Gradients:
         given = arrays_of(wide)  # what varies between layouts of one key
         # all that a compiled function cannot see: shapes, the lengths that stay in Python, and which arrays there are
         lengths = wide.tree.lengths.shape if wide.tree.traced else tuple(wide.tree.lengths.tolist())
-        missing = tuple(a is None for a in (wide.rows.old, wide.rows.reference))
+        missing = tuple(a is None for a in (wide.rows.old, wide.rows.reference, wide.rows.echo))
         key: Hashable = (objective, (tuple(a.shape for a in given), lengths, missing))
         if repr(key) in self.known:  # it occurred before the run was resumed
             del self.known[repr(key)]

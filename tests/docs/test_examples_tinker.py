@@ -16,3 +16,12 @@ def test_one_script_trains_on_both_engines(engine, tmp_path, tinker_server_can_r
         "step",
         "after:",
     ]
+
+
+@pytest.mark.slow
+def test_a_script_of_the_sdk_trains_on_the_server_that_it_starts(tmp_path):
+    pytest.importorskip("tinker", reason="the Tinker SDK is not installed (textpolicy[tinker])")
+    small = ["--serve", "--steps", "1", "--prompts", "1", "--group", "2"]
+    printed = run_script("examples/17_tinker_sdk.py", tmp_path, *small, warnings="default").stdout.splitlines()
+    assert printed[0].startswith("step 1  right ")
+    assert printed[1].startswith("saved: tinker://")

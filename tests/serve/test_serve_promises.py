@@ -154,15 +154,22 @@ def test_more_than_the_server_holds_is_put_off(ask, made, monkeypatch):
     assert ask.pass_over(model, 3, DATA)[0] == 200
 
 
-def test_a_session_that_ends_ends_what_was_asked_in_it(ask, made):
+def test_a_session_that_ends_ends_what_was_asked_in_it(ask, made, server):
     session, model = ask.model(seed=1)
-    ask.result(ask.pass_over(model, 1, DATA)[1]["request_id"])
+    save = {"model_id": model, "seq_id": 1, "sampling_session_seq_id": 0}
+    ask.result(ask("save_weights_for_sampler", save)[1]["request_id"])
+    snapshots = server.service.training.snapshots
+    assert len([*snapshots.iterdir()]) == 1
     waiting = ask.step(model, 3)[1]["request_id"]
     assert ask(f"sessions/{session}/finish", {"reason": {"type": "success"}})[0] == 204
     assert ask.result(waiting)["error"] == "its session has ended"
     assert ask.step(model, 4)[0] == 410
     assert ask("session_heartbeat", {"session_id": session})[0] == 410
+    rested = threading.Event()
+    server.service.worker.post(rested.set)  # after what it does for the session
+    rested.wait()
     assert made.closed == 1
+    assert [*snapshots.iterdir()] == []
 
 
 def test_a_cancelled_request_for_completions_ends(ask, made):

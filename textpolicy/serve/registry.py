@@ -172,6 +172,14 @@ class Registry:
         values = tuple(asdict(sampler).values())
         return self.journal.write((f"INSERT OR REPLACE INTO samplers VALUES ({', '.join('?' * len(values))})", values))
 
+    def drop_samplers(self, session: str) -> list[str]:
+        """Forget the samplers of a session that has ended, and return the folders of their snapshots."""
+        dropped = [sampler for sampler in self.samplers.values() if sampler.session == session]
+        for sampler in dropped:
+            del self.samplers[sampler.id]
+        self.journal.write(("DELETE FROM samplers WHERE session = ?", (session,)))
+        return [sampler.snapshot for sampler in dropped if sampler.snapshot is not None]
+
     def finish(self, job: Job, outcome: Outcome, *more: Statement) -> None:
         """Write the end of a request, with ``more`` in the same transaction, and let whoever waits have it."""
         keep = job.kind in REPLAYED and outcome.status == "done"
@@ -198,7 +206,8 @@ class Registry:
             session = self.sessions.get(job.session)
             over = session is None or session.ended is not None
             since = job.retrieved if not over else job.retrieved or job.accepted
-            needed = not over and job.kind in REPLAYED and job.seq > self.tenants[job.owner].state_seq
+            tenant = self.tenants.get(job.owner)
+            needed = not over and job.kind in REPLAYED and tenant is not None and job.seq > tenant.state_seq
             if not job.waiting and since is not None and now - since > seconds and not needed:
                 old.append(job)
         for job in old:

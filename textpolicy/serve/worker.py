@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
@@ -79,7 +80,11 @@ class Worker:
 
     def _run(self) -> None:
         while not self._stopping:
-            self._round()
+            try:
+                self._round()
+            except Exception as error:  # noqa: BLE001 - nobody else would serve the clients that are there
+                failure(error)
+                time.sleep(0.1)
         for tenant in self.registry.tenants.values():
             if tenant.learner is not None:
                 self.training.rest(tenant)
@@ -191,6 +196,9 @@ class Worker:
                 else:
                     self.training.drop(tenant)
                     tenant.lost = "its session has ended"
+        if not keep:
+            for folder in self.registry.drop_samplers(session):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def failure(error: BaseException) -> Outcome:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -87,6 +88,7 @@ class Decoding:
         self._active: dict[Any, ActiveRows] = {}  # one for all, or one for each adapter that cannot be mixed
         self._views: dict[Any, tuple[Any, Any]] = {}  # of each of these, what it was made for and the view
         self._samplers: dict[Sampling, Sampler] = {}
+        self._mixes: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # whether rows of other samplers can join
 
     def __len__(self) -> int:
         return len(self._left)
@@ -172,7 +174,9 @@ class Decoding:
             spare = min(_SPARE, max(row.request.sampling.max_tokens for row in begun.values()))
             context = tree.read(weights.model, spare=spare).fork(sources)
             rows = ActiveRows(context, np.array([*begun]), state, mx.array(reads))
-            group = None if can_mix(weights.model) else weights
+            if weights not in self._mixes:
+                self._mixes[weights] = can_mix(weights.model)
+            group = None if self._mixes[weights] else weights
             before = self._active.get(group)
             self._active[group] = rows if before is None else before.joined(rows)
 

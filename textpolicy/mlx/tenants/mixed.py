@@ -9,15 +9,32 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
-from ..adapters.attach import LowRankLinear, wrapped
+from ..adapters.attach import WRAPPERS, LowRankLinear, wrapped
 from ..kernels.patching import StandIn, with_modules
 
+_ROWS = 5  # of a pass that tells what layers are given
 _MIXED = (LoRALinear, LowRankLinear, LoRAEmbedding)
 
 
 def can_mix(model: nn.Module) -> bool:
-    """Return whether all layers that the adapter of ``model`` wraps can have several adapters at once."""
-    return all(type(module) in _MIXED for _, module in wrapped(model))
+    """Return whether all layers that the adapter of ``model`` wraps can have several adapters at once.
+
+    They must be given one row for each row of the batch, which a mixture's experts are not.
+    """
+    rows, seen = mx.arange(_ROWS)[:, None], list[bool]()
+
+    def watched(_: Any, module: nn.Module) -> Any:
+        if not isinstance(module, WRAPPERS):
+            return None
+
+        def call(x: mx.array, *args: Any, **named: Any) -> Any:
+            seen.append(type(module) in _MIXED and len(x) == _ROWS)
+            return module(x, *args, **named)
+
+        return StandIn(module, call)
+
+    with_modules(model, watched)(rows)  # never evaluated, but where a model itself asks for a value
+    return all(seen) and all(type(module) in _MIXED for _, module in wrapped(model))
 
 
 class Mixed:

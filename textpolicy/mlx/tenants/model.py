@@ -11,6 +11,7 @@ from ...engine import stop_tokens
 from ...errors import UserError, refuse_outside
 from ...serving import Adapter, Read
 from ...types import Bools, Ints, token_ids
+from ..adapters.attach import freeze
 from ..adapters.merging import attach, load_adapter
 from ..kernels.plain import refuse_kernels_alone
 from ..models import context_length, find_model, load_model
@@ -37,7 +38,7 @@ class Base:
         room: Room | None = None,
     ):
         refuse_kernels_alone(model)
-        model.freeze()
+        freeze(model)
         self.name, self.tokenizer, self.tokenizer_folder = name, tokenizer, folder
         self.model, self.bounds = model, Bounds.of(model)
         self.vocabulary = self.bounds.vocabulary or model(mx.zeros((1, 1), mx.int32)).shape[-1]

@@ -18,8 +18,7 @@ CAN_MAKE_VENV = import ensurepip, venv
 help:
 	@echo "make quick        the tests that tell most in a minute"
 	@echo "make demo         train the small model with the embedded task, into a new folder under runs/"
-	@echo "make test         all tests, in PROCESSES=2 processes (PYTEST_FLAGS=... adds options); those of the local Tinker"
-	@echo "                  server run with TEXTPOLICY_SERVER_TESTS=1, or once its environment (800 MB) is there"
+	@echo "make test         all tests, in PROCESSES=2 processes (PYTEST_FLAGS=... adds options)"
 	@echo "make check        formatting, lint and types: what must be clean before a commit"
 	@echo "make format       rewrite the sources in the project's format"
 	@echo "make docs         build the documentation as a site, in site/"

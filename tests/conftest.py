@@ -6,9 +6,14 @@ import gc
 import os
 import resource
 import signal
+import subprocess
+import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Self
 
 # One BLAS thread, here and in processes that tests start: two wait for each other where the machine is busy.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -26,7 +31,6 @@ hypothesis.settings.register_profile("patient", deadline=None)  # a busy machine
 hypothesis.settings.load_profile("patient")
 
 VOCABULARY = 300
-ENVIRONMENT_LIMIT = 1800  # seconds, for making what the Tinker server runs in
 WORDS = (" let me", " check", " then", " so", " seven", "")  # of made-up completions; the first two make a gram
 
 
@@ -39,25 +43,20 @@ def interruptible():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several processes one has the tests of a file, so that fixtures are made once, and one all of the server's.
+    """Of several processes one has the tests of a file, so that fixtures are made once, and one all of the servers'.
 
     Tests of another device's branch are skipped.
-    The first time, whichever of those comes first also waits for the server's environment (800 MB).
     """
     import mlx.core as mx
 
     from textpolicy.mlx.kernels import cuda
-    from textpolicy.tinker.server.environment import environment_folder
 
     held = {"cpu": mx.default_device() == mx.Device(mx.cpu), "cuda": cuda.is_default()}
-    made = environment_folder().exists()
     for item in items:
         for device in (name for name, here in held.items() if not here and item.get_closest_marker(name)):
             item.add_marker(pytest.mark.skip(reason=f"holds a branch of another device: {device}"))
         served = "tinker_server" in getattr(item, "fixturenames", ()) or "tinker" in item.path.parts
         item.add_marker(pytest.mark.xdist_group("tinker" if served else item.path.stem))
-        if not made and (served or "tinker" in item.nodeid):
-            item.add_marker(pytest.mark.timeout(ENVIRONMENT_LIMIT))
 
 
 def random_episodes(rng: np.random.Generator, groups: int = 4, size: int = 4) -> list[Episode]:
@@ -169,39 +168,64 @@ def registries():
     VERIFIER_REGISTRY.update(saved[1])
 
 
-# ---- a real Tinker server: SkyRL on the CPU with a tiny random model, started once for all tests
+# ---- Tinker servers with a tiny random model, each started once for all tests: our own, and SkyRL's as a peer
 
 TINKER_RANK = 4
 
 
 @pytest.fixture(scope="session")
-def tinker_server_can_run():
-    """Skip where the server's environment is missing, unless TEXTPOLICY_SERVER_TESTS=1 asks to make it."""
-    from textpolicy.tinker.server.environment import base_python, environment_folder, server_python
-
-    if not environment_folder().exists():
-        if os.environ.get("TEXTPOLICY_SERVER_TESTS") != "1":
-            pytest.skip("the Tinker server's environment (800 MB) is made with TEXTPOLICY_SERVER_TESTS=1")
-        if base_python() is None:
-            pytest.skip("the Tinker server needs Python 3.12 or 3.13, and there is none here")
-    server_python()
-
-
-@pytest.fixture(scope="session")
-def tinker_settings(tmp_path_factory, tinker_server_can_run):
-    """``tinker_settings(name)``: what the tests serve, in a folder of that name."""
-    from textpolicy.tinker.server.server import ServerSettings, tiny_model_folder
+def served_by(tmp_path_factory):
+    """``served_by(name)``: ``textpolicy serve`` in a process of its own, with a folder of that name."""
+    from textpolicy.tinker.server.server import tiny_model_folder
 
     root = tmp_path_factory.mktemp("tinker")
-    return lambda name: ServerSettings(model=tiny_model_folder(), folder=root / name, rank=TINKER_RANK)
+    return lambda name: ServerProcess(tiny_model_folder(), root / name)
 
 
 @pytest.fixture(scope="session")
-def tinker_server(tinker_settings):
+def tinker_server(served_by):
     """A server for all tests that leave it alive."""
-    from textpolicy.tinker.server.server import LocalServer
+    with served_by("shared") as running:
+        yield running
 
-    with LocalServer(tinker_settings("shared")) as running:
+
+class ServerProcess:
+    """``textpolicy serve`` in a process of its own: its model is ``name``, at ``url``."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.name, self.folder = str(model), folder
+        command = [sys.executable, "-m", "textpolicy", "serve", self.name, "--port=0", f"--folder={folder}"]
+        with (folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        said = self.process.stdout.readline()  # which comes when it serves, or when it has ended
+        assert said.startswith("serving"), said + (folder / "server.log").read_text()
+        self.url = next(word.rstrip(";") for word in said.split() if word.startswith("http"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(scope="session")
+def skyrl_can_run():
+    """Skip where SkyRL's environment has not been made."""
+    from textpolicy.tinker.server.environment import environment_folder
+
+    if not environment_folder().exists():
+        pytest.skip("SkyRL's environment (800 MB) is not there; scripts/skyrl_env.py makes it")
+
+
+@pytest.fixture(scope="session")
+def skyrl_server(tmp_path_factory, skyrl_can_run):
+    """SkyRL's server."""
+    from textpolicy.tinker.server.server import LocalServer, ServerSettings, tiny_model_folder
+
+    folder = tmp_path_factory.mktemp("skyrl")
+    with LocalServer(ServerSettings(model=tiny_model_folder(), folder=folder, rank=TINKER_RANK)) as running:
         yield running
 
 
@@ -217,20 +241,26 @@ def no_tinker_account(monkeypatch):
 
 
 @pytest.fixture
-def tinker(tinker_server, no_tinker_account):
-    """``tinker(**settings)``: engines on the server, closed when the test is over."""
+def connected(no_tinker_account):
+    """``connected(server, **settings)``: engines on a server, closed when the test is over."""
     from textpolicy.tinker.engine import TinkerEngine
 
     engines = []
 
-    def connect(**settings):
-        args = {"rank": TINKER_RANK, "seed": 3, "base_url": tinker_server.url, "reduction": "mean", **settings}
-        engines.append(TinkerEngine.connect(tinker_server.name, **args))
+    def connect(server, **settings):
+        args = {"rank": TINKER_RANK, "seed": 3, "base_url": server.url, **settings}
+        engines.append(TinkerEngine.connect(server.name, **args))
         return engines[-1]
 
     yield connect
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture
+def tinker(tinker_server, connected):
+    """``tinker(**settings)``: engines on our server, closed when the test is over."""
+    return partial(connected, tinker_server)
 
 
 # ---- our own server of the Tinker API, with the model of NumPy in tests/serve/made_model.py

@@ -17,7 +17,7 @@ seeds = [0, 1]
 [base]
 model = "{model}"
 steps = 3
-tinker = {{ base_url = "{url}", reduction = "mean" }}
+tinker = {{ base_url = "{url}" }}
 optimizer.warmup_steps = 1
 rollout = {{ prompts_per_step = 2, group_size = 4, max_tokens = 4 }}
 evaluation = {{ every = 3, problems = 4 }}

@@ -105,7 +105,7 @@ def test_every_mark_stands_above_a_block():
 @pytest.mark.parametrize("file", pages_with("python"))
 def test_the_python_blocks_of_a_page_run_top_to_bottom(file, tmp_path, request):
     if file in SERVED:
-        request.getfixturevalue("tinker_server_can_run")
+        request.getfixturevalue("skyrl_can_run")
     path = tmp_path / f"{Path(file).stem}.py"
     path.write_text(script(file), encoding="utf-8")
     done = subprocess.run(

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -17,8 +16,6 @@ from textpolicy.algorithms import algorithm
 from textpolicy.engine import Sampling
 from textpolicy.errors import ServiceError
 from textpolicy.tinker.engine import TinkerEngine
-from textpolicy.tinker.server.server import LocalServer
-from textpolicy.tinker.service import answers
 
 HOW = algorithm("grpo")
 PROMPTS = [e.tokens[~e.mask].tolist() for e in fixed_episodes()[::4]]
@@ -81,7 +78,7 @@ from textpolicy.algorithms import algorithm
 from textpolicy.tinker.engine import TinkerEngine
 
 url, model = sys.argv[1:]
-engine = TinkerEngine.connect(model, rank=4, seed=3, base_url=url, reduction="mean")
+engine = TinkerEngine.connect(model, rank=4, seed=3, base_url=url)
 how = algorithm("grpo")
 batch = how.credit(fixed_episodes(1))
 engine.update(batch, how.surrogate, 1e-2)
@@ -115,14 +112,13 @@ def environment(path):
 
 
 @pytest.mark.slow
-def test_a_server_killed_in_a_step_is_one_sentence_and_a_new_one_resumes(tinker_settings, no_tinker_account):
-    settings = tinker_settings("killed")
+def test_a_server_killed_in_a_step_is_one_sentence_and_a_new_one_resumes(served_by, connected):
     batch = HOW.credit(fixed_episodes(1))
-    with started_by_the_command(settings) as (command, url):
-        engine = TinkerEngine.connect(settings.name, rank=4, seed=3, base_url=url, reduction="mean", patience=1.0)
+    with served_by("killed") as server:
+        engine = connected(server, patience=1.0)
         engine.update(batch, HOW.surrogate, 1e-2)
         state, before = engine.save_state("before"), engine.score(batch)
-        killer = threading.Timer(0.05, command.send_signal, [signal.SIGKILL])
+        killer = threading.Timer(0.05, server.process.kill)
         killer.start()
         with pytest.raises(ServiceError) as lost:
             update_for_ever(engine, batch)
@@ -130,26 +126,8 @@ def test_a_server_killed_in_a_step_is_one_sentence_and_a_new_one_resumes(tinker_
         engine.close()  # else its heartbeats continue
     assert "resume from the last checkpoint" in str(lost.value)
     assert "\n" not in str(lost.value)
-    assert not answers(url)  # it ends with whoever started it, however that went
-    with LocalServer(settings) as server:
-        resumed = TinkerEngine.connect(server.name, base_url=server.url, resume=state, reduction="mean")
-        np.testing.assert_array_equal(resumed.score(batch), before)
-        resumed.close()
-
-
-@contextmanager
-def started_by_the_command(settings):
-    """The server, started by a process of its own, and where it serves."""
-    script = (
-        "import sys, time; from pathlib import Path; from textpolicy.tinker.server.server import *; "
-        "model, folder = map(Path, sys.argv[1:]); "
-        "server = LocalServer(ServerSettings(model=model, folder=folder, rank=4)); "
-        "print('serving', server.name, 'at', server.url, flush=True); time.sleep(3600)"
-    )
-    command = [sys.executable, "-c", script, str(settings.model), str(settings.folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        yield process, next(line for line in process.stdout if line.startswith("serving")).split()[3].rstrip(";")
-        process.kill()
+    with served_by("killed") as server:
+        np.testing.assert_array_equal(connected(server, resume=state).score(batch), before)
 
 
 def update_for_ever(engine, batch):

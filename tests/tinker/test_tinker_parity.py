@@ -16,10 +16,13 @@ from fixed_episodes import fixed_episodes
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
+from textpolicy import serving
 from textpolicy.config.adapters import LoRA
 from textpolicy.mlx.adapters.attach import attach
 from textpolicy.mlx.engine import MLXEngine, PolicyObjective
 from textpolicy.mlx.models import load_model
+from textpolicy.mlx.tenants.model import Base
+from textpolicy.serving import Datum
 from textpolicy.tinker.engine import Adam
 from textpolicy.types import Batch
 
@@ -33,32 +36,44 @@ SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @dataclass
 class Pair:
-    """An engine on the server, and the local one that takes over its LoRA."""
+    """An engine on a server, and the local one that takes over its LoRA."""
 
     remote: object
     folder: object  # for what is saved
     checkpoints: object  # where the server keeps its own
     model: str
+    shares: bool  # whether the server has one A for each of SHARED
 
     def lora(self):
-        """The server's LoRA by peft's names without their prefix: X.lora_A.weight (r, in), X.lora_B.weight (out, r)."""
+        """The server's LoRA as mlx-lm names it: X.lora_a (in, r), X.lora_b (r, out)."""
         self.remote.save(self.folder)
         sampler = json.loads((self.folder / "tinker.json").read_text())["sampler"]
         run, *_, name = sampler.removeprefix("tinker://").split("/")
+        if not self.shares:
+            kept = self.checkpoints / run.replace(":", "-") / "sampler_weights" / name
+            return load_file(kept / "adapters.safetensors")
         with tarfile.open(self.checkpoints / run / "sampler_weights" / f"{name}.tar.gz") as archive:
             archive.extractall(self.folder, filter="data")
-        return {
-            name.removeprefix("base_model.model."): w
-            for name, w in load_file(next(self.folder.rglob("adapter_model.safetensors"))).items()
-        }
+        return as_mlx(
+            {
+                name.removeprefix("base_model.model."): w
+                for name, w in load_file(next(self.folder.rglob("adapter_model.safetensors"))).items()
+            }
+        )
 
     def local(self, lora):
         """The local engine with ``lora``."""
-        model = attach(load_model(self.model)[0], LoRA(rank=TINKER_RANK, alpha=32.0))
-        trained = {name: mx.array(w) for name, w in as_mlx(lora).items()}
+        names = {name.rpartition(".")[0] for name in lora}
+        modules = tuple(sorted({n.split(".", 3)[-1] if n.startswith("model.layers.") else n for n in names}))
+        trained = {name: mx.array(w) for name, w in lora.items()}
+        model = attach(load_model(self.model)[0], LoRA(rank=TINKER_RANK, alpha=32.0, modules=modules))
         assert {name for name, _ in tree_flatten(model.trainable_parameters())} == set(trained)
         model.load_weights(list(trained.items()), strict=False)
         return MLXEngine(model, stop=[257])
+
+    def one_a(self, grads):
+        """The gradients as the server has them."""
+        return with_shared_a(grads) if self.shares else grads
 
 
 def as_mlx(lora):
@@ -73,7 +88,7 @@ def as_mlx(lora):
 
 
 def with_shared_a(grads):
-    """The gradients as the server has them."""
+    """The gradients where the modules of a group share their A."""
     out = dict(grads)
     for group in SHARED:
         for name in [n for n in grads if n.endswith(f"{group[0]}.lora_a")]:
@@ -82,11 +97,16 @@ def with_shared_a(grads):
     return out
 
 
-@pytest.fixture
-def pair(tinker, tinker_server, tmp_path):
+@pytest.fixture(params=["ours", "skyrl"])
+def pair(request, connected, tmp_path):
     folder = tmp_path / "adapters"
     folder.mkdir()
-    return Pair(tinker(adam=PLAIN), folder, tinker_server.log.parent / "checkpoints", tinker_server.name)
+    if request.param == "ours":
+        server = request.getfixturevalue("tinker_server")
+        return Pair(connected(server, adam=PLAIN), folder, server.folder / "checkpoints", server.name, shares=False)
+    server = request.getfixturevalue("skyrl_server")
+    remote = connected(server, adam=PLAIN, reduction="mean")
+    return Pair(remote, folder, server.log.parent / "checkpoints", server.name, shares=True)
 
 
 def credited(name, local, answers=()):
@@ -116,8 +136,12 @@ def both_gradients(pair, batch_of):
     _, grads = local.gradients(batch, PolicyObjective(surrogate))
     row = pair.remote.update(batch, surrogate, RATE)
     after = pair.lora()
-    remote = {name: (w - as_mlx(after)[name]) * (PLAIN.eps / RATE) for name, w in as_mlx(before).items()}
-    return remote, with_shared_a({name: np.array(g) for name, g in tree_flatten(grads)}), row
+    remote = {name: (w - after[name]) * (PLAIN.eps / RATE) for name, w in before.items()}
+    return remote, pair.one_a({name: np.array(g) for name, g in tree_flatten(grads)}), row
+
+
+def norm(grads):
+    return np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in grads.values()))
 
 
 def cosines(a, b):
@@ -132,16 +156,17 @@ def test_log_probs_and_gradients_of_five_recipes_agree(pair):
         assert row["updated"] == 1
         assert cosine(remote, local) > 0.9999, name
         found = cosines(remote, local)
-        assert len(found) == (14 if number == 0 else 28)  # A has no gradient while B is 0
+        assert len(found) == len(remote) // (2 if number == 0 else 1)  # A has no gradient while B is 0
         assert min(found.values()) > 0.999, name
+        if not pair.shares:
+            assert norm({n: remote[n] - g for n, g in local.items()}) < 1e-5 * norm(local), name
 
 
 @pytest.mark.slow
-def test_a_server_that_averages_gives_the_gradient_of_the_sum_for_unequal_lengths_too(pair):
+def test_a_server_gives_the_gradient_of_the_sum_for_unequal_lengths_too(pair):
     remote, local, _ = both_gradients(pair, lambda engine: credited("grpo", engine, answers=(6, 2, 5, 1)))
     assert cosine(remote, local) > 0.999
-    norms = [np.sqrt(sum((w.astype(np.float64) ** 2).sum() for w in g.values())) for g in (remote, local)]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-2)
+    assert norm(remote) == pytest.approx(norm(local), rel=1e-2)
 
 
 @pytest.mark.slow
@@ -155,3 +180,71 @@ def test_a_datum_shifted_by_one_is_found(pair, monkeypatch):
     remote, local, row = both_gradients(pair, lambda engine: credited("grpo", engine))
     assert cosine(remote, local) < 0.9
     assert row["logprob_gap_mean"] > 0.5
+
+
+# ---- the same data, two servers' learners
+
+LOSSES = {  # every loss that both have, with thresholds that bind
+    "cross_entropy": {},
+    "importance_sampling": {},
+    "ppo": {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1},
+    "cispo": {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1},
+}
+
+
+def data_for(loss, engine, rng):
+    """Data of 8 equal lengths for a loss: the tokens, and the inputs by name; sampled a little away from ``engine``."""
+    episodes = fixed_episodes(4)
+    batch = Batch.pack(episodes, [np.zeros(len(e.tokens)) for e in episodes])
+    l = engine.score(batch)
+    out = []
+    for tokens, targets, row in zip(batch.inputs, batch.targets, l, strict=True):
+        n = len(targets)
+        if loss == "cross_entropy":
+            weights = rng.random(n).astype(np.float32)
+            inputs = {"weights": weights / weights.sum()}
+        else:
+            sampled = (row[:n] + rng.normal(0, 0.2, n)).astype(np.float32)
+            inputs = {"logprobs": sampled, "advantages": rng.standard_normal(n).astype(np.float32)}
+        out.append(Datum(tokens, {"target_tokens": targets.astype(np.int64), **inputs}))
+    return out
+
+
+def wire(sdk, datum):
+    kinds = {"i": "int64", "f": "float32"}
+    inputs = {k: sdk.TensorData(data=v.tolist(), dtype=kinds[v.dtype.kind]) for k, v in datum.inputs.items()}
+    return sdk.Datum(model_input=sdk.ModelInput.from_ints(datum.tokens.tolist()), loss_fn_inputs=inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", ["skyrl"], indirect=True)
+def test_our_learner_has_skyrls_losses_and_gradients_on_the_same_data(pair, tmp_path):
+    sdk = pytest.importorskip("tinker").types
+    trainer, rng = pair.remote._trainer, np.random.default_rng(5)
+    for number, (loss, config) in enumerate(LOSSES.items()):
+        before = pair.lora()
+        local = pair.local(before)
+        local.save(tmp_path / loss)
+        learner = Base("tiny", *load_model(pair.model)).loaded(tmp_path / loss, optimizer=False)
+        data = data_for(loss, local, rng)
+        n = len(data[0].tokens)
+        ours = learner.passed(data, loss, config, backward=True)
+        theirs = trainer.forward_backward([wire(sdk, d) for d in data], loss, config or None).result()
+        total = 0.0
+        for mine, output in zip(ours.logprobs, theirs.loss_fn_outputs, strict=True):
+            np.testing.assert_allclose(mine, output["logprobs"].data, atol=1e-4)
+            total += float(np.sum(output["elementwise_loss"].data))
+        assert ours.metrics["loss:sum"] == pytest.approx(total, rel=1e-4)
+        learner.step(serving.Adam(RATE, PLAIN.beta1, PLAIN.beta2, PLAIN.eps))
+        trainer.optim_step(sdk.AdamParams(learning_rate=RATE, beta1=0.0, beta2=0.0, eps=PLAIN.eps)).result()
+        after, start = pair.lora(), before
+        moved = {name: np.array(w) for name, w in tree_flatten(learner.model.trainable_parameters())}
+        # theirs is the mean over data of the mean over a datum's weights
+        per = (1 if loss == "cross_entropy" else n) * len(data)
+        remote = {name: (start[name] - after[name]) * (PLAIN.eps / RATE) * per for name in start}
+        mine = pair.one_a({name: (start[name] - moved[name]) * (PLAIN.eps / RATE) for name in start})
+        assert cosine(remote, mine) > 0.9999, loss
+        found = cosines(remote, mine)
+        assert len(found) == len(remote) // (2 if number == 0 else 1)
+        assert min(found.values()) > 0.999, loss
+        assert norm(remote) == pytest.approx(norm(mine), rel=1e-3), loss

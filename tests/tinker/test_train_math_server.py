@@ -57,7 +57,7 @@ def failing(connect):
 def test_a_run_that_was_cut_off_resumes_to_the_very_same_numbers(tinker_server, no_tinker_account, letters, tmp_path):
     args = {
         name: TrainMathArguments(
-            model=tinker_server.name, base_url=tinker_server.url, reduction="mean", lora_rank=4, task="letters",
+            model=tinker_server.name, base_url=tinker_server.url, lora_rank=4, task="letters",
             log_dir=tmp_path / name, max_steps=4, batch_size=2, group_size=4, max_tokens=16, lr=1e-3, temperature=1.0,
             save_every=2, eval_every=4, eval_problems=1, sepa_steps=2, sepa_delay_steps=0, sepa_correct_rate_gate=0,
         )

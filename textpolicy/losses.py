@@ -358,6 +358,26 @@ def kl_estimate(logprobs: Array, reference: Array, estimator: Estimator, xp: Any
     raise unknown_name("KL estimator", estimator, get_args(Estimator))
 
 
+def divergence(logprobs: Array, teacher: Array, beta: float, xp: Any) -> Array:
+    """Return D_beta (N,) of a policy p and a teacher q, given as log-probs of all tokens, both (N, V).
+
+    KL(q || p) at beta 0, KL(p || q) at 1, and between them beta KL(q || m) + (1 - beta) KL(p || m) with
+    m = (1 - beta) p + beta q: the generalised Jensen-Shannon divergence (arXiv:2306.13649).
+    """
+    p, q = xp.maximum(logprobs, -1e30), xp.maximum(teacher, -1e30)  # 0 * -inf is not a number
+    if beta == 0:
+        value, slope = xp.exp(q) * (q - p), xp.exp(p) - xp.exp(q)
+    elif beta == 1:
+        value = slope = xp.exp(p) * (p - q)
+    else:
+        d = xp.minimum(q - p, 80)  # beyond it p is 0 in float32
+        m = xp.log1p(beta * xp.expm1(d))  # log m - log p
+        value = beta * xp.exp(q) * (d - m) - (1 - beta) * xp.exp(p) * m
+        slope = -(1 - beta) * xp.exp(p) * m
+    # the slope by log p up to a multiple of p, which log-probs do not have: it is exactly 0 where p is q
+    return (_fixed(value, xp) + _fixed(slope, xp) * (p - _fixed(p, xp))).sum(axis=-1)
+
+
 def _sequence_mean(values: Array, live: Array) -> Array:
     """Return the mean over the live tokens of each row, (B, T) -> (B, 1); 0 for an empty row."""
     count = (live * 1.0).sum(axis=1, keepdims=True)

@@ -115,3 +115,15 @@ def test_distilling_brings_the_policy_nearer_to_its_teacher(env):
     kl = [row["teacher_kl"] for row in rows]
     assert np.mean(kl[-3:]) < np.mean(kl[:3]) - 0.1
     assert all(row["updated"] and row["frac_reward_zero_std"] == 1 for row in rows)  # where rewards say nothing
+
+
+@pytest.mark.parametrize("context", ["none", "answer"])
+def test_whole_distributions_bring_the_policy_nearer_to_its_teacher(env, context):
+    policy, other, rows = make_tiny_engine(128), MLXEngine(tiny_llama(128, seed=9), stop=[0]), []
+    train(
+        policy, env, recipe("bnpo"), schedule=Schedule(0.03, 8),
+        prompts_per_step=2, group_size=8, sampling=Sampling(5), teacher=Teacher(other, context=context, beta=0.9),
+        on_step=lambda step, row, episodes: rows.append(row),
+    )  # fmt: skip
+    loss = [row["loss"] for row in rows]
+    assert np.mean(loss[-2:]) < 0.8 * np.mean(loss[:2])

@@ -164,6 +164,8 @@ discount = 0.9
         ({"kind": "rl", "steps": 2, "rollout": {"max_tokens": 3}}, "rollout.max_tokens is 3 in stage 1; it is one"),
         ({"kind": "rl"}, "stage.0.steps is missing"),
         ({"kind": "distill", "steps": 2, "teacher": "self"}, "nothing to learn from it"),
+        ({"kind": "distill", "steps": 2, "beta": 1.0, "discount": 0.5}, "learns whole distributions, and discount is"),
+        ({"kind": "distill", "steps": 2, "beta": 1.0}, "updates_per_step is 2 and a stage with a beta"),
         ({"kind": "distill", "steps": 2, "teacher": "nowhere"}, "nowhere"),
         ({"kind": "dpo", "steps": 2}, "stage.0.kind is dpo"),
         ({"kind": "sft", "steps": 2, "data": "nowhere.jsonl"}, "cannot read .*nowhere.jsonl"),

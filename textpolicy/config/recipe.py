@@ -44,7 +44,7 @@ def configure(config: Config) -> Algorithm:
         correction=None if c.level == "none" else Correction(c.level, c.how, c.low, c.high),
     )
     recipe = replace(recipe, surrogate=surrogate, length=float(config.rollout.max_tokens))
-    if not config.stage or config.stage[0].kind != "distill":
+    if not config.stage or config.stage[0].kind != "distill" or config.stage[0].beta is not None:
         return recipe
     if recipe.surrogate.ratio not in ("token", "sequence-token"):
         raise UserError(

@@ -391,6 +391,8 @@ class StageSettings(Section):
     """distill: count what the teacher says of later tokens, each further one by this factor less."""
     reward_weight: NonNegative = 0.0
     """distill: weight of the recipe's own advantages, from rewards, that are added."""
+    beta: Annotated[_Real, Field(ge=0, le=1)] | None = None
+    """distill: learn the teacher's whole distribution, by forward (0) to reverse KL (1); by default sampled tokens."""
     algorithm: AlgorithmSettings = AlgorithmSettings()
     rollout: RolloutSettings = RolloutSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -402,6 +404,14 @@ class StageSettings(Section):
             for name in names:
                 if kind != self.kind and name in changed(self):
                     raise ValueError(f"stage.{name} is set in a stage of the kind {self.kind}; it belongs to {kind}")
+        whole = (
+            {"coefficient", "discount", "reward_weight"}.intersection(changed(self)) if self.beta is not None else ()
+        )
+        if whole or (self.beta is not None and self.context == "sibling"):
+            raise ValueError(
+                f"stage.beta is {self.beta:g}, which learns whole distributions, and {min(whole, default='context')} "
+                "is of sampled tokens; leave one of them out"
+            )
         if self.kind == "distill" and self.teacher == "self" and self.context == "none":
             raise ValueError(
                 "stage.teacher is self and stage.context none, so that there is nothing to learn from it; set "
@@ -555,6 +565,8 @@ class Config(Section):
                     raise ValueError(
                         f"{section}.{name} is {there} in stage {n}; it is one for all stages, so set it for the run"
                     )
+            if self.engine == "tinker" and stage.beta is not None:
+                raise ValueError("stage.beta is set and engine is tinker, which gives no distributions; leave beta out")
             if self.engine == "tinker" and (len(self.stage) > 1 or stage.kind not in ("distill", "rl")):
                 raise ValueError(
                     f"engine is tinker, which takes a run of one stage, distill or rl, and stage {n} is one of "
@@ -574,6 +586,11 @@ class Config(Section):
                 raise ValueError(
                     f"algorithm.kl.coefficient is {config.algorithm.kl.coefficient} and adapter.kind full, which "
                     "leaves no reference; set the coefficient to 0, or choose another kind"
+                )
+            if config.optimizer.updates_per_step > 1 and any(s.beta is not None for s in config.stage):
+                raise ValueError(
+                    f"optimizer.updates_per_step is {config.optimizer.updates_per_step} and a stage with a beta takes "
+                    "one update a step; set it to 1 there"
                 )
             if self.adapter.kind == "full" and any(s.kind == "distill" and s.teacher == "base" for s in config.stage):
                 raise ValueError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from ..algorithms import Algorithm
 from ..engine import Engine
 from ..environment.base import DrivenEnv
 from ..environment.single_turn import TextGenerationEnv
@@ -49,14 +50,15 @@ class Teacher:
     reference: bool = False  # with the adapter off
     context: Context = "none"
     by_sampler: bool = False  # l is what the sampler reported, and not scored again by the learner
+    beta: float | None = None  # of the divergence of whole distributions; None: sampled tokens
+    beta: float | None = None  # of the divergence of whole distributions; None: sampled tokens
 
     def teach(self, engine: Engine, env: TextGenerationEnv | DrivenEnv, episodes: Sequence[Episode]) -> list[Episode]:
         """Return the episodes with ``lead``, q - l of each sampled token, in nats. Raises UserError.
 
         A teacher that is the policy, without context, has a lead of exactly 0, since both score the same arrays.
         """
-        told = [self._told(env, e, episodes) for e in episodes]
-        read = [e if prompt is None else with_prompt(e, prompt) for e, prompt in zip(episodes, told, strict=True)]
+        told, read = self._read(env, episodes)
         q = _scored(self.scorer or engine, read, self.reference)
         l = [e.logprobs[e.mask] for e in episodes] if self.by_sampler else _scored(engine, episodes, False)
         out = []
@@ -66,6 +68,37 @@ class Teacher:
                 lead[e.mask] = theirs - ours
             out.append(replace(e, lead=lead))
         return out
+
+    def update(
+        self,
+        engine: Any,
+        env: TextGenerationEnv | DrivenEnv,
+        episodes: Sequence[Episode],
+        algorithm: Algorithm,
+        learning_rate: float,
+    ) -> Mapping[str, float]:
+        """Take one step of ``engine``, a local one, towards the teacher's distribution at each sampled token.
+
+        The loss is sum_t w_t D_beta with the weights of the ``algorithm``'s aggregation; rewards play no part.
+        """
+        _, read = self._read(env, episodes)
+        ours, theirs = (
+            Batch.pack(es, [e.mask.astype(np.float32) for e in es], algorithm.aggregation, algorithm.length)
+            for es in (episodes, read)
+        )
+        scorer = self.scorer or engine
+        metrics: Mapping[str, float] = engine.distil(
+            ours, theirs, scorer, self.beta, learning_rate, reference=self.reference
+        )
+        return metrics
+
+    def _read(
+        self, env: TextGenerationEnv | DrivenEnv, episodes: Sequence[Episode]
+    ) -> tuple[list[Sequence[int] | None], list[Episode]]:
+        """Return the prompts with context, None without, and the episodes as the teacher reads them."""
+        told = [self._told(env, e, episodes) for e in episodes]
+        pairs = zip(episodes, told, strict=True)
+        return told, [e if prompt is None else with_prompt(e, prompt) for e, prompt in pairs]
 
     def _told(
         self, env: TextGenerationEnv | DrivenEnv, episode: Episode, episodes: Sequence[Episode]

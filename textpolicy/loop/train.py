@@ -99,14 +99,19 @@ def train(
         extra = session.on_sampled(step, rollouts.sampled)
         gap = check(engine, step - schedule.first, rollouts.sampled) if check else None
         episodes = with_reference(engine, rollouts.trained) if algorithm.reward_kl else rollouts.trained
-        if teacher is not None:
-            episodes = teacher.teach(engine, env, episodes)
-            extra = {**extra, "teacher_kl": teacher_kl(episodes)}
-        tokens = algorithm.tokens(episodes, controller)
-        batches = algorithm.pack(episodes, tokens, schedule.updates)
-        if algorithm.surrogate.correction and len(batches) > 1:
-            batches = [replace(batch, old=engine.score(batch)) for batch in batches]
-        updates = [engine.update(batch, algorithm.surrogate, schedule(step)) for batch in batches]
+        if teacher is not None and teacher.beta is not None:  # whole distributions, and no rewards
+            updates = [teacher.update(engine, env, episodes, algorithm, schedule(step))]
+            shown = episodes
+        else:
+            if teacher is not None:
+                episodes = teacher.teach(engine, env, episodes)
+                extra = {**extra, "teacher_kl": teacher_kl(episodes)}
+            tokens = algorithm.tokens(episodes, controller)
+            batches = algorithm.pack(episodes, tokens, schedule.updates)
+            if algorithm.surrogate.correction and len(batches) > 1:
+                batches = [replace(batch, old=engine.score(batch)) for batch in batches]
+            updates = [engine.update(batch, algorithm.surrogate, schedule(step)) for batch in batches]
+            shown = algorithm.credited(episodes, tokens)
         updated = time.perf_counter()
         change = check.after(engine, step - schedule.first, rollouts.sampled) if check else {}
         measured = {**(gap.row if gap else {}), **change}
@@ -115,4 +120,4 @@ def train(
         if not all(math.isnan(e.reward) for e in rollouts.sampled):
             curriculum.observe(rollouts.outcomes)
         row = {"step": step, "learning_rate": schedule(step), **row, **extra, **measured, **pooling, **curriculum.row}
-        on_step(step, row, rollouts.handed_out(algorithm.credited(episodes, tokens), gap.learner if gap else {}))
+        on_step(step, row, rollouts.handed_out(shown, gap.learner if gap else {}))

@@ -29,7 +29,8 @@ from .kernels import exponentials, gathers, masks
 from .kernels.patching import patched
 from .kernels.plain import plain_operations
 from .read.bounds import Bounds
-from .score.micro_batches import Gradients, Objective, logprobs_of, micro_batches
+from .score.divergences import divergences, teacher_states
+from .score.micro_batches import Gradients, Layout, Objective, logprobs_of, micro_batches
 from .state import read_arrays, restore_training_state, training_state, write_arrays
 
 
@@ -141,20 +142,71 @@ class MLXEngine:
             if surrogate.kl is not None and rows.reference is None:
                 rows = replace(rows, reference=self.score(rows, reference=True))
             stats, grads = self.gradients(rows, PolicyObjective(surrogate))
-            try:
-                norm = self.apply(grads, learning_rate) if np.isfinite(stats["loss"]) else np.nan
-            except NotFiniteError:
-                norm = np.nan
-            if np.isnan(norm):
-                metrics["skipped"] = 1.0
-            else:
-                metrics |= {"loss": stats.pop("loss"), "grad_norm": norm, "updated": float(norm > 0)}
+            metrics |= self._step(stats.pop("loss"), grads, learning_rate)
+            if not metrics["skipped"]:
                 metrics["logprob_gap_max"] = stats.pop("logprob_gap_max")
                 tokens = max(stats.pop("tokens"), 1.0)
                 metrics |= {name: total / tokens for name, total in stats.items()}  # means over the sampled tokens
         metrics["peak_memory_bytes"] = float(mx.get_peak_memory())
         mx.reset_peak_memory()
         return metrics
+
+    def distil(
+        self,
+        batch: Batch,
+        read: Batch,
+        teacher: MLXEngine,
+        beta: float,
+        learning_rate: float,
+        *,
+        reference: bool = False,
+    ) -> Mapping[str, float]:
+        """Take one optimiser step on sum_t w_t D_beta(p_t, q_t) over the whole vocabulary, w the weights of ``batch``.
+
+        p is this model's distribution and q that of ``teacher``, which may be this engine, of its adapter off if
+        ``reference``. ``read`` holds the same rows after the prompts that the teacher reads. ``losses.divergence`` has
+        D; the metrics are those of ``update``.
+        """
+        self.bounds.check(batch)
+        teacher.bounds.check(read)
+        live = np.flatnonzero((batch.weights != 0).any(axis=1))
+        metrics = {"loss": 0.0, "grad_norm": 0.0, "updated": 0.0, "skipped": 0.0}
+        total, grads = 0.0, None
+        batch, read = batch.take(live), read.take(live)
+        for rows, layout in micro_batches(batch, self.micro_batch_tokens):
+            without = adapters_off(teacher.model) if reference else nullcontext()
+            with self._within("update"), plain_operations():
+                with without, patched(teacher.model, pass_patches()):
+                    theirs = teacher_states(teacher.model, layout, Layout.build(read.take(rows)))
+                    mx.eval(theirs)
+                with patched(self.model, pass_patches()):
+                    weights = mx.array(layout.rows.weights)
+
+                    def loss(
+                        model: nn.Module, layout: Layout = layout, q: mx.array = theirs, w: mx.array = weights
+                    ) -> mx.array:
+                        found = divergences(model, layout, teacher.model, q, beta, self.checkpoint_every)
+                        return (w * found).sum()
+
+                    value, grad = nn.value_and_grad(self.model, loss)(self.model)
+                grads = grad if grads is None else tree_map(mx.add, grads, grad)
+                mx.eval(value, grads)
+            total += value.item()
+        if grads is not None:
+            metrics |= self._step(total, grads, learning_rate)
+        metrics["peak_memory_bytes"] = float(mx.get_peak_memory())
+        mx.reset_peak_memory()
+        return metrics
+
+    def _step(self, loss: float, grads: Any, learning_rate: float) -> dict[str, float]:
+        """Apply gradients; return the metrics of an update, which changes nothing where one is not finite."""
+        try:
+            norm = self.apply(grads, learning_rate) if np.isfinite(loss) else np.nan
+        except NotFiniteError:
+            norm = np.nan
+        if np.isnan(norm):
+            return {"loss": 0.0, "grad_norm": 0.0, "updated": 0.0, "skipped": 1.0}
+        return {"loss": loss, "grad_norm": norm, "updated": float(norm > 0), "skipped": 0.0}
 
     def apply(self, grads: Any, learning_rate: float | None = None) -> float:
         """Clip and apply gradients; return their norm before. Raises NotFiniteError, with nothing changed.

@@ -168,7 +168,7 @@ def _teacher(config: Config, tokenizer: Any) -> Teacher | None:
         return None
     [stage], remote = config.stage, config.engine == "tinker"
     if stage.teacher in ("base", "self"):
-        return Teacher(None, stage.teacher == "base", stage.context, by_sampler=remote)
+        return Teacher(None, stage.teacher == "base", stage.context, remote, stage.beta)
     if remote:
         raise UserError(
             f"stage.teacher is {stage.teacher} and engine tinker, where the model is its own teacher; set it to base "
@@ -183,7 +183,7 @@ def _teacher(config: Config, tokenizer: Any) -> Teacher | None:
     model, theirs = load_model(name, adapter)
     refuse_other_tokens(tokenizer, theirs, stage.teacher)
     scorer = MLXEngine(model, stop=stop_tokens(theirs), micro_batch_tokens=config.machine.micro_batch_tokens)
-    return Teacher(scorer, context=stage.context)
+    return Teacher(scorer, context=stage.context, beta=stage.beta)
 
 
 def build_engine(config: Config, recipe: Algorithm | None = None) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from textpolicy.algorithms import ALGORITHMS
 from textpolicy.algorithms.hicra import amplify
+from textpolicy.algorithms.reinforce import Whiten
 from textpolicy.algorithms.sepa import pool_execution
 from textpolicy.losses import KL, Clip, Correction, Surrogate, policy_objective
 from textpolicy.mlx.adapters.merging import trainable
@@ -225,7 +226,8 @@ def test_hicra_has_the_signs_of_the_baseline_and_changes_planning_tokens_only(se
 # ---- groups that agree
 
 
-@EVERY
+# the engine leaves rows without advantages out, and with them their drift
+@pytest.mark.parametrize("name", [n for n, made in ALGORITHMS.items() if not made.surrogate.drift])
 @made
 @given(seed=SEEDS, reward=st.sampled_from([0.0, 0.1, 1 / 3, 1.0]))
 def test_a_group_that_agrees_has_no_credit_and_no_gradient(name, seed, reward):
@@ -241,7 +243,7 @@ def test_a_group_that_agrees_has_no_credit_and_no_gradient(name, seed, reward):
     np.testing.assert_allclose(without, gradient[others], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", [n for n in ALGORITHMS if not n.startswith("reinforce++")])
+@pytest.mark.parametrize("name", [n for n, made in ALGORITHMS.items() if Whiten() not in made.stages])
 @made
 @given(seed=SEEDS)
 def test_the_other_groups_are_credited_as_if_the_agreeing_group_were_absent(name, seed):

@@ -26,7 +26,7 @@ def test_each_reward_counts_alike_whatever_its_range():
 def test_a_weight_scales_what_was_normalised_and_a_reward_that_agrees_adds_nothing():
     first, second, same = np.array([3.0, 1]), np.array([0.0, 8]), np.array([5.0, 5])
     parts = ((1.0, first), (0.25, second), (9.0, same))
-    a = DecoupledRelative(std_eps=0)(Rewards(first + second, np.zeros(2, int), None, parts))
+    a = DecoupledRelative(std_eps=1e-12)(Rewards(first + second, np.zeros(2, int), None, parts))
     assert a == pytest.approx([0.75 * np.sqrt(0.5), -0.75 * np.sqrt(0.5)])
 
 

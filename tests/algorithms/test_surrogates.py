@@ -18,6 +18,7 @@ from textpolicy.losses import (
     ImportanceSampling,
     SoftGate,
     Surrogate,
+    Tokens,
     correction_weights,
     importance_ratio,
     kl_estimate,
@@ -303,23 +304,28 @@ def test_the_soft_gate_has_the_slope_of_the_advantage_on_policy(advantage, slope
     assert one_token(1.0, advantage, SoftGate())[1] == pytest.approx(slope, rel=1e-5)
 
 
+def at(ratio, advantages):
+    """Tokens whose log-probs do not matter."""
+    return Tokens(np.array(ratio), np.zeros(()), np.zeros(()), np.array(advantages))
+
+
 def test_where_clipping_is_reported_there_is_no_gradient_and_nowhere_else():
     for ratio in (0.3, 0.75, 0.85, 1.0, 1.15, 1.35, 3.0):
         for advantage in (-1.0, 1.0):
-            low, high = Clip(0.2, 0.28).clipped(np.array(ratio), np.array(advantage))
+            low, high = Clip(0.2, 0.28).clipped(at(ratio, advantage), np)
             assert (low or high) == (one_token(ratio, advantage, Clip(0.2, 0.28))[1] == 0), (ratio, advantage)
 
 
 @pytest.mark.parametrize("objective", [SoftGate(), ImportanceSampling()], ids=str)
 def test_an_objective_that_never_clips_reports_no_clipping(objective):
-    low, high = objective.clipped(np.array([0.01, 1.0, 99.0]), np.array([1.0, -1.0, 1.0]))
+    low, high = objective.clipped(at([0.01, 1.0, 99.0], [1.0, -1.0, 1.0]), np)
     assert not (low | high).any()
 
 
 def test_a_cispo_weight_outside_its_bounds_is_reported_as_clipped():
-    low, high = ClippedWeight(0.8, 1.28).clipped(np.array([0.7, 1.0, 1.3]), np.ones(3))
+    low, high = ClippedWeight(0.8, 1.28).clipped(at([0.7, 1.0, 1.3], 1.0), np)
     assert (low.tolist(), high.tolist()) == ([True, False, False], [False, False, True])
-    assert not np.any(ClippedWeight(None, None).clipped(np.array([1e-9, 1e9]), np.ones(2)))
+    assert not np.any(ClippedWeight(None, None).clipped(at([1e-9, 1e9], 1.0), np))
 
 
 def test_ratios_of_a_row_by_hand():

@@ -207,6 +207,11 @@ def test_checkpoints_are_listed_described_published_dated_and_deleted(ask):
     assert listed[1]["expires_at"] is not None
     info = ask("weights_info", {"tinker_path": path})[1]
     assert (info["base_model"], info["lora_rank"], info["train_unembed"]) == ("made/pairs", 4, True)
+    copy = ask("copy_weights", {"source_path": path})[1]["tinker_path"]
+    assert copy != path
+    assert ask("weights_info", {"tinker_path": copy})[1] == info
+    assert ask("copy_weights", {"source_path": f"{path}b"})[0] == 404
+    assert ask("training_runs/{}/checkpoints/weights/a".format(copy.split("/")[2]), method="DELETE")[0] == 204
     at = f"training_runs/{model}/checkpoints/weights/a"
     assert ask(f"{at}/publish", b"")[0] == 204
     assert ask("checkpoints")[1]["checkpoints"][1]["public"] is True

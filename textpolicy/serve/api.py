@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import shutil
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -55,6 +57,7 @@ class Api:
             "retrieve_future": self.retrieve,
             "cancel_future": self.cancel,
             "weights_info": self.weights_info,
+            "copy_weights": self.copy_weights,
         }
         gets: dict[str, Handler] = {
             "healthz": self.health,
@@ -265,6 +268,22 @@ class Api:
             "base_model": about.base, "is_lora": True, "lora_rank": about.rank, "train_unembed": adapter["unembed"],
             "train_mlp": adapter["mlp"], "train_attn": adapter["attention"],
         })  # fmt: skip
+
+    async def copy_weights(self, request: Request) -> Response:
+        """Copy a checkpoint; one that was copied to the same place before is left alone."""
+        asked = requests.read_json(requests.CopyWeights, await body(request))
+        folder, about = self._found(asked.source_path)
+        run = f"copy-{secrets.token_hex(4)}:train:0"
+        if asked.session_id is not None and asked.model_seq_id is not None:
+            self.service.session(asked.session_id)
+            run = f"{asked.session_id}:train:{asked.model_seq_id}"
+        source = Name.of(asked.source_path)
+        name, now = Name(run, source.kind, source.name), time.time()
+        expires = None if asked.ttl_seconds is None else now + asked.ttl_seconds
+        copied = replace(about, created=now, job=f"{run}:copy", expires=expires, public=False)
+        write = self.service.checkpoints.write
+        await asyncio.to_thread(write, name, copied, lambda new: shutil.copytree(folder, new), overwrite=False)
+        return JSONResponse({"tinker_path": str(name)})
 
     async def runs(self, request: Request) -> Response:
         """List the models that were trained, the newest first."""

@@ -87,6 +87,15 @@ class LoadWeights(Addressed):
     user_metadata: dict[str, Any] | None = None
 
 
+class CopyWeights(Asked):
+    """The wish for a copy of a checkpoint, in a session's name or in a new one."""
+
+    source_path: str
+    session_id: Id | None = None
+    model_seq_id: Place | None = None
+    ttl_seconds: Ttl | None = None
+
+
 class OfModel(Asked):
     """What is asked of a model, in its order."""
 

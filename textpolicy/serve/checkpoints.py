@@ -87,7 +87,7 @@ class Checkpoints:
             raise UserError(f"there is no checkpoint {name} on this server; save it first, or correct its path")
         return self.path(name), about
 
-    def write(self, name: Name, about: About, fill: Callable[[Path], None], *, overwrite: bool) -> None:
+    def write(self, name: Name, about: About, fill: Callable[[Path], object], *, overwrite: bool) -> None:
         """Let ``fill`` make the checkpoint's folder, which appears whole or not at all.
 
         One that the same request wrote before is left alone. Raises UserError for a name that is taken, OSError.

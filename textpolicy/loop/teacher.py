@@ -51,7 +51,6 @@ class Teacher:
     context: Context = "none"
     by_sampler: bool = False  # l is what the sampler reported, and not scored again by the learner
     beta: float | None = None  # of the divergence of whole distributions; None: sampled tokens
-    beta: float | None = None  # of the divergence of whole distributions; None: sampled tokens
 
     def teach(self, engine: Engine, env: TextGenerationEnv | DrivenEnv, episodes: Sequence[Episode]) -> list[Episode]:
         """Return the episodes with ``lead``, q - l of each sampled token, in nats. Raises UserError.

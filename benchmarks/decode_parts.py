@@ -29,7 +29,7 @@ from textpolicy.mlx import engine
 from textpolicy.mlx.adapters.merging import attach_lora
 from textpolicy.mlx.decode.sampling import Sampler
 from textpolicy.mlx.engine import MLXEngine
-from textpolicy.mlx.kernels.exponentials import patches
+from textpolicy.mlx.kernels.attention import patches
 from textpolicy.mlx.kernels.patching import patched
 from textpolicy.mlx.read.context import PromptTree
 

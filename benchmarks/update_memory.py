@@ -1,6 +1,8 @@
 """Compare the peak memory of an update with the naive path: full rows, float32 logits of every position.
 
     .venv/bin/python benchmarks/update_memory.py [--model small | qwen3-0.6b] [--completion 1024] [--vocabulary 151936]
+    .venv/bin/python benchmarks/update_memory.py --model smollm2-135m --vocabulary 49152 --rows 1 --prompt 1 \\
+        --completion 8192 --paths "every block checkpointed" "checkpointed, scores kept"
 
 Both take the same step of the same model on the same completions: GRPO's loss, LoRA on every linear layer,
 AdamW. Each path runs in a process of its own, so that neither's peak holds what the other left. One row with all
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -35,6 +38,7 @@ from mlx_lm.models import qwen3
 from textpolicy.losses import Surrogate, policy_objective
 from textpolicy.mlx.adapters.merging import attach_lora
 from textpolicy.mlx.engine import MLXEngine
+from textpolicy.mlx.kernels import attention
 from textpolicy.mlx.memory import Costs, Workload
 from textpolicy.mlx.score.micro_batches import micro_batches
 from textpolicy.types import Batch, Completion, Episode
@@ -48,7 +52,9 @@ PATHS = {  # the engine's settings; None is the naive path
     "micro-batches of one row": {"micro_batch_tokens": 1},
     "every block checkpointed": {"checkpoint_every": 1},
     "held to its prediction": {},
+    "checkpointed, scores kept": {"checkpoint_every": 1},
 }
+KEPT = "checkpointed, scores kept"  # attention keeps all scores for its gradient, however long the rows are
 HELD = "held to its prediction"  # MLX's limit on memory is what passes of that many rows are said to take
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {
@@ -66,6 +72,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
         "head_dim": 128,
+    },
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
     },
 }
 
@@ -93,27 +107,35 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--path", choices=PATHS, help=argparse.SUPPRESS)  # this process runs one path and prints it
+    parser.add_argument("--paths", choices=PATHS, nargs="*", default=list(PATHS))
     given = vars(parser.parse_args())
+    chosen = given.pop("paths")
     path, dtype = given.pop("path"), given.pop("dtype") or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
     asked = Asked(**given, dtype=dtype)
     if path is not None:
         print(json.dumps(measure(asked, path)))
         return
-    paths = {path: in_a_process_of_its_own(asked, path) for path in PATHS}
+    paths = {path: in_a_process_of_its_own(asked, path) for path in chosen}
+    base = paths.get("naive", paths[chosen[-1]])
     row = {
         "benchmark": "update_memory",
         **asdict(asked),
         "device": "cpu" if mx.default_device() == mx.cpu else "gpu",
         "paths": paths,
-        "share_of_naive": {name: p["peak_bytes"] / paths["naive"]["peak_bytes"] for name, p in paths.items()},
+        "share_of_naive" if "naive" in paths else "share_of_last": {
+            name: p["peak_bytes"] / base["peak_bytes"] for name, p in paths.items()
+        },
         **describe(),
     }
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     for name, p in paths.items():
-        share = row["share_of_naive"][name]
-        print(f"{name:>26}  peak {p['peak_bytes'] / 1e9:6.2f} GB  {share:5.1%} of naive  gradient {p['grad_norm']:.5f}")
+        share, time = p["peak_bytes"] / base["peak_bytes"], p["seconds"] / base["seconds"]
+        print(
+            f"{name:>26}  peak {p['peak_bytes'] / 1e9:6.2f} GB  {share:6.1%}  {p['seconds']:7.1f} s  {time:6.1%}  "
+            f"gradient {p['grad_norm']:.5f}"
+        )
 
 
 def in_a_process_of_its_own(asked: Asked, path: str) -> dict[str, Any]:
@@ -128,6 +150,8 @@ def measure(asked: Asked, path: str) -> dict[str, Any]:
     """Of several updates: the optimiser's state comes with the first, and a GPU's compiled pass with the second."""
     model, batch = made_up_model(asked), made_up_batch(asked)
     predicted, rows = None, asked.rows
+    if path == KEPT:
+        attention._KEPT = math.inf
     if (settings := PATHS[path]) is None:
         step, engine = NaiveStep(model), None
     else:

@@ -34,7 +34,7 @@ BRANCHES = {
     "mlx/kernels/cuda.py can_draw": ("no CUDA", ENGINE),
     "mlx/kernels/cuda.py is_default": ("no CUDA", ENGINE),
     "mlx/kernels/cuda.py is_nvidia": ("no CUDA", ENGINE),
-    "mlx/kernels/exponentials.py _on_cpu": ("MLX's own exponential, attention and SwiGLU", ENGINE),
+    "mlx/kernels/exponentials.py on_cpu": ("MLX's own exponential, attention and SwiGLU", ENGINE),
     "mlx/kernels/gathers.py patches": ("gathers whose gradients add in order", ENGINE),
     "mlx/kernels/gathers.py take_rows": ("gathers whose gradients add in order", ENGINE),
     "mlx/kernels/gathers.py unsteady": ("names what may differ in last bits", BITS),

@@ -28,7 +28,7 @@ from textpolicy.losses import Surrogate
 from textpolicy.mlx import memory
 from textpolicy.mlx.adapters.merging import attach, attach_lora
 from textpolicy.mlx.engine import MLXEngine
-from textpolicy.mlx.kernels import exponentials
+from textpolicy.mlx.kernels import attention
 from textpolicy.mlx.memory import Costs, Curve, Workload, fit, limit_memory, preflight, usable_memory
 from textpolicy.mlx.models import load_model
 from textpolicy.types import Completion, Episode
@@ -157,7 +157,8 @@ def test_the_peaks_of_the_built_in_model_are_predicted_within_a_third():
 @pytest.mark.parametrize("checkpoint_every", [0, 1])
 def test_the_peak_of_long_rows_is_predicted_where_attention_keeps_all_scores(checkpoint_every, monkeypatch):
     """As on Metal: MLX's own attention under a gradient, and compiled passes, held to what was predicted for them."""
-    monkeypatch.setattr(exponentials, "patches", dict)
+    monkeypatch.setattr(attention, "patches", dict)
+    monkeypatch.setattr(attention, "_KEPT", math.inf)
     monkeypatch.setattr(memory, "_WIDE", {mx.cpu: (64, 128, 256)})
     # a buffer let go of late makes one of the short rows look larger, and the curve through them bends: the least of 5
     monkeypatch.setattr(memory, "_TIMES", {mx.cpu: 5})
@@ -175,6 +176,23 @@ def test_the_peak_of_long_rows_is_predicted_where_attention_keeps_all_scores(che
         mx.set_memory_limit(2**40)
         assert updates(engine, work, 2 * work.row, 500) <= most
         mx.set_memory_limit(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint_every", [0, 1])
+def test_the_peak_of_long_rows_is_predicted_where_attention_is_in_tiles(checkpoint_every, monkeypatch):
+    monkeypatch.setattr(attention, "_TILE", dict.fromkeys(attention._TILE, 2**17))
+    model = attach_lora(tiny_family("llama", hidden_size=64, num_attention_heads=8, vocab_size=500), rank=4)
+    costs = Costs.measure(model, checkpoint_every=checkpoint_every)
+    assert costs.heads == 8
+    kept = replace(costs, heads=0)
+    for tokens in (256, 1024):
+        work = Workload(1, 2, prompt_tokens=60, completion_tokens=tokens)
+        engine = MLXEngine(model, stop=[], checkpoint_every=checkpoint_every)
+        most = costs.update(work, 2 * work.row)
+        memory.hold(engine, costs, most, math.inf)
+        assert 1 <= most / updates(engine, work, 2 * work.row, 500) <= 1.6
+    assert most < kept.update(work, 2 * work.row) / 2
 
 
 def test_a_pass_is_held_to_its_room_and_the_limit_restored(monkeypatch):

@@ -23,6 +23,7 @@ from ..types import Batch, Completion, Episode
 from .adapters.merging import trainable
 from .decode import folded_weights as folded
 from .engine import MLXEngine, pass_patches
+from .kernels import attention
 from .kernels.patching import patched
 from .kernels.plain import plain_operations
 from .read.context import Context
@@ -121,6 +122,7 @@ class Costs:
     scored: float  # per scored token
     logits: float  # per row from which a token is drawn
     folded: float = 0.0  # copies of weights that a rollout makes
+    heads: int = 0  # query heads of the attention that keeps no scores beyond ``attention.most_kept()``; 0: none does
 
     @classmethod
     @plain_operations()
@@ -162,6 +164,7 @@ class Costs:
                 scored=3 * hidden.nbytes,  # each hidden state: alone, concatenated, and with its slopes
                 logits=_LOGITS * vocabulary,
                 folded=folded.copies(model),
+                heads=_heads(model),
             )
             mx.clear_cache()
             mx.reset_peak_memory()
@@ -188,7 +191,16 @@ class Costs:
 
     def _pass(self, curve: Curve, prompts: int, p: int, n: int, t: int) -> float:
         """Return the peak of a pass over ``prompts`` prompts of p tokens and n completions of t tokens."""
-        body = curve(prompts * p + n * t, prompts * p * p + n * t * (p + t))
+        before, written, most = prompts * p * p, n * t * (p + t), math.inf
+        if self.heads:
+            most = attention.most_kept() / self.heads
+        kept = sum(pairs for pairs in (before, written) if pairs <= most)
+        body = curve(prompts * p + n * t, kept)
+        if before > most or written > most:
+            body += attention.tile_bytes(self.heads * (n * (p + t) if written > most else prompts * p))
+        if written > most:  # shorter completions keep their scores
+            shorter = (math.sqrt(p * p + 4 * most / n) - p) / 2
+            body = max(body, curve(prompts * p + n * shorter, kept + most))
         # a checkpointed block gets copies of the prompt's keys and values, and of its state
         read = n * (p * self.cache + self.state) * (2 if self.recomputed else 1)
         return body + read + self.through_head(n * t / self.chunk) + n * t * self.scored
@@ -460,6 +472,21 @@ def _head_gradients(model: nn.Module, hidden: mx.array, n: int) -> list[Any]:
         return [by_states]
     gradients: list[Any] = tree_flatten(nn.value_and_grad(model, loss)(model, states)[1])  # type: ignore[assignment]
     return [[gradient for name, gradient in gradients if name in outside]]
+
+
+def _heads(model: nn.Module) -> int:
+    """Return the most query heads of an attention of ``model`` that keeps no scores where they are many; 0: it does."""
+    seen = [0]
+
+    def noted(
+        queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any, **sinks: Any
+    ) -> Any:
+        seen.append(2**31 if isinstance(mask, mx.array) and mask.dtype != mx.bool_ else queries.shape[1])
+        return attention.attention(queries, keys, values, cache, scale, mask, **sinks)
+
+    with patched(model, {"scaled_dot_product_attention": noted}):
+        model(mx.zeros((1, 2), mx.int32))
+    return max(seen) % 2**31
 
 
 def _read(model: nn.Module, n: int) -> list[mx.array]:

@@ -23,7 +23,7 @@ from ...types import Completion, token_ids
 from ..decode.decoder import ActiveRows, distinct
 from ..decode.folded_weights import FEW, folded
 from ..decode.sampling import Sampler, uniforms
-from ..kernels import exponentials
+from ..kernels import attention
 from ..kernels.patching import patched
 from ..kernels.plain import plain_operations
 from ..read.bounds import Bounds
@@ -129,7 +129,7 @@ class Decoding:
 
         Raises NotFiniteError where the logits of a sampler are not finite.
         """
-        with patched(self._base, exponentials.patches()), plain_operations("kimi_k3"):
+        with patched(self._base, attention.patches()), plain_operations("kimi_k3"):
             self._start_queued()
             for _ in range(_AT_ONCE):
                 for group in list(self._active):

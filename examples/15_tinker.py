@@ -6,8 +6,9 @@ python examples/15_tinker.py --engine tinker --model Qwen/Qwen3-4B-Instruct-2507
 """
 
 import argparse
+import subprocess
+import sys
 import tempfile
-from pathlib import Path
 
 import textpolicy as tp
 from textpolicy.algorithms import algorithm
@@ -26,12 +27,11 @@ def here(model):
     return MLXEngine(attach_lora(model, rank=16), stop=tokenizer.eos_token_ids), tokenizer
 
 
-def there(model, server=None):
-    """Return an engine on a Tinker server: the one started here, else TINKER_BASE_URL's, else the hosted service."""
+def there(model, url=None):
+    """Return an engine on the Tinker server at ``url``, else at TINKER_BASE_URL, else on the hosted service."""
     from textpolicy.tinker.engine import TinkerEngine
 
-    where = {} if server is None else {"base_url": server.url, "reduction": "mean"}  # SkyRL on JAX averages
-    engine = TinkerEngine.connect(model if server is None else server.name, rank=16, **where)
+    engine = TinkerEngine.connect(model, rank=16, base_url=url)
     return engine, engine.tokenizer
 
 
@@ -60,13 +60,13 @@ def run(engine, tokenizer, args):
 
 
 def served(args):
-    """Train on SkyRL's Tinker API, started on this machine for the duration of the program."""
-    from textpolicy.cli.tinker_server import served_model
-    from textpolicy.tinker.server.server import LocalServer, ServerSettings
-
-    settings = ServerSettings(model=served_model(args.model), folder=Path(tempfile.mkdtemp()), rank=16)
-    with LocalServer(settings, say=print) as server:
-        run(*there(args.model, server), args)
+    """Train on a server of this machine, which ends with the program."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "textpolicy", "serve", args.model, "--port=0", f"--folder={folder}/serve"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+            url = next(line for line in server.stdout if line.startswith("serving")).partition(" at ")[2].split(";")[0]
+            run(*there(args.model, url), args)
+            server.terminate()
 
 
 parser = argparse.ArgumentParser()

@@ -29,7 +29,6 @@ from textpolicy.run.inference import EvalArguments, GenerateArguments
 from textpolicy.run.resume import TrainArguments
 from textpolicy.serve.command import ServeArguments, TinkerServerArguments
 
-SERVED = ["docs/12_tinker_gpu.md"]  # which start a Tinker server
 SHOWN_WHOLE = {"docs/02_rewards.md"}  # whose output is the same on every machine, and is on the page
 ARGUMENTS = {
     "train": TrainArguments,
@@ -103,9 +102,7 @@ def test_every_mark_stands_above_a_block():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", pages_with("python"))
-def test_the_python_blocks_of_a_page_run_top_to_bottom(file, tmp_path, request):
-    if file in SERVED:
-        request.getfixturevalue("skyrl_can_run")
+def test_the_python_blocks_of_a_page_run_top_to_bottom(file, tmp_path):
     path = tmp_path / f"{Path(file).stem}.py"
     path.write_text(script(file), encoding="utf-8")
     done = subprocess.run(

@@ -5,8 +5,8 @@ from running import run_script
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [["--engine", "mlx"], ["--engine", "tinker", "--serve", "--model", "tiny"]])
-def test_one_script_trains_on_both_engines(engine, tmp_path, skyrl_can_run):
+@pytest.mark.parametrize("engine", [["--engine", "mlx"], ["--engine", "tinker", "--serve"]])
+def test_one_script_trains_on_both_engines(engine, tmp_path):
     pytest.importorskip("tinker", reason="the Tinker SDK is not installed (textpolicy[tinker])")
     small = ["--steps", "1", "--prompts", "1", "--test", "2"]
     done = run_script("examples/15_tinker.py", tmp_path, *engine, *small, warnings="default")

@@ -53,7 +53,7 @@ class Training:
         body, protobuf = self._carry_out(tenant, job)
         self.end(tenant, job, Outcome("done", body, protobuf))
         if job.kind in ("optim_step", "load_weights"):
-            self.keep(tenant)
+            self.keep(tenant, now=job.kind == "load_weights")  # a checkpoint may be gone when it would be replayed
 
     def end(self, tenant: Tenant, job: Job, outcome: Outcome) -> None:
         """Write the end of a request and go on to the next."""

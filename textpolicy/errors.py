@@ -62,6 +62,7 @@ def gone(name: str, instead: str) -> Callable[..., NoReturn]:
     def method(*_: Any, **__: Any) -> NoReturn:
         raise UserError(f"{name} of version 0.1 is gone; {instead}")
 
+    method.__doc__ = f"Raise UserError: it is gone; {instead}."
     return method
 
 

@@ -61,7 +61,7 @@ class Weights(Protocol):
 
 
 class Learner(Protocol):
-    """One adapter with its optimiser and the gradient accumulated since its last step."""
+    """The adapter of a client, with its optimiser and the gradient accumulated since its last step."""
 
     def passed(self, data: Sequence[Datum], loss: str, config: Mapping[str, Any], *, backward: bool) -> Passed:
         """Return the log-probs of ``data`` and the sums of ``loss``; if ``backward``, add its gradient.
@@ -108,7 +108,7 @@ class Alternatives:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sampled:
-    """One completion of a request."""
+    """The completion of a request."""
 
     completion: Completion
     alternatives: Alternatives | None = None
@@ -140,7 +140,7 @@ class Decoding(Protocol):
 
 
 class Model(Protocol):
-    """One base model in this process."""
+    """The base model in this process."""
 
     name: str  # as clients name it
     tokenizer: Any

@@ -14,19 +14,20 @@ from textpolicy import errors
 ROOT = Path(textpolicy.__file__).parent
 # Docstrings begin with one of these, in the imperative. Add a new verb here; reword an opening that is no verb.
 VERBS = [
-    "Add", "Adjust", "Answer", "Append", "Apply", "Ask", "Attach", "Average", "Begin", "Break", "Browse", "Build",
-    "Call", "Change", "Check", "Choose", "Clip", "Close", "Collect", "Compare", "Compute", "Convert", "Copy", "Count",
-    "Decide", "Describe", "Divide", "Do", "Draw", "End", "Enumerate", "Estimate", "Evaluate", "Export", "Fill", "Find",
-    "Fingerprint", "Finish", "Fit", "Flatten", "Flip", "Follow", "Force", "Forget", "Free", "Freeze", "Generate",
-    "Give", "Grade", "Group", "Handle", "Hold", "Import", "Index", "Inspect", "Join", "Keep", "Kill", "Lay", "Learn",
-    "Let", "Limit", "Link", "List", "Load", "Lock", "Log", "Make", "Mark", "Maximise", "Measure", "Merge", "Mine",
-    "Move", "Name", "Observe", "Open", "Pack", "Parse", "Pass", "Pickle", "Plan", "Play", "Pool", "Predict",
-    "Prepare", "Print", "Put", "Quantise", "Raise", "Reach", "Read", "Reassign", "Rebuild", "Receive", "Record",
-    "Redirect", "Reduce", "Register", "Release", "Remove", "Rename", "Render", "Replace", "Report", "Resample",
-    "Restore", "Resume", "Return", "Run", "Sample", "Save", "Say", "Scale", "Score", "Seed", "Select", "Send",
-    "Serve", "Set", "Shape", "Share", "Show", "Simulate", "Smooth", "Start", "Stop", "Sum", "Summarize", "Switch",
-    "Sync", "Take", "Test", "Tokenise", "Track", "Train", "Translate", "Try", "Turn", "Undo", "Update", "Use", "Wait",
-    "Weigh", "Whiten", "Work", "Wrap", "Write", "Yield",
+    "Add", "Adjust", "Admit", "Answer", "Append", "Apply", "Ask", "Attach", "Average", "Become", "Begin", "Break",
+    "Bring", "Browse", "Build", "Call", "Carry", "Change", "Check", "Choose", "Clip", "Close", "Collect", "Compare",
+    "Compute", "Convert", "Copy", "Count", "Decide", "Delete", "Describe", "Divide", "Do", "Draw", "Drop", "End",
+    "Enumerate", "Estimate", "Evaluate", "Export", "Fail", "Fill", "Find", "Fingerprint", "Finish", "Fit", "Flatten",
+    "Flip", "Follow", "Force", "Forget", "Free", "Freeze", "Generate", "Give", "Grade", "Group", "Hand", "Handle",
+    "Hold", "Import", "Index", "Inspect", "Join", "Keep", "Kill", "Lay", "Learn", "Let", "Limit", "Link", "List",
+    "Load", "Lock", "Log", "Make", "Mark", "Maximise", "Measure", "Merge", "Mine", "Move", "Name", "Normalise", "Note",
+    "Observe", "Open", "Pack", "Parse", "Pass", "Pickle", "Plan", "Play", "Pool", "Predict", "Prepare", "Print", "Put",
+    "Quantise", "Queue", "Raise", "Reach", "Read", "Reassign", "Rebuild", "Receive", "Record", "Redirect", "Reduce",
+    "Register", "Release", "Remove", "Rename", "Render", "Replace", "Report", "Resample", "Restore", "Resume", "Return",
+    "Run", "Sample", "Save", "Say", "Scale", "Score", "Seed", "Select", "Send", "Serve", "Set", "Shape", "Share",
+    "Show", "Simulate", "Smooth", "Start", "Stop", "Sum", "Summarize", "Switch", "Sync", "Take", "Test", "Tokenise",
+    "Track", "Train", "Translate", "Try", "Turn", "Undo", "Update", "Use", "Wait", "Weigh", "Whiten", "Work", "Wrap",
+    "Write", "Yield",
 ]  # fmt: skip
 OPENINGS = {"The", *VERBS}
 RAISED = {name for name, value in vars(errors).items() if inspect.isclass(value)} | {"unknown_name"}

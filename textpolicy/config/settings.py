@@ -367,7 +367,7 @@ class OnPolicySettings(Section):
 
 
 class StageSettings(Section):
-    """One stage of a run: what it does, for how many steps, and the settings that differ from the run's."""
+    """The stage of a run: what it does, for how many steps, and the settings that differ from the run's."""
 
     kind: Literal["sft", "rft", "distill", "rl"]
     """Learn from demonstrations (sft), from what is sampled and right (rft), a teacher (distill), or rewards (rl)."""

@@ -1,4 +1,4 @@
-"""Demonstrations: conversations that show what the assistant should say, as episodes whose turns are to be learned."""
+"""The conversations that show what the assistant should say, as episodes whose turns are to be learned."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class StartGate:
 
     @property
     def advice(self) -> str:
-        """What to begin with, and the setting to write."""
+        """The stage to begin with, and the setting to write."""
         few = f"only {self.informative.value:.0%} of groups of {self.group_size} would disagree"
         if self.stage == "rl":
             return f"begin with rl: {self.informative.value:.0%} of groups of {self.group_size} would disagree"

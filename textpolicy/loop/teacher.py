@@ -26,13 +26,13 @@ PROBES = (  # texts that tokenizers of different families split differently
     "The quick brown fox jumps over the lazy dog.",
     "  two  spaces,\n\n\tand a tab",
     "3.14159 + 2718 = 42, 1000000",
-    "na\u00efve caf\u00e9 \u65e5\u672c\u8a9e \u0440\u0443\u0441 \U0001f642",
+    "na\u00efve fa\u00e7ade \u65e5\u672c\u8a9e \u0440\u0443\u0441 \U0001f642",
     "def f(x_1):\n    return x_1 ** 2  # <|im_end|></s><eos>",
 )
 
 
 class Scorer(Protocol):
-    """An engine, as far as a teacher needs one."""
+    """The engine, as far as a teacher needs one."""
 
     def score(self, batch: Batch, *, reference: bool = False) -> Floats:
         """Return (B, T) float32 log-probs of the batch's targets, 0 off the mask."""

@@ -1,4 +1,4 @@
-"""Checkpoints by their tinker:// names, and the folders that hold them; no name leads out of the server's folder."""
+"""The checkpoints by tinker:// names, and the folders that hold them; no name leads out of the server's folder."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Name:
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What is known of a checkpoint."""
+    """The facts of a checkpoint."""
 
     base: str
     rank: int

@@ -1,4 +1,4 @@
-"""OpenAI's completions and chat completions over the same models, with log-probs and token ids as vLLM names them."""
+"""The completions and chats of OpenAI's API over the same models, with log-probs and token ids as vLLM names them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SILENT = 1.0  # seconds between checks that the client is still there
 
 
 class Wanted(requests.Asked):
-    """What both kinds of completions take."""
+    """The settings that both kinds of completions take."""
 
     model: str
     n: Annotated[int, Field(ge=1, le=4096)] = 1

@@ -1,4 +1,4 @@
-"""What the server knows: sessions, models, samplers, and every request with its result; the journal has it all."""
+"""The state of the server: sessions, models, samplers, and every request with its result; the journal has it all."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Outcome:
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One request, which is answered with a promise of its result."""
+    """The request, which is answered with a promise of its result."""
 
     id: str
     owner: str  # the model or the sampler
@@ -54,7 +54,7 @@ class Job:
 
 @dataclass(eq=False, slots=True)
 class Session:
-    """One client's work."""
+    """The work of one client."""
 
     id: str
     created: float
@@ -66,7 +66,7 @@ class Session:
 
 @dataclass(eq=False, slots=True)
 class Tenant:
-    """A model that a client trains."""
+    """The model that a client trains."""
 
     id: str
     session: str
@@ -94,7 +94,7 @@ class Tenant:
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """A sampler: of a base model, of a checkpoint, of a snapshot, or of the newest weights published by a model."""
+    """The sampler of a base model, of a checkpoint, of a snapshot, or of the newest weights published by a model."""
 
     id: str
     session: str
@@ -106,7 +106,7 @@ class Sampler:
 
 
 class Registry:
-    """All of it, as the journal has it."""
+    """The whole of it, as the journal has it."""
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal

@@ -1,4 +1,4 @@
-"""What clients of the Tinker API send as JSON; fields that are not listed are ignored."""
+"""The requests that clients of the Tinker API send as JSON; fields that are not listed are ignored."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class CreateSession(Asked):
 
 
 class OfSession(Asked):
-    """What is said of a session."""
+    """The description of a session."""
 
     session_id: Id
 
@@ -97,7 +97,7 @@ class CopyWeights(Asked):
 
 
 class OfModel(Asked):
-    """What is asked of a model, in its order."""
+    """The request to a model, in its order."""
 
     model_id: Id
     seq_id: Place | None = None
@@ -147,20 +147,20 @@ class CreateSampler(Asked):
 
 
 class Chunk(Asked):
-    """A piece of a prompt."""
+    """The piece of a prompt."""
 
     type: str = "encoded_text"
     tokens: list[int] = Field(default_factory=list)
 
 
 class Prompt(Asked):
-    """A prompt."""
+    """The prompt."""
 
     chunks: list[Chunk]
 
 
 class SamplingParams(Asked):
-    """How to sample."""
+    """The settings of sampling."""
 
     max_tokens: Place | None = None
     seed: int | None = None

@@ -1,4 +1,4 @@
-"""A run folder for every model that a client trains: a row of metrics per step, and what each step learned from."""
+"""The run folder of every model that a client trains: a row of metrics per step, and what each step learned from."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MOST = 512  # sequences of a step that are kept
 
 @dataclass(eq=False, slots=True)
 class Since:
-    """What a model has been given since its last step."""
+    """The data that a model has been given since its last step."""
 
     sums: dict[str, float] = field(default_factory=dict)
     data: list[Datum] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""All parts of the server but HTTP: the journal, what it holds, the checkpoints, and the thread with the models."""
+"""The parts of the server but HTTP: the journal, what it holds, the checkpoints, and the thread with the models."""
 
 from __future__ import annotations
 

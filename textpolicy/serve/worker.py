@@ -31,7 +31,7 @@ class Worker:
     def __init__(
         self, thread: Executor, training: Training, decoders: Decoders, registry: Registry, patience: float
     ) -> None:
-        """Sessions that are not heard of for ``patience`` seconds are taken for gone."""
+        """Take sessions that are not heard of for ``patience`` seconds for gone."""
         self._thread = thread
         self.training, self.decoders, self.registry, self.patience = training, decoders, registry, patience
         self._posts: deque[Callable[[], None]] = deque()

@@ -42,7 +42,7 @@ _ENTER = 0.25  # where not all that are queued find a place, some start when at 
 
 @dataclass(slots=True, eq=False)
 class _Row:
-    """One completion of a request, so far."""
+    """The completion of a request, so far."""
 
     key: str
     index: int  # among the completions of the request

@@ -1,4 +1,4 @@
-"""What memory has room for beside what is in it: adapters, passes and completions, by the costs of the base."""
+"""The room that memory has beside what is in it: adapters, passes and completions, by the costs of the base."""
 
 from __future__ import annotations
 

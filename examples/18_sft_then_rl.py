@@ -18,14 +18,14 @@ from textpolicy.config.settings import Config
 from textpolicy.run.training_run import run
 
 
-def main(sft: int = 12, rl: int = 8) -> None:
+def main(sft: int = 12, rl: int = 8, problems: int = 40) -> None:
     folder = run(
         Config(
             task="addition",
             adapter={"rank": 8},
             rollout={"prompts_per_step": 8, "group_size": 8, "max_tokens": 6},
             optimizer={"warmup_steps": 1},
-            evaluation={"problems": 40, "samples": 4, "every": 100},
+            evaluation={"problems": problems, "samples": 4, "every": 100},
             stage=[{"kind": "sft", "steps": sft}, {"kind": "rl", "steps": rl}],
             quiet=True,
         )

@@ -11,7 +11,7 @@ from textpolicy.config.settings import Config
 from textpolicy.run.training_run import run
 
 
-def main(steps: int = 12) -> None:
+def main(steps: int = 12, problems: int = 40) -> None:
     folder = run(
         Config(
             task="addition",
@@ -19,7 +19,7 @@ def main(steps: int = 12) -> None:
             algorithm={"name": "bnpo"},
             rollout={"prompts_per_step": 8, "group_size": 8, "max_tokens": 6},
             optimizer={"warmup_steps": 1},
-            evaluation={"problems": 40, "every": 100},
+            evaluation={"problems": problems, "every": 100},
             stage=[{"kind": "distill", "steps": steps, "teacher": "self", "context": "answer"}],
             quiet=True,
         )

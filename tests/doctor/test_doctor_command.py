@@ -35,7 +35,7 @@ def test_a_run_that_failed_is_described_with_exit_code_1(tmp_path, capsys):
     assert output.splitlines()[0].endswith("2 found something")
     assert "1. no_gradient" in output
     assert "2. all_fail" in output
-    assert "to change: take easier problems" in output
+    assert "to change: teach first" in output
     assert "evidence: agreeing_groups 1, idle_steps 4, steps 4" in output
     assert "  empty_completions: its completions are not recorded" in output
 

@@ -18,6 +18,7 @@ LIMITS = "metal/test_metal_memory.py::test_the_limits_of_a_run_are_legal_and_lea
 SLOTS = "metal/test_metal_memory.py::test_the_slots_of_a_context_are_blocks_of_64"
 OURS = "mlx/kernels/test_metal.py::test_attention_reads_prompts_and_own_slots_and_writes_the_new_keys_and_values"
 STORED = "mlx/test_models.py::test_on_an_accelerator_weights_stay_as_they_are_stored"
+TILES = "mlx/kernels/test_attention.py::test_a_gpu_without_kernels_of_ours_makes_long_gradients_in_tiles"
 # where the sources ask for the device: what a Mac takes there, and a test that goes that way
 BRANCHES = {
     "mlx/adapters/attach.py attach": ("LoRAs of any rank on experts", KERNELS),
@@ -30,6 +31,9 @@ BRANCHES = {
     "mlx/engine.py MLXEngine.__init__": ("compiled gradients and optimiser", ENGINE),
     "mlx/engine.py MLXEngine.platform": ("the name of the GPU", ENGINE),
     "mlx/engine.py MLXEngine.sample": ("compiled steps", ENGINE),
+    "mlx/kernels/attention.py _tiles": ("tiles of 2^24 scores", TILES),
+    "mlx/kernels/attention.py most_kept": ("gradients of many scores in tiles", TILES),
+    "mlx/kernels/attention.py tile_bytes": ("the memory of such a tile", TILES),
     "mlx/kernels/cuda.py can_attend": ("no CUDA", ENGINE),
     "mlx/kernels/cuda.py can_draw": ("no CUDA", ENGINE),
     "mlx/kernels/cuda.py is_default": ("no CUDA", ENGINE),
@@ -38,6 +42,7 @@ BRANCHES = {
     "mlx/kernels/gathers.py patches": ("gathers whose gradients add in order", ENGINE),
     "mlx/kernels/gathers.py take_rows": ("gathers whose gradients add in order", ENGINE),
     "mlx/kernels/gathers.py unsteady": ("names what may differ in last bits", BITS),
+    "mlx/kernels/masks.py SharedMasks.__call__": ("gradients of many scores in tiles", TILES),
     "mlx/kernels/masks.py patches": ("masks that all layers share", ENGINE),
     "mlx/kernels/metal.py can_attend": ("our Metal kernel, for heads that fit", OURS),
     "mlx/kernels/metal.py can_draw": ("our Metal kernel", OURS),

@@ -90,6 +90,16 @@ class ActiveRows:
         """Return the completions at ``kept`` (K,), each of which has a row of its own."""
         return ActiveRows(self.context.fork(kept), self.rows[kept], np.arange(len(kept)), self.reads[mx.array(kept)])
 
+    def after(self, tokens: np.ndarray, running: np.ndarray) -> ActiveRows:
+        """Return the completions that are ``running`` (R,) bool after ``tokens`` (R,), one row for equal texts."""
+        rows, size = self.rows[running], self.reads.shape[0]
+        sources, reads, state = distinct(self.state[running], tokens[running])
+        if len(np.unique(sources)) == len(sources) >= _LEAVE * size:  # none diverged and few have ended: keep the rows
+            padded = np.zeros(size, np.int32)
+            padded[sources] = reads
+            return ActiveRows(self.context, rows, sources[state], mx.array(padded))
+        return ActiveRows(self.context.fork(sources), rows, state, mx.array(reads))
+
     def joined(self, new: ActiveRows) -> ActiveRows:
         """Return these completions followed by ``new``."""
         return ActiveRows(
@@ -204,15 +214,7 @@ class _Decoder:
         if self.penalty is not None:
             self.penalty.seen[active.rows, tokens] = True
         running = self.running(active.rows)
-        if not running.any():
-            return None
-        rows, size = active.rows[running], active.reads.shape[0]
-        sources, reads, state = distinct(active.state[running], tokens[running])
-        if len(np.unique(sources)) == len(sources) >= _LEAVE * size:  # none diverged and few have ended: keep the rows
-            padded = np.zeros(size, np.int32)
-            padded[sources] = reads
-            return ActiveRows(active.context, rows, sources[state], mx.array(padded))
-        return ActiveRows(active.context.fork(sources), rows, state, mx.array(reads))
+        return active.after(tokens, running) if running.any() else None
 
     def write(self, active: Any) -> Any:
         """Write tokens for completions with a row each until enough have ended; return those that are running.

@@ -35,7 +35,6 @@ from .snapshot import Snapshot
 
 PLACES = 128  # completions decoded side by side, at most
 _SPARE = 64  # the most positions of a context to allocate ahead
-_LEAVE = 0.75  # the context is packed again when a smaller share of its rows is still in use
 _AT_ONCE = 8  # tokens between two points at which requests can join, unless one ends before
 _ENTER = 0.25  # where not all that are queued find a place, some start when at least this share is free
 
@@ -221,15 +220,7 @@ class Decoding:
             if not row.running:
                 self._leave(i, row)
         running = np.array([row.running for row in rows])
-        if not running.any():
-            return None
-        kept, size = active.rows[running], active.reads.shape[0]
-        sources, reads, state = distinct(active.state[running], tokens[running])
-        if len(np.unique(sources)) == len(sources) >= _LEAVE * size:  # none diverged and few have ended: keep the rows
-            padded = np.zeros(size, np.int32)
-            padded[sources] = reads
-            return ActiveRows(active.context, kept, sources[state], mx.array(padded))
-        return ActiveRows(active.context.fork(sources), kept, state, mx.array(reads))
+        return active.after(tokens, running) if running.any() else None
 
     def _view(self, group: Any, active: ActiveRows, rows: Sequence[_Row]) -> Any:
         """Return the model to run the rows with, and say to it whose each row of the context is."""

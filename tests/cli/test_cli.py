@@ -63,6 +63,7 @@ def test_an_unknown_command_is_refused(capsys):
     ("argv", "sentence"),
     [
         (["train", "missing.toml"], "cannot read the config missing.toml"),
+        (["train", "."], "cannot read the config . (Is a directory); check the path"),
         (["train", "examples/train.toml"], "check the path; examples/ comes with a checkout of the repository"),
         (["train", "--task", "examples/16_own_task.py"], "examples/ comes with a checkout of the repository"),
         (["train", "--task", "largets"], "did you mean 'largest'?"),

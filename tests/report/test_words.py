@@ -20,6 +20,8 @@ def test_durations(seconds, text):
 def test_numbers_are_in_order_in_names_and_alone():
     assert sorted(["r10", "r2", "r1", "r02b", "a"], key=natural) == ["a", "r1", "r2", "r02b", "r10"]
     assert sorted([10, 2, None, "x10", "x9", 1e-5, False], key=natural) == [None, False, 1e-5, 2, 10, "x9", "x10"]
+    long = ["a" + "9" * 5000, "a1" + "0" * 5000, "a", 10**400, "a0", "a0012", "a7"]
+    assert sorted(long, key=natural) == [10**400, "a", "a0", "a7", "a0012", "a" + "9" * 5000, "a1" + "0" * 5000]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ _DEEPEST = 64  # lists and objects in one another: no file has as many, and what
 
 def of_a_checkout(path: Path) -> str:
     """Return the words to add where ``path`` is missing and looks like a file that only the repository has, or ""."""
-    first = Path(os.path.relpath(path)).parts[0]
+    first = os.path.relpath(path).split(os.sep)[0]
     ours = first in ("examples", "experiments", "scripts", "benchmarks")
     return f"; {first}/ comes with a checkout of the repository, not with the package" if ours else ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -88,15 +89,18 @@ class Positional:
 
 
 class Section(BaseModel):
-    """The base of all sections: frozen, and strict: no mistyped key, no number that is not finite, no zero byte."""
+    """The base of all sections: frozen, and strict: no mistyped key, no number that is not finite, text in UTF-8."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
-    @field_validator("*", mode="before")
+    @field_validator("*")
     @classmethod
-    def _no_zero_byte(cls, value: Any, info: ValidationInfo) -> Any:
+    def _can_be_written(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, str | Path) and "\0" in str(value):
             raise ValueError(f"{info.field_name} has a zero byte, which no name or path can have; remove it")
+        written = json.dumps(value, ensure_ascii=False, default=str)
+        if not written.isascii() and any("\ud800" <= letter <= "\udfff" for letter in written):
+            raise ValueError(f"{info.field_name} has text that is not UTF-8; write it in UTF-8")
         return value
 
 

@@ -13,12 +13,13 @@ from .._system.terminal import counted
 _ALONE = ("algorithm.name", "task", "model")  # settings whose value says enough
 
 
-def natural(value: Any) -> tuple[int, float, list[str | int]]:
+def natural(value: Any) -> tuple[int, float, list[tuple[int, str]]]:
     """Return a key that orders numbers by size and words by the numbers in them, r2 before r10; nothing comes first."""
     if isinstance(value, int | float):
-        return 1, float(value), []
-    parts = re.split(r"([0-9]+)", "" if value is None else str(value))
-    return (0 if value is None else 2), 0.0, [int(part) if i % 2 else part for i, part in enumerate(parts)]
+        return 1, value, []
+    parts = re.split(r"0*([0-9]+)", "" if value is None else str(value))
+    # numbers by their length first, for int() refuses those of thousands of digits
+    return (0 if value is None else 2), 0.0, [(len(part) if i % 2 else 0, part) for i, part in enumerate(parts)]
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +13,7 @@ import numpy as np
 from ...errors import UserError
 from ...record import layout
 from ...record.reader import RecordedRun, ended, load_run
+from ..words import natural
 from .index import LIMIT, SHOWN, Address, Index, Kind, Query, stamp_of
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class Runs:
                 found += [path.parent for path in given.glob("*/" * depth + layout.METRICS) if path.is_file()]
             if not found:
                 load_run(given)  # raises
-            for folder in sorted(found, key=_natural):
+            for folder in sorted(found, key=natural):
                 if folder.resolve() not in known:
                     known.add(folder.resolve())
                     name = folder.resolve().name if folder == given else str(folder.relative_to(given))
@@ -192,8 +192,3 @@ class Runs:
         if number >= len(self.opened):
             raise UserError(f"there is no run {number} on this page; choose one below {len(self.opened)}")
         return self.opened[number]
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Return a key that sorts seed2 before seed10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", str(path))]

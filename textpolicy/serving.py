@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .engine import Sampling
+from .errors import NotFiniteError
 from .types import Bools, Completion, Floats, Ints
 
 
@@ -132,8 +133,11 @@ class Decoding(Protocol):
     def cancel(self, key: str) -> None:
         """Forget the request ``key`` and what it has sampled."""
 
-    def step(self) -> Mapping[str, Sequence[Sampled]]:
-        """Sample a token or a few for every running completion; return requests that have ended, by key."""
+    def step(self) -> Mapping[str, Sequence[Sampled] | NotFiniteError]:
+        """Sample a token or a few for every running completion; return requests that have ended, by key.
+
+        A request whose logits are not finite ends with an error, and the others go on.
+        """
 
     def __len__(self) -> int:
         """Return the number of requests that are queued or running."""

@@ -155,6 +155,10 @@ class PairDecoding:
                     continue
                 before = tokens[-1] if tokens else int(request.prompt[-1])
                 row = table[before]
+                if np.isnan(row).any():
+                    self.cancel(key)
+                    over[key] = NotFiniteError("the logits are not finite; check the weights")
+                    break
                 t = request.sampling.temperature
                 scaled = log_softmax(row / t) if t else row
                 token = int(np.argmax(row)) if not t else int(rng.choice(V, p=np.exp(scaled) / np.exp(scaled).sum()))
@@ -165,7 +169,7 @@ class PairDecoding:
                     ends[i] = False
                 elif len(tokens) >= request.sampling.max_tokens:
                     ends[i] = True
-            if all(end is not None for end in ends):
+            if key in self.running and all(end is not None for end in ends):
                 del self.running[key]
                 over[key] = [
                     Sampled(

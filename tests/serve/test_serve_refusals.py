@@ -132,6 +132,23 @@ def test_a_step_that_would_not_be_finite_is_refused_and_changes_nothing(ask):
     assert loss_of(after) == before
 
 
+def test_logits_that_are_not_finite_fail_the_request_that_had_them_alone(ask, made):
+    made.table[7] = np.nan
+    session = ask("create_session", {"tags": []})[1]["session_id"]
+    wanted = {"session_id": session, "sampling_session_seq_id": 0, "base_model": "made/pairs"}
+    sampler = ask("create_sampling_session", wanted)[1]["sampling_session_id"]
+    made.gate.clear()
+    promised = []
+    for seq, token in enumerate((7, 1)):
+        asked = {"sampling_session_id": sampler, "seq_id": seq, "prompt": {"chunks": [{"tokens": [token]}]}}
+        asked["sampling_params"] = {"max_tokens": 3, "temperature": 0, "stop": []}
+        promised.append(ask("asample", asked)[1]["request_id"])
+    made.gate.set()
+    ill, well = map(ask.result, promised)
+    assert ill == {"error": "the logits are not finite; check the weights", "category": "user"}
+    assert isinstance(well, bytes)
+
+
 @pytest.mark.parametrize(
     "address",
     [

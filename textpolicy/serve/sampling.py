@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..engine import Sampling as Settings
-from ..errors import UserError
+from ..errors import NotFiniteError, UserError
 from ..serving import Decoding, Model, Read, Request, Sampled, Weights
 from ..types import Bools, Completion, Ints, token_ids
 from . import messages, requests
@@ -90,7 +90,11 @@ class Decoders:
                     self._running.pop(key)[0].refuse(error)
                 continue
             for key, sampled in ended.items():
-                if (found := self._running.pop(key, None)) is not None:
+                if (found := self._running.pop(key, None)) is None:
+                    continue
+                if isinstance(sampled, NotFiniteError):
+                    found[0].refuse(sampled)
+                else:
                     found[0].answer(sampled, found[1])
 
     def _decoder(self, wish: Wish) -> Decoding:

@@ -1,14 +1,17 @@
 """The continuous batch: what a request gets does not depend on what else is decoded."""
 
+from dataclasses import replace
+
+import mlx.core as mx
 import numpy as np
 import pytest
 from families import adapted
-from tiny import log_softmax, tenant, tiny_base
+from tiny import arrays, log_softmax, tenant, tiny_base
 from toy_tokenizers import Letters
 
 from textpolicy.config.adapters import LoRA
 from textpolicy.engine import Sampling
-from textpolicy.errors import UserError
+from textpolicy.errors import NotFiniteError, UserError
 from textpolicy.mlx.engine import MLXEngine
 from textpolicy.mlx.tenants import decoding as module
 from textpolicy.mlx.tenants.mixed import can_mix
@@ -119,6 +122,25 @@ def test_a_cancelled_request_leaves_and_the_others_stay_as_they_are(monkeypatch)
     for key, some in out.items():
         assert [s.completion.tokens.tolist() for s in some] == [s.completion.tokens.tolist() for s in whole[key]]
     assert batch.step() == {}
+
+
+@pytest.mark.parametrize(("part", "value"), [("lora_a", np.nan), ("lora_b", np.inf), ("lora_a", 1e38)])
+def test_logits_that_are_not_finite_fail_the_requests_of_their_sampler_alone(part, value):
+    base = tiny_base()
+    bad = tenant(base, 1)
+    names = [name for name in arrays(bad) if name.endswith(part)]
+    bad.model.load_weights([(name, mx.full(arrays(bad)[name].shape, value)) for name in names], strict=False)
+    requests = three(base)
+    for key in ("a", "d"):
+        requests[key] = replace(requests[key], weights=bad.weights())
+    found = decoded(base, requests)
+    assert found.keys() == requests.keys()
+    for key in ("a", "d"):
+        assert isinstance(found[key], NotFiniteError)
+    for key in ("b", "c"):
+        alone = decoded(base, {key: requests[key]})[key]
+        assert [s.completion.tokens.tolist() for s in found[key]] == [s.completion.tokens.tolist() for s in alone]
+    assert len(base.decoding()) == 0
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen3_moe", "dbrx", "mamba", "gpt2"])

@@ -84,6 +84,7 @@ class Decoding:
         self._started = 0
         self._left: dict[str, int] = {}  # completions of a request that have not ended
         self._ended: dict[str, list[_Row]] = {}
+        self._failed: dict[str, NotFiniteError] = {}
         self._active: dict[Any, ActiveRows] = {}  # one for all, or one for each adapter that cannot be mixed
         self._views: dict[Any, tuple[Any, Any]] = {}  # of each of these, what it was made for and the view
         self._samplers: dict[Sampling, Sampler] = {}
@@ -123,10 +124,10 @@ class Decoding:
         self._left.pop(key, None)
         self._ended.pop(key, None)
 
-    def step(self) -> Mapping[str, Sequence[Sampled]]:
+    def step(self) -> Mapping[str, Sequence[Sampled] | NotFiniteError]:
         """Sample a few tokens for every running completion; return requests that have ended, by key.
 
-        Raises NotFiniteError where the logits of a sampler are not finite.
+        A request whose logits are not finite ends with an error, and the others go on.
         """
         with patched(self._base, attention.patches()), plain_operations("kimi_k3"):
             self._start_queued()
@@ -137,9 +138,10 @@ class Decoding:
                         self._views.pop(group, None)
                     else:
                         self._active[group] = after
-                if not self._active or 0 in self._left.values():
+                if not self._active or self._failed or 0 in self._left.values():
                     break
-        ended = {}
+        ended: dict[str, Sequence[Sampled] | NotFiniteError] = {**self._failed}
+        self._failed = {}
         for key in [key for key, left in self._left.items() if left == 0]:
             del self._left[key]
             rows = self._ended.pop(key)
@@ -247,12 +249,14 @@ class Decoding:
         return likeliest(l, min(max(request.top for _, request in tops), l.shape[-1]))
 
     def _record(self, row: _Row, token: int, logprob: float, entropy: float) -> None:
-        """Append a token to a completion, and say whether that ended it."""
+        """Append a token to a completion, and note whether that ended it or failed its request."""
         if not np.isfinite(logprob):
-            raise NotFiniteError(
+            self.cancel(row.key)
+            self._failed[row.key] = NotFiniteError(
                 f"the logits of the model are not finite after {len(row.request.prompt) + len(row.tokens)} tokens; "
                 "check the weights of the sampler"
             )
+            return
         row.tokens.append(token)
         row.logprobs.append(logprob)
         row.entropy.append(entropy)

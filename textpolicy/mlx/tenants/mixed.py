@@ -1,4 +1,4 @@
-"""The model with several adapters at once, each on its own rows: y = W x + ((x [A1 .. AK]) * mask) [B1; ..; BK]."""
+"""The model with several adapters at once, each on its own rows: y = W x + ((x [A1 .. AK]) where own) [B1; ..; BK]."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
-from ..adapters.attach import WRAPPERS, LowRankLinear, wrapped
+from ..adapters.attach import WRAPPERS, LowRankLinear, trainable, wrapped
 from ..kernels.patching import StandIn, with_modules
 
 _ROWS = 5  # of a pass that tells what layers are given
@@ -19,7 +19,8 @@ _MIXED = (LoRALinear, LowRankLinear, LoRAEmbedding)
 def can_mix(model: nn.Module) -> bool:
     """Return whether all layers that the adapter of ``model`` wraps can have several adapters at once.
 
-    They must be given one row for each row of the batch, which a mixture's experts are not.
+    They must be given one row for each row of the batch, which a mixture's experts are not, and be finite, since
+    0 times a factor that is not would reach the rows of others.
     """
     rows, seen = mx.arange(_ROWS)[:, None], list[bool]()
 
@@ -34,7 +35,9 @@ def can_mix(model: nn.Module) -> bool:
         return StandIn(module, call)
 
     with_modules(model, watched)(rows)  # never evaluated, but where a model itself asks for a value
-    return all(seen) and all(type(module) in _MIXED for _, module in wrapped(model))
+    if not (all(seen) and all(type(module) in _MIXED for _, module in wrapped(model))):
+        return False
+    return all(bool(mx.isfinite(array).all()) for array in trainable(model).values())
 
 
 class Mixed:
@@ -44,7 +47,7 @@ class Mixed:
         layers = [dict(wrapped(model)) for model in models]
         ranks = [max((_low(layer)[0].shape[1] for layer in some.values()), default=0) for some in layers]
         self.columns = mx.array([i for i, rank in enumerate(ranks) for _ in range(rank)], mx.int32)  # (sum of ranks,)
-        self.mask = mx.zeros((0, len(self.columns)))  # (R, sum of ranks) float32, of the rows being read
+        self.mask = mx.zeros((0, len(self.columns)), mx.bool_)  # (R, sum of ranks), of the rows being read
         arrays: dict[str, tuple[mx.array, mx.array]] = {}
         for name in dict.fromkeys(name for some in layers for name in some):
             a, b = zip(*(_low(some[name]) if name in some else (None, None) for some in layers), strict=True)
@@ -65,11 +68,11 @@ class Mixed:
 
     def own(self, owners: Any) -> None:
         """Say which adapter each row (R,) of the next reads has."""
-        self.mask = (mx.array(owners)[:, None] == self.columns).astype(mx.float32)
+        self.mask = mx.array(owners)[:, None] == self.columns
 
     def _linear(self, layer: nn.Module, a: mx.array, b: mx.array) -> StandIn:
         def call(x: mx.array) -> mx.array:
-            low = (x @ a.astype(x.dtype)) * self._mask(x.ndim, x.dtype)
+            low = self._own(x @ a.astype(x.dtype))
             return layer(x) + low @ b.astype(x.dtype)
 
         return StandIn(layer, call)
@@ -77,19 +80,20 @@ class Mixed:
     def _table(self, table: Any, a: mx.array, b: mx.array) -> Any:
         def call(ids: mx.array) -> mx.array:
             y = table(ids)
-            return y + ((a[ids] * self._mask(ids.ndim + 1, a.dtype)) @ b).astype(y.dtype)
+            return y + (self._own(a[ids]) @ b).astype(y.dtype)
 
         def as_linear(x: mx.array) -> mx.array:
-            low = (x @ b.T.astype(x.dtype)) * self._mask(x.ndim, x.dtype)
+            low = self._own(x @ b.T.astype(x.dtype))
             return table.as_linear(x) + low @ a.T.astype(x.dtype)
 
         other: Any = StandIn(table, call)
         other.as_linear = as_linear
         return other
 
-    def _mask(self, axes: int, dtype: mx.Dtype) -> mx.array:
-        """Return the mask (R, 1, .., sum of ranks) for an array of so many axes, whose first is the row."""
-        return self.mask.reshape(len(self.mask), *[1] * (axes - 2), -1).astype(dtype)
+    def _own(self, low: mx.array) -> mx.array:
+        """Return ``low`` (R, .., sum of ranks) with zeros in the columns of adapters that are not the row's."""
+        mask = self.mask.reshape(len(self.mask), *[1] * (low.ndim - 2), -1)
+        return mx.where(mask, low, mx.array(0, low.dtype))
 
 
 _TABLES = (nn.Embedding, nn.QuantizedEmbedding)

@@ -172,6 +172,19 @@ def test_the_install_line_names_the_gpu_build_where_there_is_an_nvidia_gpu(monke
 
 
 @pytest.mark.parametrize(
+    ("threads", "load", "said"),
+    [(2, 0.3, False), (2, 0.7, True), (2, 14.0, True), (1, 14.0, False), (0, 14.0, False), (4, 0.0, False)],
+)
+def test_more_threads_than_free_cores_are_said_to_wait_for_each_other(monkeypatch, threads, load, said):
+    monkeypatch.setattr(blas, "blas_threads", lambda: threads)
+    monkeypatch.setattr(blas.os, "cpu_count", lambda: 4 if threads == 4 else 2)
+    monkeypatch.setattr(blas.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    note = blas.crowded()
+    assert (note is not None) == said
+    assert not said or "OPENBLAS_NUM_THREADS=1" in note
+
+
+@pytest.mark.parametrize(
     ("threads", "engine", "cpu", "said"),
     [(2, 41.0, 12.0, True), (8, 10.0, 8.9, True), (2, 10.0, 9.1, False), (2, 10.0, 19.0, False), (1, 41.0, 3.0, False),
      (0, 41.0, 3.0, False)],

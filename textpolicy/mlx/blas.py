@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import logging
+import os
 import platform
 import sys
 import time
@@ -98,6 +99,17 @@ def starved(engine_seconds: float, cpu_seconds: float) -> str | None:
         f"note: the last step took {engine_seconds:.0f} s and got {cpu_seconds:.0f} s of CPU time, because other "
         f"programs use this machine; its {blas_threads()} BLAS threads wait for each other, and --machine.threads 1 is "
         "faster"
+    )
+
+
+def crowded() -> str | None:
+    """Return what to say where there are more BLAS threads than cores that other programs leave free, or None."""
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+    if blas_threads() < 2 or blas_threads() <= cores - load + 0.5:
+        return None
+    return (
+        f"note: other programs keep {load:.1f} of this machine's {cores} cores busy, so that its {blas_threads()} BLAS "
+        "threads wait for each other; OPENBLAS_NUM_THREADS=1 before the command is faster"
     )
 
 

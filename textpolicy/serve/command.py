@@ -92,10 +92,14 @@ def serve(args: ServeArguments) -> None:
             )  # fmt: skip
             server = Stoppable(config)
             server.service = service
+            from ..mlx.blas import crowded
+
             listening.listen(2048)
             url = f"http://{args.host}:{listening.getsockname()[1]}"
             print(f"serving {', '.join(service.models)} at {url}; its folder is {args.folder}", flush=True)
             print(f"use it with: TINKER_BASE_URL={url} TINKER_API_KEY=tml-{'...' if key else 'local'}", flush=True)
+            if note := crowded():
+                print(note, flush=True)
             server.run(sockets=[listening])
         finally:
             service.close()

@@ -101,7 +101,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Alternatives:
-    """The likeliest tokens of each of T positions, most likely first."""
+    """The likeliest tokens of each of T positions, most likely first, or tokens that were drawn there."""
 
     tokens: Ints  # (T, K) int32
     logprobs: Floats  # (T, K) float32
@@ -122,6 +122,7 @@ class Read:
     logprobs: Floats  # (P,) float32
     alternatives: Alternatives | None = None  # (P, K); of the first token, id 0 at -99999
     targets: Floats | None = None  # as asked for, float32
+    drawn: Alternatives | None = None  # (P - 1, K); row i in the place of token i + 1
 
 
 class Decoding(Protocol):
@@ -164,9 +165,20 @@ class Model(Protocol):
         """Return what ``Weights.save`` or ``Learner.save`` wrote. Raises UserError."""
 
     def read(
-        self, weights: Weights, prompt: Ints, *, top: int = 0, targets: Ints | None = None, last: Bools | None = None
+        self,
+        weights: Weights,
+        prompt: Ints,
+        *,
+        top: int = 0,
+        targets: Ints | None = None,
+        last: Bools | None = None,
+        draws: int = 0,
+        sampling: Sampling | None = None,
     ) -> Read:
-        """Return the log-probs of ``prompt`` in one prefill, at temperature 1."""
+        """Return the log-probs of ``prompt`` in one prefill, at temperature 1.
+
+        ``draws`` tokens are drawn at each position, with the temperature and seed of ``sampling``.
+        """
 
     def decoding(self) -> Decoding:
         """Return the continuous batch; there is one."""

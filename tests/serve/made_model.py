@@ -216,7 +216,7 @@ class MadeModel:
         with np.load(folder / "pairs.npz") as found:
             return Pairs(found["delta"], self.table)
 
-    def read(self, weights, prompt, *, top=0, targets=None, last=None):
+    def read(self, weights, prompt, *, top=0, targets=None, last=None, draws=0, sampling=None):
         table = weights.logprobs
         after = table[prompt[:-1]]
         row = np.concatenate([[np.nan], after[np.arange(len(prompt) - 1), prompt[1:]]]).astype(np.float32)
@@ -233,7 +233,13 @@ class MadeModel:
             if targets is None
             else np.where(targets >= 0, np.take_along_axis(after, np.maximum(targets, 0), 1), np.nan).astype(np.float32)
         )
-        return Read(row, found, scored)
+        drawn = None
+        if draws:
+            rng = np.random.default_rng([sampling.seed, 2**32])
+            scaled = np.exp(log_softmax(after / sampling.temperature))
+            tokens = np.array([rng.choice(V, draws, p=line / line.sum()) for line in scaled], np.int32)
+            drawn = Alternatives(tokens, np.take_along_axis(after, tokens, 1).astype(np.float32))
+        return Read(row, found, scored, drawn)
 
     def decoding(self):
         return self.made

@@ -67,10 +67,38 @@ def test_many_data_come_in_chunks_and_their_log_probs_go_back_in_order(connect):
 
 def test_a_loss_of_ones_own_is_differentiated_by_the_client(connect):
     torch = pytest.importorskip("torch", reason="forward_backward_custom differentiates in PyTorch")
+    service, data = connect(), [datum([1, 2, 3]), datum([4, 5])]
+    weights = [torch.tensor([0.5, 2.0]), torch.tensor([1.0])]
+
+    def loss(_, logprobs):
+        total = -sum((w * l).sum() for w, l in zip(weights, logprobs, strict=True))
+        return total, {"mine": float(total)}
+
+    custom, built_in = (service.create_lora_training_client(BASE, seed=1).result() for _ in range(2))
+    mine = custom.forward_backward_custom(data, loss).result()
+    weighted = [datum(tokens, weights=w.numpy()) for tokens, w in zip(([1, 2, 3], [4, 5]), weights, strict=True)]
+    theirs = built_in.forward_backward(weighted, "cross_entropy").result()
+    assert mine.metrics["mine"] == pytest.approx(theirs.metrics["loss:sum"], rel=1e-5)
+    after = []
+    for client in (custom, built_in):
+        client.optim_step(adam()).result()
+        after.append(client.forward(data, "cross_entropy").result().metrics["loss:sum"])
+    assert after[0] == pytest.approx(after[1], rel=1e-5)
+    assert after[0] < theirs.metrics["loss:sum"]
+
+
+def test_stable_reinforce_is_refused_with_the_loss_to_pass_instead(connect):
     client = connect().create_lora_training_client(BASE, seed=1).result()
-    passed = client.forward_backward_custom([datum([1, 2])], lambda data, lps: (-lps[0].sum(), {"mine": 1.0})).result()
-    assert passed.metrics["mine"] == 1.0
-    assert torch is not None
+    sampled = {"logprobs": np.zeros(2, np.float32), "advantages": np.ones(2, np.float32)}
+    data = [
+        tinker.Datum(
+            model_input=tinker.ModelInput.from_ints([1, 2]),
+            loss_fn_inputs={"target_tokens": np.array([2, 3]), **sampled},
+        )
+    ]
+    with pytest.raises(tinker.RequestFailedError, match="pass loss_fn='importance_sampling'"):
+        client.forward_backward(data, "stable_reinforce").result()
+    assert client.forward_backward(data, "importance_sampling").result().metrics["loss:sum"] < 0
 
 
 def test_a_saved_model_goes_on_as_if_nothing_had_been(connect):
@@ -117,7 +145,7 @@ def test_completions_have_log_probs_alternatives_and_what_was_read_of_the_prompt
     table = log_softmax(made.table)
     found = sampler.sample(
         prompt(1, 2, 3), 3, tinker.SamplingParams(max_tokens=6, seed=1, stop=[]),
-        include_prompt_logprobs=True, topk_prompt_logprobs=2, topk_sample_logprobs=3,
+        include_prompt_logprobs=True, topk_prompt_logprobs=2, topk_sample_logprobs=3, prompt_alt_tokens_k=5,
     ).result()  # fmt: skip
     assert len({s.sequence_id for s in found.sequences}) == 3
     for sequence in found.sequences:
@@ -128,6 +156,10 @@ def test_completions_have_log_probs_alternatives_and_what_was_read_of_the_prompt
         assert [t for t, _ in sequence.topk_logprobs[0]] == np.argsort(-table[3])[:3].tolist()
     assert found.topk_prompt_logprobs[0] is None or found.topk_prompt_logprobs[0] == []
     assert [t for t, _ in found.topk_prompt_logprobs[1]] == np.argsort(-table[1])[:2].tolist()
+    drawn = found.prompt_alt_tokens
+    assert drawn.tokens.shape == drawn.logprobs.shape == [2, 5]
+    ids = drawn.tokens.to_numpy()
+    np.testing.assert_allclose(drawn.logprobs.to_numpy(), np.take_along_axis(table[1:3], ids, 1), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("stop", "ends"), [("b", 2), (["ab", "b"], 2), ([2], 2), (None, 0)])

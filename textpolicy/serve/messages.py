@@ -19,7 +19,7 @@ from ..serving import Alternatives, Datum, Passed, Read, Sampled
 
 PACKAGE = "tinker_public"
 INSTALL = "textpolicy[mlx]"  # protobuf comes with mlx-lm
-FLOAT32 = 1
+FLOAT32, INT64 = 1, 2
 _DTYPES = {1: "<f4", 2: "<i8", 3: "<i4"}
 # number, name, type; *: a list, ?: optional, |name: one of a group, {}: a map from text. Of tinker 0.38.
 SCHEMA = """
@@ -307,10 +307,17 @@ def write_sampled(sampled: Sequence[Sampled], read: Read | None, prompt_logprobs
     if read is not None and read.alternatives is not None:
         _write_alternatives(response.topk_prompt_logprobs, read.alternatives)
     if read is not None and read.targets is not None:
-        target = response.target_prompt_logprobs
-        target.dense, target.dtype = np.ascontiguousarray(read.targets, "<f4").tobytes(), FLOAT32
-        target.shape.extend(read.targets.shape)
+        _write_tensor(response.target_prompt_logprobs, read.targets, FLOAT32)
+    if read is not None and read.drawn is not None:
+        _write_tensor(response.prompt_alt_tokens.tokens, read.drawn.tokens, INT64)
+        _write_tensor(response.prompt_alt_tokens.logprobs, read.drawn.logprobs, FLOAT32)
     return bytes(response.SerializeToString())
+
+
+def _write_tensor(target: Any, array: np.ndarray, dtype: int) -> None:
+    """Fill a Tensor."""
+    target.dense, target.dtype = np.ascontiguousarray(array, _DTYPES[dtype]).tobytes(), dtype
+    target.shape.extend(array.shape)
 
 
 def _write_alternatives(target: Any, found: Alternatives) -> None:

@@ -184,7 +184,7 @@ class Sample(Asked):
     topk_prompt_logprobs: Annotated[int, Field(ge=0, le=1024)] = 0
     topk_sample_logprobs: Annotated[int, Field(ge=0, le=1024)] = 0
     target_prompt_logprobs: dict[str, Any] | None = None
-    prompt_alt_tokens_k: Annotated[int, Field(ge=0)] = 0
+    prompt_alt_tokens_k: Annotated[int, Field(ge=0, le=1024)] = 0
     prompt_logprobs_last_n: Annotated[int, Field(ge=1)] | None = None
     record_stability_info: bool | None = None
 

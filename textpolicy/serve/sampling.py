@@ -37,6 +37,7 @@ class Wish:
     read_top: int = 0
     targets: Ints | None = None  # (P - 1, K), -1 where nothing is asked
     last: int | None = None  # positions of the prompt to read, from its end
+    draws: int = 0  # tokens to draw in the place of each token of the prompt but the first
     empty: bool = False  # whether no token is to be sampled
     trained: Tenant | None = None  # the model whose newest weights are meant, in place of the sampler's
     answer: Callable[[Sequence[Sampled], Read | None], None] = lambda sampled, read: None
@@ -72,7 +73,7 @@ class Decoders:
         """Admit what has come, at most one prompt to be read among it, and decode one step further."""
         while self._queue:
             wish = self._queue.popleft()
-            reads = wish.read or wish.read_top > 0 or wish.targets is not None
+            reads = wish.read or wish.read_top > 0 or wish.targets is not None or wish.draws > 0
             try:
                 self._admit(wish, reads)
             except Exception as error:  # noqa: BLE001 - a wish that fails, however it does, must not end the others
@@ -116,7 +117,10 @@ class Decoders:
             last: Bools | None = None
             if wish.last is not None:
                 last = np.arange(len(prompt)) >= len(prompt) - wish.last
-            read = model.read(weights, prompt, top=wish.read_top, targets=wish.targets, last=last)
+            read = model.read(
+                weights, prompt, top=wish.read_top, targets=wish.targets, last=last, draws=wish.draws,
+                sampling=wish.settings,
+            )  # fmt: skip
         if wish.empty:
             nothing = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), None, True)
             wish.answer([Sampled(nothing)] * wish.n, read)
@@ -161,8 +165,6 @@ def read_wish(asked: requests.Sample, key: str, sampler: Sampler, model: Model) 
         raise UserError(
             f"the prompt has a chunk of type {min(other)!r}; this server reads text alone: send encoded_text"
         )
-    if asked.prompt_alt_tokens_k:
-        raise UserError("prompt_alt_tokens_k is not served here; leave it out")
     tokens = [token for chunk in asked.prompt.chunks for token in chunk.tokens]
     prompt, p = token_ids(tokens, model.vocabulary), asked.sampling_params
     limit = limit_of(p.max_tokens, model, len(prompt))
@@ -181,5 +183,5 @@ def read_wish(asked: requests.Sample, key: str, sampler: Sampler, model: Model) 
         key=key, sampler=sampler, prompt=prompt, n=asked.num_samples, settings=settings, stop=stop, strings=strings,
         top=asked.topk_sample_logprobs, read=bool(asked.prompt_logprobs), read_top=asked.topk_prompt_logprobs,
         targets=None if targets is None else messages.read_json_tensor(targets, "target_prompt_logprobs"),
-        last=asked.prompt_logprobs_last_n, empty=limit == 0,
+        last=asked.prompt_logprobs_last_n, draws=asked.prompt_alt_tokens_k, empty=limit == 0,
     )  # fmt: skip

@@ -35,11 +35,32 @@ def test_a_prompt_is_read_as_a_whole_pass_over_it_does(chunk, monkeypatch):
     assert (read.alternatives.logprobs[0] == -99999).all()
     asked = np.where(targets < 0, 0, np.take_along_axis(exact, np.maximum(targets, 0), 1))
     np.testing.assert_allclose(read.targets, asked, atol=1e-5)
-    late = base.read(weights, prompt, top=4, last=np.arange(9) >= 6)
+    late = base.read(weights, prompt, top=4, targets=targets, last=np.arange(9) >= 6)
+    np.testing.assert_allclose(late.targets, asked, atol=1e-5)
     assert np.isnan(late.logprobs[:6]).all()
     np.testing.assert_allclose(late.logprobs[6:], read.logprobs[6:], atol=1e-6)
     assert np.array_equal(late.alternatives.tokens[6:], read.alternatives.tokens[6:])
     assert (late.alternatives.logprobs[:6] == -99999).all()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_tokens_in_the_place_of_a_prompts_are_drawn_by_their_probabilities(temperature):
+    base = tiny_base()
+    weights, prompt, k = tenant(base).weights(), np.array([5, 9, 7, 7]), 4000
+    sampling = Sampling(temperature=temperature, top_k=2, seed=3)
+    drawn = base.read(weights, prompt, draws=k, sampling=sampling, last=np.arange(4) >= 3).drawn
+    exact = np.array(log_softmax(weights.model, prompt[:-1]), np.float64)
+    np.testing.assert_allclose(drawn.logprobs, np.take_along_axis(exact, drawn.tokens, 1), atol=1e-5)
+    likely = np.exp(exact / temperature)
+    likely /= likely.sum(axis=1, keepdims=True)
+    counts = np.array([np.bincount(line, minlength=300) for line in drawn.tokens])
+    away = (counts - k * likely) ** 2 / (k * likely)
+    often = k * likely >= 5
+    n = often.sum(axis=1)
+    assert (n >= 5).all()
+    assert ((away * often).sum(axis=1) < n + 5 * np.sqrt(2 * n)).all()  # chi squared
+    again = base.read(weights, prompt, draws=2, sampling=sampling).drawn
+    assert again.tokens.shape == (3, 2)
 
 
 def test_a_prompt_of_one_token_has_no_log_probs():

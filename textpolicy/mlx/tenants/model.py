@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...engine import stop_tokens
+from ...engine import Sampling, stop_tokens
 from ...errors import UserError, refuse_outside
 from ...serving import Adapter, Read
 from ...types import Bools, Ints, token_ids
@@ -18,7 +18,7 @@ from ..models import context_length, find_model, load_model
 from ..read.bounds import Bounds
 from .decoding import Decoding
 from .learner import Tenant
-from .reading import read
+from .reading import Drawing, read
 from .room import Room
 from .shared import lora, twin
 from .snapshot import Snapshot
@@ -77,20 +77,30 @@ class Base:
         return Snapshot(load_adapter(twin(self.model), folder))
 
     def read(
-        self, weights: Snapshot, prompt: Ints, *, top: int = 0, targets: Ints | None = None, last: Bools | None = None
+        self,
+        weights: Snapshot,
+        prompt: Ints,
+        *,
+        top: int = 0,
+        targets: Ints | None = None,
+        last: Bools | None = None,
+        draws: int = 0,
+        sampling: Sampling | None = None,
     ) -> Read:
         """Return the log-probs of ``prompt`` (P,) in one prefill, at temperature 1. Raises UserError.
 
         ``top`` of the likeliest tokens are reported for each position; ``targets`` (P - 1, K) are further tokens to
         score, row i in the place of token i + 1, where -1 asks for nothing and gets 0. ``last`` (P,) marks the
-        last tokens of the prompt where only those are to be scored.
+        last tokens of the prompt where only those are to be scored; it concerns neither ``targets`` nor ``draws``, so
+        many tokens drawn in the place of each token but the first, with the temperature and seed of ``sampling``.
         """
         tokens = token_ids(prompt, self.vocabulary)
         if not len(tokens):
             raise UserError("the prompt is empty; give at least one token")
         if self.context is not None and len(tokens) > self.context:
             raise UserError(f"the prompt has {len(tokens)} tokens and the model reads {self.context}; shorten it")
-        return read(weights.model, self.vocabulary, tokens, top, targets, last)
+        drawing = None if not draws else Drawing.of(draws, sampling or Sampling(), len(tokens) - 1)
+        return read(weights.model, self.vocabulary, tokens, top, targets, last, drawing)
 
     def decoding(self) -> Decoding:
         """Return the continuous batch; there is one."""

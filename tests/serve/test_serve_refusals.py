@@ -116,6 +116,22 @@ def test_a_model_that_is_not_served_is_refused_with_those_that_are(ask):
     assert ask("session_heartbeat", {"session_id": "nobody"})[0] == 404
 
 
+@pytest.mark.parametrize(
+    ("route", "words"),
+    [
+        ("retrieve_futures", "retrieve_future for each"),
+        ("join_sampling_session", "random place"),
+        ("create_custom_loss", "forward_backward_custom"),
+        ("sessions/search", "POST /api/v1/sessions/search"),
+        ("no/such/thing", "does not answer"),
+    ],
+)
+def test_a_route_that_is_not_here_is_refused_with_what_to_do_instead(ask, route, words):
+    status, answer = ask(route, {"sampling_session_id": "x"})
+    assert (status, words in answer["detail"]) == (404, True)
+    assert "\n" not in answer["detail"]
+
+
 def test_another_optimizer_is_refused(ask):
     _, model = ask.model(seed=1)
     sent = {"model_id": model, "seq_id": 1, "optimizer_params": {"type": "dimuon", "learning_rate": 1}}

@@ -26,6 +26,12 @@ from .training import sampler_id
 HOLD = 25.0  # seconds for which the wish for a result waits; the SDK gives up after 45
 LARGEST = 2**28  # bytes of a request's body
 PROTOBUF = "application/x-protobuf"
+INSTEAD = {  # of a route that is not here, by the last part of its path
+    "create_custom_loss": "run the loss on the client, as forward_backward_custom does",
+    "external_weights_urls": "take the checkpoint's folder below checkpoints/ in the server's own",
+    "join_sampling_session": "number the requests of a copied sampling client from a random place, as the SDK does",
+    "retrieve_futures": "ask retrieve_future for each result, as the SDK does",
+}
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -77,7 +83,14 @@ class Api:
             Route(of_checkpoint, self.delete_checkpoint, methods=["DELETE"]),
             Route(f"{of_checkpoint}/publish", self.publish, methods=["POST", "DELETE"]),
             Route(f"{of_checkpoint}/ttl", self.expire, methods=["PUT", "POST", "PATCH"]),
+            Route("/api/v1/{path:path}", self.other, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
         ]
+
+    async def other(self, request: Request) -> Response:
+        """Answer a request for a route that is not here with what to do in its place. Raises RefusedError."""
+        asked = f"{request.method} {request.url.path:.120}"
+        instead = INSTEAD.get(request.url.path.rpartition("/")[2], "leave it to the hosted service")
+        raise RefusedError(f"this server does not answer {asked}; {instead}", 404)
 
     # ---- the client and its session
 

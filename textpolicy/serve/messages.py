@@ -198,7 +198,7 @@ def parsed_pass(body: bytes) -> Any:
         request.ParseFromString(body)
     except extra("google.protobuf.message", INSTALL).DecodeError as error:
         raise UserError(
-            "the body of forward_backward is no ForwardBackwardRequest in protobuf; send what the Tinker SDK sends"
+            "the body of forward_backward is no ForwardBackwardRequest in protobuf; use the Tinker SDK from 0.25 on"
         ) from error
     return request
 

@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from asking import Asking, a_pass, loss_of
@@ -152,6 +153,28 @@ def test_more_than_the_server_holds_is_put_off(ask, made, monkeypatch):
     made.gate.set()
     ask.result(f"{model}:2")
     assert ask.pass_over(model, 3, DATA)[0] == 200
+
+
+def test_a_request_whose_predecessor_never_comes_is_given_up_whatever_the_clock_says(ask, monkeypatch):
+    from textpolicy.serve import worker
+
+    _, model = ask.model(seed=1)
+    late = ask.step(model, 2)[1]["request_id"]
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() - 1e6)  # the clock is set back by days
+    monkeypatch.setattr(worker, "LATE", 0.0)
+    monkeypatch.setattr(worker, "HOUSEKEEPING", 0.0)
+    ask.model(seed=2)  # another round begins
+    assert "request 1 of this model never came" in ask.result(late)["error"]
+
+
+def test_a_server_whose_requests_wait_for_another_does_not_spin(ask, server, monkeypatch):
+    _, model = ask.model(seed=1)
+    rounds, one = [], server.service.worker._round
+    monkeypatch.setattr(server.service.worker, "_round", lambda: (rounds.append(1), one()))
+    ask.step(model, 2)
+    for _ in range(20):
+        ask("healthz")
+    assert len(rounds) < 20
 
 
 def test_a_session_that_ends_ends_what_was_asked_in_it(ask, made, server):

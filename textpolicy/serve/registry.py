@@ -42,6 +42,7 @@ class Job:
     session: str
     payload: bytes | None  # None once it is not needed
     accepted: float = field(default_factory=time.time)  # seconds since the epoch
+    seen: float = field(default_factory=time.monotonic)  # when this process took it in, in seconds of no clock
     retrieved: float | None = None
     end: Future[Outcome] = field(default_factory=Future)
     committed: Future[Any] | None = None  # None: it was, before this process began

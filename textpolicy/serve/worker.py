@@ -92,7 +92,7 @@ class Worker:
     def _round(self) -> None:
         """Do one thing: a request of a model, or a step of decoding; wait if there is nothing to do."""
         with self._wake:
-            if not (self._posts or self._stopping or self._turn or len(self.decoders)):
+            if not (self._posts or self._stopping or self._next_to_train() or len(self.decoders)):
                 self._wake.wait(HOUSEKEEPING)
             posts = list(self._posts)
             self._posts.clear()
@@ -101,7 +101,7 @@ class Worker:
         if time.monotonic() - self._last_round > HOUSEKEEPING:
             self._last_round = time.monotonic()
             self._tidy()
-        training = next((tenant for tenant in self._turn if tenant.ready is not None and tenant.lost is None), None)
+        training = self._next_to_train()
         decoding = len(self.decoders) > 0
         if not (training and decoding):
             self._debt = 0.0
@@ -112,6 +112,10 @@ class Worker:
         elif decoding:
             self.decoders.turn()
             self._debt -= time.monotonic() - begun
+
+    def _next_to_train(self) -> Tenant | None:
+        """Return the model whose turn it is, of those whose next request has come."""
+        return next((tenant for tenant in self._turn if tenant.ready is not None and tenant.lost is None), None)
 
     def _train_next(self, tenant: Tenant) -> None:
         job = tenant.ready
@@ -168,7 +172,7 @@ class Worker:
                 self.end_session(session.id, "its client has not been heard of for long", keep=True)
         for tenant in list(self.registry.tenants.values()):
             if tenant.waiting and tenant.ready is None:
-                if now - min(job.accepted for job in tenant.waiting.values()) > LATE:
+                if time.monotonic() - min(job.seen for job in tenant.waiting.values()) > LATE:
                     self._give_up(tenant)
             elif not tenant.waiting and tenant.learner is not None and now - tenant.used > REST:
                 self.training.rest(tenant)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -113,6 +114,14 @@ class Engine(Protocol):
 
     def save(self, path: Path) -> None:
         """Write the trained adapter to the folder ``path`` atomically."""
+
+
+@runtime_checkable
+class KeepingEngine(Engine, Protocol):
+    """The engine that can keep what it has read from one turn of a conversation to the next."""
+
+    def turns(self) -> AbstractContextManager[None]:
+        """Keep what completions have read, within the context, for the prompts that continue them."""
 
 
 class ResumableEngine(Engine, Protocol):

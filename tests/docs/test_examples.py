@@ -116,21 +116,21 @@ def test_example_14_trains_with_an_advantage_and_a_stage_of_its_own(tmp_path):
 
 @pytest.mark.slow
 def test_example_16_trains_on_a_task_of_its_own(tmp_path):
-    output = run("16_own_task.py", tmp_path, "2")
+    output = run("16_own_task.py", tmp_path, "1")
     assert re.search(r"reward: 0\.\d\d in the first step, \d\.\d\d in the last", output)
     assert (tmp_path / "runs" / "16_own_task-grpo-seed0" / "task.py").is_file()
 
 
 @pytest.mark.slow
 def test_example_18_teaches_and_then_reinforces(tmp_path):
-    output = run("18_sft_then_rl.py", tmp_path, "2", "1", "6")
+    output = run("18_sft_then_rl.py", tmp_path, "1", "1", "2")
     assert re.search(r"before training \d+% of the test problems right, after it \d+%", output)
     assert re.findall(r"after (sft|rl): \d+% of the validation problems right, pass@4 \d+%", output) == ["sft", "rl"]
 
 
 @pytest.mark.slow
 def test_example_19_learns_from_itself(tmp_path):
-    output = run("19_distil.py", tmp_path, "2", "6")
+    output = run("19_distil.py", tmp_path, "1", "2")
     assert re.search(r"KL to the teacher: \d\.\d\d nats per token in the first step, \d\.\d\d in the last", output)
 
 

@@ -41,7 +41,7 @@ def test_example_06_learns_to_be_short(tmp_path):
 
 @pytest.mark.slow
 def test_example_13_calls_its_calculator(tmp_path):
-    output = run("13_tool_environment.py", tmp_path, "--steps=2", "--prompts=3", "--test=6")
+    output = run("13_tool_environment.py", tmp_path, "--steps=1", "--prompts=2", "--test=4")
     assert [float(x) for x in re.findall(r"reward (\d\.\d\d)", output)]
     percent = [int(x) for x in re.findall(r"calculator asked in (\d+)%", output)]
     assert len(percent) == 2

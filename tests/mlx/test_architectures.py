@@ -16,8 +16,9 @@ from textpolicy.losses import CrossEntropy, Surrogate, WithinDivergence, policy_
 from textpolicy.mlx.decode.compiled_steps import Steps
 from textpolicy.mlx.engine import MLXEngine, PolicyObjective
 from textpolicy.mlx.kernels.plain import plain_operations
-from textpolicy.mlx.read import context as context_module
-from textpolicy.mlx.read.context import Attention, Context, PromptTree, Ragged, members
+from textpolicy.mlx.read import prompts as prompts_module
+from textpolicy.mlx.read.context import Attention, Context, Ragged, members
+from textpolicy.mlx.read.prompts import PromptTree
 from textpolicy.mlx.score.micro_batches import Layout, score
 from textpolicy.types import Completion, Episode
 
@@ -181,7 +182,7 @@ def test_a_mask_that_is_off_by_one_shows_in_the_logprobs(plant, monkeypatch):
 
 def test_a_model_with_running_states_warns_once_that_it_reads_equal_lengths_together(caplog, monkeypatch):
     model = adapted("lfm2")
-    monkeypatch.setattr(context_module, "_warned", set())
+    monkeypatch.setattr(prompts_module, "_warned", set())
     prompts = [np.array(p, np.int32) for p in PROMPTS]
     with caplog.at_level(logging.WARNING):
         PromptTree.build([prompts[0], prompts[0]]).read(model)

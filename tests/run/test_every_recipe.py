@@ -14,7 +14,7 @@ from textpolicy.loop.train import Schedule, train
 from textpolicy.tasks import load_task
 
 STEPS = 2  # in the first, LoRA's A stays, because its B is 0
-PROMPTS, GROUP, TOKENS = 2, 5, 3  # in a step; small, because every recipe trains
+PROMPTS, GROUP, TOKENS = 2, 3, 2  # in a step; small, because every recipe trains
 SETTINGS = {"adapter": {"rank": 2, "layers": 4}, "rollout": {"max_tokens": TOKENS}, "machine": {"threads": 1}}
 
 

@@ -514,11 +514,16 @@ def task():
 
 def test_a_run_begun_with_relative_paths_is_found_from_anywhere(tmp_path, monkeypatch, capsys, caplog):
     config, grams = settings(tmp_path, steps=3), tmp_path / "grams.json"
-    (tmp_path / "own.py").write_text(OWN_TASK)
+    (tmp_path / "mine.py").write_text(OWN_TASK)
     grams.write_text(json.dumps(["let me"]))
     (tmp_path / "inside").mkdir()
     monkeypatch.chdir(tmp_path / "inside")
-    flags = ["--model=../model", "--task=../own.py:task", "--algorithm.name=hicra", "--algorithm.grams=../grams.json"]
+    flags = [
+        "--model=../model",
+        "--task=../mine.py:task",
+        "--algorithm.name=hicra",
+        "--algorithm.grams=../grams.json",
+    ]
     text = config.read_text()
     config.write_text(text[: text.index("[algorithm]")] + text[text.index("[adapter]") :])
     cut_short(config, tmp_path / "run", 1, *flags)
@@ -526,7 +531,7 @@ def test_a_run_begun_with_relative_paths_is_found_from_anywhere(tmp_path, monkey
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["model"] == str(tmp_path / "model")
-    assert saved["task"] == f"{tmp_path / 'own.py'}:task"
+    assert saved["task"] == f"{tmp_path / 'mine.py'}:task"
     assert saved["algorithm"]["grams"] == str(grams)
     capsys.readouterr()
     assert main(["generate", "--run", str(tmp_path / "run"), "Type 3", "--max-tokens", "4"]) == 0

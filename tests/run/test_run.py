@@ -20,12 +20,13 @@ from textpolicy.tasks import TASKS, load_task
 SMALL = [
     "--steps=2",
     "--optimizer.warmup-steps=1",
-    "--rollout.prompts-per-step=4",
+    "--rollout.prompts-per-step=2",
     "--rollout.group-size=8",
     "--evaluation.every=1",
-    "--evaluation.problems=6",
+    "--evaluation.problems=3",
     "--adapter.rank=2",
 ]
+FEWEST = [*SMALL, "--rollout.prompts-per-step=1", "--rollout.group-size=2", "--evaluation.problems=1"]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_every_completion_of_training_and_of_every_evaluation_is_kept(trained):
     run = load_run(trained)
     for step in (0, 1):
         sampled = run.rollouts.filter(pc.field("step") == step)
-        assert sampled.num_rows == 4 * 8
+        assert sampled.num_rows == 2 * 8
         row = run.metrics.slice(step, 1).to_pylist()[0]
         assert sum(sampled["length"].to_pylist()) == row["sampled_tokens"]
         assert np.mean(sampled["reward"].to_pylist()) == pytest.approx(row["reward_mean"])
@@ -69,7 +70,7 @@ def test_every_completion_of_training_and_of_every_evaluation_is_kept(trained):
     for evaluation in run.evaluations.to_pylist():
         same = (pc.field("step") == evaluation["step"]) & (pc.field("split") == evaluation["split"])
         correct = run.evals.filter(same)["is_correct"].to_pylist()
-        assert (len(correct), np.mean(correct)) == (6, evaluation["accuracy"])
+        assert (len(correct), np.mean(correct)) == (3, evaluation["accuracy"])
 
 
 def test_metrics_have_a_row_for_every_step_and_every_evaluation(trained):
@@ -78,7 +79,7 @@ def test_metrics_have_a_row_for_every_step_and_every_evaluation(trained):
     assert looks[:4] == [("test", 0), ("validation", 0), ("validation", 1), ("validation", 2)]
     assert looks[4][0] == "test"
     summary = json.loads((trained / "summary.json").read_text())
-    assert summary["test_problems"] == 6
+    assert summary["test_problems"] == 3
     assert summary["kept_step"] == looks[4][1]
 
 
@@ -89,7 +90,7 @@ def test_sampled_and_scored_logprobs_agree_on_the_real_model(trained):
 
 
 def test_the_kept_adapter_answers_as_the_run_measured(trained, capsys):
-    assert main(["eval", f"--run={trained}", "--problems=6", "--show=2"]) == 0
+    assert main(["eval", f"--run={trained}", "--problems=3", "--show=2"]) == 0
     printed = capsys.readouterr().out
     summary = json.loads((trained / "summary.json").read_text())
     assert f"largest, test: {summary['test_after']:.1%}" in printed
@@ -97,11 +98,11 @@ def test_the_kept_adapter_answers_as_the_run_measured(trained, capsys):
 
 
 def test_a_run_can_be_judged_by_many_samples(trained, capsys):
-    args = ["--problems=5", "--samples=4", "--temperature=1", "--pass-at=2", "--pass-at=4", "--show=0"]
+    args = ["--problems=2", "--samples=4", "--temperature=1", "--pass-at=2", "--pass-at=4", "--show=0"]
     assert main(["eval", f"--run={trained}", *args]) == 0
     average, two, four = capsys.readouterr().out.splitlines()
     assert average.startswith("largest, test: avg@4 ")
-    assert average.endswith("] over 5 problems, sampled at temperature 1 (95% interval)")
+    assert average.endswith("] over 2 problems, sampled at temperature 1 (95% interval)")
     shares = [float(line.split("@")[1].split()[1].rstrip("%")) for line in (average, two, four)]
     assert shares == sorted(shares)
 
@@ -110,7 +111,7 @@ def test_a_run_can_be_judged_by_many_samples(trained, capsys):
 def test_a_run_with_tools_a_curriculum_and_sampled_validation(tmp_path):
     flags = ["--task=countdown_tool", "--rollout.curriculum=pass_rate", "--rollout.max-turns=2", "--steps=2"]
     small = ["--rollout.prompts-per-step=2", "--rollout.group-size=2", "--rollout.max-tokens=24", "--adapter.rank=2"]
-    judged = ["--evaluation.problems=2", "--evaluation.samples=2", "--evaluation.every=2"]
+    judged = ["--evaluation.problems=1", "--evaluation.samples=2", "--evaluation.every=2"]
     done = main(["train", f"--output={tmp_path / 'run'}", "--optimizer.warmup-steps=1", *flags, *small, *judged])
     assert done == 0
     kinds = rows(tmp_path / "run")
@@ -118,7 +119,7 @@ def test_a_run_with_tools_a_curriculum_and_sampled_validation(tmp_path):
     assert [r["curriculum_seen"] for r in steps] == [2 / 1000, pytest.approx(4 / 1000, abs=1e-3)]
     sampled = [r for r in kinds if r["kind"] == "eval_sampled"]
     assert [r["step"] for r in sampled] == [0, 2]
-    assert all(0 <= r["avg@2"] <= r["pass@2"] <= 1 and r["problems"] == 2 for r in sampled)
+    assert all(0 <= r["avg@2"] <= r["pass@2"] <= 1 and r["problems"] == 1 for r in sampled)
 
 
 def test_a_task_sets_the_longest_completion_unless_the_run_does():
@@ -198,7 +199,7 @@ def test_a_model_that_does_not_fit_is_refused_in_one_sentence_before_anything_is
 @pytest.mark.slow
 def test_a_run_that_is_short_of_memory_reports_it_once_and_stays_within_it(tmp_path, capsys, elsewhere):
     folder, limit = tmp_path / "run", elsewhere + 1.0
-    fewer = ["--rollout.prompts-per-step=2", "--rollout.group-size=4", "--evaluation.problems=2"]
+    fewer = ["--steps=1", "--rollout.group-size=4", "--evaluation.problems=1"]
     assert main(["train", f"--output={folder}", f"--machine.memory-limit-gb={limit}", *SMALL, *fewer]) == 0
     said = capsys.readouterr().out
     assert said.count("made smaller to fit into memory, without effect on results: an update needs about") == 1
@@ -224,7 +225,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 def test_a_constant_reward_moves_nothing_and_the_run_reports_it(tmp_path, monkeypatch, capsys):
     constant = replace(load_task("largest"), reward=lambda prompt, completion, example: (0.25, False))
     monkeypatch.setitem(TASKS, "largest", lambda: constant)
-    assert main(["train", f"--output={tmp_path / 'run'}", *SMALL]) == 0
+    assert main(["train", f"--output={tmp_path / 'run'}", *FEWEST]) == 0
     train = [r for r in rows(tmp_path / "run") if r["kind"] == "train"]
     assert [r["updated"] for r in train] == [0, 0]
     assert [r["grad_norm"] for r in train] == [0, 0]
@@ -245,7 +246,7 @@ def test_a_reward_that_raises_stops_in_one_sentence_and_leaves_no_folder(tmp_pat
         raise KeyError("score")
 
     monkeypatch.setitem(TASKS, "largest", lambda: replace(load_task_before("largest"), reward=broken))
-    assert main(["train", f"--output={tmp_path / 'run'}", *SMALL]) == 2
+    assert main(["train", f"--output={tmp_path / 'run'}", *FEWEST]) == 2
     err = capsys.readouterr().err
     assert err.startswith("textpolicy: reward 'broken' raised KeyError")
     assert err.count("\n") == 1
@@ -254,7 +255,7 @@ def test_a_reward_that_raises_stops_in_one_sentence_and_leaves_no_folder(tmp_pat
 
 def test_a_reward_that_returns_text_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(TASKS, "largest", lambda: replace(load_task_before("largest"), reward=says_good))
-    assert main(["train", f"--output={tmp_path / 'run'}", *SMALL]) == 2
+    assert main(["train", f"--output={tmp_path / 'run'}", *FEWEST]) == 2
     assert "reward 'says_good' returned 'good'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

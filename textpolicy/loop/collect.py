@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
 import numpy as np
 
 from ..algorithms.credit import Rewards
-from ..engine import Engine, Sampling
+from ..engine import Engine, KeepingEngine, Sampling
 from ..environment.base import DrivenEnv, Wanted
 from ..environment.single_turn import TextGenerationEnv
 from ..types import Batch, Completion, Episode, over_episode
@@ -34,22 +35,26 @@ def collect(
     drawn twice has two groups. Episodes of several turns take their turns together: all unfinished ones
     go to the engine in one call, with all their tokens so far. ``pieces`` adds the text of every token.
     """
+    several = isinstance(env, DrivenEnv) or not env.single_turn
+    kept = engine.turns() if several and isinstance(engine, KeepingEngine) else nullcontext()
     if isinstance(env, DrivenEnv):
-        played = env.play(engine, Wanted(prompts, group_size, sampling, first_group, pieces))
+        with kept:
+            played = env.play(engine, Wanted(prompts, group_size, sampling, first_group, pieces))
         return [replace(e, prompt_index=prompts[e.group - first_group]) for e in played]
     conversations = [env.begin(i) for i in prompts for _ in range(group_size)]
     turns: list[list[Completion]] = [[] for _ in conversations]
-    groups = engine.sample([env.prompt_ids(i).tolist() for i in prompts], group_size, sampling)
-    sampled, unfinished = [completion for group in groups for completion in group], [*range(len(conversations))]
-    for turn in itertools.count(1):
-        for n, completion in zip(unfinished, sampled, strict=True):
-            turns[n].append(completion)
-            conversations[n].add(completion.tokens.tolist(), completion.truncated)
-        unfinished = [n for n in unfinished if not conversations[n].over]
-        if not unfinished:
-            break
-        groups = engine.sample([conversations[n].tokens for n in unfinished], 1, sampling.reseeded(turn))
-        sampled = [completion for [completion] in groups]
+    with kept:
+        groups = engine.sample([env.prompt_ids(i).tolist() for i in prompts], group_size, sampling)
+        sampled, unfinished = [completion for group in groups for completion in group], [*range(len(conversations))]
+        for turn in itertools.count(1):
+            for n, completion in zip(unfinished, sampled, strict=True):
+                turns[n].append(completion)
+                conversations[n].add(completion.tokens.tolist(), completion.truncated)
+            unfinished = [n for n in unfinished if not conversations[n].over]
+            if not unfinished:
+                break
+            groups = engine.sample([conversations[n].tokens for n in unfinished], 1, sampling.reseeded(turn))
+            sampled = [completion for [completion] in groups]
     return [
         Episode.from_turns(
             c.prompt,

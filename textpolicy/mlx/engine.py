@@ -29,6 +29,7 @@ from .kernels import attention, gathers, masks
 from .kernels.patching import patched
 from .kernels.plain import plain_operations
 from .read.bounds import Bounds
+from .read.prompts import Kept
 from .score.divergences import divergences, teacher_states
 from .score.micro_batches import Gradients, Layout, Objective, logprobs_of, micro_batches
 from .state import read_arrays, restore_training_state, training_state, write_arrays
@@ -80,6 +81,20 @@ class MLXEngine:
         self._compiled_state: Any = None
         self._steps: Steps | None = None  # compiled decoding steps, on a GPU
         self._tried_steps = False
+        self._kept: Kept | None = None  # within ``turns``
+
+    @contextmanager
+    def turns(self) -> Iterator[None]:
+        """Keep what completions have read, within the context, for prompts that continue them.
+
+        Such a prompt is the text of an earlier prompt and its completion, and more: of it only the rest is read. The
+        weights must not change meanwhile. The oldest texts leave where memory is short, and are read again.
+        """
+        self._kept = Kept()
+        try:
+            yield
+        finally:
+            self._kept = None
 
     def sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> list[list[Completion]]:
         """Return ``n`` completions for every prompt (token ids), in prompt order; each prompt is read once."""
@@ -96,7 +111,10 @@ class MLXEngine:
             model = folded(self.model, min(len(rows), self.decode_rows)) if self.copies else self.model
             if not self._tried_steps and mx.default_device() == mx.Device(mx.gpu):
                 self._steps, self._tried_steps = Steps.chosen(self.model, self.compiled), True
-            flat = decode(model, rows, sampling, self.stop, self.decode_rows, steps=self._steps)
+            if self._kept is not None:
+                free = mx.get_memory_limit() - mx.get_active_memory() + self._kept.nbytes
+                self._kept.room = free - min(self.room.get("decode", free / 2), free)
+            flat = decode(model, rows, sampling, self.stop, self.decode_rows, steps=self._steps, kept=self._kept)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
 
     def gradients(self, batch: Batch, objective: Objective) -> tuple[dict[str, float], Any]:

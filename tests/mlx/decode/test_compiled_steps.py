@@ -21,7 +21,7 @@ from textpolicy.mlx.decode.compiled_steps import Steps
 from textpolicy.mlx.decode.decoder import decode
 from textpolicy.mlx.kernels import operations
 from textpolicy.mlx.kernels.fused_linear import View
-from textpolicy.mlx.read.context import PromptTree
+from textpolicy.mlx.read.prompts import PromptTree
 
 LONG = [prompt for prompt in PROMPTS if len(prompt) > 1]  # a prompt of one token leaves nothing to continue
 

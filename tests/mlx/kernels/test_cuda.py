@@ -14,7 +14,7 @@ from textpolicy.mlx.decode.compiled_steps import StaticRows, Steps
 from textpolicy.mlx.decode.sampling import draw
 from textpolicy.mlx.kernels import cuda
 from textpolicy.mlx.kernels.masks import SharedMasks
-from textpolicy.mlx.read.context import PromptTree
+from textpolicy.mlx.read.prompts import PromptTree
 
 pytestmark = pytest.mark.cuda
 

@@ -12,7 +12,8 @@ from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache,
 from mlx_lm.models.deepseek_v41 import LayerCache
 
 from textpolicy.errors import UserError
-from textpolicy.mlx.read.context import Attention, Context, PromptTree
+from textpolicy.mlx.read.context import Attention, Context
+from textpolicy.mlx.read.prompts import PromptTree
 
 TOKENS = st.lists(st.integers(1, 3), min_size=1, max_size=6)  # few distinct tokens, so that prompts share starts
 

@@ -25,7 +25,8 @@ from ..kernels.fused_block import blocks_of
 from ..kernels.fused_linear import View
 from ..kernels.operations import Sharing
 from ..kernels.patching import patched
-from ..read.context import Attention, Context, Group, PromptTree, State, members
+from ..read.context import Attention, Context, Group, State, members
+from ..read.prompts import Kept, PromptTree
 from ..read.sizes import size_up
 from .sampling import Draw, Sampler
 
@@ -290,15 +291,36 @@ class Steps:
         self.adapters = self.view.adapters(logits.dtype)
         mx.eval(self.adapters)
 
-    def begin(self, tree: PromptTree, rows: np.ndarray) -> StaticRows | None:
+    def begin(self, tree: PromptTree, rows: np.ndarray, kept: Kept | None = None) -> StaticRows | None:
         """Return completions ``rows`` (R,) of the prompts of ``tree``, read with the parameters as of ``refresh``.
 
-        It is None for a model that has left a running state empty, since compiled steps take arrays alone.
+        It is None for a model that has left a running state empty, since compiled steps take arrays alone. What has
+        been ``kept`` is not read again.
         """
         with self.view.using(self.adapters, {}), patched(self.model, self.patches):
-            context = tree.read(self.view.model)
+            context = tree.read(self.view.model, kept=kept)
         recent = _RECENT if self.kernels is operations else 0
         return StaticRows.begin(context, tree, rows, recent) if context.complete else None
+
+    def alone(self, rows: StaticRows, at: int, length: int) -> Context | None:
+        """Return a context of the row ``at`` after the first ``length`` tokens that it has read.
+
+        It is None where more were read into a running state.
+        """
+        mx.eval(rows.reads)  # Metal does not know that a step still writes into what is copied here
+        slots = np.flatnonzero(np.array(rows.seen[at]))
+        if self.context.recurrent and len(slots) != length:
+            return None
+        taken, parent = mx.array(slots[:length]), int(rows.parents[at])
+        held = []
+        for common, own, recent in zip(rows.common, rows.own, rows.recent, strict=True):
+            if common:
+                parts = [[a[parent], b[at]] for a, b in zip(common, own, strict=True)]
+                parts = [[*part, a[at]] for part, a in zip(parts, recent, strict=True)] if recent else parts
+                held.append([mx.take(mx.concatenate(part, axis=1), taken, axis=1)[None] for part in parts])
+            else:
+                held.append([mx.take(a, mx.array([at]), axis=0) for a in own])
+        return self.context.of_one_row(length, held)
 
     def __call__(self, rows: StaticRows, uniform: mx.array, sampling: Sampling) -> tuple[Draw, StaticRows]:
         """Return a token for each row, drawn with (R,) ``uniform`` numbers, and the rows that read it next."""

@@ -19,7 +19,8 @@ import numpy as np
 from ...engine import Sampling
 from ...errors import NotFiniteError
 from ...types import Completion
-from ..read.context import Context, PromptTree
+from ..read.context import Context
+from ..read.prompts import Kept, PromptTree
 from ..read.sizes import size_up
 from .compiled_steps import StaticRows, Steps
 from .sampling import Draw, Sampler, uniforms
@@ -37,6 +38,7 @@ def decode(
     max_rows: int,
     ahead: bool | None = None,
     steps: Steps | None = None,
+    kept: Kept | None = None,
 ) -> list[Completion]:
     """Return one completion per prompt (token ids), sampling at most ``max_rows`` at a time.
 
@@ -44,7 +46,8 @@ def decode(
     neither ``max_rows`` nor the other rows change what it samples, beyond the rounding of the matrix products.
     ``ahead`` computes the next step while Python handles the last one; None does so on a GPU only, because a CPU
     gains nothing. ``steps`` are compiled steps of this model, used where they apply; without them the model runs
-    as it is.
+    as it is. Prompts that continue a text in ``kept`` begin with what was read then, and completions that a stop
+    token ends are added to it.
     """
     n, width, penalty = len(prompts), sampling.max_tokens, sampling.repetition_penalty
     repetition = None
@@ -65,6 +68,7 @@ def decode(
         max_rows=max_rows,
         ahead=ahead and penalty == 1,  # a penalty must see a token before the next is drawn
         steps=steps,
+        kept=kept,
         penalty=repetition,
         random=np.zeros((n, width), np.float32),
         tokens=np.zeros((n, width), np.int32),
@@ -138,6 +142,7 @@ class _Decoder:
     max_rows: int
     ahead: bool
     steps: Steps | None
+    kept: Kept | None
     penalty: RepetitionPenalty | None
     random: np.ndarray  # (N, T) float32, filled when a completion starts
     tokens: np.ndarray  # (N, T) int32
@@ -180,11 +185,11 @@ class _Decoder:
         for row in rows:
             self.random[row] = uniforms(self.sampling.seed, int(row), self.sampling.max_tokens)
         tree = PromptTree.build([self.prompts[row] for row in rows.tolist()])
-        new: Any = None if self.steps is None else self.steps.begin(tree, rows)
+        new: Any = None if self.steps is None else self.steps.begin(tree, rows, self.kept)
         if new is None:
             self.steps = None
             sources, reads, state = distinct(tree.parents, tree.last)
-            context = tree.read(self.model, spare=min(_SPARE, self.sampling.max_tokens)).fork(sources)
+            context = tree.read(self.model, min(_SPARE, self.sampling.max_tokens), self.kept).fork(sources)
             new = ActiveRows(context, rows, state, mx.array(reads))
         if active is None:
             return new
@@ -210,7 +215,7 @@ class _Decoder:
         """Write one token for every completion; return the running ones, with equal texts in one row of the context."""
         _, drawn, pending = self.step(active)
         mx.eval(pending)
-        tokens = self.record(active.rows, drawn)
+        tokens = self.record(active, drawn)
         if self.penalty is not None:
             self.penalty.seen[active.rows, tokens] = True
         running = self.running(active.rows)
@@ -230,10 +235,10 @@ class _Decoder:
             if self.ahead:
                 unrecorded, drawn = drawn, unrecorded
             if drawn is not None:
-                self.record(active.rows, drawn)
+                self.record(active, drawn)
             running = self.running(active.rows)
         if unrecorded is not None:
-            self.record(active.rows, unrecorded)
+            self.record(active, unrecorded)
             running = self.running(active.rows)
         if not running.any():
             return None
@@ -246,9 +251,10 @@ class _Decoder:
         """Return a mask of the ``rows`` without a stop token and below the maximal length."""
         return ~self.stopped[rows] & (self.lengths[rows] < self.sampling.max_tokens)
 
-    def record(self, rows: np.ndarray, drawn: Draw) -> np.ndarray:
-        """Record one step for those ``rows`` that are running; return the tokens of all."""
+    def record(self, active: Any, drawn: Draw) -> np.ndarray:
+        """Record one step for those rows that are running; return the tokens of all."""
         tokens, logprobs, entropy = (np.array(a) for a in drawn)
+        rows = active.rows
         live = self.running(rows)
         who, column = rows[live], self.lengths[rows[live]]
         if not np.isfinite(logprobs[live]).all():
@@ -262,7 +268,21 @@ class _Decoder:
         self.entropy[who, column] = entropy[live]
         self.lengths[who] += 1
         self.stopped[who] = np.isin(tokens[live], self.stop)
+        if self.kept is not None:
+            for at in np.flatnonzero(live)[self.stopped[who]].tolist():
+                self.keep(self.kept, active, at)
         return tokens
+
+    def keep(self, kept: Kept, active: Any, at: int) -> None:
+        """Add what the row ``at`` of the active ones has read until the token that stopped it to ``kept``."""
+        i = active.rows[at]
+        text = np.concatenate([self.prompts[i], self.tokens[i, : self.lengths[i] - 1]])
+        if self.steps is not None and isinstance(active, StaticRows):
+            context = self.steps.alone(active, at, len(text))
+        else:
+            context = active.context.alone(int(active.state[at]), len(text))
+        if context is not None:
+            kept.add(text, context)
 
 
 def distinct(sources: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -8,8 +8,7 @@ gradients. The layers below have the interface of mlx-lm's caches, one class for
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,8 +30,6 @@ from ...errors import UserError
 from ..kernels.gathers import take_rows
 from .sizes import slot_block
 
-logger = logging.getLogger(__name__)
-
 # Models whose caches are of a known kind but that use them in a way that forking or padding would change.
 _REFUSED = {
     "afm7": "takes the position of a token from the size of its cache, so padding would change its output",
@@ -41,7 +38,6 @@ _REFUSED = {
     "olmo": "adds its causal mask to the scores as zeros and ones in mlx-lm, so tokens see those that follow them",
     "phi3small": "adds its causal mask to the scores as zeros and ones in mlx-lm, so tokens see those that follow them",
 }
-_warned: set[str] = set()  # model types whose prompts are read in batches of equal length
 
 
 class Context:
@@ -128,6 +124,39 @@ class Context:
         gathered = None if unchanged else mx.array(parents)
         child.layers = [_forked(layer, child, gathered, cut) for layer in self.layers]
         return child
+
+    def alone(self, row: int, length: int) -> Context | None:
+        """Return a context of ``row`` after the first ``length`` tokens that it has read, in memory of its own.
+
+        It is None where more were read into a running state.
+        """
+        used = np.ones(self.size, bool) if self.ragged is None else np.array(self.ragged.used_until(self.size)[row])
+        slots = np.flatnonzero(used)
+        if self.recurrent and len(slots) != length:
+            return None
+        kept, here = mx.array(slots[:length]), mx.array([row])
+        return self.of_one_row(
+            length,
+            [
+                [None if a is None else mx.take(a[row], kept, axis=1)[None] for a in _held(layer)]
+                if isinstance(layer, Attention)
+                else [None if a is None else mx.take(a, here, axis=0) for a in _held(layer)]
+                for layer in members(self.layers)
+            ],
+        )
+
+    def of_one_row(self, length: int, held: Sequence[Sequence[mx.array | None]]) -> Context:
+        """Return a context of this model that has read ``length`` tokens, of which its layers hold ``held``."""
+        mx.eval([a for arrays in held for a in arrays if a is not None])
+        one, given = copy(self), iter(held)
+        one.rows, one.size, one.ragged = 1, length, None
+        one.layers = [_holding(layer, one, given) for layer in self.layers]
+        return one
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of keys, values and running states."""
+        return sum(a.nbytes for layer in members(self.layers) for a in _held(layer) if a is not None)
 
     @classmethod
     def join(cls, contexts: Sequence[Context]) -> Context:
@@ -310,19 +339,30 @@ def _layer(cache: Any, context: Context) -> Layer:
     )
 
 
+def _held(layer: Attention | State) -> list[Any]:
+    """Return the arrays of a layer, None where it has read nothing."""
+    return list(layer.cache) if isinstance(layer, State) else [layer.keys, layer.values]
+
+
+def _holding(layer: Layer, context: Context, given: Iterator[Sequence[Any]]) -> Layer:
+    """Return a layer of the kind of ``layer`` for ``context``, with the next of the ``given`` arrays."""
+    if isinstance(layer, Group):
+        return Group(*(_holding(member, context, given) for member in layer.caches))
+    if isinstance(layer, State):
+        return State.holding(list(next(given)))
+    child = Attention(context, layer.window)
+    child.keys, child.values = next(given)
+    return child
+
+
 def _forked(layer: Layer, context: Context, rows: mx.array | None, cut: int) -> Layer:
     """Return ``layer`` for the forked ``context``: its ``rows`` (None: all) without the first ``cut`` slots."""
     if isinstance(layer, Group):
         return Group(*(_forked(member, context, rows, cut) for member in layer.caches))
-    held = layer.cache if isinstance(layer, State) else [layer.keys, layer.values]
+    held = _held(layer)
     if cut and isinstance(layer, Attention):
         held = [None if a is None else a[..., cut:, :] for a in held]
-    taken = [a if a is None or rows is None else take_rows(a, rows) for a in held]
-    if isinstance(layer, State):
-        return State.holding(taken)
-    child = Attention(context, layer.window)
-    child.keys, child.values = taken
-    return child
+    return _holding(layer, context, iter([[a if a is None or rows is None else take_rows(a, rows) for a in held]]))
 
 
 def _joined(layers: Sequence[Any], context: Context, contexts: Sequence[Context]) -> Layer:
@@ -353,67 +393,4 @@ def _joined(layers: Sequence[Any], context: Context, contexts: Sequence[Context]
             elif like is not None:
                 moved.append(mx.zeros((part.rows, like.shape[1], context.size, like.shape[3]), like.dtype))
         joined.append(mx.concatenate(moved) if moved else None)
-    child = Attention(context, layers[0].window)
-    child.keys, child.values = joined
-    return child
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PromptTree:
-    """The tree of N prompts: a shared header, distinct rests, and last tokens, which the continuations read first."""
-
-    header: np.ndarray  # (H,) int32, what every prompt begins with
-    rests: np.ndarray  # (U, P) int32, each distinct prompt after the header, shortest first, padded on the right
-    lengths: np.ndarray  # (U,) int32, real length of each rest
-    parents: np.ndarray  # (N,) int32, the distinct prompt that row n continues
-    last: np.ndarray  # (N,) int32, the last prompt token of row n
-    traced: bool = False  # read the rests as unequal whatever their lengths, which may then be traced by mx.compile
-
-    @classmethod
-    def build(cls, prompts: Sequence[np.ndarray]) -> PromptTree:
-        """Return the tree of N prompts of token ids, each of at least one token; equal ones are stored once."""
-        heads = [np.asarray(p[:-1], np.int32) for p in prompts]
-        rows = sorted({h.tobytes(): h for h in heads}.values(), key=len)
-        index = {row.tobytes(): i for i, row in enumerate(rows)}
-        block = np.stack([row[: len(rows[0])] for row in rows])  # (U, length of the shortest)
-        differs = (block != block[0]).any(axis=0)
-        shared = int(np.argmax(differs)) if differs.any() else len(rows[0])
-        rests = np.zeros((len(rows), len(rows[-1]) - shared), np.int32)
-        for i, row in enumerate(rows):
-            rests[i, : len(row) - shared] = row[shared:]
-        return cls(
-            header=rows[0][:shared],
-            rests=rests,
-            lengths=np.array([len(r) - shared for r in rows], np.int32),
-            parents=np.array([index[h.tobytes()] for h in heads], np.int32),
-            last=np.array([p[-1] for p in prompts], np.int32),
-        )
-
-    def read(self, model: nn.Module, spare: int = 0) -> Context:
-        """Run header and prompts; return a context of U rows, one per distinct prompt.
-
-        A model with running states reads prompts of equal length at a time, since padding would change them.
-        """
-        context = Context(model, spare)
-        if len(self.header):
-            context.read(model, mx.array(self.header)[None])
-        even = not self.traced and bool((self.lengths == self.rests.shape[1]).all())
-        if even or not context.recurrent:
-            context = context.fork(np.zeros(len(self.rests), np.int32))
-            if self.rests.size:
-                context.read(model, mx.array(self.rests), None if even else mx.array(self.lengths))
-            return context
-        if model.model_type not in _warned:
-            _warned.add(model.model_type)
-            logger.warning(
-                "the prompts of %s are read in batches of equal length, because its layers with an ArraysCache "
-                "keep a running state that padding would change",
-                model.model_type,
-            )
-        starts, parts = np.flatnonzero(np.diff(self.lengths, prepend=-1)).tolist(), []
-        for start, stop in zip(starts, [*starts[1:], len(self.lengths)], strict=True):
-            rests = self.rests[start:stop, : int(self.lengths[start])]
-            parts.append(context.fork(np.zeros(len(rests), np.int32)))
-            if rests.size:
-                parts[-1].read(model, mx.array(rests))
-        return Context.join(parts)
+    return _holding(layers[0], context, iter([joined]))

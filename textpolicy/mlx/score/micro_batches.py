@@ -25,7 +25,8 @@ import numpy as np
 from ...types import Batch
 from ..kernels.gathers import take_rows
 from ..kernels.plain import plain_operations, refuse_kernels_alone
-from ..read.context import Context, PromptTree
+from ..read.context import Context
+from ..read.prompts import PromptTree
 from ..read.sizes import size_up
 from .checkpointing import checkpointed
 from .logprobs import Split, token_logprobs

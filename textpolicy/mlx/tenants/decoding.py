@@ -27,7 +27,8 @@ from ..kernels import attention
 from ..kernels.patching import patched
 from ..kernels.plain import plain_operations
 from ..read.bounds import Bounds
-from ..read.context import Context, PromptTree
+from ..read.context import Context
+from ..read.prompts import PromptTree
 from .mixed import Mixed, can_mix
 from .reading import likeliest
 from .room import Room

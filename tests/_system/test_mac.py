@@ -95,6 +95,8 @@ def test_names_leave_out_what_macos_put_there(tmp_path):
         ("[metal::malloc] Resource limit (499000) exceeded.", "more buffers than Metal allows"),
         ("[metal::malloc] Resource limit (123) exceeded.", "more buffers than Metal allows"),
         ("[malloc] Unable to allocate 9 bytes.", "memory ran out"),
+        ("filesystem error: cannot create directories: Read-only file system [/tmp/mlx/0.32.4/cpu]", "set TMPDIR to"),
+        ('Failed to execute command with return code 1: "g++", the output is:\n' + "x" * 5000, "set TMPDIR to"),
         ("[METAL] Command buffer execution\nfailed: Internal Error", "the GPU gave up"),
     ],
 )

@@ -55,6 +55,15 @@ def test_every_task_is_listed_and_one_can_be_shown(capsys):
     assert "tools: calculate" in capsys.readouterr().out
 
 
+def test_a_command_in_a_folder_that_is_gone_is_one_sentence(capsys, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for words in (["train", "--steps", "1"], ["doctor", "x"], ["tasks"]):
+        assert main(words) == 2
+        assert "the folder that this is run in is gone" in capsys.readouterr().err
+
+
 def test_an_unknown_command_is_refused(capsys):
     assert "'trian'" in refused(capsys, "trian")
 

@@ -159,6 +159,13 @@ def test_a_config_with_a_byte_order_mark_is_read(tmp_path):
     assert read_config(tmp_path / "run.toml").steps == 3
 
 
+def test_thousands_of_mistakes_are_told_by_the_first_of_them():
+    with pytest.raises(UserError) as error:
+        check_config({f"x{i}": 1 for i in range(30_000)}, "run.toml")
+    assert str(error.value).count("there is no setting") == 20
+    assert str(error.value).endswith("; and 29980 more mistakes")
+
+
 def test_a_config_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "run.toml").write_bytes(b"steps = \xff")
     with pytest.raises(UserError, match="is not TOML"):

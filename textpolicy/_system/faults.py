@@ -12,6 +12,7 @@ from ..errors import UserError
 TRAIN_MATH = "train_math.json"  # the settings of a run of textpolicy.tinker.train_math, in its folder
 # The words of MLX's errors: on a CPU, CUDA and Metal; where Metal counts buffers; and where macOS ends the GPU's work.
 _NO_MEMORY, _TOO_MANY = ("alloc]", "out of memory", "Insufficient Memory"), "Resource limit ("
+_NOT_BUILT = ("filesystem error", "Failed to execute command", "[Compile::eval_cpu]")  # where it builds a function
 _GPU_ENDED, _TOO_LONG = "[METAL] Command buffer", ("Interactivity", "Timeout")
 
 
@@ -57,6 +58,10 @@ def machine_fault(error: BaseException) -> str | None:
         return (
             f"memory ran out ({text}); lower machine.micro_batch_tokens or machine.decode_rows, or set "
             "machine.memory_limit_gb below what is free"
+        )
+    if any(words in text for words in _NOT_BUILT):
+        return (
+            f"MLX could not build a function ({text[:200]}); set TMPDIR to a folder that can be written to, with room"
         )
     if _GPU_ENDED not in text:
         return None

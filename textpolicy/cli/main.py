@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -39,6 +40,11 @@ def _run(arguments: list[str]) -> int:
         print(f"textpolicy {version('textpolicy')}")
         return 0
     code = 2
+    try:
+        os.getcwd()
+    except OSError:  # libraries that the commands import ask for it, too
+        say("textpolicy: the folder that this is run in is gone; go to another, and run it there", stream=sys.stderr)
+        return code
     try:
         if name in COMMANDS:
             return COMMANDS[name][0](arguments)

@@ -40,6 +40,7 @@ COLDEST = 0.01  # lowest sampling temperature in training
 MONEY = ("price_prefill", "price_sample", "price_train", "max_tokens_total", "max_cost")  # of TinkerSettings
 _UNTRAINABLE = ("top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 _LONGEST = 60  # characters of a wrong value that are shown
+_MOST = 20  # mistakes that are told
 _SECRET = re.compile(r"[?&;](?=[^=&;]*(key|token|secret|passw|pwd|auth|sig|cred))[^=&;]*=", re.IGNORECASE)  # name=value
 _PASSWORD_GOES_IN = {
     "base_url": "TINKER_API_KEY, or TINKER_BASE_URL",
@@ -631,9 +632,9 @@ def check_config(values: dict[str, Any], source: str) -> Config:
 
 
 def explain(error: ValidationError, kind: type[BaseModel]) -> list[str]:
-    """Return one clause per mistake in a ``kind``: the key, its value, and what is allowed."""
-    clauses = []
-    for mistake in error.errors():
+    """Return a clause for each of the first mistakes in a ``kind``: the key, its value, and what is allowed."""
+    clauses, mistakes = [], error.errors()
+    for mistake in mistakes[:_MOST]:
         path = [str(part) for part in mistake["loc"]]
         key = ".".join(path)
         match mistake["type"]:
@@ -651,7 +652,7 @@ def explain(error: ValidationError, kind: type[BaseModel]) -> list[str]:
             case _:
                 message = f"{mistake['msg'][0].lower()}{mistake['msg'][1:]}"
                 clauses.append(f"{key} is {_short(mistake['input'])}; {message}")
-    return clauses
+    return clauses + ([f"and {len(mistakes) - _MOST} more mistakes"] if len(mistakes) > _MOST else [])
 
 
 def _short(value: Any) -> str:

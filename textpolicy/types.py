@@ -116,6 +116,7 @@ class Batch:
     old: Floats | None = None  # float32, the learner's log-probs before the first of several updates
     reference: Floats | None = None  # float32, log-probs under the frozen reference
     echo: Floats | None = None  # float32, weights of the cross-entropy on replies of environments, 0 elsewhere
+    bonus: Floats | None = None  # float32, weights of each target's entropy; to an objective, times that entropy
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -146,12 +147,14 @@ class Batch:
         aggregation: Aggregation = "token-mean",
         length: float | None = None,
         echo: float = 0.0,
+        bonus: float = 0.0,
     ) -> Self:
         """Pack episodes: shift, pad and weigh them. The next-token shift happens here and nowhere else.
 
         ``advantages`` has one (L,) array per episode; ``aggregation`` and ``length`` are those of
         ``loss_weights``. ``echo`` is the weight of the mean cross-entropy over all tokens that environments wrote
-        after a policy's first. Raises UserError for episodes that no learner can score.
+        after a policy's first, ``bonus`` that of the mean entropy over the sampled tokens. Raises UserError for
+        episodes that no learner can score.
         """
         refuse_untrainable(episodes)
         if len(advantages) != len(episodes):
@@ -166,18 +169,18 @@ class Batch:
                     "an episode's advantages are not finite; check the rewards and the algorithm's settings"
                 )
         replies = pad([(np.cumsum(e.mask) > 0)[1:] & ~e.mask[1:] for e in episodes], bool)
+        sampled = pad([e.mask[1:] for e in episodes], bool)
         references = [e.reference[1:] for e in episodes if e.reference is not None]
         return cls(
             inputs=pad([e.tokens[:-1] for e in episodes], np.int32),
             targets=pad([e.tokens[1:] for e in episodes], np.int32),
             logprobs=pad([e.logprobs[1:] for e in episodes], np.float32),
             advantages=pad([a[1:] for a in advantages], np.float32),
-            weights=loss_weights(
-                pad([e.mask[1:] for e in episodes], bool), aggregation, length, groups=[e.group for e in episodes]
-            ).astype(np.float32),
+            weights=loss_weights(sampled, aggregation, length, groups=[e.group for e in episodes]).astype(np.float32),
             temperatures=np.array([[e.temperature] for e in episodes], np.float32),
             reference=pad(references, np.float32) if len(references) == len(episodes) else None,
             echo=(echo * replies / replies.sum()).astype(np.float32) if echo and replies.any() else None,
+            bonus=(bonus * sampled / sampled.sum()).astype(np.float32) if bonus and sampled.any() else None,
         )
 
     def take(self, rows: NDArray[Any], width: int | None = None) -> Batch:

@@ -1,6 +1,7 @@
 """A run that takes seconds: a random model of two small layers, a tokenizer of bytes, and a task of typing letters.
 
-Every part of a run that a checkpoint holds is in use: a curriculum, SEPA, several updates a step, a reward that draws.
+Every part of a run that a checkpoint holds is in use: a curriculum, SEPA, an entropy bonus that adapts, several updates
+a step, a reward that draws.
 Nothing here imports mlx, so that a process may do so before it forks.
 """
 
@@ -29,6 +30,8 @@ steps = {steps}
 seed = 3
 [algorithm]
 name = "sepa"
+entropy_target = 5.3
+entropy_step = 0.02
 [algorithm.sepa]
 steps = 4
 delay_steps = 1

@@ -176,7 +176,7 @@ def test_the_table_of_metrics_names_everything_a_step_writes(tiny_engine):
     train(
         tiny_engine,
         TextGenerationEnv(["1 2", "3", "4 5 6"], reward, max_tokens=6, tokenizer=Numbers()),
-        replace(made, surrogate=surrogate, resample=2),
+        replace(made, surrogate=surrogate, resample=2, entropy_bonus=0.01),
         schedule=Schedule(1e-3, steps=2, updates=2),
         prompts_per_step=3,
         group_size=8,

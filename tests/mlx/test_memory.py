@@ -6,6 +6,7 @@ import gc
 import math
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -139,6 +140,23 @@ def test_the_peak_of_updates_and_rollouts_is_predicted_from_above(kind, work, tm
         tokens = rows * work.row
         assert 1 <= costs.update(work, tokens) / updates(engine, work, tokens) <= ABOVE[kind]
         assert 1 <= costs.decode(work, rows) / decodes(engine, work, rows) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["entropy", "teacher"])
+def test_an_update_with_an_entropy_bonus_or_a_teachers_distributions_is_predicted_from_above(what):
+    engine, rows = engine_of("lora"), batch(WORK)
+    if what == "entropy":
+        costs = Costs.measure(engine.model, entropy=True)
+        bonus = 0.01 * rows.weights
+        step = partial(engine.update, replace(rows, bonus=bonus), Surrogate(), 1e-5)
+    else:
+        teacher = engine_of("lora")
+        costs = Costs.measure(engine.model, teachers=[teacher.model])
+        step = partial(engine.distil, rows, rows, teacher, 0.5, 1e-5)
+    engine.micro_batch_tokens, before = WORK.rows * WORK.row, others(engine)
+    peak = max(step()["peak_memory_bytes"] for _ in range(2)) - before
+    assert 1 <= costs.update(WORK, engine.micro_batch_tokens) / peak <= ABOVE["lora"]
 
 
 @pytest.mark.slow

@@ -41,6 +41,8 @@ def test_the_defaults_run_on_either_engine():
         ({"algorithm": {"name": "gtpo_paper"}}, "the recipe gtpo_paper needs exact entropies"),
         ({"algorithm": {"top_entropy": 0.2}}, "algorithm.top_entropy needs exact entropies"),
         ({"algorithm": {"name": "echo"}}, "algorithm.echo is 0.1"),
+        ({"algorithm": {"entropy_bonus": 0.01}}, "algorithm.entropy_bonus or entropy_target is set"),
+        ({"algorithm": {"entropy_target": 0.5}}, "algorithm.entropy_bonus or entropy_target is set"),
         ({"algorithm": {"name": "sapo"}}, "no loss for SoftGate"),
         ({"algorithm": {"name": "rloo"}}, "ratio per sequence-sum"),
         ({"machine": {"checkpoint_every": 1}}, "machine.checkpoint_every applies to this machine"),

@@ -14,6 +14,7 @@ from ..losses import Surrogate
 from ..types import Aggregation, Batch, Credited, Episode, Floats, refuse_untrainable
 from .credit import Credit, Rewards
 from .distillation import Distillation
+from .entropy_bonus import EntropyControl
 from .gdpo import DecoupledRelative
 from .gtpo import ShapeByEntropy
 from .length import overlong_penalty
@@ -53,6 +54,9 @@ class Algorithm:
     mask_truncated: bool = False  # truncated completions count in their group and get no gradient
     distillation: Distillation | None = None  # a teacher's signal for every token, added to that of the rewards
     echo: float = 0.0  # weight of the cross-entropy on what tools and environments say; 0 is off
+    entropy_bonus: float = 0.0  # coefficient of the mean entropy in the loss, with a target the first; 0 is off
+    entropy_target: float | None = None  # nats per token; the coefficient adapts to it
+    entropy_step: float = 0.005  # by which it does
     resample: int = 0  # further draws of prompts in a step to replace uniform groups (dynamic sampling)
     summary: str = ""
     paper: str = ""
@@ -89,6 +93,12 @@ class Algorithm:
     def controller(self) -> SEPAController | None:
         """Return a new controller of SEPA's strength, if the recipe pools."""
         return None if self.pooling is None else self.pooling.controller()
+
+    def entropy_control(self) -> EntropyControl | None:
+        """Return a new control of the entropy bonus, if the recipe has one."""
+        if self.entropy_target is None and not self.entropy_bonus:
+            return None
+        return EntropyControl(self.entropy_bonus, self.entropy_target, self.entropy_step)
 
     def signal_of(self, episode: Episode) -> float:
         """Return the signal to learn from, the reward, or correctness as 0 or 1; NaN if unscored. Raises UserError."""
@@ -185,8 +195,11 @@ class Algorithm:
             baseline=baseline,
         )
 
-    def pack(self, episodes: Sequence[Episode], tokens: Credit, count: int = 1) -> list[Batch]:
-        """Pack episodes and ``tokens``, their credit, into ``count`` batches of whole groups, each normalised alone."""
+    def pack(self, episodes: Sequence[Episode], tokens: Credit, count: int = 1, bonus: float = 0.0) -> list[Batch]:
+        """Pack episodes and ``tokens``, their credit, into ``count`` batches of whole groups, each normalised alone.
+
+        ``bonus`` is the coefficient of the entropy in this step.
+        """
         spread = _over_episodes(tokens.advantage, episodes)
         left_out = {*np.flatnonzero(tokens.baseline == 0)} if tokens.alone else set()
         muted = [(self.mask_truncated and e.truncated) or i in left_out for i, e in enumerate(episodes)]
@@ -194,7 +207,7 @@ class Algorithm:
         parts = np.array_split(np.arange(tokens.group.max() + 1), min(count, tokens.group.max() + 1))
         members = [np.flatnonzero(np.isin(tokens.group, part)) for part in parts]
         return [
-            Batch.pack([kept[i] for i in m], [spread[i] for i in m], self.aggregation, self.length, self.echo)
+            Batch.pack([kept[i] for i in m], [spread[i] for i in m], self.aggregation, self.length, self.echo, bonus)
             for m in members
         ]
 

@@ -233,6 +233,12 @@ class AlgorithmSettings(Section):
     """Share of max_tokens over which the penalty for long completions grows to 1; 0 turns it off."""
     echo: NonNegative | None = None
     """Weight of the cross-entropy on what tools and environments say, a mean over those tokens; 0 turns it off."""
+    entropy_bonus: Annotated[_Real, Field(ge=0, le=1)] | None = None
+    """Weight of the mean entropy of sampled tokens, a bonus in the loss; with a target the first one."""
+    entropy_target: NonNegative | None = None
+    """Mean entropy in nats up to which there is a bonus, whose weight then adapts, from 0 to 1."""
+    entropy_step: NonNegative | None = None
+    """Change of that weight in each step, 0.005 by default."""
     resample: NonNegativeInt | None = None
     """Number of times a step replaces prompts whose completions all got the same reward."""
     uncertainty: Literal["surprisal", "entropy"] | None = None

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..algorithms import Algorithm
+from ..algorithms.entropy_bonus import EntropyControl
 from ..algorithms.sepa import SEPAController
 from ..engine import Engine, Sampling
 from ..environment.base import DrivenEnv
@@ -56,6 +57,7 @@ class Session:
     start: int = 0  # steps done before
     curriculum: EveryPrompt | None = None  # None: every prompt once before any is drawn again
     controller: SEPAController | None = None  # of SEPA; None: a fresh one, where the algorithm pools
+    entropy: EntropyControl | None = None  # of the entropy bonus; None: a fresh one, where the algorithm has one
     stopped: Callable[[], bool] = lambda: False  # ends the run between steps, or discards a step before its update
     on_sampled: Callable[[int, Sequence[Episode]], Row] = lambda step, episodes: {}  # before the update; adds metrics
 
@@ -82,6 +84,7 @@ def train(
     """
     curriculum = session.curriculum or EveryPrompt(len(env), sampling.seed)
     controller = session.controller or algorithm.controller()
+    entropy = session.entropy or algorithm.entropy_control()
     for step in schedule.steps_from(session.start):
         if session.stopped():
             return
@@ -107,7 +110,9 @@ def train(
                 episodes = teacher.teach(engine, env, episodes)
                 extra = {**extra, "teacher_kl": teacher_kl(episodes)}
             tokens = algorithm.tokens(episodes, controller)
-            batches = algorithm.pack(episodes, tokens, schedule.updates)
+            if entropy is not None:
+                extra = {**extra, "entropy_bonus": entropy.advance(episodes)}
+            batches = algorithm.pack(episodes, tokens, schedule.updates, extra.get("entropy_bonus", 0.0))
             if algorithm.surrogate.correction and len(batches) > 1:
                 batches = [replace(batch, old=engine.score(batch)) for batch in batches]
             updates = [engine.update(batch, algorithm.surrogate, schedule(step)) for batch in batches]

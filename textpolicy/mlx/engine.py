@@ -144,7 +144,7 @@ class MLXEngine:
             return logprobs_of(self.model, batch, self.micro_batch_tokens)
 
     def update(self, batch: Batch, surrogate: Surrogate, learning_rate: float) -> Mapping[str, float]:
-        """Take one optimiser step on ``batch``; rows without advantages are skipped unless there is a KL or an echo.
+        """Take one optimiser step on ``batch``; rows without advantages are skipped, without a KL, echo or bonus.
 
         If no row is left, no parameter moves, not even by momentum, and ``updated`` is 0; it is 0, and ``skipped`` 1,
         when the loss or the gradient is not finite. A KL in the loss needs the reference's log-probs, which
@@ -152,7 +152,7 @@ class MLXEngine:
         rollouts and evaluations included.
         """
         metrics = {"loss": 0.0, "grad_norm": 0.0, "updated": 0.0, "skipped": 0.0}
-        learns = (batch.advantages != 0) | (surrogate.kl is not None)
+        learns = (batch.advantages != 0) | (surrogate.kl is not None) | (batch.bonus is not None)
         matters = (batch.weights != 0) & learns | (batch.scored & (batch.weights == 0))
         live = np.flatnonzero(matters.any(axis=1))
         if len(live):
@@ -349,6 +349,8 @@ class PolicyObjective:
         loss = policy_objective(logprobs, rows, mx, surrogate)
         if rows.echo is not None:
             loss = loss + echo_loss(logprobs, rows, mx)
+        if rows.bonus is not None:
+            loss = loss - rows.bonus.sum()
         live = rows.weights != 0
         gap = mx.where(live, logprobs - rows.logprobs, 0)
         at = tokens_of(logprobs, rows, mx, surrogate)

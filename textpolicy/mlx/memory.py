@@ -29,6 +29,7 @@ from .kernels.plain import plain_operations
 from .read.context import Context
 from .read.sizes import size_up, slot_block
 from .score.checkpointing import held
+from .score.divergences import token_divergences
 from .score.logprobs import Split, token_logprobs, tokens_at_once
 from .score.micro_batches import Layout, arrays_of, compiled, hidden_states, padded
 
@@ -122,6 +123,7 @@ class Costs:
     scored: float  # per scored token
     logits: float  # per row from which a token is drawn
     folded: float = 0.0  # copies of weights that a rollout makes
+    taught: tuple[Curve, ...] = ()  # the forward passes of teachers
     heads: int = 0  # query heads of the attention that keeps no scores beyond ``attention.most_kept()``; 0: none does
 
     @classmethod
@@ -134,10 +136,13 @@ class Costs:
         compiled: bool = False,
         scored: float = math.inf,
         limit: float = math.inf,
+        entropy: bool = False,
+        teachers: Sequence[nn.Module] = (),
     ) -> Self:
         """Measure with passes over a few hundred tokens, fewer where those could pass ``limit`` bytes in all.
 
-        ``scored`` are the tokens that an update scores at most. This resets MLX's record of its peak memory.
+        ``scored`` are the tokens that an update scores at most; some updates have a bonus for the ``entropy``, or learn
+        the distributions of ``teachers``. This resets MLX's record of its peak memory.
         """
         # a GPU gets up to some gigabytes of work ahead, unless MLX is at its limit; that is no cost of a model
         before = mx.set_memory_limit(1) if mx.default_device() == mx.gpu else None
@@ -149,21 +154,29 @@ class Costs:
             parts = [2**i / chunk for i in range(chunk.bit_length()) if _FEWEST <= 2**i < chunk]
             needed = [n for n in (*parts, *_CHUNKS) if n < 2 * max(scored, _FEWEST) / chunk]
             learning, wide = _learning(model, checkpoint_every, compiled, limit)
+            head = dict.fromkeys(needed, 0.0)
+            for through in (_score(entropy), *map(_diverge, teachers)):
+                of_states = partial(_head_gradients, model, hidden, through)
+                found = _peaks(needed, lambda n, of=of_states: partial(of, math.ceil(n * chunk)), limit)  # type: ignore[misc]
+                head = {n: max(head[n], peak) for n, peak in found.items() if n in head}
+            states = max((Split.of(t).body(mx.zeros((1, 1), mx.int32)).nbytes for t in teachers), default=0)
             costs = cls(
                 weights=_bytes(dict(tree_flatten(model.parameters())).values()),
                 trained=_bytes(trainable(model).values()),
                 recomputed=checkpoint_every > 0,
                 learning=learning,
                 compiled=wide,
-                reading=Curve.through(_peaks(_LENGTHS, lambda n: lambda: [_read(model, int(n))], limit)),
+                reading=_reading(model, limit),
                 cache=three - two,
                 state=3 * two - 2 * three,
                 chunk=chunk,
-                head=_peaks(needed, lambda n: partial(_head_gradients, model, hidden, math.ceil(n * chunk)), limit),
+                head=head,
                 head_trained=_bytes(Split.of(model).trained().values()),
-                scored=3 * hidden.nbytes,  # each hidden state: alone, concatenated, and with its slopes
+                # a hidden state: alone, concatenated, with its slopes; a teacher's, before and after it is ordered
+                scored=3 * hidden.nbytes + 2 * states,
                 logits=_LOGITS * vocabulary,
                 folded=folded.copies(model),
+                taught=tuple(_reading(teacher, limit) for teacher in teachers),
                 heads=_heads(model),
             )
             mx.clear_cache()
@@ -186,6 +199,11 @@ class Costs:
             if self.compiled is not None:
                 sizes = (shorter.spanned(rows), shorter.prompt_tokens, rows, completion)
                 one_pass = max(one_pass, self._pass(self.compiled, *map(size_up, sizes)))
+            prompts, p = shorter.spanned(rows), shorter.prompt_tokens
+            pairs = prompts * p * p + rows * completion * (p + completion)
+            for reading in self.taught:
+                states = rows * completion * self.scored
+                one_pass = max(one_pass, reading(prompts * p + rows * completion, pairs) + states)
             peak = max(peak, fixed + accumulated + self.trained + one_pass)
         return _MARGIN[mx.default_device().type] * peak
 
@@ -315,12 +333,16 @@ def preflight(
     evaluation: Sequence[Workload] = (),
     limit: float | None = None,
     copies: int = 0,
+    *,
+    entropy: bool = False,
+    teachers: Sequence[nn.Module] = (),
 ) -> Plan:
     """Set MLX's limits, measure the engine's model and give the engine sizes that fit into ``limit`` bytes.
 
     The engine is then held to the peaks that are predicted, since a GPU's work in flight would take what there is.
     ``limit`` defaults to ``usable_memory()``. The memory of other arrays is left to them, and room is left for
-    ``copies`` copies of the trainable parameters. Raises UserError where no size fits.
+    ``copies`` copies of the trainable parameters. ``entropy`` and ``teachers`` are those of ``Costs.measure``. Raises
+    UserError where no size fits.
     """
     budget = limit_memory(limit)
     costs = Costs.measure(
@@ -329,6 +351,8 @@ def preflight(
         compiled=engine.compiled,
         scored=training.rows * training.completion_tokens,
         limit=budget,
+        entropy=entropy,
+        teachers=teachers,
     )
     budget -= max(0.0, mx.get_active_memory() - costs.weights) + copies * costs.trained
     plan = fit(costs, training, budget, engine.micro_batch_tokens, engine.decode_rows, evaluation)
@@ -458,19 +482,46 @@ def _body_gradients(
     return gradients
 
 
-def _head_gradients(model: nn.Module, hidden: mx.array, n: int) -> list[Any]:
-    """Return gradients of n log-probs by states of the width and type of ``hidden``, and by the head's weights."""
+def _reading(model: nn.Module, limit: float) -> Curve:
+    """Return the cost of a forward pass, with the keys and values that it keeps."""
+    return Curve.through(_peaks(_LENGTHS, lambda n: lambda: [_read(model, int(n))], limit))
+
+
+def _score(entropy: bool) -> Callable[[nn.Module, mx.array], mx.array]:
+    """Return the sum of log-probs after states (N, D), and of entropies if asked for, as a function of a model."""
+
+    def total(model: nn.Module, states: mx.array) -> mx.array:
+        n = len(states)
+        found = token_logprobs(Split.of(model), states, mx.zeros(n, mx.int32), mx.ones(n), entropy=entropy)
+        return found.logprobs.sum() if found.entropy is None else found.logprobs.sum() + found.entropy.sum()
+
+    return total
+
+
+def _diverge(teacher: nn.Module) -> Callable[[nn.Module, mx.array], mx.array]:
+    """Return the sum of divergences from a teacher after states (N, D) as a function of a model."""
+    like = Split.of(teacher).body(mx.zeros((1, 1), mx.int32))
+
+    def total(model: nn.Module, states: mx.array) -> mx.array:
+        n, split = len(states), Split.of(teacher)
+        theirs = mx.zeros((n, like.shape[-1]), like.dtype)
+        return token_divergences(Split.of(model), states, split, theirs, mx.ones(n), beta=0.5).sum()
+
+    return total
+
+
+def _head_gradients(
+    model: nn.Module, hidden: mx.array, through: Callable[[nn.Module, mx.array], mx.array], n: int
+) -> list[Any]:
+    """Return gradients of what n states like ``hidden`` give ``through`` the head, by them and by its weights."""
     states = mx.zeros((n, hidden.shape[-1]), hidden.dtype)
     mx.eval(states)
     outside = Split.of(model).trained()
 
-    def loss(model: nn.Module, states: mx.array) -> mx.array:
-        return token_logprobs(Split.of(model), states, mx.zeros(n, mx.int32), mx.ones(n)).logprobs.sum()
-
-    by_states = mx.grad(lambda states: loss(model, states))(states)
+    by_states = mx.grad(lambda states: through(model, states))(states)
     if not outside:
         return [by_states]
-    gradients: list[Any] = tree_flatten(nn.value_and_grad(model, loss)(model, states)[1])  # type: ignore[assignment]
+    gradients: list[Any] = tree_flatten(nn.value_and_grad(model, through)(model, states)[1])  # type: ignore[assignment]
     return [[gradient for name, gradient in gradients if name in outside]]
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from .._system.files import fill_whole, write_whole
 from ..algorithms import Algorithm
+from ..algorithms.entropy_bonus import EntropyControl
 from ..algorithms.sepa import SEPAController
 from ..config.recipe import configure
 from ..config.settings import CheckpointSettings, Config, EvaluationSettings, RolloutSettings, check_config
@@ -57,6 +58,7 @@ class Parts:
     splits: Mapping[str, TextGenerationEnv]  # train; validation and test where the task has such problems
     recipe: Algorithm
     controller: SEPAController | None  # of SEPA
+    entropy: EntropyControl | None  # of the entropy bonus
     curriculum: EveryPrompt  # or a subclass
     rollout: RolloutSettings
     sampling: Sampling  # in training
@@ -115,6 +117,7 @@ def assemble(config: Config, task: Task | None = None, recipe: Algorithm | None 
                 splits=splits,
                 recipe=how,
                 controller=how.controller(),
+                entropy=how.entropy_control(),
                 curriculum=curriculum(len(splits["train"]), seed=config.seed),
                 rollout=own.rollout,
                 sampling=Sampling(tokens, own.rollout.temperature, seed=config.seed),
@@ -247,7 +250,18 @@ def fit_memory(parts: Parts, checkpoint: Checkpoint | None = None) -> Plan | Non
     training = Workload(*map(max, zip(*works, strict=True)))  # of the stages together, at most
     held_out = [Workload(len(parts.splits[name]), 1, longest[name], tokens) for name in longest if name != "train"]
     engine: Any = parts.engine
-    return preflight(engine, training, held_out, limit, copies=1)  # the best so far
+    stages = (parts, *parts.following)
+    taught = (stage.teacher for stage in stages if stage.teacher is not None and stage.teacher.beta is not None)
+    teachers: list[Any] = [teacher.scorer or engine for teacher in taught]
+    return preflight(
+        engine,
+        training,
+        held_out,
+        limit,
+        copies=1,  # the best so far
+        entropy=any(stage.entropy is not None for stage in stages),
+        teachers=[teacher.model for teacher in teachers],
+    )
 
 
 def refuse_beyond_context(config: Config, tokens: int, what: str) -> None:

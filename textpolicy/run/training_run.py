@@ -196,6 +196,8 @@ class Run:
                 parts.curriculum.load_state_dict(state["curriculum"])
             if parts.controller is not None and state["sepa"] is not None and same_stage:
                 parts.controller.load_state_dict(state["sepa"])
+            if parts.entropy is not None and same_stage:
+                parts.entropy.coefficient = state["entropy_bonus"]
             restore_streams(state["streams"])
             now, seconds = time.perf_counter(), state["seconds"]
             self.started, self.trained = now - seconds["all"], now - seconds["training"]
@@ -286,6 +288,7 @@ class Run:
                 start=first,
                 curriculum=parts.curriculum,
                 controller=parts.controller,
+                entropy=parts.entropy,
                 stopped=self._stopped,
                 on_sampled=self.on_sampled,
             ),
@@ -431,6 +434,7 @@ class Run:
                 "stage": parts.schedule.first,
                 "curriculum": parts.curriculum.state_dict(),
                 "sepa": None if parts.controller is None else parts.controller.state_dict(),
+                "entropy_bonus": None if parts.entropy is None else parts.entropy.coefficient,
                 "streams": streams(),
                 "seconds": {"all": now - self.started, "training": now - self.trained},
                 "config": json.loads(parts.config.model_dump_json()),

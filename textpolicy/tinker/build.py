@@ -77,6 +77,11 @@ def refuse_unhonoured(config: Config, recipe: Algorithm) -> None:
             f"algorithm.echo is {recipe.echo:g}, a second loss on other tokens, which the Tinker engine does not send; "
             "set it to 0, or use --engine mlx"
         )
+    if recipe.entropy_control() is not None:
+        raise UserError(
+            "algorithm.entropy_bonus or entropy_target is set, and the Tinker service does not report the entropy; "
+            "leave them out, or use --engine mlx"
+        )
     if KeepTopEntropy in kinds:
         raise UserError(
             "algorithm.top_entropy needs exact entropies, which the Tinker service does not report; leave it out, or "

@@ -189,10 +189,11 @@ def test_values_entropies_and_gradients_do_not_depend_on_the_chunks(at_once, tra
         model.freeze()
     hidden, targets = mx.random.normal((7, 32)), mx.random.randint(0, VOCABULARY, (7,))
     temperatures, weights = mx.random.uniform(0.5, 2, (7,)), mx.random.normal((7,))
+    others = mx.random.normal((7,))
 
     def ours(hidden):
         scored = token_logprobs(Split.of(model), hidden, targets, temperatures, entropy=True, at_once=at_once)
-        return (weights * scored.logprobs).sum(), scored
+        return (weights * scored.logprobs + others * scored.entropy).sum(), scored
 
     (_, scored), slopes = mx.value_and_grad(ours)(hidden)
     logits = np.array(hidden) @ np.array(model.lm_head.weight).T / np.array(temperatures)[:, None]
@@ -200,9 +201,12 @@ def test_values_entropies_and_gradients_do_not_depend_on_the_chunks(at_once, tra
     p /= p.sum(axis=1, keepdims=True)
     onehot = np.eye(VOCABULARY)[np.array(targets)]
     np.testing.assert_allclose(np.array(scored.logprobs), np.log(p[onehot > 0]), atol=1e-5)
-    np.testing.assert_allclose(np.array(scored.entropy), -(p * np.log(p)).sum(axis=1), atol=1e-5)
-    by_logits = (onehot - p) * (np.array(weights) / np.array(temperatures))[:, None]
-    np.testing.assert_allclose(np.array(slopes), by_logits @ np.array(model.lm_head.weight), atol=1e-5)
+    entropy = -(p * np.log(p)).sum(axis=1)
+    np.testing.assert_allclose(np.array(scored.entropy), entropy, atol=1e-5)
+    by_logits = (onehot - p) * np.array(weights)[:, None]
+    by_logits -= p * (np.log(p) + entropy[:, None]) * np.array(others)[:, None]
+    by_states = by_logits / np.array(temperatures)[:, None] @ np.array(model.lm_head.weight)
+    np.testing.assert_allclose(np.array(slopes), by_states, atol=1e-6)
 
 
 @pytest.mark.parametrize("gradient", [False, True])

@@ -34,7 +34,7 @@ class Scored(NamedTuple):
     """The scores of N tokens."""
 
     logprobs: mx.array  # (N,) float32, or (N, K) of K targets each
-    entropy: mx.array | None  # (N,) float32, nats, of the distributions they are drawn from; carries no gradient
+    entropy: mx.array | None  # (N,) float32, nats, of the distributions they are drawn from
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,7 +98,7 @@ def token_logprobs(
     """Return log-probs of (N,) ``targets`` after hidden states (N, D) at temperatures (N,), ``at_once`` at a time.
 
     Of (N, K) targets, K after each state, they are (N, K). Without ``gradient`` they are cheaper and must not be
-    differentiated.
+    differentiated. The gradient of the ``entropy``, and of several targets, takes the logits a second time.
     """
     rows = at_once or tokens_at_once(split.head(hidden[:1]).shape[-1])  # a shape is known without being computed
     trained = split.trained() if gradient else {}
@@ -110,10 +110,10 @@ def token_logprobs(
         if chunks:  # wait for the chunk before, so that their logits are never alive together
             [h] = mx.depends([h], [chunks[-1].logprobs])
         chunk = (h, targets[a:b], temperatures[a:b], entropy)
-        if trained or (gradient and targets.ndim > 1):  # slopes of K log-probs by the states would be (N, K, D)
+        if trained or (gradient and (entropy or targets.ndim > 1)):  # slopes by the states would be (N, K, D)
             chunks.append(_recomputed(split, trained, *chunk))
         elif gradient:
-            chunks.append(_with_slopes(split.head, *chunk))
+            chunks.append(_with_slopes(split.head, *chunk[:3]))
         else:
             z = split.head(h).astype(mx.float32) / temperatures[a:b, None]
             chunks.append(Scored(*_log_softmax(z, targets[a:b], entropy)[:2]))
@@ -146,7 +146,7 @@ def _log_softmax(
 
 
 def _with_slopes(
-    head: Callable[[mx.array], mx.array], hidden: mx.array, targets: mx.array, temperatures: mx.array, entropy: bool
+    head: Callable[[mx.array], mx.array], hidden: mx.array, targets: mx.array, temperatures: mx.array
 ) -> Scored:
     """Score with z = head(hidden) / temperature and p = softmax(z): the slope of log p_target by z is onehot - p.
 
@@ -154,23 +154,23 @@ def _with_slopes(
     the gradient of their weighted sum is those rows times the weights.
     """
 
-    def forward(hidden: mx.array) -> tuple[mx.array, list[mx.array]]:
+    def forward(hidden: mx.array) -> tuple[mx.array, mx.array]:
         z = head(hidden).astype(mx.float32) / temperatures[:, None]
-        logprobs, h, mass, total = _log_softmax(mx.stop_gradient(z), targets, entropy, exp_without_gradient)
+        logprobs, _, mass, total = _log_softmax(mx.stop_gradient(z), targets, False, exp_without_gradient)
         slope = (mx.arange(z.shape[-1]) == targets[:, None]) - mass / total[:, None]
-        return (z * slope).sum(), [logprobs] if h is None else [logprobs, h]
+        return (z * slope).sum(), logprobs
 
     @mx.custom_function
     def scored(hidden: mx.array) -> list[mx.array]:
-        (_, out), slopes = mx.value_and_grad(forward)(hidden)
-        return [*out, slopes]
+        (_, logprobs), slopes = mx.value_and_grad(forward)(hidden)
+        return [logprobs, slopes]
 
     @scored.vjp
     def backward(hidden: mx.array, weights: list[mx.array], out: list[mx.array]) -> mx.array:
         return (weights[0][:, None] * out[-1].astype(mx.float32)).astype(hidden.dtype)
 
     out: Any = scored(hidden)
-    return Scored(out[0], out[1] if entropy else None)
+    return Scored(out[0], None)
 
 
 def _recomputed(
@@ -181,13 +181,13 @@ def _recomputed(
     temperatures: mx.array,
     entropy: bool,
 ) -> Scored:
-    """Score under a trainable head: the backward pass makes the logits again, with gradients for ``trained``."""
+    """Score so that the backward pass makes the logits again, with gradients for a head's ``trained``."""
 
     def forward(trained: dict[str, mx.array], hidden: mx.array) -> list[mx.array]:
         with parameters(split.model, trained):
             z = split.head(hidden).astype(mx.float32) / temperatures[:, None]
             logprobs, h, _, _ = _log_softmax(z, targets, entropy)
-        return [logprobs] if h is None else [logprobs, mx.stop_gradient(h)]
+        return [logprobs] if h is None else [logprobs, h]
 
     out: Any = mx.checkpoint(forward)(trained, hidden)
     return Scored(out[0], out[1] if entropy else None)

@@ -29,7 +29,7 @@ from ..read.context import Context
 from ..read.prompts import PromptTree
 from ..read.sizes import size_up
 from .checkpointing import checkpointed
-from .logprobs import Split, token_logprobs
+from .logprobs import Scored, Split, token_logprobs
 
 _NARROWER = 0.75  # completions shorter than this share of the longest in their pass get a pass of their own
 _KEPT = 64  # shapes remembered, compiled or not
@@ -173,12 +173,22 @@ def score(model: nn.Module, layout: Layout, *, checkpoint_every: int = 0, gradie
     They are (B, T, K) where a position has K targets. The activations of every ``checkpoint_every``-th block are
     computed again in the backward pass (0: of none). Without ``gradient`` it is cheaper and must not be differentiated.
     """
+    return scores(model, layout, checkpoint_every=checkpoint_every, gradient=gradient).logprobs
+
+
+def scores(
+    model: nn.Module, layout: Layout, *, checkpoint_every: int = 0, gradient: bool = True, entropy: bool = False
+) -> Scored:
+    """Return what ``score`` does, and with ``entropy`` (B, T) float32 entropies of the distributions, in nats."""
     split, hidden = Split.of(model), hidden_states(model, layout, checkpoint_every)
     targets, temperatures = mx.array(layout.targets), mx.array(layout.temperatures)
-    logprobs = token_logprobs(split, hidden, targets, temperatures, gradient=gradient).logprobs
-    nothing = mx.zeros((1, *logprobs.shape[1:]))
-    grid = mx.concatenate([logprobs, nothing])[mx.array(layout.place)]  # (D, T), or (D, T, K)
-    return take_rows(grid, mx.array(layout.which))
+    flat = token_logprobs(split, hidden, targets, temperatures, entropy=entropy, gradient=gradient)
+
+    def placed(values: mx.array) -> mx.array:
+        grid = mx.concatenate([values, mx.zeros((1, *values.shape[1:]))])[mx.array(layout.place)]  # (D, T), (D, T, K)
+        return take_rows(grid, mx.array(layout.which))
+
+    return Scored(placed(flat.logprobs), None if flat.entropy is None else placed(flat.entropy))
 
 
 def hidden_states(model: nn.Module, layout: Layout, checkpoint_every: int = 0) -> mx.array:
@@ -302,7 +312,7 @@ class Gradients:
         given = arrays_of(wide)  # what varies between layouts of one key
         # all that a compiled function cannot see: shapes, the lengths that stay in Python, and which arrays there are
         lengths = wide.tree.lengths.shape if wide.tree.traced else tuple(wide.tree.lengths.tolist())
-        missing = tuple(a is None for a in (wide.rows.old, wide.rows.reference, wide.rows.echo))
+        missing = tuple(a is None for a in (wide.rows.old, wide.rows.reference, wide.rows.echo, wide.rows.bonus))
         key: Hashable = (objective, (tuple(a.shape for a in given), lengths, missing))
         if repr(key) in self.known:  # it occurred before the run was resumed
             del self.known[repr(key)]
@@ -323,8 +333,13 @@ class Gradients:
         """
 
         def loss(model: nn.Module) -> tuple[mx.array, list[Form], mx.array]:
-            logprobs = score(model, layout, checkpoint_every=self.checkpoint_every)
-            total, reported = objective(logprobs, layout.rows.map(mx.array))
+            rows: Any = layout.rows.map(mx.array)
+            logprobs, entropy = scores(
+                model, layout, checkpoint_every=self.checkpoint_every, entropy=rows.bonus is not None
+            )
+            total, reported = objective(
+                logprobs, rows if entropy is None else replace(rows, bonus=rows.bonus * entropy)
+            )
             arrays = {name: mx.array(value, mx.float32) for name, value in reported.items()}
             flat = mx.concatenate([mx.zeros(0), *(array.reshape(-1) for array in arrays.values())])
             return total, [(name, array.shape) for name, array in arrays.items()], flat

@@ -5,6 +5,7 @@ from .batch import create_mlx_optimized_batch_processor
 from .contract import Request, RewardFunction, Scored, VerifierFunction
 from .correctness import f1_score_reward, math_accuracy_reward
 from .countdown import countdown_reward_with_info
+from .judging import judge
 from .registry import (
     REWARD_REGISTRY,
     VERIFIER_REGISTRY,
@@ -56,6 +57,7 @@ __all__ = [
     "get_reward_function",
     "get_verifier_function",
     "has_greeting",
+    "judge",
     "keyword_reward",
     "length_reward",
     "length_verifier",

@@ -1,7 +1,7 @@
 """A run that takes seconds: a random model of two small layers, a tokenizer of bytes, and a task of typing letters.
 
-Every part of a run that a checkpoint holds is in use: a curriculum, SEPA, an entropy bonus that adapts, several updates
-a step, a reward that draws.
+Every part of a run that a checkpoint holds is in use: a curriculum, SEPA, an entropy bonus that adapts, noise on norms,
+several updates a step, a reward that draws.
 Nothing here imports mlx, so that a process may do so before it forks.
 """
 
@@ -43,6 +43,7 @@ prompts_per_step = 4
 group_size = 4
 max_tokens = 6
 curriculum = "pass_rate"
+norm_noise = 0.01
 [optimizer]
 learning_rate = 0.02
 warmup_steps = 2

@@ -285,6 +285,8 @@ class RolloutSettings(Section):
     """In tasks with tools: maximum number of the model's turns in an episode."""
     max_episode_tokens: PositiveInt | None = None
     """In tasks with tools: maximum tokens of all turns and tool results; max_turns x max_tokens by default."""
+    norm_noise: NonNegative = 0.0
+    """Noise on the weights of norms, new in each step, falling from this to a twentieth (QeRL uses 0.01); 0 is off."""
     curriculum: Literal["none", "pass_rate"] = "none"
     """Draw prompts in turn, or prefer those that are solved some of the time."""
 
@@ -603,6 +605,11 @@ class Config(Section):
                     f"optimizer.updates_per_step is {config.optimizer.updates_per_step} and a stage with a beta takes "
                     "one update a step; set it to 1 there"
                 )
+            if config.rollout.norm_noise and (self.adapter.kind == "full" or self.engine == "tinker"):
+                why = "adapter.kind full, which trains the norms"
+                if self.engine == "tinker":
+                    why = "engine tinker, whose model is elsewhere"
+                raise ValueError(f"rollout.norm_noise is {config.rollout.norm_noise:g} and {why}; leave it out")
             if self.adapter.kind == "full" and any(s.kind == "distill" and s.teacher == "base" for s in config.stage):
                 raise ValueError(
                     "stage.teacher is base and adapter.kind full, which leaves no model without adapter; set the "

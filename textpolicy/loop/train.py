@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 from ..algorithms import Algorithm
@@ -50,6 +51,14 @@ class Schedule:
         return self.peak * (1 - (1 - self.final) * min(1.0, progress))
 
 
+def annealed(sigma: float, progress: float) -> float:
+    """Return the noise after a share ``progress`` of the steps: ``sigma`` at first, a twentieth at the end.
+
+    It falls exponentially, from 0.01 to 0.0005 in QeRL (arXiv:2510.11696).
+    """
+    return float(sigma * 0.05**progress)
+
+
 @dataclass(frozen=True)
 class Session:
     """The state from which a run starts or resumes, and its hooks inside a step."""
@@ -58,6 +67,7 @@ class Session:
     curriculum: EveryPrompt | None = None  # None: every prompt once before any is drawn again
     controller: SEPAController | None = None  # of SEPA; None: a fresh one, where the algorithm pools
     entropy: EntropyControl | None = None  # of the entropy bonus; None: a fresh one, where the algorithm has one
+    perturbed: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext()  # around a step's work
     stopped: Callable[[], bool] = lambda: False  # ends the run between steps, or discards a step before its update
     on_sampled: Callable[[int, Sequence[Episode]], Row] = lambda step, episodes: {}  # before the update; adds metrics
 
@@ -95,30 +105,31 @@ def train(
             drawn = sampling.reseeded(step, *([n] if n else []))
             return collect(engine, env, prompts, group_size, drawn, n * prompts_per_step, algorithm.grams is not None)
 
-        rollouts = collect_informative(draw, algorithm.resample, algorithm.signal_of)
-        if session.stopped():
-            return
-        sampled = time.perf_counter()
-        extra = session.on_sampled(step, rollouts.sampled)
-        gap = check(engine, step - schedule.first, rollouts.sampled) if check else None
-        episodes = with_reference(engine, rollouts.trained) if algorithm.reward_kl else rollouts.trained
-        if teacher is not None and teacher.beta is not None:  # whole distributions, and no rewards
-            updates = [teacher.update(engine, env, episodes, algorithm, schedule(step))]
-            shown = episodes
-        else:
-            if teacher is not None:
-                episodes = teacher.teach(engine, env, episodes)
-                extra = {**extra, "teacher_kl": teacher_kl(episodes)}
-            tokens = algorithm.tokens(episodes, controller)
-            if entropy is not None:
-                extra = {**extra, "entropy_bonus": entropy.advance(episodes)}
-            batches = algorithm.pack(episodes, tokens, schedule.updates, extra.get("entropy_bonus", 0.0))
-            if algorithm.surrogate.correction and len(batches) > 1:
-                batches = [replace(batch, old=engine.score(batch)) for batch in batches]
-            updates = [engine.update(batch, algorithm.surrogate, schedule(step)) for batch in batches]
-            shown = algorithm.credited(episodes, tokens)
-        updated = time.perf_counter()
-        change = check.after(engine, step - schedule.first, rollouts.sampled) if check else {}
+        with session.perturbed(step):  # sampler and learner alike
+            rollouts = collect_informative(draw, algorithm.resample, algorithm.signal_of)
+            if session.stopped():
+                return
+            sampled = time.perf_counter()
+            extra = session.on_sampled(step, rollouts.sampled)
+            gap = check(engine, step - schedule.first, rollouts.sampled) if check else None
+            episodes = with_reference(engine, rollouts.trained) if algorithm.reward_kl else rollouts.trained
+            if teacher is not None and teacher.beta is not None:  # whole distributions, and no rewards
+                updates = [teacher.update(engine, env, episodes, algorithm, schedule(step))]
+                shown = episodes
+            else:
+                if teacher is not None:
+                    episodes = teacher.teach(engine, env, episodes)
+                    extra = {**extra, "teacher_kl": teacher_kl(episodes)}
+                tokens = algorithm.tokens(episodes, controller)
+                if entropy is not None:
+                    extra = {**extra, "entropy_bonus": entropy.advance(episodes)}
+                batches = algorithm.pack(episodes, tokens, schedule.updates, extra.get("entropy_bonus", 0.0))
+                if algorithm.surrogate.correction and len(batches) > 1:
+                    batches = [replace(batch, old=engine.score(batch)) for batch in batches]
+                updates = [engine.update(batch, algorithm.surrogate, schedule(step)) for batch in batches]
+                shown = algorithm.credited(episodes, tokens)
+            updated = time.perf_counter()
+            change = check.after(engine, step - schedule.first, rollouts.sampled) if check else {}
         measured = {**(gap.row if gap else {}), **change}
         row = summarize(rollouts, updates, sampled - started, updated - sampled)
         pooling = {"sepa_lambda": controller.strength} if controller else {}

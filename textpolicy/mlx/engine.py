@@ -80,7 +80,7 @@ class MLXEngine:
         self._apply_gradients: Callable[..., Any] | None = None  # compiled, for the optimiser's state below
         self._compiled_state: Any = None
         self._steps: Steps | None = None  # compiled decoding steps, on a GPU
-        self._tried_steps = False
+        self._tried_steps = self._noisy = False
         self._kept: Kept | None = None  # within ``turns``
 
     @contextmanager
@@ -114,7 +114,8 @@ class MLXEngine:
             if self._kept is not None:
                 free = mx.get_memory_limit() - mx.get_active_memory() + self._kept.nbytes
                 self._kept.room = free - min(self.room.get("decode", free / 2), free)
-            flat = decode(model, rows, sampling, self.stop, self.decode_rows, steps=self._steps, kept=self._kept)
+            steps = None if self._noisy else self._steps  # which hold the norms as they were compiled with
+            flat = decode(model, rows, sampling, self.stop, self.decode_rows, steps=steps, kept=self._kept)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
 
     def gradients(self, batch: Batch, objective: Objective) -> tuple[dict[str, float], Any]:
@@ -260,6 +261,30 @@ class MLXEngine:
             self.model.update(self._apply_gradients(grads, parameters))
         mx.eval(self.model.parameters(), optimizer.state)
         return float(norm.item())
+
+    @contextmanager
+    def noisy(self, sigma: float, seed: int) -> Iterator[None]:
+        """Add draws of N(0, sigma^2) to the weights of every block's norms within the context, for all that is done.
+
+        Neither adapters nor checkpoints have it. Raises UserError for a model without such weights.
+        """
+        if not sigma:
+            yield
+            return
+        parts: list[Any] = [part for block in self.model.layers for part in block.children().values()]
+        norms = [(p, p.weight) for p in parts if type(p).__name__.endswith("Norm") and "weight" in p]
+        if not norms:
+            raise UserError("rollout.norm_noise is set and the blocks of this model have no norms; leave it out")
+        draw, self._noisy = np.random.default_rng(seed), True
+        try:
+            for part, weight in norms:
+                noise = sigma * draw.standard_normal(weight.shape)
+                part.weight = (weight.astype(mx.float32) + mx.array(noise, mx.float32)).astype(weight.dtype)
+            yield
+        finally:
+            for part, weight in norms:
+                part.weight = weight
+            self._noisy = False
 
     def save(self, path: Path) -> None:
         """Write the adapter in mlx-lm's layout to the folder ``path``, whole or not at all."""

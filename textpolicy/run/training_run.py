@@ -7,7 +7,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..loop.evaluation import Evaluation, Rate, evaluate
 from ..loop.metrics import Row
 from ..loop.start_gate import StartGate
 from ..loop.teach import held_out_loss, teach
-from ..loop.train import Session, train
+from ..loop.train import Session, annealed, train
 from ..record import layout
 from ..record.metrics_file import MetricsFile
 from ..record.reader import load_run
@@ -57,6 +57,9 @@ from .summary import History, closing_table, next_commands, summary
 
 if TYPE_CHECKING:
     from ..mlx.memory import Plan
+
+
+_NOISE = 2**31 - 1  # a draw of prompts that no step makes
 
 
 @dataclass(frozen=True)
@@ -289,11 +292,24 @@ class Run:
                 curriculum=parts.curriculum,
                 controller=parts.controller,
                 entropy=parts.entropy,
+                perturbed=self._perturbed,
                 stopped=self._stopped,
                 on_sampled=self.on_sampled,
             ),
             on_step=self.on_step,
         )
+
+    def _perturbed(self, step: int) -> AbstractContextManager[None]:
+        """Return the context of a step's work, in which the engine has the noise that the settings ask for."""
+        parts, sigma = self.parts, self.parts.rollout.norm_noise
+        if not sigma:
+            return nullcontext()
+        done, steps = step - parts.schedule.first, parts.schedule.steps
+        engine: Any = parts.engine  # a local one
+        noisy: AbstractContextManager[None] = engine.noisy(
+            annealed(sigma, done / max(1, steps - 1)), parts.sampling.reseeded(step, _NOISE).seed
+        )
+        return noisy
 
     def on_sampled(self, step: int, episodes: Sequence[Episode]) -> Row:
         """Record what a server was paid for before the update, which may fail; credit follows after it."""

@@ -3,6 +3,7 @@
     .venv/bin/python benchmarks/update_memory.py [--model small | qwen3-0.6b] [--completion 1024] [--vocabulary 151936]
     .venv/bin/python benchmarks/update_memory.py --model smollm2-135m --vocabulary 49152 --rows 1 --prompt 1 \\
         --completion 8192 --paths "every block checkpointed" "checkpointed, scores kept"
+    .venv/bin/python benchmarks/update_memory.py --paths textpolicy "distil from its base" "distil from another"
 
 Both take the same step of the same model on the same completions: GRPO's loss, LoRA on every linear layer,
 AdamW. Each path runs in a process of its own, so that neither's peak holds what the other left. One row with all
@@ -19,7 +20,9 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +56,10 @@ PATHS = {  # the engine's settings; None is the naive path
     "every block checkpointed": {"checkpoint_every": 1},
     "held to its prediction": {},
     "checkpointed, scores kept": {"checkpoint_every": 1},
+    "distil from its base": {},
+    "distil from another": {},
 }
+BETA = 0.5  # Jensen-Shannon, which takes most
 KEPT = "checkpointed, scores kept"  # attention keeps all scores for its gradient, however long the rows are
 HELD = "held to its prediction"  # MLX's limit on memory is what passes of that many rows are said to take
 SHAPES: dict[str, dict[str, Any]] = {
@@ -153,20 +159,34 @@ def measure(asked: Asked, path: str) -> dict[str, Any]:
     if path == KEPT:
         attention._KEPT = math.inf
     if (settings := PATHS[path]) is None:
-        step, engine = NaiveStep(model), None
+        step = NaiveStep(model)
     else:
         engine = MLXEngine(model, stop=(), **settings)
-        costs = Costs.measure(model, checkpoint_every=engine.checkpoint_every, compiled=engine.compiled)
+        teacher = None
+        if path.startswith("distil"):
+            other = path.endswith("another")
+            teacher = MLXEngine(made_up_model(asked, seed=1), stop=(), **settings) if other else engine
+            step = partial(distilled, engine, teacher, not other)
+        else:
+            step = partial(updated, engine)
+        costs = Costs.measure(
+            model,
+            checkpoint_every=engine.checkpoint_every,
+            compiled=engine.compiled,
+            teachers=[] if teacher is None else [teacher.model],
+        )
         work = Workload(1, asked.rows, asked.prompt, asked.completion)
         rows = max(len(rows) for rows, _ in micro_batches(batch, engine.micro_batch_tokens))
         predicted = costs.update(work, rows * work.row)
+        if teacher not in (None, engine):  # which is in memory before, and so in what a run may not use
+            predicted += costs.weights
         if path == HELD:
             mx.set_memory_limit(int(predicted))
     results, seconds = [], []
     for _ in range(2 if mx.default_device() == mx.cpu else 3):
         mx.reset_peak_memory()
         started = time.perf_counter()
-        results.append(step(batch) if engine is None else engine.update(batch, Surrogate(), LEARNING_RATE))
+        results.append(step(batch))
         seconds.append(time.perf_counter() - started)
     return {
         "peak_bytes": max(r["peak_memory_bytes"] for r in results),
@@ -178,6 +198,14 @@ def measure(asked: Asked, path: str) -> dict[str, Any]:
         "grad_norm": results[0]["grad_norm"],
         "seconds": min(seconds),
     }
+
+
+def updated(engine: MLXEngine, batch: Batch) -> Mapping[str, float]:
+    return engine.update(batch, Surrogate(), LEARNING_RATE)
+
+
+def distilled(engine: MLXEngine, teacher: MLXEngine, reference: bool, batch: Batch) -> Mapping[str, float]:
+    return engine.distil(batch, batch, teacher, BETA, LEARNING_RATE, reference=reference)
 
 
 class NaiveStep:
@@ -201,9 +229,9 @@ class NaiveStep:
         return {"loss": value.item(), "grad_norm": norm.item(), "peak_memory_bytes": float(mx.get_peak_memory())}
 
 
-def made_up_model(asked: Asked) -> nn.Module:
+def made_up_model(asked: Asked, seed: int = 0) -> nn.Module:
     """Qwen3 with random weights, the same in every process, and a LoRA that is not zero."""
-    mx.random.seed(0)
+    mx.random.seed(seed)
     arguments = {"model_type": "qwen3", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True}
     longest = {"max_position_embeddings": 40_960, "vocab_size": asked.vocabulary}
     model = qwen3.Model(qwen3.ModelArgs(**arguments, **longest, **SHAPES[asked.model]))

@@ -4,6 +4,7 @@
     python tests/chaos/kill_anywhere.py --set disk --trials 20  a disk that is full from a random write or sync on
     python tests/chaos/kill_anywhere.py --set size --trials 10  the same by a limit on the size of files (RLIMIT_FSIZE)
     python tests/chaos/kill_anywhere.py --set term --trials 20  SIGTERM or SIGINT, sometimes twice
+    python tests/chaos/kill_anywhere.py --stages --trials 20    kill -9 of a run of four stages
 
 Every attempt is a child of this process, forked once everything but mlx is imported, so that it starts in a moment. On
 a Mac, and with --spawn, it is a new program: macOS gives a process that was forked no Metal.
@@ -92,6 +93,7 @@ def _probe(pipe: int) -> None:
     wrap(MLXEngine, "sample", "rollout")
     wrap(Scorer, "score", "reward")
     wrap(MLXEngine, "update", "update")
+    wrap(MLXEngine, "distil", "update")
     wrap(Checkpoints, "write", "checkpoint")
     wrap(os, "replace", "rename")
     wrap(run, "evaluate", "eval")
@@ -225,8 +227,8 @@ class Chaos:
     duration: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def prepare(cls, folder: Path, seed: int) -> Chaos:
-        chaos = cls(folder, toy_run.settings(folder), random.Random(seed))
+    def prepare(cls, folder: Path, seed: int, stages: bool = False) -> Chaos:
+        chaos = cls(folder, toy_run.settings(folder, stages=stages), random.Random(seed))
         run = chaos.place("whole")
         code, chaos.count, chaos.duration = to_the_end(Attempt.start(chaos.command(run), run))
         if code != 0:
@@ -355,6 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--set", choices=(*SETS, "all"), default="kill", help="all: one of each in turn")
+    parser.add_argument("--stages", action="store_true", help="of a run of sft, rft, distill and rl")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true", help="append the row to benchmarks/results/chaos.jsonl")
     parser.add_argument("--spawn", action="store_true", help="start attempts as new programs, as always on a Mac")
@@ -368,8 +371,8 @@ def main(argv: list[str] | None = None) -> int:
     if not SPAWN:
         warm_up()
     with tempfile.TemporaryDirectory() as folder:
-        chaos = Chaos.prepare(Path(folder), args.seed)
-        row = {**trials(chaos, args.set, args.trials), "seed": args.seed}
+        chaos = Chaos.prepare(Path(folder), args.seed, args.stages)
+        row = {**trials(chaos, args.set, args.trials), "seed": args.seed, **({"stages": True} if args.stages else {})}
     if args.record:
         from machine import describe
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TRIALS = 6
+TRIALS = 4
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_anywhere_ends_as_an_uninterrupted_one():
-    args = ["--set=all", f"--trials={TRIALS}", f"--seed={os.environ.get('CHAOS_SEED', '1')}"]
+@pytest.mark.parametrize("stages", [[], ["--stages"]])
+def test_a_run_that_is_killed_anywhere_ends_as_an_uninterrupted_one(stages):
+    args = ["--set=all", f"--trials={TRIALS}", f"--seed={os.environ.get('CHAOS_SEED', '1')}", *stages]
     done = subprocess.run(
         [sys.executable, ROOT / "tests/chaos/kill_anywhere.py", *args], capture_output=True, text=True, check=False
     )

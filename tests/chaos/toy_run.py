@@ -55,10 +55,30 @@ every = {every}
 """
 
 
-def settings(folder: Path, steps: int = 5, every: int = 1) -> Path:
-    """A config of the run, and its model, in ``folder``."""
+STAGES = """
+[[stage]]
+kind = "sft"
+steps = 2
+[[stage]]
+kind = "rft"
+steps = 1
+optimizer.warmup_steps = 1
+[[stage]]
+kind = "distill"
+steps = 2
+beta = 0.5
+optimizer.updates_per_step = 1
+[[stage]]
+kind = "rl"
+steps = 2
+"""
+
+
+def settings(folder: Path, steps: int = 5, every: int = 1, stages: bool = False) -> Path:
+    """A config of the run, and its model, in ``folder``; with ``stages`` of seven steps in four."""
     path = folder / "toy.toml"
-    path.write_text(SETTINGS.format(model=make_model(folder / "model"), steps=steps, every=every))
+    text = SETTINGS.format(model=make_model(folder / "model"), steps=7 if stages else steps, every=every)
+    path.write_text(text + STAGES * stages)
     return path
 
 

@@ -1,4 +1,4 @@
-"""Adapt the coefficient of an entropy bonus to a target: Skywork-OR1 (arXiv:2505.22312), with the bounds of TRL."""
+"""Adjust the coefficient of an entropy bonus to a target: Skywork-OR1 (arXiv:2505.22312), with the bounds of TRL."""
 
 from __future__ import annotations
 

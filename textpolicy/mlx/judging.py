@@ -1,4 +1,4 @@
-"""How likely a model's next token is each of some digits, after messages that begin alike: the reader of a judge."""
+"""Read how likely the next token is each of some digits, after messages that begin alike, for a judge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model as judge: the score it would give, as the mean over the digits that it might answer with."""
+"""Let a model judge: the score it would give is the mean over the digits that it might answer with."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Reading = Callable[[str, Sequence[str]], np.ndarray]
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a judge's scores go with the labels of a file."""
+    """The way that a judge's scores go with the labels of a file."""
 
     rows: int
     unscorable: int
@@ -71,7 +71,7 @@ class Judge:
         known: Path | None,
         reader: str,
     ) -> None:
-        """Judge by ``rubric``, with the ``reading`` for some digits; ``reader`` names the model in digests."""
+        """Grade by ``rubric``, with the ``reading`` for some digits; ``reader`` names the model in digests."""
         self._reading, self._pairs, self._reference, self._least = reading, pairs, reference, least
         self._opening = (_TWO if pairs else _ONE).format(rubric=rubric)
         self._digits = "12" if pairs else LEVELS

@@ -172,16 +172,18 @@ def test_the_install_line_names_the_gpu_build_where_there_is_an_nvidia_gpu(monke
 
 
 @pytest.mark.parametrize(
-    ("threads", "load", "said"),
-    [(2, 0.3, False), (2, 0.7, True), (2, 14.0, True), (1, 14.0, False), (0, 14.0, False), (4, 0.0, False)],
+    ("cores", "threads", "load", "used"),
+    [(2, 2, 0.3, 2), (2, 2, 0.7, 1), (2, 2, 14.0, 1), (2, 1, 14.0, 1), (2, 0, 14.0, 0), (8, 8, 3.2, 5), (8, 4, 3.2, 4)],
 )
-def test_more_threads_than_free_cores_are_said_to_wait_for_each_other(monkeypatch, threads, load, said):
-    monkeypatch.setattr(blas, "blas_threads", lambda: threads)
-    monkeypatch.setattr(blas.os, "cpu_count", lambda: 4 if threads == 4 else 2)
+def test_no_more_threads_are_used_than_other_programs_leave_cores_free(monkeypatch, caplog, cores, threads, load, used):
+    counts = [threads]
+    monkeypatch.setattr(blas, "blas_threads", lambda: counts[-1])
+    monkeypatch.setattr(blas, "set_blas_threads", counts.append)
+    monkeypatch.setattr(blas.os, "cpu_count", lambda: cores)
     monkeypatch.setattr(blas.os, "getloadavg", lambda: (load, 0.0, 0.0))
-    note = blas.crowded()
-    assert (note is not None) == said
-    assert not said or "OPENBLAS_NUM_THREADS=1" in note
+    blas.leave_busy_cores()
+    assert counts[-1] == used
+    assert [f"{used} of {threads} BLAS threads" in said for said in caplog.messages] == [True] * (used < threads)
 
 
 @pytest.mark.parametrize(

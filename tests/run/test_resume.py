@@ -21,6 +21,7 @@ from textpolicy._system.random_state import restore_streams, seed_streams, strea
 from textpolicy.cli.main import main
 from textpolicy.config.settings import check_config, read_values
 from textpolicy.errors import UserError
+from textpolicy.mlx import blas
 from textpolicy.record.metrics_file import MetricsFile
 from textpolicy.record.reader import load_run
 from textpolicy.run import assembly
@@ -542,6 +543,16 @@ def test_a_run_begun_with_relative_paths_is_found_from_anywhere(tmp_path, monkey
     assert main(["eval", "--run", str(tmp_path / "run"), "--show", "0"]) == 0
     [said] = caplog.messages
     assert said.endswith(f"was trained on {tmp_path / 'model'} with another chat template than it has now")
+
+
+@pytest.mark.cpu
+def test_a_run_that_resumes_uses_the_blas_threads_that_it_had(config, tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(blas, "leave_busy_cores", lambda: used.append("free"))
+    cut_short(config, tmp_path / "run", 1)
+    monkeypatch.setattr(blas, "set_blas_threads", used.append)
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert used == ["free", blas.blas_threads()]
 
 
 def test_names_that_are_no_paths_stay_as_they_are(tmp_path, monkeypatch):

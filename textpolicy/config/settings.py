@@ -453,7 +453,7 @@ class MachineSettings(Section):
     """The use of this machine: changes speed and memory, not results."""
 
     threads: NonNegativeInt = 0
-    """BLAS threads on a Linux CPU; 0 lets OpenBLAS choose. On a busy machine 1 is faster."""
+    """BLAS threads on a Linux CPU; 0 is as many as other programs leave cores free."""
     micro_batch_tokens: PositiveInt = 8192
     """Padded tokens, prompts included, in one forward and backward pass; reduced if memory is short."""
     decode_rows: PositiveInt = 128

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .._system.machine import how_to_install, installer
 from .._system.openblas import runs_on_linux_cpu
+from .._system.terminal import counted
 from ..errors import MissingDependencyError, UserError
 
 logger = logging.getLogger(__name__)
@@ -102,15 +103,16 @@ def starved(engine_seconds: float, cpu_seconds: float) -> str | None:
     )
 
 
-def crowded() -> str | None:
-    """Return what to say where there are more BLAS threads than cores that other programs leave free, or None."""
-    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
-    if blas_threads() < 2 or blas_threads() <= cores - load + 0.5:
-        return None
-    return (
-        f"note: other programs keep {load:.1f} of this machine's {cores} cores busy, so that its {blas_threads()} BLAS "
-        "threads wait for each other; OPENBLAS_NUM_THREADS=1 before the command is faster"
-    )
+def leave_busy_cores() -> None:
+    """Use no more BLAS threads than other programs leave cores free, and log it where those are fewer."""
+    cores, load, most = os.cpu_count() or 1, os.getloadavg()[0], blas_threads()
+    free = max(1, round(cores - load))
+    if most > free:
+        set_blas_threads(free)
+        logger.warning(
+            "other programs keep %.1f of this machine's %s busy, so %d of %d BLAS threads %s used",
+            *(load, counted(cores, "core"), free, most, "is" if free == 1 else "are"),
+        )
 
 
 def has_small_products() -> bool:

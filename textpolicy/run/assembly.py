@@ -77,10 +77,10 @@ class Parts:
     following: tuple[Parts, ...] = ()  # the parts of the stages after this one
 
 
-def assemble(config: Config, task: Task | None = None, recipe: Algorithm | None = None) -> Parts:
+def assemble(config: Config, task: Task | None = None, recipe: Algorithm | None = None, threads: int = 0) -> Parts:
     """Build the parts of a run; its ``task`` and ``recipe`` are those that ``config`` and its stages name unless given.
 
-    They are those of its first stage, with those of the stages that follow.
+    They are those of its first stage, with those of the stages that follow. ``threads`` are those of a run to resume.
 
     Raises UserError, and ServiceError from a server.
     """
@@ -88,7 +88,7 @@ def assemble(config: Config, task: Task | None = None, recipe: Algorithm | None 
     config = with_max_tokens(config, task)
     stages = config.stages
     recipes = [recipe or configure(stage) for stage in stages]
-    engine, tokenizer = build_engine(stages[0], recipes[0])
+    engine, tokenizer = build_engine(stages[0], recipes[0], threads)
     try:
         task, limit = with_scorer(task, config), config.evaluation.problems or None
         problems = {"train": task.train, "validation": task.validation[:limit], "test": task.test[:limit]}
@@ -189,20 +189,25 @@ def _teacher(config: Config, tokenizer: Any) -> Teacher | None:
     return Teacher(scorer, context=stage.context, beta=stage.beta)
 
 
-def build_engine(config: Config, recipe: Algorithm | None = None) -> tuple[Any, Any]:
-    """Return the engine with a fresh adapter, and the tokenizer. ``recipe`` is what it must be able to learn from."""
+def build_engine(config: Config, recipe: Algorithm | None = None, threads: int = 0) -> tuple[Any, Any]:
+    """Return the engine with a fresh adapter, and the tokenizer.
+
+    ``recipe`` is what it must be able to learn from, and ``threads`` the BLAS threads that a run to resume had.
+    """
     if config.engine == "tinker":
         from ..tinker.build import build
 
         return build(config, recipe or configure(config))
     from ..mlx.adapters.merging import attach
-    from ..mlx.blas import set_blas_threads  # the first import of mlx, and what it costs, is here
+    from ..mlx.blas import leave_busy_cores, set_blas_threads  # the first import of mlx, and what it costs, is here
     from ..mlx.engine import MLXEngine
     from ..mlx.kernels.plain import refuse_kernels_alone
     from ..mlx.models import load_model
 
-    if config.machine.threads:
-        set_blas_threads(config.machine.threads)
+    if threads := config.machine.threads or threads:
+        set_blas_threads(threads)
+    else:
+        leave_busy_cores()
     refuse_beyond_context(config, config.rollout.max_tokens, "a completion")
     adapter = config.adapter.chosen()
     model, tokenizer = load_model(config.model, dequantize=adapter.dequantize)

@@ -98,7 +98,9 @@ def run(
         if resumed is None:
             refuse_long_warmup(config)
             try_folder(config)
-        parts = extension.replace_parts(assemble(config, task, extension.recipe))
+        before = {} if resumed is None or resumed.checkpoint is None else resumed.checkpoint.state["versions"]
+        threads = int(before.get("blas_threads", 0))
+        parts = extension.replace_parts(assemble(config, task, extension.recipe, threads))
         ends: dict[Any, Any] = {None: "success", KeyboardInterrupt: "interrupted", StoppedError: "interrupted"}
         held.push(lambda kind, error, trace: parts.engine.close(ends.get(kind, "errored")))
         if resumed is not None:

@@ -83,7 +83,10 @@ def serve(args: ServeArguments) -> None:
             f"whoever reaches {args.host} could use this server; give it a key with --api-key or {KEY}, or serve at "
             "127.0.0.1 alone"
         )
+    from ..mlx.blas import leave_busy_cores
+
     with bound(args.host, args.port) as listening:  # before the work of loading
+        leave_busy_cores()
         service = Service(lambda: load(args.models), args.folder, patience=args.session_timeout)
         try:
             config = uvicorn.Config(
@@ -92,14 +95,10 @@ def serve(args: ServeArguments) -> None:
             )  # fmt: skip
             server = Stoppable(config)
             server.service = service
-            from ..mlx.blas import crowded
-
             listening.listen(2048)
             url = f"http://{args.host}:{listening.getsockname()[1]}"
             print(f"serving {', '.join(service.models)} at {url}; its folder is {args.folder}", flush=True)
             print(f"use it with: TINKER_BASE_URL={url} TINKER_API_KEY=tml-{'...' if key else 'local'}", flush=True)
-            if note := crowded():
-                print(note, flush=True)
             server.run(sockets=[listening])
         finally:
             service.close()

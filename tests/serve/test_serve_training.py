@@ -72,7 +72,7 @@ def test_a_loss_of_ones_own_is_differentiated_by_the_client(connect):
 
     def loss(_, logprobs):
         total = -sum((w * l).sum() for w, l in zip(weights, logprobs, strict=True))
-        return total, {"mine": float(total)}
+        return total, {"mine": float(total.detach())}
 
     custom, built_in = (service.create_lora_training_client(BASE, seed=1).result() for _ in range(2))
     mine = custom.forward_backward_custom(data, loss).result()

@@ -7,6 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import random_episodes, recipe
+from families import tiny_family
 from tiny import arrays, flat, made, picked, tenant, tiny_base
 
 from textpolicy.errors import NotFiniteError, UserError
@@ -311,3 +312,26 @@ def test_a_step_that_cannot_be_changes_nothing(adam):
     assert_close(flat(learner.gradient), gradient, tolerance=0)
     assert int(learner.optimizer.step.item()) == 0
     learner.step(Adam())
+
+
+@pytest.mark.parametrize(
+    ("family", "left_out"),
+    [
+        ("gemma3n", {"correction_coefs", "prediction_coefs"}),
+        ("kimi_k3", {"mlp_res_proj", "self_attention_res_proj"}),
+        ("gemma3_text", set()),
+    ],
+)
+def test_layers_whose_weights_a_model_reads_itself_are_left_out_of_an_adapter(family, left_out):
+    base = tiny_base(tiny_family(family), context=None)
+    learner = base.learner(Adapter(rank=2))
+    adapted = {name.rpartition(".")[0] for name in arrays(learner)}
+    inside = {id(part) for block in base.model.layers for part in block.modules()}
+    linear = {n for n, part in base.model.named_modules() if isinstance(part, nn.Linear) and id(part) in inside}
+    assert {name.rpartition(".")[2] for name in linear - adapted} == left_out
+    datum = Datum(np.array([3, 5, 7]), {"target_tokens": np.array([5, 7, 9]), "weights": np.ones(3)})
+    losses = []
+    for _ in range(2):
+        losses.append(learner.passed([datum], "cross_entropy", {}, backward=True).metrics["loss:sum"])
+        learner.step(Adam(learning_rate=1e-2))
+    assert losses[1] < losses[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from copy import copy
 from typing import Any
 
@@ -40,7 +41,8 @@ def twin(part: Any, made: dict[int, Any] | None = None) -> Any:
 def lora(model: nn.Module, adapter: Adapter) -> LoRA:
     """Return the LoRA that ``adapter`` asks for, of alpha 32, with the layers by their names. Raises UserError.
 
-    An embedding that is also the output layer is adapted as both.
+    An embedding that is also the output layer is adapted as both. Layers whose weights the model reads itself are left
+    out: an adapter around them would not be seen.
     """
     names: dict[str, None] = {}
     for block in model.layers:
@@ -48,6 +50,8 @@ def lora(model: nn.Module, adapter: Adapter) -> LoRA:
             mixes = any(part in name.lower() for part in _MIXING)
             if isinstance(module, Linear) and (adapter.attention if mixes else adapter.mlp):
                 names[name] = None
+    for name in _read_by_the_model(model, names):
+        del names[name]
     inside = {id(module) for block in model.layers for module in block.modules()}
     last: list[str] = []
 
@@ -57,7 +61,7 @@ def lora(model: nn.Module, adapter: Adapter) -> LoRA:
         call: Any = module.as_linear if isinstance(module, nn.Embedding | nn.QuantizedEmbedding) else module
 
         def seen(x: mx.array) -> Any:
-            last.append(".".join(map(str, where)))
+            last.append(_dotted(where))
             return call(x)
 
         if call is module:
@@ -74,3 +78,35 @@ def lora(model: nn.Module, adapter: Adapter) -> LoRA:
     if not names:
         raise UserError("an adapter on no layer trains nothing; set train_mlp, train_attn or train_unembed to true")
     return LoRA(rank=adapter.rank, alpha=32.0, modules=tuple(names))
+
+
+def _read_by_the_model(model: nn.Module, names: Collection[str]) -> set[str]:
+    """Return those of the layers of ``model.layers`` called ``names`` that cannot hide their weights from it.
+
+    Nothing is computed: the passes end at their graphs. In training mode models keep no products of their weights.
+    """
+    model = twin(model).train()
+    blocks = {id(block) for block in model.layers}
+
+    def fails(hidden: Collection[str]) -> bool:
+        def stand_in(where: tuple[str | int, ...], module: nn.Module) -> Any:
+            if id(module) not in blocks:
+                return None
+            return with_modules(module, lambda inner, layer: _hidden(layer) if _dotted(inner) in hidden else None)
+
+        try:
+            with_modules(model, stand_in)(mx.zeros((1, 2), mx.int32))
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            return True
+        return False
+
+    return {name for name in names if fails([name])} if fails(names) else set()
+
+
+def _hidden(layer: nn.Module) -> StandIn:
+    """Return the layer without its attributes."""
+    return StandIn(nn.Module(), layer)
+
+
+def _dotted(where: tuple[str | int, ...]) -> str:
+    return ".".join(map(str, where))

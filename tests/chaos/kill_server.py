@@ -5,12 +5,15 @@
 Every server is a child of this process, forked once everything is imported, with the model of NumPy that the server's
 tests use. The client repeats what it did not hear the end of, as the Tinker SDK does. A trial is equal if every loss,
 every completion and the number of steps are those of the server that was left alone: nothing is lost or done twice.
+With --sdk the client is the SDK itself, in a process of its own, and the model a tiny one on MLX, whose losses and
+log-probs may differ by the rounding of sums.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -19,6 +22,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -27,6 +33,7 @@ from urllib.error import URLError
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests/serve")]
 
+import numpy as np  # noqa: E402
 import uvicorn  # noqa: E402
 from asking import Asking, a_pass, loss_of  # noqa: E402
 from made_model import MadeModel  # noqa: E402
@@ -43,8 +50,8 @@ DATA = [[1, 2, 3, 4], [5, 6, 7]]
 class Server:
     """A server in a process of its own, on a port that it keeps over its lives."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, models: Callable[[], Any]) -> None:
+        self.folder, self.models = folder, models
         self.socket = bound("127.0.0.1", 0)
         self.socket.listen(512)
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
@@ -59,8 +66,7 @@ class Server:
             log = os.open(self.folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            model = MadeModel()
-            service = Service(lambda: {model.name: model}, self.folder)
+            service = Service(self.models, self.folder)
             config = uvicorn.Config(make_app(service), log_level="warning", lifespan="off", ws="none")
             uvicorn.Server(config).run(sockets=[self.socket])
         finally:
@@ -122,10 +128,79 @@ def work(url: str, before: Any = lambda: None) -> tuple[list[float], list[bytes]
     return losses, completions, seq
 
 
-def trial(number: int, seed: int, expected: Any, folder: Path) -> tuple[bool, int]:
+def made() -> dict[str, Any]:
+    """Return the model of NumPy."""
+    model = MadeModel()
+    return {model.name: model}
+
+
+def work_of_sdk(base: str, url: str, before: Any = lambda: None) -> tuple[list[float], list[Any], int]:
+    """Do as ``work`` does with the SDK and the model ``base``, in a process that shares no threads."""
+    ours, theirs = multiprocessing.Pipe()
+
+    def wait() -> None:
+        theirs.send(None)
+        theirs.recv()
+
+    process = multiprocessing.get_context("fork").Process(target=lambda: theirs.send(with_sdk(base, url, wait)))
+    process.start()
+    theirs.close()
+    while (found := ours.recv()) is None:
+        before()
+        ours.send(None)
+    process.join()
+    return found  # type: ignore[no-any-return]
+
+
+def with_sdk(base: str, url: str, before: Callable[[], None]) -> tuple[list[float], list[Any], int]:
+    """Train and sample; return losses and log-probs, completions, and steps."""
+    import tinker
+
+    client = tinker.ServiceClient(base_url=url, api_key="tml-local").create_lora_training_client(base, rank=4, seed=5)
+    client = client.result()
+    data = [
+        tinker.Datum(
+            model_input=tinker.ModelInput.from_ints(tokens[:-1]),
+            loss_fn_inputs={"target_tokens": np.array(tokens[1:]), "weights": np.ones(len(tokens) - 1, np.float32)},
+        )
+        for tokens in DATA
+    ]
+    numbers, completions = list[float](), list[Any]()
+    for step in range(STEPS):
+        passed = client.forward_backward(data, "cross_entropy")
+        stepped = client.optim_step(tinker.AdamParams(learning_rate=0.01))
+        before()
+        numbers.append(passed.result().metrics["loss:sum"])
+        before()
+        stepped.result()
+        before()
+        sampler = client.save_weights_and_get_sampling_client().result()
+        asked = tinker.SamplingParams(max_tokens=6, seed=step, stop=[])
+        sampled = sampler.sample(tinker.ModelInput.from_ints([1]), 2, asked)
+        before()
+        for one in sampled.result().sequences:
+            completions.append(one.tokens)
+            numbers += one.logprobs
+    return numbers, completions, 3 * STEPS
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The client of the trials, its server's models, and by how much numbers may differ."""
+
+    work: Callable[..., tuple[list[float], list[Any], int]]
+    models: Callable[[], Any]
+    tolerance: float = 0.0
+
+    def equal(self, found: Any, expected: Any) -> bool:
+        """Return whether two results are the same."""
+        return bool(np.allclose(found[0], expected[0], 0, self.tolerance)) and found[1:] == expected[1:]
+
+
+def trial(number: int, seed: int, kind: Kind, expected: Any, folder: Path) -> tuple[bool, int]:
     """Return whether a trial went as the one that was left alone, and how often its server was killed."""
     rng, place = random.Random(f"{seed} {number}"), folder / f"trial-{number}"
-    server = Server(place)
+    server = Server(place, kind.models)
     struck = {rng.randrange(4 * STEPS) for _ in range(rng.randrange(1, 4))}
     waits = iter(range(4 * STEPS))
     killers: list[threading.Timer] = []
@@ -141,7 +216,7 @@ def trial(number: int, seed: int, expected: Any, folder: Path) -> tuple[bool, in
                 killers[-1].start()
 
     try:
-        found = work(server.url, before)
+        found = kind.work(server.url, before)
     finally:
         for killer in killers:
             killer.join()
@@ -149,7 +224,7 @@ def trial(number: int, seed: int, expected: Any, folder: Path) -> tuple[bool, in
         server.socket.close()
     rows = (place / "runs").glob("*/metrics.jsonl")
     steps = [json.loads(line)["step"] for path in rows for line in path.read_text().splitlines()]
-    equal = found == expected and steps == list(range(STEPS))
+    equal = kind.equal(found, expected) and steps == list(range(STEPS))
     if equal:
         shutil.rmtree(place)
     else:
@@ -162,16 +237,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sdk", action="store_true", help="with the SDK as the client, and a tiny model on MLX")
     parser.add_argument("--record", action="store_true", help="append the row to benchmarks/results/chaos.jsonl")
     args = parser.parse_args()
     began, folder = time.time(), Path(tempfile.mkdtemp(prefix="kill-server-"))
-    alone = Server(folder / "alone")
-    expected = work(alone.url)
+    kind = Kind(work, made)
+    if args.sdk:
+        from textpolicy.mlx.tenants import model  # noqa: F401 - imported once, before the forks
+        from textpolicy.serve.command import load
+        from textpolicy.tinker.server.tiny_model import write_tiny_model
+
+        os.environ["TINKER_TELEMETRY"] = "0"
+        write_tiny_model(folder / "tiny")
+        base = str(folder / "tiny")
+        kind = Kind(partial(work_of_sdk, base), lambda: load([base]), 1e-5)
+    alone = Server(folder / "alone", kind.models)
+    expected = kind.work(alone.url)
     alone.kill(again=False)
-    results = [trial(i, args.seed, expected, folder) for i in range(args.trials)]
+    results = [trial(i, args.seed, kind, expected, folder) for i in range(args.trials)]
     equal, kills = sum(same for same, _ in results), sum(killed for _, killed in results)
     row = {
-        "benchmark": "chaos", "set": "server", "trials": args.trials, "equal": equal, "faults": [],
+        "benchmark": "chaos", "set": "server" + ", SDK" * args.sdk, "trials": args.trials,
+        "equal": equal, "faults": [],
         "struck": {"kill": kills}, "seconds": round(time.time() - began, 1), "seed": args.seed,
     }  # fmt: skip
     if args.record:

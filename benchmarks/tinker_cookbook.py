@@ -71,30 +71,30 @@ RECIPES = {
     "arithmetic": Recipe(
         "tinker_cookbook.recipes.math_rl.train",
         RL
-        + "env=arithmetic loss_fn=importance_sampling groups_per_batch=8 group_size=8 learning_rate=1e-3 max_steps=15",
+        + "env=arithmetic loss_fn=importance_sampling groups_per_batch=8 group_size=16 num_substeps=2 temperature=0.5 "
+        "learning_rate=2e-4 max_tokens=4 max_steps=15",
         REWARD,
         rises=0.3,
     ),
     "guess_number": Recipe(
         "tinker_cookbook.recipes.multiplayer_rl.guess_number.train",
-        RL + "batch_size=2 group_size=4 learning_rate=5e-4 max_tokens=12 max_steps=3 eval_every=0 save_every=0",
+        RL + "batch_size=2 group_size=4 learning_rate=5e-4 max_tokens=12 max_steps=2 eval_every=0 save_every=0",
         REWARD,
     ),
     "shorter": Recipe(
         "tinker_cookbook.recipes.preference.shorter.train",
-        RL + "batch_size=2 group_size=4 learning_rate=5e-4 max_tokens=32 max_steps=4",
+        RL + "batch_size=2 group_size=4 learning_rate=5e-4 max_tokens=24 max_steps=2",
         "env/all/ac_tokens_per_turn",
     ),
     "prompt_distillation": Recipe(
         "tinker_cookbook.recipes.prompt_distillation.train",
-        RL + "file_path={data}/languages.jsonl batch_size=16 learning_rate=5e-4 num_epochs=2",
+        RL + "file_path={data}/languages.jsonl batch_size=16 learning_rate=5e-4 num_epochs=1 max_steps=3",
         "train_mean_nll",
     ),
     "sl_basic": Recipe(
         "import chz; from tinker_cookbook.recipes import sl_basic as r; r.main(chz.entrypoint(r.train.Config))",
         "model_name={model} renderer_name={renderer} log_path={log} learning_rate=5e-4 recipe_name=sl_basic "
-        + SUPERVISED
-        + COMMON,
+        "max_steps=4 " + SUPERVISED + COMMON,
         "train_mean_nll",
     ),
     "rubric": Recipe(
@@ -106,7 +106,7 @@ RECIPES = {
     ),
     "dpo": Recipe(
         "import chz; from tinker_cookbook.preference import train_dpo as r; r.main(chz.entrypoint(r.Config))",
-        "model_name={model} renderer_name={renderer} log_path={log} learning_rate=5e-4 recipe_name=dpo max_steps=4 "
+        "model_name={model} renderer_name={renderer} log_path={log} learning_rate=5e-4 recipe_name=dpo max_steps=3 "
         + COMPARISONS
         + COMMON,
         "accuracy",

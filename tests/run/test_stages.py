@@ -9,6 +9,7 @@ from toy_run import make_model, metrics, outcome, quickly, settings
 
 from textpolicy.cli.main import main
 from textpolicy.config.settings import check_config, read_values
+from textpolicy.mlx.engine import MLXEngine
 from textpolicy.record.reader import load_run
 from textpolicy.run.training_run import run
 
@@ -113,8 +114,8 @@ def test_the_start_gate_says_what_to_begin_with(whole, capsys):
     assert re.search("begin with rl|teach first|little left to learn", printed)
 
 
-def test_what_is_right_a_sibling_and_another_model_teach_in_one_run(config, tmp_path):
-    """Also after it was cut short: a teacher leaves nothing in a checkpoint."""
+def test_what_is_right_a_sibling_and_another_model_teach_in_one_run(config, tmp_path, capsys):
+    """Also after it was cut short, by the same teachers alone, which leave nothing in a checkpoint."""
     model = make_model(tmp_path / "teacher", seed=1)
     stages = f"""
 [[stage]]
@@ -132,6 +133,12 @@ kind = "distill"
 steps = 1
 teacher = "{model}"
 discount = 0.9
+[[stage]]
+kind = "distill"
+steps = 2
+teacher = "{model}"
+beta = 0.5
+optimizer.updates_per_step = 1
 """
     path = tmp_path / "three.toml"
     settings = config.read_text().partition("[[stage]]")[0].replace("warmup_steps = 2", "warmup_steps = 1")
@@ -139,8 +146,9 @@ discount = 0.9
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(["train", str(path), f"--output={whole}"]) == 0
     rows = [row for row in metrics(whole) if row["kind"] == "train"]
-    assert [row["stage"] for row in rows] == ["rft", "distill-2", "distill-3"]
-    assert ["teacher_kl" in row for row in rows] == [False, True, True]
+    assert [row["stage"] for row in rows] == ["rft", "distill-2", "distill-3", "distill-4", "distill-4"]
+    assert ["teacher_kl" in row for row in rows] == [False, True, True, False, False]
+    assert all(row["loss"] > 0 for row in rows[3:])  # divergences
     assert all(row["updated"] for row in rows)
     rollouts = load_run(whole).rollouts.to_pylist()
     kept = [r for r in rollouts if r["step"] == 0 and r["advantage"]]
@@ -149,9 +157,21 @@ discount = 0.9
     taught = [{c for r in rollouts if r["step"] == step for c in r["credit"]} for step in (1, 2)]
     assert all(len(credits) > 50 for credits in taught)  # one of its own for every token
     with pytest.MonkeyPatch.context() as patch:
-        cut_in(patch, 2)
+        true, calls = MLXEngine.distil, []
+
+        def distil(*arguments, **keywords):
+            calls.append(1)
+            if len(calls) == 2:
+                raise CutError
+            return true(*arguments, **keywords)
+
+        patch.setattr(MLXEngine, "distil", distil)
         with pytest.raises(CutError):
             main(["train", str(path), f"--output={cut}"])
+    weights = (model / "model.safetensors").read_bytes()
+    make_model(model, seed=2)
+    assert "with another teacher of stage 3, teacher of stage 4)" in refused(capsys, "train", f"--resume={cut}")
+    (model / "model.safetensors").write_bytes(weights)
     assert main(["train", f"--resume={cut}"]) == 0
     assert outcome(cut) == outcome(whole)
 

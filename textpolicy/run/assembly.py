@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
-from .._system.files import fill_whole, write_whole
+from .._system.files import fill_whole, is_litter, write_whole
 from ..algorithms import Algorithm
 from ..algorithms.entropy_bonus import EntropyControl
 from ..algorithms.sepa import SEPAController
@@ -180,13 +180,16 @@ def _teacher(config: Config, tokenizer: Any) -> Teacher | None:
     from ..mlx.engine import MLXEngine
     from ..mlx.models import load_model
 
-    name, adapter = stage.teacher, None
-    if (Path(name) / "adapter").is_dir():  # a run
-        name, adapter = check_config(saved_settings(Path(name)), name).model, Path(name) / "adapter"
-    model, theirs = load_model(name, adapter)
+    model, theirs = load_model(*_model_of_teacher(stage.teacher))
     refuse_other_tokens(tokenizer, theirs, stage.teacher)
     scorer = MLXEngine(model, stop=stop_tokens(theirs), micro_batch_tokens=config.machine.micro_batch_tokens)
     return Teacher(scorer, context=stage.context, beta=stage.beta)
+
+
+def _model_of_teacher(name: str) -> tuple[str, Path | None]:
+    """Return the model that a stage's teacher is, and the adapter if it is a run. Raises UserError."""
+    adapter = Path(name) / "adapter"
+    return (check_config(saved_settings(Path(name)), name).model, adapter) if adapter.is_dir() else (name, None)
 
 
 def build_engine(config: Config, recipe: Algorithm | None = None, threads: int = 0) -> tuple[Any, Any]:
@@ -362,12 +365,22 @@ def full_task(name: str) -> str:
 
 
 def base_of(config: Config) -> dict[str, str]:
-    """Return digests of the model's config, tokenizer, chat template and weights; none for one on a server."""
+    """Return digests of the model's config, tokenizer, chat template and weights, and of each teacher that is loaded.
+
+    There are none for a model on a server.
+    """
     if config.engine != "mlx":
         return {}
     from ..mlx.models import identity_of
 
-    return {f"{BASE}{part}": digest for part, digest in identity_of(config.model).items()}
+    found = {f"{BASE}{part}": digest for part, digest in identity_of(config.model).items()}
+    for n, stage in enumerate(config.stage, 1):
+        if stage.teacher not in ("base", "self"):
+            name, adapter = _model_of_teacher(stage.teacher)
+            parts = [json.dumps(identity_of(name)).encode()]
+            parts += [file.read_bytes() for file in sorted(adapter.iterdir()) if not is_litter(file)] if adapter else []
+            found[f"{BASE}teacher of stage {n}"] = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+    return found
 
 
 def refuse_long_warmup(config: Config) -> None:

@@ -259,7 +259,11 @@ def prepare(chosen: Chosen, threads: int = 0) -> tuple[Any, Callable[[], Any]]:
 
     def load_engine() -> Any:
         saved = {} if chosen.run is None else RecordedRun(chosen.run).versions
-        if config is not None and saved and (other := other_base(saved, base_of(config))):
+        if (
+            config is not None
+            and saved
+            and (other := other_base(saved, base_of(config.model_copy(update={"stage": ()}))))
+        ):
             run, name = chosen.run, config.model
             logger.warning("the run in %s was trained on %s with another %s than it has now", run, name, other)
         limit_memory()

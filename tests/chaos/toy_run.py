@@ -165,7 +165,7 @@ def register() -> None:
 
 
 def quickly(patch: Any) -> None:
-    """Keep a run from measuring the memory it needs, which is most of its time; ``patch`` is pytest's."""
+    """Keep a run from measuring memory and drawing charts, which are most of its time; ``patch`` is pytest's."""
     from textpolicy.mlx.memory import Plan
 
     def as_asked(engine: Any, *arguments: Any, **keywords: Any) -> Plan:
@@ -173,6 +173,8 @@ def quickly(patch: Any) -> None:
 
     patch.setitem(TASKS, "toy", toy_task)
     patch.setattr("textpolicy.mlx.memory.preflight", as_asked)
+    for chart in ("line_chart", "stacked_bars"):
+        patch.setattr(f"textpolicy.report.page.{chart}", lambda *given, **settings: "")
 
 
 TIMES = ("sample_seconds", "update_seconds", "tokens_per_second", "peak_memory_bytes")

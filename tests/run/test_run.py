@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+from toy_run import make_model, quickly, toy_task
 
 from textpolicy.analysis import load_run
 from textpolicy.cli.main import main
@@ -26,7 +27,6 @@ SMALL = [
     "--evaluation.problems=3",
     "--adapter.rank=2",
 ]
-FEWEST = [*SMALL, "--rollout.prompts-per-step=1", "--rollout.group-size=2", "--evaluation.problems=1"]
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_a_run_can_be_judged_by_many_samples(trained, capsys):
 @pytest.mark.slow
 def test_a_run_with_tools_a_curriculum_and_sampled_validation(tmp_path):
     flags = ["--task=countdown_tool", "--rollout.curriculum=pass_rate", "--rollout.max-turns=2", "--steps=2"]
-    small = ["--rollout.prompts-per-step=2", "--rollout.group-size=2", "--rollout.max-tokens=24", "--adapter.rank=2"]
+    small = ["--rollout.prompts-per-step=2", "--rollout.group-size=2", "--rollout.max-tokens=8", "--adapter.rank=2"]
     judged = ["--evaluation.problems=1", "--evaluation.samples=2", "--evaluation.every=2"]
     done = main(["train", f"--output={tmp_path / 'run'}", "--optimizer.warmup-steps=1", *flags, *small, *judged])
     assert done == 0
@@ -222,10 +222,21 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         claim_folder(Config(output=tmp_path / "file" / "run"))
 
 
-def test_a_constant_reward_moves_nothing_and_the_run_reports_it(tmp_path, monkeypatch, capsys):
-    constant = replace(load_task("largest"), reward=lambda prompt, completion, example: (0.25, False))
-    monkeypatch.setitem(TASKS, "largest", lambda: constant)
-    assert main(["train", f"--output={tmp_path / 'run'}", *FEWEST]) == 0
+@pytest.fixture
+def train_toy(tmp_path, monkeypatch):
+    """Return a function that trains a tiny model with another reward, into the folder "run" of ``tmp_path``."""
+    model = make_model(tmp_path / "model")
+    quickly(monkeypatch)
+
+    def train(reward):
+        monkeypatch.setitem(TASKS, "toy", lambda: replace(toy_task(), reward=reward))
+        return main(["train", "--task=toy", f"--model={model}", f"--output={tmp_path / 'run'}", *SMALL])
+
+    return train
+
+
+def test_a_constant_reward_moves_nothing_and_the_run_reports_it(tmp_path, train_toy, capsys):
+    assert train_toy(lambda prompt, completion, example: (0.25, False)) == 0
     train = [r for r in rows(tmp_path / "run") if r["kind"] == "train"]
     assert [r["updated"] for r in train] == [0, 0]
     assert [r["grad_norm"] for r in train] == [0, 0]
@@ -241,32 +252,22 @@ def test_a_constant_reward_moves_nothing_and_the_run_reports_it(tmp_path, monkey
     assert all(not value.any() for name, value in adapter.items() if name.endswith("lora_b"))
 
 
-def test_a_reward_that_raises_stops_in_one_sentence_and_leaves_no_folder(tmp_path, monkeypatch, capsys):
+def test_a_reward_that_raises_stops_in_one_sentence_and_leaves_no_folder(tmp_path, train_toy, capsys):
     def broken(prompt, completion, example):
         raise KeyError("score")
 
-    monkeypatch.setitem(TASKS, "largest", lambda: replace(load_task_before("largest"), reward=broken))
-    assert main(["train", f"--output={tmp_path / 'run'}", *FEWEST]) == 2
+    assert train_toy(broken) == 2
     err = capsys.readouterr().err
     assert err.startswith("textpolicy: reward 'broken' raised KeyError")
     assert err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_reward_that_returns_text_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(TASKS, "largest", lambda: replace(load_task_before("largest"), reward=says_good))
-    assert main(["train", f"--output={tmp_path / 'run'}", *FEWEST]) == 2
+def test_a_reward_that_returns_text_is_named(tmp_path, train_toy, capsys):
+    assert train_toy(says_good) == 2
     assert "reward 'says_good' returned 'good'" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "run").exists()
 
 
 def says_good(prompt, completion, example):
     return "good"
-
-
-BUILT_IN = dict(TASKS)
-
-
-def load_task_before(name):
-    """The task as it ships, whatever a test has put in its place."""
-    return BUILT_IN[name]()

@@ -344,3 +344,29 @@ def run_order(folder):
     config = json.loads((folder / "config.json").read_text())
     start = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][:2]
     return config["seed"], config["task"], config["evaluation"], [(row["split"], row["accuracy"]) for row in start]
+
+
+STAGES = """
+[arms.rl]
+[[arms.taught.stage]]
+kind = "sft"
+steps = 1
+[[arms.taught.stage]]
+kind = "rl"
+steps = 1
+"""
+
+
+@pytest.mark.slow
+def test_arms_may_be_runs_of_stages(tmp_path, tiny):
+    file, root = tmp_path / "taught.toml", tmp_path / "out"
+    lines = write_campaign(file, tiny, [4], task="addition").read_text().splitlines()
+    file.write_text("\n".join(line for line in lines if not line.startswith("arms.")) + STAGES)
+    printed, _ = (ran := textpolicy("campaign", "run", file, "--output", root)).communicate(timeout=280)
+    assert ran.returncode == 0, printed
+    rows = {arm: (root / "runs" / arm / "seed4" / "metrics.jsonl").read_text().splitlines() for arm in ("rl", "taught")}
+    trained = {arm: [row for row in map(json.loads, some) if row["kind"] == "train"] for arm, some in rows.items()}
+    assert [row.get("stage") for row in trained["rl"]] == [None, None]
+    assert [row["stage"] for row in trained["taught"]] == ["sft", "rl"]
+    values = json.loads((root / "analysis" / "analysis.json").read_text())
+    assert [len(outcome["solved"]) for arm in values["arms"] for outcome in arm["outcomes"]] == [6, 6]

@@ -12,6 +12,7 @@ from textpolicy.cli.main import main
 from textpolicy.engine import Sampling
 from textpolicy.errors import ServiceError, UserError
 from textpolicy.losses import Surrogate
+from textpolicy.record.reader import load_run
 from textpolicy.tinker.engine import TinkerEngine
 from textpolicy.types import Batch, Episode
 
@@ -197,3 +198,19 @@ def test_a_run_has_the_same_folder_and_its_model_answers_afterwards(tinker_serve
     assert "of 2 problems right" in capsys.readouterr().out
     assert main(["export", str(run), "--to=peft"]) == 2
     assert "is kept by its Tinker server" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_distils_from_the_model_itself_that_reads_the_answer(tinker_server, no_tinker_account, tmp_path):
+    run, file = tmp_path / "run", tmp_path / "distil.toml"
+    file.write_text('task = "addition"\n[[stage]]\nkind = "distill"\nsteps = 2\nteacher = "self"\ncontext = "answer"\n')
+    flags = [f"--tinker.base-url={tinker_server.url}", f"--model={tinker_server.name}", f"--output={run}"]
+    assert main(["train", str(file), *(flag for flag in RUN if "steps=2" not in flag), *flags]) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["kind"] == "train"]
+    assert [(row["stage"], row["updated"]) for row in steps] == [("distill", 1), ("distill", 1)]
+    assert all(np.isfinite(row["teacher_kl"]) and row["teacher_kl"] != 0 for row in steps)
+    drawn = load_run(run).rollouts.to_pylist()
+    credits = [c for r in drawn if r["step"] == 0 for c in r["credit"]]
+    assert steps[0]["teacher_kl"] == pytest.approx(-np.mean(credits), rel=1e-4)  # q - l of each token is its credit
+    assert len({*credits}) > 10

@@ -1,5 +1,7 @@
 """The server with a tiny model on MLX: what clients get is what the model itself gives."""
 
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -89,3 +91,14 @@ def test_a_model_on_mlx_goes_on_after_a_kill_as_if_nothing_had_been(tmp_path):
     with running(tiny, tmp_path / "killed") as server:
         found += steps(Asking(server.url), model, 7, 2)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_a_process_whose_models_compiled_something_ends_well():
+    ending = """
+import textpolicy.mlx, mlx.core as mx
+from textpolicy.serve.worker import ModelThread
+kept = [mx.compile(lambda x, i=i: (x * i).sum() + mx.exp(x).max()) for i in range(40)]
+ModelThread().submit(lambda: mx.eval([f(mx.ones(10)) for f in kept])).result()
+"""
+    done = [subprocess.run([sys.executable, "-c", ending], capture_output=True, text=True) for _ in range(3)]
+    assert [(ran.returncode, ran.stderr) for ran in done] == [(0, "")] * 3

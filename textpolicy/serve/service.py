@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from .journal import Journal
 from .registry import Job, Registry, Session, Tenant
 from .sampling import Decoders
 from .training import Training
-from .worker import Worker
+from .worker import ModelThread, Worker
 
 MOST_WAITING = 20_000  # requests
 MOST_BYTES = 2**30  # of requests that wait
@@ -52,14 +52,14 @@ class Service:
         self.lock = RunLock(folder)
         self.lock.__enter__()
         self.folder, self.journal = folder, Journal(folder)
-        self._thread = ThreadPoolExecutor(1, "models")
-        self.models = self._thread.submit(models).result()
+        thread = ModelThread()
+        self.models = thread.submit(models).result()
         self.registry = Registry(self.journal)
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.training = Training(self.models, self.registry, self.checkpoints, folder)
         self.decoders = Decoders(self.models, self.registry, self.checkpoints)
         self.decoders.newest = self.training.newest
-        self.worker = Worker(self._thread, self.training, self.decoders, self.registry, patience)
+        self.worker = Worker(thread, self.training, self.decoders, self.registry, patience)
         self.waiting = sum(job.waiting for job in self.registry.jobs.values())
         self.bytes = sum(len(job.payload or b"") for job in self.registry.jobs.values())
         self._counting = threading.Lock()
@@ -71,7 +71,6 @@ class Service:
     def close(self) -> None:
         """End after what is under way; the rest is done by the next server in the folder."""
         self.worker.stop()
-        self._thread.shutdown()
         self.journal.close()
         self.lock.__exit__(None, None, None)
 

@@ -9,7 +9,9 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from .._system.faults import machine_fault
 from ..errors import NotFiniteError, TextPolicyError, UserError
@@ -21,15 +23,43 @@ from .training import Training
 
 LATE = 330.0  # seconds after which a request that others wait for will not come: the SDK tries for 300
 REST = 3600.0  # seconds without a request after which a model leaves memory
+T = TypeVar("T")
 KEEP_RESULTS = 600.0  # seconds for which a result is kept after it was retrieved
 HOUSEKEEPING = 5.0  # seconds between rounds of it
+
+
+class ModelThread:
+    """The thread that owns the models. It never ends, but waits for the process to.
+
+    MLX frees what a thread has compiled after Python's part of the thread has ended, and where Python is ending
+    meanwhile, that aborts the process (benchmarks/upstream/compiled_in_a_thread.py).
+    """
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        threading.Thread(target=self._run, name="models", daemon=True).start()
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        """Call ``call`` after what was submitted before; return the future of its result."""
+        future: Future[T] = Future()
+        self._calls.put((future, call))
+        return future
+
+    def _run(self) -> None:
+        while True:
+            future, call = self._calls.get()
+            try:
+                future.set_result(call())
+            except BaseException as error:  # noqa: BLE001 - the caller raises it
+                future.set_exception(error)
+            del future, call
 
 
 class Worker:
     """The thread. Everything but its public methods runs in it."""
 
     def __init__(
-        self, thread: Executor, training: Training, decoders: Decoders, registry: Registry, patience: float
+        self, thread: ModelThread, training: Training, decoders: Decoders, registry: Registry, patience: float
     ) -> None:
         """Take sessions that are not heard of for ``patience`` seconds for gone."""
         self._thread = thread

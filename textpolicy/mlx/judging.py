@@ -45,7 +45,7 @@ class Reader:
     def __call__(self, opening: str, rests: Sequence[str]) -> np.ndarray:
         """Return the probabilities (N, digits) float64 of the next token after each message ``opening + rest``."""
         with patched(self.model, pass_patches()):
-            return np.array([self._one(opening, rest) for rest in rests], np.float64).reshape(-1, len(self._ids))
+            return np.array([self._one(opening, rest) for rest in rests], float).reshape(-1, len(self._ids))
 
     def _one(self, opening: str, rest: str) -> list[float]:
         ids = list(self._codec.encode(opening + rest, None))
@@ -62,5 +62,5 @@ class Reader:
             begin, context = [], Context(self.model)
         hidden = context.fork(np.zeros(1, np.int32)).read(self._split.body, mx.array([ids[len(begin) :]]))
         probabilities = mx.softmax(self._split.head(hidden[0, -1:]).astype(mx.float32), axis=-1)
-        found = np.array(probabilities, np.float64)[0]
+        found = np.array(probabilities, float)[0]
         return [float(found[some].sum()) for some in self._ids]

@@ -10,6 +10,8 @@ TWICE = """
 import os, signal
 from textpolicy._system import signals
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+
 def write(file, text, write=os.write):
     {during}
     return write(file, text)

@@ -31,7 +31,7 @@ from textpolicy.mlx.decode.sampling import Sampler
 from textpolicy.mlx.engine import MLXEngine
 from textpolicy.mlx.kernels.attention import patches
 from textpolicy.mlx.kernels.patching import patched
-from textpolicy.mlx.read.context import PromptTree
+from textpolicy.mlx.read.prompts import PromptTree
 
 import mlx.core as mx  # isort: skip  (after textpolicy, which gives it a fast BLAS)
 import mlx.nn as nn  # isort: skip

@@ -120,7 +120,7 @@ class Engine(Protocol):
 class KeepingEngine(Engine, Protocol):
     """The engine that can keep what it has read from one turn of a conversation to the next."""
 
-    def turns(self) -> AbstractContextManager[None]:
+    def keep_turns(self) -> AbstractContextManager[None]:
         """Keep what completions have read, within the context, for the prompts that continue them."""
 
 

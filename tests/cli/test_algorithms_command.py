@@ -23,6 +23,7 @@ SAMPLES = {  # a value for every setting under [algorithm]
     "kl.importance_weighted": False, "correction.low": 0.5, "correction.high": 2.0, "sepa.steps": 10,
     "sepa.schedule": "auto", "sepa.delay_steps": 1, "sepa.correct_rate_gate": 0.2, "kl.place": "reward",
     "kl.estimator": "k2", "correction.level": "token", "correction.how": "truncate",
+    "entropy_bonus": 0.001, "entropy_target": 0.5, "entropy_step": 0.0002,
 }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def collect(
     go to the engine in one call, with all their tokens so far. ``pieces`` adds the text of every token.
     """
     several = isinstance(env, DrivenEnv) or not env.single_turn
-    kept = engine.turns() if several and isinstance(engine, KeepingEngine) else nullcontext()
+    kept = engine.keep_turns() if several and isinstance(engine, KeepingEngine) else nullcontext()
     if isinstance(env, DrivenEnv):
         with kept:
             played = env.play(engine, Wanted(prompts, group_size, sampling, first_group, pieces))

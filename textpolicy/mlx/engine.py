@@ -81,10 +81,10 @@ class MLXEngine:
         self._compiled_state: Any = None
         self._steps: Steps | None = None  # compiled decoding steps, on a GPU
         self._tried_steps = self._noisy = False
-        self._kept: Kept | None = None  # within ``turns``
+        self._kept: Kept | None = None  # within ``keep_turns``
 
     @contextmanager
-    def turns(self) -> Iterator[None]:
+    def keep_turns(self) -> Iterator[None]:
         """Keep what completions have read, within the context, for prompts that continue them.
 
         Such a prompt is the text of an earlier prompt and its completion, and more: of it only the rest is read. The

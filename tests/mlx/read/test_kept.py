@@ -102,6 +102,6 @@ def test_an_engine_keeps_turns_only_while_it_is_asked_to(monkeypatch):
         return second.tokens.tolist(), counts[0]
 
     said, whole = second_turn()
-    with engine.turns():
+    with engine.keep_turns():
         assert second_turn() == (said, 2)  # the stop token and the first of the reply; the last is read by the step
     assert second_turn() == (said, whole)

@@ -47,7 +47,7 @@ def tiny_run(monkeypatch, tmp_path):
         parts = {"train": tuple(problems), "validation": tuple(problems[:2]), "test": tuple(problems[:2])}
         monkeypatch.setitem(TASKS, "tiny", lambda: Task("tiny", "", prompt=lambda q: q, reward=reward, **parts))
         engine = make_tiny_engine(vocabulary=16), Numbers()
-        monkeypatch.setattr("textpolicy.run.assembly.build_engine", lambda config, recipe: engine)
+        monkeypatch.setattr("textpolicy.run.assembly.build_engine", lambda *_: engine)
         kept = Kept()
         monkeypatch.setattr(runs, "open_trackers", lambda config, folder, before, kept_bytes: [kept])
         small = {"rollout": {"prompts_per_step": 2, "group_size": 4, "max_tokens": 3}, "optimizer": {"warmup_steps": 1}}

@@ -5,6 +5,7 @@ import importlib
 import platform
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -180,10 +181,23 @@ def test_no_more_threads_are_used_than_other_programs_leave_cores_free(monkeypat
     monkeypatch.setattr(blas, "blas_threads", lambda: counts[-1])
     monkeypatch.setattr(blas, "set_blas_threads", counts.append)
     monkeypatch.setattr(blas.os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(blas.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    clock = iter([0.0, 2.0])
+    busy = iter([50.0, 50.0 + 2 * load])
+    monkeypatch.setattr(blas, "_busy_seconds", lambda: next(busy))
+    monkeypatch.setattr(blas.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(blas.time, "process_time", lambda: 7.0)
+    monkeypatch.setattr(blas.time, "sleep", lambda seconds: None)
     blas.leave_busy_cores()
     assert counts[-1] == used
     assert [f"{used} of {threads} BLAS threads" in said for said in caplog.messages] == [True] * (used < threads)
+
+
+@linux_cpu
+def test_the_seconds_that_cores_work_are_counted():
+    before, own = blas._busy_seconds(), time.process_time()
+    while time.process_time() - own < 0.2:
+        pass
+    assert blas._busy_seconds() - before >= 0.15  # in hundredths
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from ..errors import MissingDependencyError, UserError
 
 logger = logging.getLogger(__name__)
 
+_LOOK = 0.4  # seconds for which the cores are watched
 _PACKAGE = "ngsolve-openblas" if platform.machine() == "x86_64" else "cmeel-openblas"
 SLOW_GFLOPS = 20.0  # the reference BLAS reaches about 6, OpenBLAS 80 or more per core
 SLOW_ADVICE = (
@@ -103,9 +104,21 @@ def starved(engine_seconds: float, cpu_seconds: float) -> str | None:
     )
 
 
+def _busy_seconds() -> float:
+    """Return the seconds that all cores of a Linux machine have worked since it started."""
+    user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8])
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+
+
 def leave_busy_cores() -> None:
     """Use no more BLAS threads than other programs leave cores free, and log it where those are fewer."""
-    cores, load, most = os.cpu_count() or 1, os.getloadavg()[0], blas_threads()
+    most, cores = blas_threads(), os.cpu_count() or 1
+    if most < 2:
+        return
+    started, busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
+    time.sleep(_LOOK)  # what is busy now: the load average holds the minutes before, such as an installation's
+    used = _busy_seconds() - busy - (time.process_time() - own)
+    load = max(0.0, used / (time.perf_counter() - started))
     free = max(1, round(cores - load))
     if most > free:
         set_blas_threads(free)

@@ -1,10 +1,14 @@
-"""Run tests/mlx on a GPU, a process for each part of a file, and append one JSON row of what passed.
+"""Run tests/mlx on a GPU, a process for each part of a file, and append one JSON row of what passed for each mode.
 
-    python benchmarks/gpu_tests.py [--generic] [--jobs 12] [--logs FOLDER] [tests/mlx/decode ...]
+    python benchmarks/gpu_tests.py [--mode generic kernels] [--jobs 16] [--logs FOLDER] [tests/mlx/decode ...]
 
---generic sets TEXTPOLICY_GENERIC_GPU=1: MLX's own operations, as on every GPU but those of NVIDIA. A kernel that
-faults makes everything fail that runs later in its process, so parts are small. All share MLX_PTX_CACHE_DIR, where
-one may read a kernel that another is still writing: a part with failures runs again alone, and the row counts both.
+The mode generic sets TEXTPOLICY_GENERIC_GPU=1: MLX's own operations, as on every GPU but those of NVIDIA. Both modes
+share the processes, so the seconds of a row are those of all modes. A kernel that faults makes everything fail that
+runs later in its process, and two processes may meet in MLX_PTX_CACHE_DIR, where one reads a kernel that the other is
+still writing: tests that fail, or are not reached, run once more in processes of at most five. The row counts both.
+
+--outcomes FILE keeps the outcome of every test, a line for each process as it ends; a test that has passed or been
+skipped there is counted and not run again. --limit ends everything after so many seconds.
 """
 
 from __future__ import annotations
@@ -17,86 +21,127 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, zip_longest
 from pathlib import Path
 
 from machine import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "gpu_tests.jsonl"
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-m", "not slow"]
-OUTCOMES = ("passed", "failed", "error", "skipped")
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:benchmark", "-m", "not slow"]
+MODES = {"generic": "1", "kernels": "0"}  # of TEXTPOLICY_GENERIC_GPU
+OUTCOMES = ("passed", "failed", "error", "skipped", "not reached")
+TOLD = re.compile(r"^(tests/\S+?::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", re.MULTILINE)
+WRONG = ("failed", "error", "not reached")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("paths", nargs="*", default=["tests/mlx"])
-    parser.add_argument("--generic", action="store_true", help="without our CUDA kernels")
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--jobs", type=int, default=12, help="processes at a time")
     parser.add_argument("--part", type=int, default=30, help="tests of a process, at most")
     parser.add_argument("--seconds", type=int, default=300, help="limit of a process")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds after which nothing is begun or goes on")
     parser.add_argument("--logs", type=Path, help="folder for the output of parts with failures")
+    parser.add_argument("--outcomes", type=Path, help="file of the outcomes of tests, read and added to")
     asked = parser.parse_args()
-    os.environ |= {
-        "TEXTPOLICY_GENERIC_GPU": str(int(asked.generic)),
-        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
-    }
-    began = time.perf_counter()
-    parts = parts_of(asked.paths, asked.part)
-    with ThreadPoolExecutor(asked.jobs) as pool:
-        first = list(pool.map(lambda part: run(part, asked.seconds, asked.logs), parts))
-    wrong = [i for i, counts in enumerate(first) if counts["failed"] or counts["error"]]
-    again = {i: run(parts[i], asked.seconds, asked.logs) for i in wrong}
-    total: collections.Counter[str] = collections.Counter()
-    for i, counts in enumerate(first):
-        total.update(again.get(i, counts))
-    row = {
-        "benchmark": "gpu_tests",
-        "mode": "generic" if asked.generic else "kernels",
-        **{outcome: total[outcome] for outcome in OUTCOMES},
-        "failed_at_first": sum(first[i]["failed"] + first[i]["error"] for i in wrong),
-        "processes": len(parts) + len(wrong),
-        "seconds": time.perf_counter() - began,
-        **describe(),
-    }
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    print({key: row[key] for key in ("mode", *OUTCOMES, "failed_at_first", "seconds")})
-    sys.exit(bool(total["failed"] or total["error"]))
+    began = time.monotonic()
+    listed, found = collected(asked.paths), known(asked.outcomes)
+    first = {mode: dict.fromkeys(listed, "not reached") | found[mode] for mode in asked.mode}
+    last = {mode: dict(outcomes) for mode, outcomes in first.items()}
+    processes = dict.fromkeys(asked.mode, 0)
+    for attempt, size in ((first, asked.part), (last, 5)):
+        parts = {mode: parts_of([t for t in listed if last[mode][t] in WRONG], size) for mode in asked.mode}
+        with ThreadPoolExecutor(asked.jobs) as pool:
+            queue = filter(None, chain(*zip_longest(*([(mode, p) for p in parts[mode]] for mode in asked.mode))))
+            done = pool.map(lambda one: (*one, run(*one, asked, began + asked.limit)), list(queue))
+            for mode, part, outcomes in done:
+                processes[mode] += 1
+                for outcomes_so_far in (attempt, last):
+                    outcomes_so_far[mode] |= {test: outcomes[test] for test in part}
+    for mode in asked.mode:
+        counted = collections.Counter(last[mode][test] for test in listed)
+        row = {
+            "benchmark": "gpu_tests",
+            "mode": mode,
+            "paths": asked.paths,
+            **{outcome: counted[outcome] for outcome in OUTCOMES},
+            "wrong_at_first": sum(first[mode][test] in WRONG for test in listed),
+            "known_before": sum(found[mode].get(test) not in (None, *WRONG) for test in listed),
+            "processes": processes[mode],
+            "seconds": time.monotonic() - began,
+            **describe(),
+        }
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print({key: row[key] for key in ("mode", *OUTCOMES, "wrong_at_first", "seconds")})
+        for test in listed:
+            if last[mode][test] in WRONG:
+                print(mode, last[mode][test], test)
+    sys.exit(any(last[mode][test] in WRONG for mode in asked.mode for test in listed))
 
 
-def parts_of(paths: list[str], size: int) -> list[list[str]]:
-    """The tests below ``paths`` in parts of one file and at most ``size`` tests each, the longest files first."""
-    listed = subprocess.run([*PYTEST, "--collect-only", *paths], cwd=ROOT, capture_output=True, text=True, check=False)
+def collected(paths: list[str]) -> list[str]:
+    """The names of the tests below ``paths``."""
+    command = [*PYTEST, "-q", "--collect-only", *paths]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    tests = [line for line in told.stdout.splitlines() if "::" in line and not line.startswith(("ERROR", "SKIPPED"))]
+    if told.returncode:
+        raise SystemExit(told.stdout[-2000:] + told.stderr[-2000:])
+    return tests
+
+
+def known(file: Path | None) -> dict[str, dict[str, str]]:
+    """The outcomes of tests by mode that ``file`` has."""
+    found: dict[str, dict[str, str]] = {mode: {} for mode in MODES}
+    for line in file.read_text(encoding="utf-8").splitlines() if file and file.exists() else ():
+        row = json.loads(line)
+        found[row["mode"]] |= row["outcomes"]
+    return found
+
+
+def parts_of(tests: Iterable[str], size: int) -> list[list[str]]:
+    """The tests in parts of one file and at most ``size`` tests each, the longest files first."""
     files: dict[str, list[str]] = {}
-    for line in listed.stdout.splitlines():
-        if "::" in line and not line.startswith(("ERROR", "SKIPPED")):
-            files.setdefault(line.split("::")[0], []).append(line)
-    if not files:
-        raise SystemExit(listed.stdout[-2000:] + listed.stderr[-2000:])
+    for test in tests:
+        files.setdefault(test.split("::")[0], []).append(test)
     files = dict(sorted(files.items(), key=lambda item: -len(item[1])))
     return [tests[i : i + size] for tests in files.values() for i in range(0, len(tests), size)]
 
 
-def run(part: list[str], seconds: int, logs: Path | None) -> collections.Counter[str]:
-    """The number of tests of ``part`` by outcome; those that a process did not come to are errors."""
+def run(mode: str, part: list[str], asked: argparse.Namespace, end: float) -> dict[str, str]:
+    """The outcome of each test of ``part``."""
+    outcomes, began = dict.fromkeys(part, "not reached"), time.monotonic()
+    if began >= end:
+        return outcomes
+    path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    env = {**os.environ, "TEXTPOLICY_GENERIC_GPU": MODES[mode], "PYTHONPATH": path}
+    seconds = min(asked.seconds, end - began)
     try:
         done = subprocess.run(
-            [*PYTEST, "--tb=short", *part], cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False
+            [*PYTEST, "-v", "--tb=short", *part], cwd=ROOT, env=env, capture_output=True, text=True, timeout=seconds
         )
         output = done.stdout + done.stderr
     except subprocess.TimeoutExpired as late:
-        output = f"{(late.stdout or b'').decode(errors='replace')}\nnot done in {seconds} s"
-    found = {
-        outcome: int(n) for n, outcome in re.findall(r"(\d+) (passed|failed|error|skipped)", output.splitlines()[-1])
-    }
-    counts = collections.Counter(found)
-    counts["error"] += max(0, len(part) - sum(counts.values()))
-    if logs and (counts["failed"] or counts["error"]):
-        logs.mkdir(parents=True, exist_ok=True)
-        (logs / (re.sub(r"\W+", "_", part[0]) + ".log")).write_text(output, encoding="utf-8")
-        print(part[0].split("::")[0], dict(counts), flush=True)
-    return counts
+        output = f"{(late.stdout or b'').decode(errors='replace')}\nnot done in {seconds:.0f} s"
+    for test, told in TOLD.findall(output):
+        if test in outcomes and outcomes[test] != "failed":  # an error at its end follows that a test has passed
+            outcomes[test] = "skipped" if told == "XFAIL" else told.lower()
+    wrong = collections.Counter(outcome for outcome in outcomes.values() if outcome in WRONG)
+    if asked.outcomes:
+        row = {"mode": mode, "seconds": time.monotonic() - began, "outcomes": outcomes}
+        with asked.outcomes.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    if wrong:
+        print(f"{time.monotonic() - began:5.0f} s  {mode}  {part[0]}  {dict(wrong)}", flush=True)
+        if asked.logs:
+            asked.logs.mkdir(parents=True, exist_ok=True)
+            name = re.sub(r"\W+", "_", f"{mode} {part[0]}")[:150]
+            (asked.logs / f"{name}_{len(part)}.log").write_text(output, encoding="utf-8")
+    return outcomes
 
 
 if __name__ == "__main__":

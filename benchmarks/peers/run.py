@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/peers/run.py [--workloads short] [--peers textpolicy trl-bfloat16] [--steps 5]
     python benchmarks/peers/run.py --workloads gpu --here --tokenizer FOLDER --peers textpolicy trl-bfloat16
+    python benchmarks/peers/run.py --workloads gpu --here --tokenizer FOLDER --peers textpolicy-generic mlx-lm-floor
 
 Every peer runs its own training loop in a process and a virtual environment of its own (made on the first run, below
 --envs) on the same model, prompts, LoRA shape, optimiser, number of threads and length of completions, which nothing
@@ -85,10 +86,12 @@ class Peer:
     variant: str = ""
     python: tuple[int, int] = (3, 11)  # the oldest that will do
     is_mlx_trainer: bool = False  # one of the peers that textpolicy is held against
+    settings: tuple[tuple[str, str], ...] = ()  # environment variables
 
 
 PEERS = {
     "textpolicy": Peer("peer_textpolicy.py"),
+    "textpolicy-generic": Peer("peer_textpolicy.py", settings=(("TEXTPOLICY_GENERIC_GPU", "1"),)),
     "mlx-lm-lora": Peer("peer_mlx_lm_lora.py", ("mlx-lm-lora==5.10.2", *MLX), is_mlx_trainer=True),
     "mlx-lm-lora-wide": Peer("peer_mlx_lm_lora.py", ("mlx-lm-lora==5.10.2", *MLX), "wide", is_mlx_trainer=True),
     "textpolicy-0.1.11": Peer(
@@ -102,7 +105,9 @@ PEERS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument(
+        "--peers", nargs="+", choices=PEERS, default=[name for name in PEERS if name != "textpolicy-generic"]
+    )
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["short", "long-prompt"])
     parser.add_argument("--visits", type=int, default=2, help="how often each peer has its turn, in a new process")
     parser.add_argument("--warmup", type=int, default=1, help="steps at the beginning of a visit that do not count")
@@ -200,7 +205,7 @@ class Run:
 
     def _process(self, python: str, errors: TextIO, packages: str | None) -> subprocess.Popen[str]:
         command = [python, str(HERE / PEERS[self.name].script), json.dumps(asdict(self.task))]
-        pipe, env = subprocess.PIPE, surroundings(self.task, packages)
+        pipe, env = subprocess.PIPE, surroundings(self.task, packages) | dict(PEERS[self.name].settings)
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True, env=env)
 
     def _step(self, process: subprocess.Popen[str], log: Path) -> dict[str, Any]:

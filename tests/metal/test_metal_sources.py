@@ -49,6 +49,10 @@ BRANCHES = {
     "mlx/kernels/metal.py is_default": ("our Metal kernels", ENGINE),
     "mlx/kernels/plain.py plain_operations": ("mlx-lm's operations under a gradient", KERNELS),
     "mlx/kernels/plain.py refuse_kernels_alone": ("a sentence for BitNet and Muse Spark", KERNELS),
+    "mlx/kernels/scans.py patches": (
+        "running sums along the last axis",
+        "mlx/kernels/test_scans.py::test_no_pass_on_a_gpu_lets_mlx_sum_down_an_axis_that_is_not_the_last",
+    ),
     "mlx/memory.py Costs.measure": ("no work ahead", "mlx/test_memory.py::test_costs_are_measured_with_no_work_ahead"),
     "mlx/memory.py Costs.decode": ("steps that share prompts", "mlx/test_memory.py::test_decoding_on_a_gpu"),
     "mlx/memory.py Costs.update": ("a wider margin", MEASURED),

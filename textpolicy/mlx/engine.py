@@ -25,7 +25,7 @@ from .blas import blas_threads
 from .decode.compiled_steps import Steps
 from .decode.decoder import decode
 from .decode.folded_weights import copies, folded
-from .kernels import attention, gathers, masks
+from .kernels import attention, gathers, masks, scans
 from .kernels.patching import patched
 from .kernels.plain import plain_operations
 from .read.bounds import Bounds
@@ -107,7 +107,7 @@ class MLXEngine:
         self.bounds.refuse_beyond(max(map(len, read)) + sampling.max_tokens, "a prompt with its completion")
         rows = [p for p in read for _ in range(n)]
         # Kimi K3 compiles a step of its own on Metal, with the adapter as it is the first time
-        with patched(self.model, attention.patches()), plain_operations("kimi_k3"), self._within("decode"):
+        with patched(self.model, decode_patches()), plain_operations("kimi_k3"), self._within("decode"):
             model = folded(self.model, min(len(rows), self.decode_rows)) if self.copies else self.model
             if not self._tried_steps and mx.default_device() == mx.Device(mx.gpu):
                 self._steps, self._tried_steps = Steps.chosen(self.model, self.compiled), True
@@ -354,9 +354,14 @@ class MLXEngine:
         }
 
 
+def decode_patches() -> Mapping[str, Callable[..., Any]]:
+    """Return the functions that replace mlx-lm's while completions are sampled."""
+    return {**attention.patches(), **scans.patches()}
+
+
 def pass_patches() -> Mapping[str, Callable[..., Any]]:
     """Return the functions that replace mlx-lm's in passes over whole batches."""
-    return {**attention.patches(), **masks.patches(), **gathers.patches()}
+    return {**attention.patches(), **masks.patches(), **gathers.patches(), **scans.patches()}
 
 
 @dataclass(frozen=True, repr=False)

@@ -91,9 +91,9 @@ def patched(model: nn.Module, functions: Mapping[str, Callable[..., Any]]) -> It
 
     A Python module that does not import the name, or defines its own function of that name, is left alone.
     """
-    from mlx_lm.models import activations, base, switch_layers
+    from mlx_lm.models import activations, base, ssm, switch_layers
 
-    libraries = (activations, base, switch_layers)
+    libraries = (activations, base, ssm, switch_layers)
     originals = {name: function for library in libraries for name, function in vars(library).items()}
     changed = [
         (sys.modules[library], name)

@@ -23,7 +23,7 @@ from ...types import Completion, token_ids
 from ..decode.decoder import ActiveRows, distinct
 from ..decode.folded_weights import FEW, folded
 from ..decode.sampling import Sampler, uniforms
-from ..kernels import attention
+from ..engine import decode_patches
 from ..kernels.patching import patched
 from ..kernels.plain import plain_operations
 from ..read.bounds import Bounds
@@ -130,7 +130,7 @@ class Decoding:
 
         A request whose logits are not finite ends with an error, and the others go on.
         """
-        with patched(self._base, attention.patches()), plain_operations("kimi_k3"):
+        with patched(self._base, decode_patches()), plain_operations("kimi_k3"):
             self._start_queued()
             for _ in range(_AT_ONCE):
                 for group in list(self._active):

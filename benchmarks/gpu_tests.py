@@ -54,7 +54,9 @@ def main() -> None:
     last = {mode: dict(outcomes) for mode, outcomes in first.items()}
     processes = dict.fromkeys(asked.mode, 0)
     for attempt, size in ((first, asked.part), (last, 5)):
-        parts = {mode: parts_of([t for t in listed if last[mode][t] in WRONG], size) for mode in asked.mode}
+        parts = {
+            mode: parts_of([t for t in listed if last[mode][t] in WRONG], size, asked.paths) for mode in asked.mode
+        }
         with ThreadPoolExecutor(asked.jobs) as pool:
             queue = filter(None, chain(*zip_longest(*([(mode, p) for p in parts[mode]] for mode in asked.mode))))
             done = pool.map(lambda one: (*one, run(*one, asked, began + asked.limit)), list(queue))
@@ -103,12 +105,16 @@ def known(file: Path | None) -> dict[str, dict[str, str]]:
     return found
 
 
-def parts_of(tests: Iterable[str], size: int) -> list[list[str]]:
-    """The tests in parts of one file and at most ``size`` tests each, the longest files first."""
+def parts_of(tests: Iterable[str], size: int, paths: list[str]) -> list[list[str]]:
+    """The tests in parts of one file and at most ``size`` each; those of a path before the next, long files first."""
     files: dict[str, list[str]] = {}
     for test in tests:
         files.setdefault(test.split("::")[0], []).append(test)
-    files = dict(sorted(files.items(), key=lambda item: -len(item[1])))
+
+    def order(file: str) -> tuple[int, int]:
+        return next(i for i, path in enumerate(paths) if file.startswith(path.split("::")[0])), -len(files[file])
+
+    files = {file: files[file] for file in sorted(files, key=order)}
     return [tests[i : i + size] for tests in files.values() for i in range(0, len(tests), size)]
 
 

@@ -35,14 +35,14 @@ def batch():
 @pytest.mark.parametrize("name", READS_ITSELF)
 def test_layers_whose_weights_a_model_reads_itself_are_refused_by_name(name):
     with pytest.raises(UserError, match=f"{name} reads the weights of ") as refused:
-        attach(tiny_family(name), LoRA(rank=2))
+        attach(tiny_family(name), LoRA(rank=4))
     assert all(layer in str(refused.value) for layer in READS_ITSELF[name])
-    attach(tiny_family(name), LoRA(rank=2, modules=("o_proj",)))
+    attach(tiny_family(name), LoRA(rank=4, modules=("o_proj",)))
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "afm7"])
 def test_activations_computed_again_leave_the_loss_and_gradients_of_every_family(name):
-    model, objective = adapted(name, LoRA(rank=2)), PolicyObjective(Surrogate())
+    model, objective = adapted(name, LoRA(rank=4)), PolicyObjective(Surrogate())
     if name in CANNOT_SHARE:
         with pytest.raises(UserError, match=r"choose (another model|a model with)"):
             MLXEngine(model, stop=[0]).gradients(batch(), objective)
@@ -52,7 +52,7 @@ def test_activations_computed_again_leave_the_loss_and_gradients_of_every_family
     assert again["loss"] == pytest.approx(loss["loss"], rel=1e-5, abs=1e-6)
     exact = dict(tree_flatten(kept))
     largest = max(float(mx.abs(value).max()) for value in exact.values())
-    assert largest > 1e-3
+    assert largest > 1e-4
     for key, value in tree_flatten(ours):
         assert float(mx.abs(value - exact[key]).max()) < 1e-5 * largest, key
 
@@ -63,8 +63,8 @@ OTHERS = ["gemma4_text", "kimi_k3", "nemotron-nas", "recurrent_gemma"]
 @pytest.mark.parametrize(
     ("name", "adapter"),
     [
-        *[(name, LoRA(rank=2)) for name in FAMILIES if name != "afm7"],
-        *[(name, kind) for kind in (DoRA(rank=2), LoRAXS(rank=2)) for name in OTHERS],
+        *[(name, LoRA(rank=4)) for name in FAMILIES if name != "afm7"],
+        *[(name, kind) for kind in (DoRA(rank=4), LoRAXS(rank=4)) for name in OTHERS],
     ],
     ids=lambda value: value if isinstance(value, str) else value.kind,
 )

@@ -712,7 +712,7 @@ def mixture():
     return qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(settings))
 
 
-@pytest.mark.parametrize("adapter", [LoRA(rank=2), TinyLoRA()], ids=["lora", "tinylora"])
+@pytest.mark.parametrize("adapter", [LoRA(rank=4), TinyLoRA()], ids=["lora", "tinylora"])
 def test_the_experts_of_a_mixture_are_adapted_saved_merged_and_left_by_those_that_cannot(adapter, tmp_path):
     base = mixture()
     plain = logprobs(base)

@@ -132,7 +132,8 @@ def latent(tmp_path, quantised):
 @pytest.mark.parametrize("mode", [{"group_size": 32, "bits": 8}, {"group_size": 32, "bits": 4, "mode": "mxfp4"}])
 def test_a_quantised_base_with_latent_attention_is_exported_in_floats_alone(tmp_path, mode):
     folder = latent(tmp_path, mode)
-    expected = logits(mlx_lm.load(str(folder))[0], [5, 6, 7])
+    with mx.stream(mx.cpu):  # MLX on CUDA has no products with so few quantised numbers
+        expected = logits(mlx_lm.load(str(folder))[0], [5, 6, 7])
     assert main(["export", "--model", str(folder), "--to", "mlx", "--out", str(tmp_path / "out")]) == 0
     model, config = load_model_of_mlx_lm(tmp_path / "out")
     np.testing.assert_allclose(logits(model, [5, 6, 7]), expected, atol=2e-2)

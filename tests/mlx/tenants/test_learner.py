@@ -60,7 +60,10 @@ LOSSES = [
 ]
 
 
-def assert_close(ours, oracle, tolerance=2e-4):
+CLOSE = 1e-3 if mx.default_device() == mx.gpu else 2e-4  # a GPU adds in another order
+
+
+def assert_close(ours, oracle, tolerance=CLOSE):
     assert ours.keys() == oracle.keys()
     for name, value in oracle.items():
         scale = np.abs(value).max() + 1e-9
@@ -324,7 +327,7 @@ def test_a_step_that_cannot_be_changes_nothing(adam):
 )
 def test_layers_whose_weights_a_model_reads_itself_are_left_out_of_an_adapter(family, left_out):
     base = tiny_base(tiny_family(family), context=None)
-    learner = base.learner(Adapter(rank=2))
+    learner = base.learner(Adapter(rank=4))
     adapted = {name.rpartition(".")[0] for name in arrays(learner)}
     inside = {id(part) for block in base.model.layers for part in block.modules()}
     linear = {n for n, part in base.model.named_modules() if isinstance(part, nn.Linear) and id(part) in inside}

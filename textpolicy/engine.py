@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from .devices.team import Team
 from .errors import UserError, refuse_not_positive, refuse_outside
 from .losses import Surrogate
 from .types import Batch, Completion, Floats
@@ -117,11 +118,30 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class KeepingEngine(Engine, Protocol):
-    """The engine that can keep what it has read from one turn of a conversation to the next."""
+class LocalEngine(Engine, Protocol):
+    """The engine in this process, which may be one of several ranks."""
+
+    team: Team  # of one, or the ranks that share every batch with this one
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, streams: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
+        """Sample ``n`` completions for every prompt, each from the random stream of its number in ``streams``.
+
+        By default these count from 0. What a completion draws depends on ``sampling.seed`` and its stream alone.
+        """
 
     def keep_turns(self) -> AbstractContextManager[None]:
         """Keep what completions have read, within the context, for the prompts that continue them."""
+
+
+def sample_from(
+    engine: Engine, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, streams: Sequence[int]
+) -> list[list[Completion]]:
+    """Sample ``n`` completions for every prompt, where the engine is local from the random ``streams`` given."""
+    if isinstance(engine, LocalEngine):
+        return engine.sample(prompts, n, sampling, streams)
+    return engine.sample(prompts, n, sampling)
 
 
 class ResumableEngine(Engine, Protocol):

@@ -28,6 +28,10 @@ class StoppedError(TextPolicyError):
         self.exit_code = 128 + signal
 
 
+class RankError(TextPolicyError):
+    """The error that ends a rank because another one failed, died or is waited for in vain; "" where that says so."""
+
+
 class MissingDependencyError(TextPolicyError, ImportError):
     """The error for an optional package that is not installed; the message carries the install line."""
 

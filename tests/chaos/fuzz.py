@@ -182,10 +182,10 @@ def config(folder: Path) -> Target:
     """Settings as JSON or TOML would bring them, through the recipe and the adapter."""
     from textpolicy.config.recipe import configure
     from textpolicy.config.settings import Config, check_config
-    from textpolicy.run.resume import _leaves
+    from textpolicy.run.resume import leaves
 
     whole = json.loads(Config().model_dump_json())
-    names = [name for name, _ in _leaves(whole)]
+    names = [name for name, _ in leaves(whole)]
     given_names = st.sampled_from(names) | st.text(max_size=10)
 
     def tree(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

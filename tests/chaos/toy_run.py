@@ -177,13 +177,13 @@ def quickly(patch: Any) -> None:
         patch.setattr(f"textpolicy.report.page.{chart}", lambda *given, **settings: "")
 
 
-TIMES = ("sample_seconds", "update_seconds", "tokens_per_second", "peak_memory_bytes")
+TIMES = ("sample_seconds", "update_seconds", "tokens_per_second", "peak_memory_bytes", "scaling")
 
 
 def metrics(folder: Path) -> list[dict]:
     """The rows of a run, without what depends on the clock or on what else the process did."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+    return [{k: v for k, v in row.items() if k not in TIMES and not k.startswith("rank_")} for row in rows]
 
 
 def outcome(folder: Path) -> dict:

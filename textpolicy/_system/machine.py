@@ -21,6 +21,11 @@ def runs_at_a_time() -> int:
     return max(1, int(os.environ.get(RUNS, "1")))
 
 
+def cores_of_each(processes: int) -> int:
+    """Return the cores of this machine that each of so many processes has for itself, at least one."""
+    return max(1, (os.cpu_count() or 1) // processes)
+
+
 def memory() -> int:
     """Return the bytes of memory of this machine, or of this container's share of it."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -69,12 +69,14 @@ def _run(arguments: list[str]) -> int:
         message = f"{error.filename!r} cannot be used ({error.strerror}); check the path"
     except KeyboardInterrupt:
         message, code = "stopped by Ctrl-C", 130
-    say(f"textpolicy: {one_line(message)}", stream=sys.stderr)
+    if message:
+        say(f"textpolicy: {one_line(message)}", stream=sys.stderr)
     return code
 
 
 def train(arguments: list[str]) -> int:
     """Train a model, or resume a run."""
+    from ..devices.launch import launched
     from ..run.resume import TrainArguments, saved_values
 
     given = read(TrainArguments, arguments, "train")
@@ -83,7 +85,8 @@ def train(arguments: list[str]) -> int:
         values = read_values(Path(local_path(given["config_file"])))
         check_config(values, given["config_file"])
     elif "resume" in given:
-        values = saved_values(Path(local_path(given["resume"])))
+        folder = Path(local_path(given["resume"]))
+        values = saved_values(folder) if folder.exists() or not launched() else {}  # rank 0 tells the others
     args = checked(TrainArguments, merged(values, given))
     if args.dry_run:
         from ..run.assembly import price

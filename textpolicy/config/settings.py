@@ -462,6 +462,10 @@ class MachineSettings(Section):
     """Recompute the activations of every n-th block instead of keeping them; 1 saves most memory, 0 turns it off."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the update's passes for shapes that occur again; auto does so only on a GPU."""
+    devices: PositiveInt = 1
+    """Ranks of the run on this machine, one for each GPU; mlx.launch starts them on several machines."""
+    deadline: Positive = 600.0
+    """Seconds that a rank waits for another before all of them end."""
     memory_limit_gb: Positive | None = None
     """Memory limit of MLX, in GB of 10^9 bytes; by default 80% of the machine's memory, or 90% of a GPU's."""
 

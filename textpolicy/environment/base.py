@@ -50,6 +50,18 @@ class Wanted:
     sampling: Sampling
     first_group: int = 0  # number of the first prompt's group; the others count up from it
     pieces: bool = True  # whether episodes get the text of every sampled token
+    groups: Sequence[int] = ()  # the number of each prompt's group, where they do not count up
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """The number of each prompt's group."""
+        return self.groups or range(self.first_group, self.first_group + len(self.prompts))
+
+    @property
+    def streams(self) -> list[int]:
+        """The number of each episode's random stream, which no other episode of the draw has."""
+        size = self.group_size
+        return [(group - self.first_group) * size + n for group in self.numbers for n in range(size)]
 
 
 class DrivenEnv(ABC):

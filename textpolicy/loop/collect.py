@@ -11,7 +11,8 @@ from operator import attrgetter
 import numpy as np
 
 from ..algorithms.credit import Rewards
-from ..engine import Engine, KeepingEngine, Sampling
+from ..devices.team import ALONE, SAMPLING, SCORING
+from ..engine import Engine, LocalEngine, Sampling, sample_from
 from ..environment.base import DrivenEnv, Wanted
 from ..environment.single_turn import TextGenerationEnv
 from ..types import Batch, Completion, Episode, over_episode
@@ -34,17 +35,39 @@ def collect(
     The group of an episode is its prompt's place in ``prompts``, counted from ``first_group``, so a prompt
     drawn twice has two groups. Episodes of several turns take their turns together: all unfinished ones
     go to the engine in one call, with all their tokens so far. ``pieces`` adds the text of every token.
+    Where the engine is one of several ranks, one of them plays and scores a whole group, and all return all episodes.
     """
+    wanted = Wanted(prompts, group_size, sampling, first_group, pieces)
+    if not isinstance(engine, LocalEngine) or engine.team.size == 1:
+        return _play(engine, env, wanted)
+
+    def play(places: Sequence[int]) -> tuple[list[list[Episode]], float]:
+        groups = [first_group + place for place in places]
+        played = _play(engine, env, replace(wanted, prompts=[prompts[p] for p in places], groups=groups))
+        tokens = sum(int(e.mask.sum()) for e in played)
+        return [[e for e in played if e.group == group] for group in groups], tokens
+
+    read = [0 if isinstance(env, DrivenEnv) else len(env.prompt_ids(i)) for i in prompts]
+    with engine.team.doing(SAMPLING):
+        dealt = engine.team.share_out([n + group_size * sampling.max_tokens for n in read], play)
+    return [e for group in dealt for e in group]
+
+
+def _play(engine: Engine, env: TextGenerationEnv | DrivenEnv, wanted: Wanted) -> list[Episode]:
+    """Return the scored episodes that are ``wanted``; the draws of each depend on the number of its group alone."""
     several = isinstance(env, DrivenEnv) or not env.single_turn
-    kept = engine.keep_turns() if several and isinstance(engine, KeepingEngine) else nullcontext()
+    team = engine.team if isinstance(engine, LocalEngine) else ALONE
+    kept = engine.keep_turns() if isinstance(engine, LocalEngine) and several else nullcontext()
     if isinstance(env, DrivenEnv):
         with kept:
-            played = env.play(engine, Wanted(prompts, group_size, sampling, first_group, pieces))
-        return [replace(e, prompt_index=prompts[e.group - first_group]) for e in played]
-    conversations = [env.begin(i) for i in prompts for _ in range(group_size)]
+            played, index = env.play(engine, wanted), dict(zip(wanted.numbers, wanted.prompts, strict=True))
+        return [replace(e, prompt_index=index[e.group]) for e in played]
+    size, sampling, streams = wanted.group_size, wanted.sampling, wanted.streams
+    conversations = [env.begin(i) for i in wanted.prompts for _ in range(size)]
     turns: list[list[Completion]] = [[] for _ in conversations]
     with kept:
-        groups = engine.sample([env.prompt_ids(i).tolist() for i in prompts], group_size, sampling)
+        prompts = [env.prompt_ids(i).tolist() for i in wanted.prompts]
+        groups = sample_from(engine, prompts, size, sampling, streams)
         sampled, unfinished = [completion for group in groups for completion in group], [*range(len(conversations))]
         for turn in itertools.count(1):
             for n, completion in zip(unfinished, sampled, strict=True):
@@ -53,8 +76,11 @@ def collect(
             unfinished = [n for n in unfinished if not conversations[n].over]
             if not unfinished:
                 break
-            groups = engine.sample([conversations[n].tokens for n in unfinished], 1, sampling.reseeded(turn))
+            texts, drawn = [conversations[n].tokens for n in unfinished], sampling.reseeded(turn)
+            groups = sample_from(engine, texts, 1, drawn, [streams[n] for n in unfinished])
             sampled = [completion for [completion] in groups]
+    with team.doing(SCORING):
+        judged = env.judge(conversations)
     return [
         Episode.from_turns(
             c.prompt,
@@ -64,14 +90,14 @@ def collect(
             is_correct=scored.is_correct,
             scores=scored.scores,
             reward_weights=scored.weights,
-            group=first_group + n // group_size,
+            group=wanted.numbers[n // size],
             prompt=env.prompt_text(c.index),
             prompt_index=c.index,
             text=c.text if len(turns[n]) == 1 else "\n".join(f"[{m['role']}] {m['content']}" for m in c.messages),
             truncated=c.truncated,
-            pieces=tuple(piece for turn in turns[n] for piece in env.pieces(turn.tokens)) if pieces else (),
+            pieces=tuple(piece for turn in turns[n] for piece in env.pieces(turn.tokens)) if wanted.pieces else (),
         )
-        for n, (c, scored) in enumerate(zip(conversations, env.judge(conversations), strict=True))
+        for n, (c, scored) in enumerate(zip(conversations, judged, strict=True))
     ]
 
 

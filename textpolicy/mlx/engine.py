@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +18,14 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
 
+from ..devices.team import ALONE, UPDATING, Team
 from ..engine import Sampling
 from ..errors import NotFiniteError, UserError, refuse_outside
 from ..losses import Surrogate, correction_weights, echo_loss, kl_estimate, policy_objective, tokens_of
 from ..types import Batch, Completion, token_ids
 from .adapters.merging import adapters_off, save_adapter, trainable
 from .blas import blas_threads
+from .collectives import digest, summed
 from .decode.compiled_steps import Steps
 from .decode.decoder import decode
 from .decode.folded_weights import copies, folded
@@ -75,6 +79,7 @@ class MLXEngine:
         self.copies = True  # rollouts on a CPU may fold LoRAs into copies of the weights
         # bytes that an "update", and to "decode", may take beyond what is in memory; where they are missing, any
         self.room: dict[str, float] = {}
+        self.team: Team = ALONE  # or the ranks of which this process is one, all of which call every method alike
         self._gradients = Gradients(model, checkpoint_every=checkpoint_every, compiled=compiled)
         self._clip = mx.compile(optim.clip_grad_norm) if compiled else optim.clip_grad_norm
         self._apply_gradients: Callable[..., Any] | None = None  # compiled, for the optimiser's state below
@@ -96,8 +101,14 @@ class MLXEngine:
         finally:
             self._kept = None
 
-    def sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> list[list[Completion]]:
-        """Return ``n`` completions for every prompt (token ids), in prompt order; each prompt is read once."""
+    def sample(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, streams: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
+        """Return ``n`` completions for every prompt (token ids), in prompt order; each prompt is read once.
+
+        Each draws from the random stream of its number in ``streams``, which count from 0 by default. This is the one
+        method whose work ranks do not share.
+        """
         refuse_outside("n", n, 1, whole=True)
         if any(len(p) == 0 for p in prompts):
             raise UserError("a prompt is empty; give every prompt at least one token")
@@ -115,24 +126,46 @@ class MLXEngine:
                 free = mx.get_memory_limit() - mx.get_active_memory() + self._kept.nbytes
                 self._kept.room = free - min(self.room.get("decode", free / 2), free)
             steps = None if self._noisy else self._steps  # which hold the norms as they were compiled with
-            flat = decode(model, rows, sampling, self.stop, self.decode_rows, steps=steps, kept=self._kept)
+            flat = decode(
+                model, rows, sampling, self.stop, self.decode_rows, steps=steps, kept=self._kept, streams=streams
+            )
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
 
     def gradients(self, batch: Batch, objective: Objective) -> tuple[dict[str, float], Any]:
         """Return summed loss statistics and gradients of ``objective`` over micro-batches of ``batch``."""
         self.bounds.check(batch)
         totals: dict[str, float] = {}
-        grads = None
-        for _, layout in micro_batches(batch, self.micro_batch_tokens):
-            with self._within("update"):
-                with patched(self.model, pass_patches()):
-                    stats, grad = self._gradients(layout, objective)
-                grads = grad if grads is None else tree_map(mx.add, grads, grad)
-                mx.eval(stats, grads)
-            for name, value in stats.items():
-                before, now = totals.get(name, 0.0), float(np.array(value))
-                totals[name] = max(before, now) if name.endswith("_max") else before + now
-        return totals, grads
+        grads, own = None, self._dealt(batch)[self.team.rank]
+        with self.team.doing(UPDATING):
+            for _, layout in micro_batches(batch.take(own), self.micro_batch_tokens) if len(own) else ():
+                with self._within("update"):
+                    with patched(self.model, pass_patches()):
+                        stats, grad = self._gradients(layout, objective)
+                    grads = grad if grads is None else tree_map(mx.add, grads, grad)
+                    mx.eval(stats, grads)
+                totals = _with(totals, {name: float(np.array(value)) for name, value in stats.items()})
+            return self._of_all_ranks(totals, grads)
+
+    def _dealt(self, batch: Batch) -> list[np.ndarray]:
+        """Return the rows of ``batch`` for each rank, those of a prompt together where there are prompts enough."""
+        if self.team.size == 1:
+            return [np.arange(len(batch))]
+        starts, lengths = batch.starts, batch.lengths
+        prompts: dict[bytes, list[int]] = {}
+        for row, (inputs, start) in enumerate(zip(batch.inputs, starts, strict=True)):
+            prompts.setdefault(inputs[: start + 1].tobytes(), []).append(row)
+        enough = len(prompts) >= 2 * self.team.size
+        units = [*prompts.values()] if enough else [[row] for rows in prompts.values() for row in rows]
+        costs = [float(starts[rows[0]] + (lengths[rows] - starts[rows]).sum()) for rows in units]
+        return [np.array([row for n in places for row in units[n]], int) for places in self.team.share(costs)]
+
+    def _of_all_ranks(self, totals: dict[str, float], grads: Any) -> tuple[dict[str, float], Any]:
+        """Return the sums of statistics and gradients over all ranks; ``grads`` is None where a rank had no rows."""
+        if self.team.size == 1:
+            return totals, grads
+        totals = reduce(_with, self.team.exchange(totals))  # after which all are ready to sum
+        grads = tree_map(mx.zeros_like, self.model.trainable_parameters()) if grads is None else grads
+        return totals, summed(grads, self.team)
 
     def score(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
         """Return (B, T) float32 log-probs of the batch's sampled targets, 0 elsewhere.
@@ -141,8 +174,13 @@ class MLXEngine:
         """
         self.bounds.check(batch)
         without = adapters_off(self.model) if reference else nullcontext()
-        with without, patched(self.model, pass_patches()), self._within("update"):
-            return logprobs_of(self.model, batch, self.micro_batch_tokens)
+        dealt, out = self._dealt(batch), np.zeros(batch.targets.shape, np.float32)
+        with self.team.doing(UPDATING):
+            with without, patched(self.model, pass_patches()), self._within("update"):
+                own = logprobs_of(self.model, batch.take(dealt[self.team.rank]), self.micro_batch_tokens)
+            for rows, part in zip(dealt, self.team.exchange(own), strict=True):
+                out[rows] = part
+        return out
 
     def update(self, batch: Batch, surrogate: Surrogate, learning_rate: float) -> Mapping[str, float]:
         """Take one optimiser step on ``batch``; rows without advantages are skipped, without a KL, echo or bonus.
@@ -192,7 +230,9 @@ class MLXEngine:
         metrics = {"loss": 0.0, "grad_norm": 0.0, "updated": 0.0, "skipped": 0.0}
         total, grads = 0.0, None
         batch, read = batch.take(live), read.take(live)
-        for rows, layout in micro_batches(batch, self.micro_batch_tokens):
+        own = self._dealt(batch)[self.team.rank]
+        batch, read = batch.take(own), read.take(own)
+        for rows, layout in micro_batches(batch, self.micro_batch_tokens) if len(own) else ():
             without = adapters_off(teacher.model) if reference else nullcontext()
             with self._within("update"), plain_operations():
                 with without, patched(teacher.model, pass_patches()):
@@ -211,8 +251,10 @@ class MLXEngine:
                 grads = grad if grads is None else tree_map(mx.add, grads, grad)
                 mx.eval(value, grads)
             total += value.item()
-        if grads is not None:
-            metrics |= self._step(total, grads, learning_rate)
+        if len(live):
+            with self.team.doing(UPDATING):
+                totals, grads = self._of_all_ranks({"loss": total}, grads)
+            metrics |= self._step(totals["loss"], grads, learning_rate)
         metrics["peak_memory_bytes"] = float(mx.get_peak_memory())
         mx.reset_peak_memory()
         return metrics
@@ -286,6 +328,10 @@ class MLXEngine:
                 part.weight = weight
             self._noisy = False
 
+    def digest(self) -> int:
+        """Return a number that differs where trainable parameters do, in any bit."""
+        return digest([*trainable(self.model).values()])
+
     def save(self, path: Path) -> None:
         """Write the adapter in mlx-lm's layout to the folder ``path``, whole or not at all."""
         save_adapter(self.model, path)
@@ -357,6 +403,13 @@ class MLXEngine:
 def decode_patches() -> Mapping[str, Callable[..., Any]]:
     """Return the functions that replace mlx-lm's while completions are sampled."""
     return {**attention.patches(), **scans.patches()}
+
+
+def _with(totals: dict[str, float], more: Mapping[str, float]) -> dict[str, float]:
+    """Return sums with ``more`` added, and with the larger of two where a name ends with _max."""
+    together: dict[bool, Callable[[float, float], float]] = {True: max, False: operator.add}
+    added = {n: together[n.endswith("_max")](totals[n], value) if n in totals else value for n, value in more.items()}
+    return totals | added
 
 
 def pass_patches() -> Mapping[str, Callable[..., Any]]:

@@ -22,6 +22,7 @@ from ..algorithms.entropy_bonus import EntropyControl
 from ..algorithms.sepa import SEPAController
 from ..config.recipe import configure
 from ..config.settings import CheckpointSettings, Config, EvaluationSettings, RolloutSettings, check_config
+from ..devices.team import ALONE, Team
 from ..engine import ResumableEngine, Sampling, stop_tokens
 from ..environment.demonstrations import demonstrations
 from ..environment.multi_turn import ToolEnv
@@ -74,6 +75,7 @@ class Parts:
     demonstrations: Sequence[Episode] = ()  # of a stage of sft
     held_out: Sequence[Episode] = ()  # demonstrations whose loss is measured
     teacher: Teacher | None = None  # of a stage of distillation
+    team: Team = ALONE  # the ranks that train together
     following: tuple[Parts, ...] = ()  # the parts of the stages after this one
 
 

@@ -30,7 +30,13 @@ BASE = "model "  # what the entries with digests of its base begin with
 _ALWAYS = {"model", "task", "steps", "seed", "algorithm", "rollout"}  # in the config of a run of any version
 _BEFORE_CONFIG = {LOCK, TASK, VERSIONS, *(f".{name}.new" for name in (TASK, VERSIONS, CONFIG))}  # files of a new run
 _STEP, _LATER = re.compile(rb'"kind":\s*"train"'), re.compile(rb'"step":\s*[1-9]')  # in rows of metrics, if damaged
-_FREE = ("output", "quiet", *(f"tinker.{name}" for name in MONEY))  # settings without effect on the numbers
+_FREE = (
+    "output",
+    "quiet",
+    "machine.devices",
+    "machine.deadline",
+    *(f"tinker.{name}" for name in MONEY),
+)  # settings without effect on the numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +115,8 @@ def reopen(
             f"the run in {folder} is finished, with {counted(made, 'step')}; choose another output, or train it "
             f"further with: {how_to_resume(folder)} --steps {2 * made} --allow steps"
         )
-    new, now = (dict(_leaves(json.loads(c.model_dump_json()))) for c in (Config(), config))
-    then = {**new, **dict(_leaves(began))}  # a setting that is younger than the run had its default
+    new, now = (dict(leaves(json.loads(c.model_dump_json()))) for c in (Config(), config))
+    then = {**new, **dict(leaves(began))}  # a setting that is younger than the run had its default
     asked = found.checkpoint.state["versions"].get(QUESTIONS, questions)
     if asked != questions:
         then["task"], now["task"] = (f"{x['task']} with questions {d}" for x, d in ((then, asked), (now, questions)))
@@ -199,10 +205,10 @@ def changed_versions(then: Mapping[str, str], now: Mapping[str, str]) -> str | N
     )
 
 
-def _leaves(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every setting as its dotted name and value."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{above}{key}.")
+            yield from leaves(value, f"{above}{key}.")
         else:
             yield above + key, value

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .._system.faults import how_to_resume, resumable_errors
 from .._system.files import sync_tree, write_whole
 from .._system.lock import RunLock
+from .._system.machine import cores_of_each
 from .._system.random_state import restore_streams, seed_streams, streams
 from .._system.signals import StopSignal
 from .._system.terminal import counted, latest
@@ -52,6 +53,7 @@ from .assembly import (
 )
 from .checkpoint import Checkpoint, Checkpoints, Pace, link_tree
 from .console import RunView
+from .ranks import follow, joined, lead, together
 from .resume import CHECKPOINTS, changed_versions, reopen
 from .summary import History, closing_table, next_commands, summary
 
@@ -87,30 +89,42 @@ def run(
     bit from its last checkpoint; ``allow`` names the settings that may then differ. ``sinks`` get every step
     and evaluation, after the recorder and trackers. Raises UserError, and StoppedError after a signal.
     """
-    require(config.tracking)
-    config = with_full_paths(config)
-    task = extension.task or load_task(config.task)
-    config = with_max_tokens(config, task)
-    for stage in () if extension.recipe else config.stages:
-        configure(stage)  # raises before there is any work to lose
     with ExitStack() as held:
-        resumed = reopen(config, task.digest, partial(base_of, config), allow, held)
+        team = held.enter_context(joined(config))
+        given, again = config, False
+        if team.rank:
+            config, again = follow(team, config, held)
+        require(config.tracking)
+        config = with_full_paths(config)
+        task = extension.task or load_task(config.task)
+        config = with_max_tokens(config, task)
+        for stage in () if extension.recipe else config.stages:
+            configure(stage)  # raises before there is any work to lose
+        resumed = None
+        if team.rank == 0 or again:
+            resumed = reopen(config, task.digest, partial(base_of, config), allow, held)
+        if team.rank == 0:
+            lead(team, given, resumed)
         if resumed is None:
             refuse_long_warmup(config)
             try_folder(config)
         before = {} if resumed is None or resumed.checkpoint is None else resumed.checkpoint.state["versions"]
-        threads = int(before.get("blas_threads", 0))
-        parts = extension.replace_parts(assemble(config, task, extension.recipe, threads))
+        threads = int(before.get("blas_threads", 0)) if team.sharing == 1 else cores_of_each(team.sharing)
+        with team.doing("loading the model"):
+            parts = extension.replace_parts(assemble(config, task, extension.recipe, threads))
+        parts = together(parts, team)
+        held.enter_context(team.doing("taking a step"))
         ends: dict[Any, Any] = {None: "success", KeyboardInterrupt: "interrupted", StoppedError: "interrupted"}
         held.push(lambda kind, error, trace: parts.engine.close(ends.get(kind, "errored")))
         if resumed is not None:
             parts.spending.open(resumed.folder)
+            team.remedy = f"resume with: {team.first(how_to_resume(resumed.folder))}"
             if resumed.checkpoint is not None:
                 fit_memory(parts, resumed.checkpoint)
                 with resumable_errors(resumed.folder):
                     progress = Run(parts, resumed.folder, sinks, extension, resumed.checkpoint)
                     return progress.resume(resumed.checkpoint, resumed.remarks)
-        seed_streams(config.seed)
+        seed_streams(config.seed + team.rank)
         plan = fit_memory(parts)
         parts.spending.allow()
         parts.spending.try_out(parts.splits["train"])
@@ -120,6 +134,7 @@ def run(
             before.judged()  # or there is nothing to measure by, which is reported while nothing has been made
         folder = resumed.folder if resumed else claim_folder(config)
         if resumed is None:
+            team.remedy = f"resume with: {team.first(how_to_resume(folder))}"
             held.enter_context(RunLock(folder))
             parts.spending.open(folder)
         with resumable_errors(folder):
@@ -139,7 +154,7 @@ class Run:
         checkpoint: Checkpoint | None = None,
     ) -> None:
         """Open the run's files, cut back to ``checkpoint``, from which it resumes. Raises OSError and UserError."""
-        self.folder, self.extension = folder, extension
+        self.folder, self.extension, self.team = folder, extension, parts.team
         self.done = 0 if checkpoint is None else checkpoint.step  # training steps
         self.stages = (parts, *parts.following)
         self.steps = self.stages[-1].schedule.end  # of all of them
@@ -163,7 +178,8 @@ class Run:
         self.signal = StopSignal(self.view.stop if self.view.live else None)
         self.recorder = Recorder(folder, parts.splits["train"].pieces)
         self.trackers = open_trackers(config, folder, before, kept)
-        self.sinks = Sinks([self.recorder, *self.trackers, *sinks, self.view])
+        self.sinks = Sinks([] if self.team.rank else [self.recorder, *self.trackers, *sinks, self.view])
+        self.stopping = 0  # the number of the signal that a rank got
 
     def begin(self, before: Evaluation | None, started: float, plan: Plan | None) -> Path:
         """Train from the start: ``before`` is the test evaluation, ``started`` its time, ``plan`` what fits."""
@@ -203,7 +219,8 @@ class Run:
                 parts.controller.load_state_dict(state["sepa"])
             if parts.entropy is not None and same_stage:
                 parts.entropy.coefficient = state["entropy_bonus"]
-            restore_streams(state["streams"])
+            of_ranks = state.get("streams_of_ranks", ())
+            restore_streams(of_ranks[self.team.rank] if len(of_ranks) == self.team.size else state["streams"])
             now, seconds = time.perf_counter(), state["seconds"]
             self.started, self.trained = now - seconds["all"], now - seconds["training"]
             self.saved = checkpoint.step
@@ -240,13 +257,13 @@ class Run:
                 self.parts = parts
                 self._take_steps()
         parts = self.parts
-        if self.signal.number is not None:
+        if self._stopped() and self.stopping:
             if self.saved != self.done:
                 self.checkpoint()
             raise StoppedError(
-                f"stopped by {signal.Signals(self.signal.number).name} after {self.done} of "
+                f"stopped by {signal.Signals(self.stopping).name} after {self.done} of "
                 f"{self.steps} steps; resume with: {how_to_resume(self.folder)}",
-                self.signal.number,
+                self.stopping,
             )
         seconds = time.perf_counter() - self.trained
         self.extension.on_end(self.done)
@@ -256,11 +273,13 @@ class Run:
         parts.engine.save(self.folder / "adapter")
         sync_tree(self.folder / "adapter")
         self.history.after = self.evaluate("test", self.history.kept_step)
+        self.team.part()
         self.finish(seconds, time.perf_counter() - self.started)
 
     def _stopped(self) -> bool:
-        """Return whether the run ends before its last step."""
-        return self.signal.number is not None or self.end is not None
+        """Return whether the run ends before its last step, on all ranks alike."""
+        self.stopping = max(self.team.exchange(self.signal.number or 0))
+        return self.stopping > 0 or self.end is not None
 
     def _take_steps(self) -> None:
         """Take the steps of the stage in progress that are left."""
@@ -323,6 +342,9 @@ class Run:
         self.done = done = step + 1
         self.say_if_slowed(row)
         row = {**row, **self.parts.spending.row}
+        if self.team.size > 1:
+            local: Any = self.parts.engine
+            row = {**row, **self.team.figures(local.digest())}
         row = {**row, **self.extension.on_row(step, row, episodes)}
         self.history.rows.append(row)
         self.sinks.step(step, row, episodes)
@@ -337,7 +359,7 @@ class Run:
             last = self.end is not None
             if last and not due:
                 better = self.validate(done, examples)
-        if last or better or self.pace.due(done):
+        if last or better or self.team.first(self.pace.due(done)):
             self.checkpoint()
         # steps in a row that moved nothing because an update was not finite, where the engine counts those
         skips = (row["updated"] == 0 and row.get("skipped", 0) > 0 for row in reversed(self.history.rows))
@@ -412,6 +434,8 @@ class Run:
 
     def finish(self, train_seconds: float, seconds: float) -> None:
         """Write the report and the summary, which is last because it says that the run is complete."""
+        if self.team.rank:
+            return
         from ..report.page import write_report
         from ..report.words import stage_line
 
@@ -436,7 +460,10 @@ class Run:
     def checkpoint(self) -> None:
         """Write a checkpoint of the steps done so far."""
         assert self.history.best is not None
-        parts = self.parts
+        parts, of_ranks = self.parts, self.team.exchange(streams())
+        if self.team.rank:
+            self.saved = self.done
+            return
 
         def fill(folder: Path) -> None:
             parts.engine.write_state(folder)
@@ -453,7 +480,8 @@ class Run:
                 "curriculum": parts.curriculum.state_dict(),
                 "sepa": None if parts.controller is None else parts.controller.state_dict(),
                 "entropy_bonus": None if parts.entropy is None else parts.entropy.coefficient,
-                "streams": streams(),
+                "streams": of_ranks[0],
+                **({"streams_of_ranks": of_ranks} if self.team.size > 1 else {}),
                 "seconds": {"all": now - self.started, "training": now - self.trained},
                 "config": json.loads(parts.config.model_dump_json()),
                 "versions": parts.versions,

@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any
 
 from ..._system.extras import extra
-from ...engine import Engine, Sampling
+from ...engine import Engine, sample_from
 from ...errors import TextPolicyError, UserError
 from ...types import Episode
 from ..base import DrivenEnv, Wanted
@@ -117,13 +117,13 @@ class VerifiersEnv(DrivenEnv):
 
     def play(self, engine: Engine, wanted: Wanted) -> list[Episode]:
         """Play and score the episodes, as ``loop.collect.collect``. Raises UserError if every episode fails."""
-        groups = enumerate(wanted.prompts, wanted.first_group)
+        groups = zip(wanted.numbers, wanted.prompts, strict=True)
         plan = [(i, group) for group, i in groups for _ in range(wanted.group_size)]
         with ModelServer() as server:
             game = _Game([self.tasks[i] for i, _ in plan], self.concurrency)
             thread = threading.Thread(target=game.run, args=(self.env, server.url), daemon=True)
             thread.start()
-            sessions = _Answers(self, engine, wanted.sampling, game, server).until_over()
+            sessions = _Answers(self, engine, wanted, game, server).until_over()
             thread.join()
         if game.failure is not None:
             raise UserError(f"verifiers could not play ({game.failure}); fix its environment") from game.failure
@@ -205,7 +205,7 @@ class _Answers:
 
     env: VerifiersEnv
     engine: Engine
-    sampling: Sampling
+    wanted: Wanted
     game: _Game
     server: ModelServer
     sessions: dict[str, Session] = field(default_factory=dict)
@@ -241,14 +241,15 @@ class _Answers:
                 request.refuse(str(error))
                 continue
             room = self.env.max_episode_tokens
-            if room is not None and len(tokens) - len(session.prompt) + self.sampling.max_tokens > room:
+            if room is not None and len(tokens) - len(session.prompt) + self.wanted.sampling.max_tokens > room:
                 session.drop_request()
                 request.reply({"role": "assistant", "content": ""}, "length", (len(tokens), 0))
             else:
                 taken.append((request, session, tokens))
-        drawn = self.sampling.reseeded(self.rounds)
+        drawn, streams = self.wanted.sampling.reseeded(self.rounds), self.wanted.streams
         self.rounds += 1
-        sampled = self.engine.sample([tokens for _, _, tokens in taken], 1, drawn) if taken else []
+        places = [streams[self.game.place[request.session]] for request, _, _ in taken]
+        sampled = sample_from(self.engine, [tokens for _, _, tokens in taken], 1, drawn, places) if taken else []
         for (request, session, tokens), [completion] in zip(taken, sampled, strict=True):
             message = session.add(completion, len(session.turns))
             finish = "length" if completion.truncated else "tool_calls" if "tool_calls" in message else "stop"

@@ -39,11 +39,13 @@ def decode(
     ahead: bool | None = None,
     steps: Steps | None = None,
     kept: Kept | None = None,
+    streams: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Return one completion per prompt (token ids), sampling at most ``max_rows`` at a time.
 
-    Equal prompts that start together are read once. Row i draws from the stream (sampling.seed, i), so
-    neither ``max_rows`` nor the other rows change what it samples, beyond the rounding of the matrix products.
+    Equal prompts that start together are read once. Row i draws from the stream
+    (sampling.seed, streams[i]), by default (sampling.seed, i), so neither ``max_rows`` nor the other rows change what
+    it samples, beyond the rounding of the matrix products.
     ``ahead`` computes the next step while Python handles the last one; None does so on a GPU only, because a CPU
     gains nothing. ``steps`` are compiled steps of this model, used where they apply; without them the model runs
     as it is. Prompts that continue a text in ``kept`` begin with what was read then, and completions that a stop
@@ -70,6 +72,7 @@ def decode(
         steps=steps,
         kept=kept,
         penalty=repetition,
+        streams=range(n) if streams is None else streams,
         random=np.zeros((n, width), np.float32),
         tokens=np.zeros((n, width), np.int32),
         logprobs=np.zeros((n, width), np.float32),
@@ -144,6 +147,7 @@ class _Decoder:
     steps: Steps | None
     kept: Kept | None
     penalty: RepetitionPenalty | None
+    streams: Sequence[int]  # N
     random: np.ndarray  # (N, T) float32, filled when a completion starts
     tokens: np.ndarray  # (N, T) int32
     logprobs: np.ndarray  # (N, T) float32
@@ -182,8 +186,8 @@ class _Decoder:
         if not len(rows) or (running.any() and free < _ENTER * self.max_rows):
             return active
         self.started += len(rows)
-        for row in rows:
-            self.random[row] = uniforms(self.sampling.seed, int(row), self.sampling.max_tokens)
+        for row in rows.tolist():
+            self.random[row] = uniforms(self.sampling.seed, self.streams[row], self.sampling.max_tokens)
         tree = PromptTree.build([self.prompts[row] for row in rows.tolist()])
         new: Any = None if self.steps is None else self.steps.begin(tree, rows, self.kept)
         if new is None:

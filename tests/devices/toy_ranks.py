@@ -12,8 +12,10 @@ import itertools
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +38,7 @@ class _Patches:
         setattr(sys.modules[module], attribute, value)
 
 
+HERE = Path(__file__).parent
 PHASES = {  # where each begins: module, class or "", function
     "start": ("textpolicy.run.assembly", "", "build_engine"),
     "sampling": ("textpolicy.mlx.engine", "MLXEngine", "sample"),
@@ -63,12 +66,39 @@ def plant(phase: str, count: int, fault: str) -> None:
             if fault == "raise":
                 raise ValueError("it is planted")
             if fault == "later":
-                threading.Timer(random.uniform(0, 0.2), os.kill, (os.getpid(), signal.SIGKILL)).start()
+                threading.Timer(random.SystemRandom().uniform(0, 0.2), os.kill, (os.getpid(), signal.SIGKILL)).start()
             else:
                 os.kill(os.getpid(), signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
         return true(*arguments, **keywords)
 
     setattr(place, function, faulty)
+
+
+def train(folder, *words, fault=None, steady=False, seconds=240):
+    """Run ``textpolicy train`` in ``folder``; return its exit code, what it printed, and the seconds that it took.
+
+    Raises RuntimeError where it leaves a process behind.
+    """
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    environment |= {"TOY_FAULT": fault} if fault else {}
+    environment |= {"TOY_STEADY": "1"} if steady else {}
+    command = [sys.executable, str(HERE / "toy_ranks.py"), "train", *map(str, words)]
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    printed, _ = process.communicate(timeout=seconds)  # which waits for all that hold the pipe
+    listed = subprocess.run(["ps", "-A", "-o", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
+    groups = [line.split() for line in listed.splitlines()]
+    if left := [state for group, state in groups if int(group) == process.pid and "Z" not in state]:
+        raise RuntimeError(f"{len(left)} processes of the run are left after {printed}")
+    return process.returncode, printed, time.monotonic() - started
 
 
 if __name__ == "__main__":

@@ -118,8 +118,8 @@ def run(
         held.push(lambda kind, error, trace: parts.engine.close(ends.get(kind, "errored")))
         if resumed is not None:
             parts.spending.open(resumed.folder)
-            team.remedy = f"resume with: {team.first(how_to_resume(resumed.folder))}"
             if resumed.checkpoint is not None:
+                team.remedy = f"resume with: {team.first(how_to_resume(resumed.folder))}"
                 fit_memory(parts, resumed.checkpoint)
                 with resumable_errors(resumed.folder):
                     progress = Run(parts, resumed.folder, sinks, extension, resumed.checkpoint)
@@ -134,11 +134,11 @@ def run(
             before.judged()  # or there is nothing to measure by, which is reported while nothing has been made
         folder = resumed.folder if resumed else claim_folder(config)
         if resumed is None:
-            team.remedy = f"resume with: {team.first(how_to_resume(folder))}"
             held.enter_context(RunLock(folder))
             parts.spending.open(folder)
         with resumable_errors(folder):
             write_setup(folder, parts)
+            team.remedy = f"resume with: {team.first(how_to_resume(folder))}"
             return Run(parts, folder, sinks, extension).begin(before, started, plan)
 
 

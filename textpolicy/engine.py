@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from .devices.team import Team
 from .errors import UserError, refuse_not_positive, refuse_outside
 from .losses import Surrogate
 from .types import Batch, Completion, Floats
+
+if TYPE_CHECKING:
+    from .devices.team import Team
 
 COOLEST = 1e-6  # the lowest temperature above 0: logits divided by less leave the range of float32
 _RANGES: dict[str, tuple[float, float, type]] = {  # of Sampling: lowest, highest, kind; all finite in float32

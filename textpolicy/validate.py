@@ -112,7 +112,7 @@ def _model() -> Check:
 
 
 def _ranks() -> Check:
-    """Meet the other ranks, and measure what connects them."""
+    """Join the other ranks, and measure what connects them."""
     try:
         from .mlx.collectives import links
 

@@ -35,10 +35,10 @@ class Calling:
     def __init__(self, engine, *turns):
         self.engine, self.turns, self.stop, self.seen = engine, turns, engine.stop, []
 
-    def sample(self, prompts, n, sampling):
+    def sample(self, prompts, n, sampling, streams=None):
         self.seen.append([list(p) for p in prompts])
         if len(self.seen) > len(self.turns):
-            return self.engine.sample(prompts, n, sampling)
+            return self.engine.sample(prompts, n, sampling, streams)
         tokens = np.array(self.turns[len(self.seen) - 1], np.int32)
         zeros = np.zeros(len(tokens), np.float32)
         out = []

@@ -14,6 +14,7 @@ COMPILED = "metal/test_metal_compile.py::test_so_are_those_of_a_whole_model"
 KERNELS = "metal/test_metal_kernels.py::test_updates_and_scores_are_those_of_the_plain_operations"
 MEASURED = "metal/test_metal_kernels.py::test_a_users_own_loss_and_the_measured_memory_take_plain_operations_too"
 BITS = "mlx/kernels/test_gathers.py::test_a_run_on_a_gpu_records_what_is_not_the_same_bit_for_bit"
+RANKS = "devices/test_launch.py::test_a_mac_has_one_gpu_for_one_rank_and_its_ranks_share_its_memory"
 LIMITS = "metal/test_metal_memory.py::test_the_limits_of_a_run_are_legal_and_leave_the_machine_the_rest"
 SLOTS = "metal/test_metal_memory.py::test_the_slots_of_a_context_are_blocks_of_64"
 OURS = "mlx/kernels/test_metal.py::test_attention_reads_prompts_and_own_slots_and_writes_the_new_keys_and_values"
@@ -56,6 +57,8 @@ BRANCHES = {
     "mlx/memory.py Costs.measure": ("no work ahead", "mlx/test_memory.py::test_costs_are_measured_with_no_work_ahead"),
     "mlx/memory.py Costs.decode": ("steps that share prompts", "mlx/test_memory.py::test_decoding_on_a_gpu"),
     "mlx/memory.py Costs.update": ("a wider margin", MEASURED),
+    "mlx/collectives.py _machine": ("ranks of a machine share its memory", RANKS),
+    "mlx/collectives.py backend": ("a Mac has one GPU", RANKS),
     "mlx/memory.py _learning": ("compiled passes are measured, too", MEASURED),
     "mlx/memory.py _peaks": ("the least of two passes", MEASURED),
     "mlx/memory.py limit_memory": ("a wired limit and a smaller cache", LIMITS),

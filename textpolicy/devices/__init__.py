@@ -1,1 +1,1 @@
-"""One run on several devices: the ranks, what they exchange, how work is dealt, and how they start and end together."""
+"""Train on several devices: the ranks of a run, what they exchange, how work is dealt, how they start and end."""

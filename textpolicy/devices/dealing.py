@@ -1,4 +1,4 @@
-"""Deal work to ranks so that they end together."""
+"""Give each rank a share of the work, so that they end together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ranks of one run, of which this process is one: they exchange values, and they end together.
+"""The ranks of one run, of which this process is one, exchange values, deal out work, and end together.
 
 Rank 0 has a link to each of the others (``multiprocessing.connection``, behind a key). Every rank says what it is
 doing, and that it lives, once a second. A rank that fails, dies, falls silent or is waited for longer than the deadline
@@ -93,14 +93,14 @@ class Team:
 
     @property
     def mixed(self) -> bool:
-        """Whether the ranks have different devices, so that one may be faster."""
+        """The answer to whether ranks have different devices, of which one may be faster."""
         return len({member.device for member in self.members}) > 1
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Tell the other ranks how this one ended. Raises RankError where another had failed."""
+        """Send the other ranks word of how this one ended. Raises RankError where another had failed."""
         if self.size == 1 or self._closed.is_set():
             self.on_end()
             return

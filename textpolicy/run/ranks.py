@@ -1,4 +1,4 @@
-"""A run on several ranks: all of them run it alike, and rank 0 alone has its folder."""
+"""Start or join the ranks of a run: all of them run it alike, and rank 0 alone has its folder."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def joined(config: Config) -> Team:
 
 
 def lead(team: Team, config: Config, resumed: Resumed | None) -> None:
-    """Tell the other ranks, from rank 0, the settings, and the files that a run resumes from."""
+    """Send the other ranks, from rank 0, the settings, and the files that a run resumes from."""
     if team.size == 1:
         return
     files: dict[str, bytes] | None = None

@@ -35,6 +35,27 @@ def home(tmp_path_factory):
     return folder, config
 
 
+@pytest.fixture
+def free_ports():
+    """A function that returns the first of so many free ports in a row."""
+
+    def first(count):
+        for port in range(20_000 + os.getpid() % 5_000, 30_000, 16):
+            taken = []
+            try:
+                for n in range(count):
+                    taken.append(socket.create_server(("127.0.0.1", port + n)))
+                return port
+            except OSError:
+                continue
+            finally:
+                for server in taken:
+                    server.close()
+        raise RuntimeError("no ports are free")
+
+    return first
+
+
 def agree(one, other):
     """Hold that two runs have the same completions, and the same numbers but for the rounding of float32."""
     import pyarrow.parquet as pq

@@ -19,6 +19,7 @@ LIMITS = "metal/test_metal_memory.py::test_the_limits_of_a_run_are_legal_and_lea
 SLOTS = "metal/test_metal_memory.py::test_the_slots_of_a_context_are_blocks_of_64"
 OURS = "mlx/kernels/test_metal.py::test_attention_reads_prompts_and_own_slots_and_writes_the_new_keys_and_values"
 STORED = "mlx/test_models.py::test_on_an_accelerator_weights_stay_as_they_are_stored"
+SUMS = "mlx/kernels/test_scans.py::test_no_pass_on_a_gpu_lets_mlx_sum_along_an_axis_of_one_element"
 TILES = "mlx/kernels/test_attention.py::test_a_gpu_without_kernels_of_ours_makes_long_gradients_in_tiles"
 # where the sources ask for the device: what a Mac takes there, and a test that goes that way
 BRANCHES = {
@@ -50,10 +51,7 @@ BRANCHES = {
     "mlx/kernels/metal.py is_default": ("our Metal kernels", ENGINE),
     "mlx/kernels/plain.py plain_operations": ("mlx-lm's operations under a gradient", KERNELS),
     "mlx/kernels/plain.py refuse_kernels_alone": ("a sentence for BitNet and Muse Spark", KERNELS),
-    "mlx/kernels/scans.py patches": (
-        "running sums along the last axis",
-        "mlx/kernels/test_scans.py::test_no_pass_on_a_gpu_lets_mlx_sum_down_an_axis_that_is_not_the_last",
-    ),
+    "mlx/kernels/scans.py patches": ("no sums along an axis of one element", SUMS),
     "mlx/memory.py Costs.measure": ("no work ahead", "mlx/test_memory.py::test_costs_are_measured_with_no_work_ahead"),
     "mlx/memory.py Costs.decode": ("steps that share prompts", "mlx/test_memory.py::test_decoding_on_a_gpu"),
     "mlx/memory.py Costs.update": ("a wider margin", MEASURED),

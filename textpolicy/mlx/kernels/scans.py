@@ -1,7 +1,7 @@
-"""The running sums down an axis that is not the last, as Mamba-2's layers take them, for GPUs.
+"""The running sums of Mamba-2's layers, for GPUs.
 
-There MLX 0.32.4 computes such a sum in blocks, of which it starts too many for some shapes: these read and write beyond
-the array (benchmarks/upstream/running_sums.py).
+There MLX 0.32.4 reads and writes beyond an array that it sums along an axis of one element, where that is part of a
+longer row (its pull request 4430; benchmarks/upstream/running_sums.py). One completion of one token alone meets it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,8 @@ from mlx_lm.models import ssm
 
 
 def running_sum(array: mx.array, axis: int) -> mx.array:
-    """Return ``mx.cumsum(array, axis)``, by sums along the last axis of a copy, as is its gradient."""
-
-    @mx.custom_function
-    def added(array: mx.array) -> mx.array:
-        return mx.cumsum(mx.contiguous(array.swapaxes(axis, -1)), axis=-1).swapaxes(axis, -1)
-
-    @added.vjp
-    def backward(array: mx.array, slope: mx.array, _: mx.array) -> mx.array:
-        return mx.cumsum(mx.contiguous(slope.swapaxes(axis, -1)), axis=-1, reverse=True).swapaxes(axis, -1)
-
-    result: Any = added(array)
-    return result
+    """Return ``mx.cumsum(array, axis)``, which is ``array`` itself if the axis has one element."""
+    return array if array.shape[axis] == 1 else mx.cumsum(array, axis=axis)
 
 
 def ssm_update(*arguments: Any, **named: Any) -> tuple[mx.array, mx.array]:

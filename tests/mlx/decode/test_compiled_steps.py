@@ -58,6 +58,17 @@ def test_rows_that_enter_or_leave_change_no_completion(tiny_engine, max_rows, re
     assert_same(ours, expected)
 
 
+@pytest.mark.timeout(60)
+def test_many_rows_that_end_one_by_one_all_end(tiny_engine):
+    """Of 48 rows 35 are too few to go on as they are, and are as many as 48 once they are rounded up."""
+    prompts, stop, sampling = LONG[:1] * 48, np.arange(6), Sampling(max_tokens=120, seed=3)
+    ours = decode(tiny_engine.model, prompts, sampling, stop, 100, steps=Steps(tiny_engine.model, compiled=True))
+    expected = decode(tiny_engine.model, prompts, sampling, stop, 100)
+    running = {sum(len(c.tokens) > step for c in expected) for step in range(120)}
+    assert running & {33, 34, 35}
+    assert_same(ours, expected)
+
+
 @pytest.mark.parametrize("recent", [0, 1, 4, 16])
 def test_rows_outgrow_their_slots(tiny_engine, recent, monkeypatch):
     monkeypatch.setattr(compiled_steps, "_RECENT", recent)

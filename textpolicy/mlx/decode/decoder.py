@@ -232,7 +232,9 @@ class _Decoder:
         """
         unrecorded = None
         running, queued = self.running(active.rows), self.started < len(self.prompts)
-        while running.mean() >= _LEAVE and not (queued and self.max_rows - running.sum() >= _ENTER * self.max_rows):
+        while self.together(active, running) and not (
+            queued and self.max_rows - running.sum() >= _ENTER * self.max_rows
+        ):
             # ``active`` is replaced before evaluation, since MLX writes in place into arrays with no other reference
             active, drawn, pending = self.step(active)
             mx.async_eval(pending) if self.ahead else mx.eval(pending)
@@ -250,6 +252,13 @@ class _Decoder:
         if isinstance(active, StaticRows):  # ended rows fill up to one of few sizes, so that compiled steps are reused
             kept = np.sort(np.concatenate([kept, np.flatnonzero(~running)[: size_up(len(kept)) - len(kept)]]))
         return active.only(kept)
+
+    def together(self, active: Any, running: np.ndarray) -> bool:
+        """Return whether the rows go on side by side: few have ended, or ``active`` would not have fewer rows."""
+        left = int(running.sum())
+        return left >= _LEAVE * len(running) or (
+            isinstance(active, StaticRows) and left > 0 and size_up(left) >= len(running)
+        )
 
     def running(self, rows: np.ndarray) -> np.ndarray:
         """Return a mask of the ``rows`` without a stop token and below the maximal length."""

@@ -59,11 +59,12 @@ def main() -> None:
         }
         with ThreadPoolExecutor(asked.jobs) as pool:
             queue = filter(None, chain(*zip_longest(*([(mode, p) for p in parts[mode]] for mode in asked.mode))))
-            done = pool.map(lambda one: (*one, run(*one, asked, began + asked.limit)), list(queue))
-            for mode, part, outcomes in done:
+            done = pool.map(lambda one: (one[0], run(*one, asked, began + asked.limit)), list(queue))
+            for mode, outcomes in done:
                 processes[mode] += 1
+                reached = {test: told for test, told in outcomes.items() if told != "not reached"}
                 for outcomes_so_far in (attempt, last):
-                    outcomes_so_far[mode] |= {test: outcomes[test] for test in part}
+                    outcomes_so_far[mode] |= reached
     for mode in asked.mode:
         counted = collections.Counter(last[mode][test] for test in listed)
         row = {

@@ -53,8 +53,9 @@ def test_activations_computed_again_leave_the_loss_and_gradients_of_every_family
     exact = dict(tree_flatten(kept))
     largest = max(float(mx.abs(value).max()) for value in exact.values())
     assert largest > 1e-4
+    near = 1e-5 if mx.default_device() == mx.cpu else 1e-4  # a GPU adds the gradients of experts in any order
     for key, value in tree_flatten(ours):
-        assert float(mx.abs(value - exact[key]).max()) < 1e-5 * largest, key
+        assert float(mx.abs(value - exact[key]).max()) < near * largest, key
 
 
 OTHERS = ["gemma4_text", "kimi_k3", "nemotron-nas", "recurrent_gemma"]

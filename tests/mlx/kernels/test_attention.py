@@ -181,7 +181,9 @@ def test_the_gradients_of_a_model_are_the_same_in_tiles(name, checkpoint_every, 
     _, kept = engine.gradients(batch, objective)
     request.getfixturevalue("small_tiles")
     calls = []
-    monkeypatch.setattr(kernels, "tiled", lambda *a, whole=tiled: calls.append(1) or whole(*a))
+    for module in (kernels, masks):  # on a CPU, and on a GPU without kernels of ours
+        monkeypatch.setattr(module, "tiled", lambda *a, whole=tiled: calls.append(1) or whole(*a))
+    monkeypatch.setattr(masks.cuda, "is_default", lambda: False)
     _, made_again = engine.gradients(batch, objective)
     assert calls
     for (place, one), (_, other) in zip(tree_flatten(kept), tree_flatten(made_again), strict=True):
@@ -207,6 +209,7 @@ def test_a_gpu_without_kernels_of_ours_makes_long_gradients_in_tiles(small_tiles
     seen = mx.array(np.tri(9, dtype=bool))
     calls = []
     monkeypatch.setattr(masks, "tiled", lambda *a: calls.append(a[4]) or tiled(*a))
+    monkeypatch.setattr(masks.cuda, "is_default", lambda: False)
     on_gpu = masks.SharedMasks()
     slope = mx.grad(lambda q: on_gpu(q, k, v, None, 0.3, seen).sum())(q)
     wanted = mx.grad(lambda q: attention(q, k, v, None, 0.3, seen).sum())(q)

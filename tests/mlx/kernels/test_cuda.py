@@ -10,7 +10,7 @@ from mlx_lm.models import llama, qwen3
 
 from textpolicy.engine import Sampling
 from textpolicy.mlx.adapters.merging import attach_lora
-from textpolicy.mlx.decode.compiled_steps import StaticRows, Steps
+from textpolicy.mlx.decode.compiled_steps import Steps
 from textpolicy.mlx.decode.sampling import draw
 from textpolicy.mlx.kernels import cuda
 from textpolicy.mlx.kernels.masks import SharedMasks
@@ -144,7 +144,7 @@ def test_blocks_of_few_kernels_draw_what_the_model_draws(kind):
     held = []
     for steps in (fused, plain):
         steps.refresh()
-        held.append(StaticRows.begin(steps.read(tree), tree, np.arange(15), True))
+        held.append(steps.begin(tree, np.arange(15)))
     for _ in range(4):
         uniform = mx.random.uniform(shape=(15,))
         a, held[0] = fused(held[0], uniform, Sampling(8))

@@ -5,13 +5,17 @@ from __future__ import annotations
 import gc
 import os
 import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
@@ -32,6 +36,32 @@ hypothesis.settings.load_profile("patient")
 
 VOCABULARY = 300
 WORDS = (" let me", " check", " then", " so", " seven", "")  # of made-up completions; the first two make a gram
+
+
+KERNELS = "mlx/backend/cpu/compiled_preamble.h"  # what MLX includes in each kernel that it compiles on a CPU
+COMPILER = """#!/bin/sh
+# g++ for MLX, which compiles some hundred kernels in the tests: the header, most of the work, is compiled once.
+# A compiler for which the result does not fit reads the header itself.
+[ -e {to} ] || {{ {gxx} -std=c++17 -O3 -Wall -fPIC -shared -I{include} -x c++-header {include}/{header} -o {to}.$$ \\
+    2> {to}.log && mv {to}.$$ {to}; }}
+exec {gxx} -I{folder} "$@"
+"""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """MLX finds a g++ that knows its header; the processes of pytest-xdist have it from this one."""
+    gxx = shutil.which("g++")
+    if hasattr(config, "workerinput") or sys.platform != "linux" or gxx is None:
+        return
+    folder = Path(tempfile.mkdtemp(prefix="textpolicy-gxx-"))
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    include = Path(find_spec("mlx.core").origin).parent / "include"
+    to = folder / "include" / f"{KERNELS}.gch"
+    to.parent.mkdir(parents=True)
+    words = {"gxx": gxx, "to": to, "folder": folder / "include", "include": include, "header": KERNELS}
+    (folder / "g++").write_text(COMPILER.format_map({name: shlex.quote(str(word)) for name, word in words.items()}))
+    (folder / "g++").chmod(0o755)
+    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
 
 
 @pytest.fixture

@@ -187,8 +187,10 @@ def test_the_peak_of_long_rows_is_predicted_where_attention_keeps_all_scores(che
         work = Workload(1, 2, prompt_tokens=60, completion_tokens=tokens)
         engine = MLXEngine(model, stop=[], compile=True, checkpoint_every=checkpoint_every)
         most = costs.update(work, 2 * work.row)
-        # with work in flight the peak lies between this one and ``most``
-        assert 1 <= most / updates(engine, work, 2 * work.row, 500) <= 1.6
+        # with work in flight the peak lies between this one and ``most``; one array of scores may be let go of late
+        # in each measurement that the prediction is made of and, by luck, in no step: it is a quarter of the peak
+        peak, late = updates(engine, work, 2 * work.row, 500), 4 * 8 * work.rows * tokens * work.row
+        assert peak <= most <= 1.6 * peak + memory._MARGIN[mx.cpu] * late
         memory.hold(engine, costs, most, math.inf)
         mx.set_memory_limit(2**40)
         assert updates(engine, work, 2 * work.row, 500) <= most

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import resource
 import shlex
@@ -184,6 +185,36 @@ def fresh_smollm_engine():
 
     model, tokenizer = load_model("smollm2-135m")
     return MLXEngine(attach_lora(model, rank=4), stop=tokenizer.eos_token_ids), tokenizer
+
+
+@pytest.fixture(scope="session")
+def small_cache(tmp_path_factory):
+    """A cache folder whose built-in model has random weights, two narrow layers, and the tokenizer of the real one."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.models import llama
+
+    from textpolicy.mlx.models import find_model
+
+    real, cache = find_model("smollm2-135m"), tmp_path_factory.mktemp("cache")
+    folder = cache / "models" / real.name
+    shutil.copytree(real, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((real / "config.json").read_text())
+    for name in ("quantization", "head_dim"):
+        del config[name]
+    config |= {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config["num_hidden_layers"] = 2
+    mx.random.seed(0)
+    weights = dict(tree_flatten(llama.Model(llama.ModelArgs.from_dict(config)).parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    (folder / "config.json").write_text(json.dumps(config))
+    return cache
+
+
+@pytest.fixture
+def small_built_in(small_cache, monkeypatch):
+    """The built-in model is the small one, here and in processes that the test starts."""
+    monkeypatch.setenv("TEXTPOLICY_CACHE", str(small_cache))
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def test_example_08_trains_on_groups_that_differ_and_empties_its_buffer(tmp_path
     assert "the trainer emptied the buffer: 0 episodes are left" in output
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("small_built_in")
 def test_example_09_asks_before_and_after_on_held_out_questions(tmp_path):
     output = run("09_length_reduction_grpo.py", tmp_path, "--steps=1", "--prompts=2", "--test=1")
     lengths = re.findall(r"(?:before|after): (\S+) tokens on average", output)
@@ -70,7 +70,7 @@ def test_example_09_asks_before_and_after_on_held_out_questions(tmp_path):
     assert output.count("step ") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("small_built_in")
 def test_example_10_shows_what_gspo_clips(tmp_path):
     output = run("10_length_reduction_gspo.py", tmp_path, "--steps=1", "--prompts=2", "--test=1")
     lengths = re.findall(r"(?:before|after): (\S+) tokens on average", output)
@@ -94,7 +94,7 @@ def test_lengths_fall_by_a_third_on_held_out_questions(script, tmp_path):
     assert after < before * 2 / 3
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("small_built_in")
 def test_example_12_reads_its_thirteen_numbers_back(tmp_path):
     small = ["--steps=1", "--num-problems=2", "--episodes-per-step=8", "--max-tokens=6"]
     output = run("12_tinylora_countdown.py", tmp_path, *small)
@@ -106,7 +106,7 @@ def test_example_12_reads_its_thirteen_numbers_back(tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("small_built_in")
 def test_example_14_trains_with_an_advantage_and_a_stage_of_its_own(tmp_path):
     output = run("14_own_algorithm.py", tmp_path, "--steps=2", "--prompts=3", "--test=4")
     assert "ranks of the rewards 1, 0.1, 0.1, 0: [1.0, 0.0, 0.0, -1.0]" in output
@@ -114,21 +114,21 @@ def test_example_14_trains_with_an_advantage_and_a_stage_of_its_own(tmp_path):
     assert re.findall(r"(before|after): \d+\.\d% \[", output) == ["before", "after"]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("small_built_in")
 def test_example_16_trains_on_a_task_of_its_own(tmp_path):
     output = run("16_own_task.py", tmp_path, "1")
     assert re.search(r"reward: 0\.\d\d in the first step, \d\.\d\d in the last", output)
     assert (tmp_path / "runs" / "16_own_task-grpo-seed0" / "task.py").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("small_built_in")
 def test_example_18_teaches_and_then_reinforces(tmp_path):
     output = run("18_sft_then_rl.py", tmp_path, "1", "1", "2")
     assert re.search(r"before training \d+% of the test problems right, after it \d+%", output)
     assert re.findall(r"after (sft|rl): \d+% of the validation problems right, pass@4 \d+%", output) == ["sft", "rl"]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("small_built_in")
 def test_example_19_learns_from_itself(tmp_path):
     output = run("19_distil.py", tmp_path, "1", "2")
     assert re.search(r"KL to the teacher: \d\.\d\d nats per token in the first step, \d\.\d\d in the last", output)
@@ -163,7 +163,7 @@ def run_notebook(name, folder, **settings):
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("small_built_in")
 def test_the_notebook_goes_from_zero_to_an_adapter_that_loads_again(tmp_path):
     output = run_notebook("zero_to_adapter.ipynb", tmp_path, STEPS="2", HELD_OUT="4")
     assert len(re.findall(r"step +\d+  reward \d\.\d\d", output)) == 2

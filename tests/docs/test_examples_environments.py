@@ -25,6 +25,7 @@ def test_example_04_lets_a_verifier_veto(tmp_path):
     assert "on_topic -0.50" in output
 
 
+@pytest.mark.usefixtures("small_built_in")
 def test_example_05_makes_better_completions_likelier(tmp_path):
     output = run("05_textpolicy_essence.py", tmp_path)
     assert output.count("reward ") == 8

@@ -5,6 +5,7 @@ from running import run_script
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_built_in")
 @pytest.mark.parametrize("engine", [["--engine", "mlx"], ["--engine", "tinker", "--serve"]])
 def test_one_script_trains_on_both_engines(engine, tmp_path):
     pytest.importorskip("tinker", reason="the Tinker SDK is not installed (textpolicy[tinker])")
@@ -19,6 +20,7 @@ def test_one_script_trains_on_both_engines(engine, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_built_in")
 def test_a_script_of_the_sdk_trains_on_the_server_that_it_starts(tmp_path):
     pytest.importorskip("tinker", reason="the Tinker SDK is not installed (textpolicy[tinker])")
     small = ["--serve", "--steps", "1", "--prompts", "1", "--group", "2"]

@@ -109,6 +109,11 @@ def others(engine):
     return mx.get_active_memory() - sum(value.nbytes for value in own)
 
 
+def measured(model, work, **settings):
+    """Return the costs of a model, with passes through the head for no more tokens than updates of ``work`` score."""
+    return Costs.measure(model, scored=work.rows * work.completion_tokens, **settings)
+
+
 def updates(engine, work, micro_batch_tokens, vocabulary=VOCABULARY, times=2):
     """Return the peak bytes of ``times`` updates."""
     engine.micro_batch_tokens, rows = micro_batch_tokens, batch(work, vocabulary)
@@ -135,7 +140,7 @@ def test_the_peak_of_updates_and_rollouts_is_predicted_from_above(kind, work, tm
     """Decoding is predicted at most twofold: a fork of all rows at full length is counted, and no row ends before."""
     monkeypatch.setenv("TEXTPOLICY_CACHE", str(tmp_path))  # for TinyLoRA's SVDs
     engine = engine_of(kind)
-    costs = Costs.measure(engine.model, checkpoint_every=engine.checkpoint_every)
+    costs = measured(engine.model, work, checkpoint_every=engine.checkpoint_every)
     for rows in (work.rows, 3):
         tokens = rows * work.row
         assert 1 <= costs.update(work, tokens) / updates(engine, work, tokens) <= ABOVE[kind]
@@ -147,12 +152,12 @@ def test_the_peak_of_updates_and_rollouts_is_predicted_from_above(kind, work, tm
 def test_an_update_with_an_entropy_bonus_or_a_teachers_distributions_is_predicted_from_above(what):
     engine, rows = engine_of("lora"), batch(WORK)
     if what == "entropy":
-        costs = Costs.measure(engine.model, entropy=True)
+        costs = measured(engine.model, WORK, entropy=True)
         bonus = 0.01 * rows.weights
         step = partial(engine.update, replace(rows, bonus=bonus), Surrogate(), 1e-5)
     else:
         teacher = engine_of("lora")
-        costs = Costs.measure(engine.model, teachers=[teacher.model])
+        costs = measured(engine.model, WORK, teachers=[teacher.model])
         step = partial(engine.distil, rows, rows, teacher, 0.5, 1e-5)
     engine.micro_batch_tokens, before = WORK.rows * WORK.row, others(engine)
     peak = max(step()["peak_memory_bytes"] for _ in range(2)) - before
@@ -163,7 +168,7 @@ def test_an_update_with_an_entropy_bonus_or_a_teachers_distributions_is_predicte
 def test_the_peaks_of_the_built_in_model_are_predicted_within_a_third():
     model, tokenizer = load_model("smollm2-135m")
     engine, work = MLXEngine(attach_lora(model), stop=[]), Workload(2, 3, prompt_tokens=48, completion_tokens=12)
-    costs, words = Costs.measure(model), tokenizer.vocab_size
+    costs, words = measured(model, work), tokenizer.vocab_size
     for rows in (6, 2):
         tokens = rows * work.row
         assert 1 <= costs.update(work, tokens) / updates(engine, work, tokens, words, times=1) <= 4 / 3
@@ -181,15 +186,15 @@ def test_the_peak_of_long_rows_is_predicted_where_attention_keeps_all_scores(che
     for name in ("_TIMES", "_MARGIN"):
         monkeypatch.setattr(memory, name, {mx.cpu: getattr(memory, name)[mx.gpu]})
     model = attach_lora(tiny_family("llama", hidden_size=64, num_attention_heads=8, vocab_size=500), rank=4)
-    costs = Costs.measure(model, checkpoint_every=checkpoint_every, compiled=True)
+    works = [Workload(1, 2, prompt_tokens=60, completion_tokens=tokens) for tokens in (192, 512)]
+    costs = measured(model, works[-1], checkpoint_every=checkpoint_every, compiled=True)
     assert costs.compiled.pair > 0
-    for tokens in (192, 512):
-        work = Workload(1, 2, prompt_tokens=60, completion_tokens=tokens)
+    for work in works:
         engine = MLXEngine(model, stop=[], compile=True, checkpoint_every=checkpoint_every)
         most = costs.update(work, 2 * work.row)
         # with work in flight the peak lies between this one and ``most``; one array of scores may be let go of late
         # in each measurement that the prediction is made of and, by luck, in no step: it is a quarter of the peak
-        peak, late = updates(engine, work, 2 * work.row, 500), 4 * 8 * work.rows * tokens * work.row
+        peak, late = updates(engine, work, 2 * work.row, 500), 4 * 8 * work.rows * work.completion_tokens * work.row
         assert peak <= most <= 1.6 * peak + memory._MARGIN[mx.cpu] * late
         memory.hold(engine, costs, most, math.inf)
         mx.set_memory_limit(2**40)
@@ -202,16 +207,16 @@ def test_the_peak_of_long_rows_is_predicted_where_attention_keeps_all_scores(che
 def test_the_peak_of_long_rows_is_predicted_where_attention_is_in_tiles(checkpoint_every, monkeypatch):
     monkeypatch.setattr(attention, "_TILE", dict.fromkeys(attention._TILE, 2**17))
     model = attach_lora(tiny_family("llama", hidden_size=64, num_attention_heads=8, vocab_size=500), rank=4)
-    costs = Costs.measure(model, checkpoint_every=checkpoint_every)
+    works = [Workload(1, 2, prompt_tokens=60, completion_tokens=tokens) for tokens in (256, 1024)]
+    costs = measured(model, works[-1], checkpoint_every=checkpoint_every)
     assert costs.heads == 8
     kept = replace(costs, heads=0)
-    for tokens in (256, 1024):
-        work = Workload(1, 2, prompt_tokens=60, completion_tokens=tokens)
+    for work in works:
         engine = MLXEngine(model, stop=[], checkpoint_every=checkpoint_every)
         most = costs.update(work, 2 * work.row)
         memory.hold(engine, costs, most, math.inf)
         # at 256 tokens shorter completions, whose scores are kept, would take more
-        assert 1 <= most / updates(engine, work, 2 * work.row, 500) <= (3.2 if tokens == 256 else 1.8)
+        assert 1 <= most / updates(engine, work, 2 * work.row, 500) <= (3.2 if work is works[0] else 1.8)
     assert most < kept.update(work, 2 * work.row) / 2
 
 
@@ -241,14 +246,14 @@ def test_a_pass_is_held_to_its_room_and_the_limit_restored(monkeypatch):
 
 def test_checkpointing_lowers_the_measured_peak_and_the_predicted_one():
     """The activations of 12 blocks are nearly all the memory, so kept ones would show."""
-    measured, predicted = [], []
+    peaks, predicted = [], []
     for every in (0, 2, 1):
         arguments = {"hidden_size": 96, "num_hidden_layers": 12, "intermediate_size": 256, "num_attention_heads": 4}
         model = llama.Model(llama.ModelArgs("llama", rms_norm_eps=1e-5, vocab_size=200, **arguments))
         engine = MLXEngine(attach_lora(model, rank=4), stop=[], checkpoint_every=every)
-        predicted.append(Costs.measure(model, checkpoint_every=every).update(LONG, LONG.row))
-        measured.append(updates(engine, LONG, LONG.row, 200, times=1))
-    for none, half, every_one in (measured, predicted):
+        predicted.append(measured(model, LONG, checkpoint_every=every).update(LONG, LONG.row))
+        peaks.append(updates(engine, LONG, LONG.row, 200, times=1))
+    for none, half, every_one in (peaks, predicted):
         assert half < 0.8 * none
         assert every_one < 0.5 * none
 
@@ -357,7 +362,7 @@ def test_a_compiled_pass_costs_what_it_is_padded_to(costs):
 def test_an_engine_gets_smaller_sizes_and_the_same_gradients():
     engine = engine_of("lora")
     rows, before, requested = batch(WORK), others(engine), engine.micro_batch_tokens
-    room = 1.1 * Costs.measure(engine.model).update(WORK, 2 * WORK.row)
+    room = 1.1 * measured(engine.model, WORK).update(WORK, 2 * WORK.row)
     plan = preflight(engine, WORK, limit=before + room)
     assert engine.micro_batch_tokens == plan.micro_batch_tokens < requested
     assert engine.decode_rows == plan.decode_rows
@@ -389,7 +394,7 @@ def small_engine(kind, vocabulary):
 def test_measuring_stays_within_the_limit(kind, vocabulary, work, share, monkeypatch):
     """Work in flight is let go up to the limit, and one operation beyond it."""
     engine = small_engine(kind, vocabulary)
-    limit = mx.get_active_memory() + share * Costs.measure(engine.model).update(work, 8192)
+    limit = mx.get_active_memory() + share * measured(engine.model, work).update(work, 8192)
     peaks = []
 
     def watched(results, peak=memory._peak):

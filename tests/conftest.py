@@ -74,10 +74,7 @@ def interruptible():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several processes one has the tests of a file, so that fixtures are made once, and one all of the servers'.
-
-    Tests of another device's branch are skipped.
-    """
+    """Tests of another device's branch are skipped."""
     import mlx.core as mx
 
     from textpolicy.mlx.kernels import cuda
@@ -86,8 +83,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for device in (name for name, here in held.items() if not here and item.get_closest_marker(name)):
             item.add_marker(pytest.mark.skip(reason=f"holds a branch of another device: {device}"))
-        served = "tinker_server" in getattr(item, "fixturenames", ()) or "tinker" in item.path.parts
-        item.add_marker(pytest.mark.xdist_group("tinker" if served else item.path.stem))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
+    """Of several processes one has the tests of a file, so that fixtures are made once, and one all of Tinker's.
+
+    The groups that pytest-xdist 3.8 writes into a test's name are lost in pytest 9.2, so they are decided here.
+    """
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OfAFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "tinker" if "tinker" in file else file
+
+    return OfAFile(config, log)
 
 
 def random_episodes(rng: np.random.Generator, groups: int = 4, size: int = 4) -> list[Episode]:

@@ -100,3 +100,14 @@ def test_releases_come_from_tags_alone_after_the_wheel_was_tried():
 def test_actionlint_finds_nothing():
     ran = subprocess.run([str(ACTIONLINT), *map(str, FILES)], capture_output=True, text=True, cwd=ROOT, check=False)
     assert (ran.returncode, ran.stdout) == (0, "")
+
+
+def test_one_of_two_processes_has_all_tests_of_a_file():
+    """As ``make test`` starts them; or fixtures of a file, whole runs among them, are made in both."""
+    command = [sys.executable, "-m", "pytest", "-v", "-n2", "--dist=loadgroup", "tests/test_types.py"]
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    by = re.findall(r"^\[(gw\d)\].* PASSED tests/test_types\.py::", done.stdout, re.MULTILINE)
+    assert len(by) > 10
+    assert len({*by}) == 1

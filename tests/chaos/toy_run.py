@@ -177,7 +177,7 @@ def quickly(patch: Any) -> None:
         patch.setattr(f"textpolicy.report.page.{chart}", lambda *given, **settings: "")
 
 
-TIMES = ("sample_seconds", "update_seconds", "tokens_per_second", "peak_memory_bytes", "scaling")
+TIMES = ("sample_seconds", "update_seconds", "tokens_per_second", "peak_memory_bytes", "scaling", "wall_seconds")
 
 
 def metrics(folder: Path) -> list[dict]:

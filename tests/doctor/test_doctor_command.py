@@ -31,7 +31,7 @@ def folder(path, rows, end=""):
 def test_a_run_that_failed_is_described_with_exit_code_1(tmp_path, capsys):
     assert main(["doctor", str(folder(tmp_path / "run", [ROW] * 4))]) == 1
     output = capsys.readouterr().out
-    assert "4 steps, 12 rules checked, " in output.splitlines()[0]
+    assert "4 steps, 13 rules checked, " in output.splitlines()[0]
     assert output.splitlines()[0].endswith("2 found something")
     assert "1. no_gradient" in output
     assert "2. all_fail" in output

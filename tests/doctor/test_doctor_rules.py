@@ -108,6 +108,15 @@ DECIDED = Facts(  # by the end no completion is bare
     early=Completions.of([(0, two_rewards(0.01))]),
 )
 SEVERAL = {"updates_per_step": 4}
+
+
+def ranks(*waited):
+    """The columns of a step of 6 s in which each rank waited so many seconds, all while sampling."""
+    of_ranks = {f"rank_{n}_{name}": value for n, seconds in enumerate(waited) for name, value in (
+        ("tokens_per_second", 100.0), ("waited_sampling", seconds), ("waited_updating", 0.0))}  # fmt: skip
+    return {"wall_seconds": 6.0, "scaling": 0.7, **of_ranks}
+
+
 TRIGGERS = {
     "no_gradient": [
         facts(rows(**IDLE, reward_mean=0.25, accuracy=0.4)),
@@ -151,6 +160,7 @@ TRIGGERS = {
     "on_policy_gap": [facts(rows(on_policy_gap_mean=0.2), max_gap=1.0)],
     "clips_most": [facts(rows(clip_fraction_low=0.3, clip_fraction_high=0.3), **SEVERAL)],
     "clips_nothing": [facts(rows(sampler_kl=1e-7), **SEVERAL)],
+    "held_up": [facts(rows(**ranks(3.0, 0.1))), facts(rows(**ranks(0.0, 1.0, 2.0)))],
     "held_out_falls": [facts(evaluations=held_out(40, 60, 20))],
     "learning_rate_high": [
         facts(rows(update_logprob_change=lambda s: 2.0 if s == 4 else 0.1)),
@@ -210,6 +220,7 @@ SPARES = {
     "on_policy_gap": [facts(rows(on_policy_gap_mean=0.02))],  # half precision
     "clips_most": [facts(rows(clip_fraction_low=0.05, clip_fraction_high=0.15), **SEVERAL)],
     "clips_nothing": [facts(rows(), updates_per_step=1), facts(rows(sampler_kl=0.01), **SEVERAL)],
+    "held_up": [facts(rows()), facts(rows(**ranks(1.0, 0.5)))],  # one rank alone, and two that wait a little
     "held_out_falls": [
         facts(evaluations=held_out(40, 60, 55)),  # within chance
         facts(
@@ -293,6 +304,12 @@ def test_examples_are_the_latest_of_different_groups():
     recorded = Completions.of([(3, various()), (4, various())])
     shown = recorded.examples(np.array([text == "7" for text in recorded.text]))
     assert [(e.step, e.prompt) for e in shown] == [(4, "prompt 1"), (3, "prompt 1")]
+
+
+def test_who_waits_for_whom_while_what_is_said():
+    [finding] = [f for f in examine(facts(rows(**ranks(0.3, 3.0, 2.0)))).findings if f.name == "held_up"]
+    assert "Rank 1 waits 50% of the time" in finding.what
+    assert "while others are sampling, and rank 0 for 5%: rank 0 holds the others up." in finding.what
 
 
 def test_the_weights_of_rewards_follow_from_their_sum():

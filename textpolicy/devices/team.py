@@ -224,7 +224,9 @@ class Team:
         return place if place < length else None
 
     def figures(self, digest: Any) -> dict[str, float]:
-        """Return the speed and the waiting time of every rank since the last call; {} for one rank.
+        """Return the speed and the seconds of waiting of every rank since the last call; {} for one rank.
+
+        ``wall_seconds`` have passed since then, and ``scaling`` is the share of them that ranks worked.
 
         ``digest`` stands for what must be equal in all ranks after a step. Raises RankError where it is not.
         """
@@ -248,7 +250,7 @@ class Team:
                 row[f"rank_{rank}_waited_{name}"] = waited.get(phase, 0.0)
             worked += seconds - sum(waited.values())
             wall = max(wall, seconds)
-        return {**row, "scaling": worked / (self.size * wall) if wall else 1.0}
+        return {**row, "wall_seconds": wall, "scaling": worked / (self.size * wall)}
 
     # ---- links
 

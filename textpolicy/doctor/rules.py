@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from . import gradient, movement, sampled
+from . import gradient, movement, sampled, speed
 from .facts import Facts, read_facts
 from .finding import Finding
 
@@ -76,6 +76,7 @@ RULES: tuple[Rule, ...] = (
     Rule("held_out_falls", movement.held_out_falls, (EVALUATED, _steps(6))),
     Rule("learning_rate_high", movement.learning_rate_high, (MOVED,)),
     Rule("learning_rate_low", movement.learning_rate_low, (_column(movement.MEASURED), _steps(4))),
+    Rule("held_up", speed.held_up),
 )
 
 

@@ -41,6 +41,11 @@ _METRICS: tuple[tuple[str, str, str, bool], ...] = (  # name in metrics.jsonl, t
     ("logprob_gap_mean", "Difference of log-probs, learner and sampler", "nats per token", False),
     ("on_policy_gap_mean", "On-policy check", "nats per token", False),
     ("tokens_per_second", "Speed", "sampled tokens/s", False),
+    ("scaling", "Ranks at work", "share of their time", True),
+)
+_OF_RANKS = (("tokens_per_second", "Speed of each rank", "sampled tokens/s"),)
+_OF_RANKS += tuple(
+    (f"waited_{what}", f"Waiting of each rank while {what}", "seconds") for what in ("sampling", "updating")
 )
 
 
@@ -137,6 +142,12 @@ def _charts(arms: Sequence[Arm]) -> tuple[list[tuple[str, str]], list[str]]:
         named = [replace(c, name=part, colour=i) for i, (part, curves) in enumerate(of_parts.items()) for c in curves]
         charts = [("Parts of the reward", named)]
     lines[3:3] = [(title, curves, "mean", True, False) for title, curves in charts]
+    several_ranks = {n for arm in arms for run in arm.runs for row in run.rows for n in row if n.startswith("rank_")}
+    for metric, title, label in () if several else _OF_RANKS:
+        names = sorted((n for n in several_ranks if n.endswith(f"_{metric}")), key=natural)
+        found = [(n.split("_")[1], c) for n in names for c in _curves(arms, partial(_averaged, metric=n))]
+        together = [replace(c, name=f"rank {rank}", colour=i) for i, (rank, c) in enumerate(found)]
+        lines.append((title, together, label, True, False))
     drawn, constant = list[tuple[str, str]](), list[str]()
     for title, curves, label, smooth, share in lines:
         values = np.concatenate([curve.mean for curve in curves]) if curves else np.empty(0)
@@ -145,7 +156,7 @@ def _charts(arms: Sequence[Arm]) -> tuple[list[tuple[str, str]], list[str]]:
         if np.ptp(values) <= 1e-9 * np.abs(values).max():
             constant.append(f"{title}: {f'{values[0]:.0%}' if share else f'{values[0]:.3g}'}")
             continue
-        legend = title == "Parts of the reward" and len(curves) > 1
+        legend = not several and len(curves) > 1 and curves is not on_held_out
         drawn.append((title, line_chart(curves, label, smooth=smooth, share=share, legend=legend)))
     seconds: dict[str, list[float]] = {"rollouts": [], "updates": []}  # mean of each arm; rollouts include rewards
     for arm in arms:

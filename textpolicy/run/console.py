@@ -153,7 +153,8 @@ class RunView:
         speeds = ", ".join(f"{name} {row['sampled_tokens'] / seconds:.0f}" for name, seconds in halves if seconds > 0)
         memory = f"  memory {row['peak_memory_bytes'] / 1e9:.2f} GB" if "peak_memory_bytes" in row else ""
         if "tokens_per_second" in row:
-            lines += [f"tokens/s  {row['tokens_per_second']:.0f} ({speeds}){memory}"]
+            ranks = f"  ranks at work {row['scaling']:.0%} of the time" if "scaling" in row else ""
+            lines += [f"tokens/s  {row['tokens_per_second']:.0f} ({speeds}){memory}{ranks}"]
         lines += [example_line(episode, self.console.width) for episode in self.last]
         return Group(self.progress, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
 

@@ -201,33 +201,37 @@ def fresh_smollm_engine():
 
 
 @pytest.fixture(scope="session")
-def small_cache(tmp_path_factory):
-    """A cache folder whose built-in model has random weights, two narrow layers, and the tokenizer of the real one."""
+def small_model(tmp_path_factory):
+    """A folder with two narrow layers of random weights, in 4 bits as the built-in model's, and with its tokenizer."""
     import mlx.core as mx
+    import mlx.nn as nn
     from mlx.utils import tree_flatten
     from mlx_lm.models import llama
 
     from textpolicy.mlx.models import find_model
 
-    real, cache = find_model("smollm2-135m"), tmp_path_factory.mktemp("cache")
-    folder = cache / "models" / real.name
+    real = find_model("smollm2-135m")
+    folder = tmp_path_factory.mktemp("cache") / "models" / real.name
     shutil.copytree(real, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((real / "config.json").read_text())
-    for name in ("quantization", "head_dim"):
-        del config[name]
+    del config["head_dim"]
     config |= {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     config["num_hidden_layers"] = 2
     mx.random.seed(0)
-    weights = dict(tree_flatten(llama.Model(llama.ModelArgs.from_dict(config)).parameters()))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    model, bits = llama.Model(llama.ModelArgs.from_dict(config)), config["quantization"]
+    nn.quantize(
+        model, group_size=32, bits=4,
+        class_predicate=lambda path, part: hasattr(part, "to_quantized") and bits.get(path, True),
+    )  # fmt: skip
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
     (folder / "config.json").write_text(json.dumps(config))
-    return cache
+    return folder
 
 
 @pytest.fixture
-def small_built_in(small_cache, monkeypatch):
+def small_built_in(small_model, monkeypatch):
     """The built-in model is the small one, here and in processes that the test starts."""
-    monkeypatch.setenv("TEXTPOLICY_CACHE", str(small_cache))
+    monkeypatch.setenv("TEXTPOLICY_CACHE", str(small_model.parents[1]))
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def with_a_tool(tokenizer):
 @pytest.mark.slow
 def test_a_tool_environment_trains_on_policy(fresh_smollm_engine):
     engine, tokenizer = fresh_smollm_engine
-    steps = two_steps(engine, with_a_tool(tokenizer), 20)
+    steps = two_steps(engine, with_a_tool(tokenizer), 20, group_size=2)
     assert all(row["updated"] for row, _ in steps)
     several = [e for _, episodes in steps for e in episodes if spans(e) > 1]
     assert several
@@ -77,7 +77,7 @@ def test_a_game_of_gymnasium_trains_on_policy(fresh_smollm_engine):
         max_tokens=20,
         max_turns=3,
     )
-    steps = two_steps(engine, env, 20)
+    steps = two_steps(engine, env, 20, group_size=2)
     assert {e.reward for _, episodes in steps for e in episodes} <= {-1.0, 0.0, 1.0}
     assert any(spans(e) > 1 for _, episodes in steps for e in episodes)
 

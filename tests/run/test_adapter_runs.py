@@ -1,4 +1,4 @@
-"""The built-in model with every kind of adapter: three steps move what the kind trains, and a run of 13 numbers."""
+"""Every kind of adapter: what it trains of the built-in model; three steps, and a run of 13 numbers, of a small one."""
 
 import json
 
@@ -30,7 +30,33 @@ def letters(prompt, completion, example, **kwargs):
     return float(len(completion))
 
 
-@pytest.mark.slow
+TELLS = """
+import zlib
+
+from textpolicy.tasks import task_from_rows
+
+
+def tells(prompt, completion, example, **kwargs):
+    return zlib.crc32(completion.encode()) / 2**32
+
+
+def task():
+    return task_from_rows([{"question": f"Name {n} things."} for n in range(20)], tells, name="tells", max_tokens=8)
+"""  # a task whose reward tells all texts apart, whatever the model
+
+
+def is_quantised(model):
+    return any(isinstance(m, nn.QuantizedLinear) for m in model.modules())
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_an_adapter_of_the_kind_trains_so_many_numbers_of_the_built_in_model(kind):
+    engine, _ = build_engine(Config(adapter={"kind": kind}, machine={"threads": 1}))
+    assert sum(value.size for value in trainable(engine.model).values()) == TRAINED[kind]
+    assert is_quantised(engine.model) == (kind == "qlora")
+
+
+@pytest.mark.usefixtures("small_built_in")
 @pytest.mark.parametrize("kind", TRAINED)
 def test_three_steps_move_exactly_the_trainable_parameters_of_the_kind(kind):
     sizes = {"prompts_per_step": 1, "group_size": 4, "max_tokens": 2}
@@ -51,14 +77,21 @@ def test_three_steps_move_exactly_the_trainable_parameters_of_the_kind(kind):
     moved = {name for name, a in tree_flatten(engine.model.parameters()) if not mx.array_equal(a, before[name])}
     assert [row["updated"] for row in rows] == [1, 1, 1]
     assert moved == set(own)
-    assert sum(value.size for value in own.values()) == TRAINED[kind]
-    assert any(isinstance(m, nn.QuantizedLinear) for m in engine.model.modules()) == (kind == "qlora")
+    assert is_quantised(engine.model) == (kind == "qlora")
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("small_built_in")
 def test_a_run_of_thirteen_numbers_is_trained_kept_and_judged(tmp_path, capsys):
-    run = tmp_path / "run"
-    small = ["--steps=2", "--optimizer.warmup-steps=1", "--evaluation.problems=1", "--evaluation.every=2"]
+    run, task = tmp_path / "run", tmp_path / "tells.py"
+    task.write_text(TELLS)
+    small = [
+        f"--task={task}",
+        "--rewards.correct-from=0.5",
+        "--steps=2",
+        "--optimizer.warmup-steps=1",
+        "--evaluation.problems=4",
+        "--evaluation.every=2",
+    ]
     sizes = ["--rollout.prompts-per-step=2", "--rollout.group-size=8", "--machine.threads=1"]
     assert main(["train", f"--output={run}", "--adapter.kind=tinylora", "--adapter.u=13", *small, *sizes]) == 0
     arrays = mx.load(str(run / "adapter" / "adapters.safetensors"))
@@ -67,6 +100,6 @@ def test_a_run_of_thirteen_numbers_is_trained_kept_and_judged(tmp_path, capsys):
     steps = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "train"]
     assert any(row["updated"] for row in steps)
     assert steps[0]["learning_rate"] == 0.005
-    assert main(["eval", f"--adapter={run}", "--problems=1", "--show=0", "--threads=1"]) == 0
+    assert main(["eval", f"--adapter={run}", "--problems=4", "--show=0", "--threads=1"]) == 0
     summary = json.loads((run / "summary.json").read_text())
-    assert f"largest, test: {summary['test_after']:.1%}" in capsys.readouterr().out
+    assert f"{task}, test: {summary['test_after']:.1%}" in capsys.readouterr().out

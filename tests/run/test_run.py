@@ -107,7 +107,7 @@ def test_a_run_can_be_judged_by_many_samples(trained, capsys):
     assert shares == sorted(shares)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("small_built_in")
 def test_a_run_with_tools_a_curriculum_and_sampled_validation(tmp_path):
     flags = ["--task=countdown_tool", "--rollout.curriculum=pass_rate", "--rollout.max-turns=2", "--steps=2"]
     small = ["--rollout.prompts-per-step=2", "--rollout.group-size=2", "--rollout.max-tokens=8", "--adapter.rank=2"]
@@ -196,14 +196,14 @@ def test_a_model_that_does_not_fit_is_refused_in_one_sentence_before_anything_is
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("small_built_in")
 def test_a_run_that_is_short_of_memory_reports_it_once_and_stays_within_it(tmp_path, capsys, elsewhere):
-    folder, limit = tmp_path / "run", elsewhere + 1.0
+    folder, limit = tmp_path / "run", elsewhere + 0.06
     fewer = ["--steps=1", "--rollout.group-size=4", "--evaluation.problems=1"]
     assert main(["train", f"--output={folder}", f"--machine.memory-limit-gb={limit}", *SMALL, *fewer]) == 0
     said = capsys.readouterr().out
     assert said.count("made smaller to fit into memory, without effect on results: an update needs about") == 1
-    assert "1.00 GB may be used" in said
+    assert "0.06 GB may be used" in said
     assert max(row["peak_memory_bytes"] for row in rows(folder) if row["kind"] == "train") < 1e9 * limit
 
 

@@ -145,8 +145,8 @@ def _charts(arms: Sequence[Arm]) -> tuple[list[tuple[str, str]], list[str]]:
     several_ranks = {n for arm in arms for run in arm.runs for row in run.rows for n in row if n.startswith("rank_")}
     for metric, title, label in () if several else _OF_RANKS:
         names = sorted((n for n in several_ranks if n.endswith(f"_{metric}")), key=natural)
-        found = [(n.split("_")[1], c) for n in names for c in _curves(arms, partial(_averaged, metric=n))]
-        together = [replace(c, name=f"rank {rank}", colour=i) for i, (rank, c) in enumerate(found)]
+        of_rank = [(n.split("_")[1], c) for n in names for c in _curves(arms, partial(_averaged, metric=n))]
+        together = [replace(c, name=f"rank {rank}", colour=i) for i, (rank, c) in enumerate(of_rank)]
         lines.append((title, together, label, True, False))
     drawn, constant = list[tuple[str, str]](), list[str]()
     for title, curves, label, smooth, share in lines:

@@ -49,7 +49,10 @@ def joined(config: Config) -> Team:
 
 
 def lead(team: Team, config: Config, resumed: Resumed | None) -> None:
-    """Send the other ranks, from rank 0, the settings, and the files that a run resumes from."""
+    """Send the other ranks, from rank 0, the settings, and the files that a run resumes from.
+
+    Raises UserError where a rank was given other settings.
+    """
     if team.size == 1:
         return
     files: dict[str, bytes] | None = None
@@ -59,6 +62,8 @@ def lead(team: Team, config: Config, resumed: Resumed | None) -> None:
         paths += sorted(path for path in resumed.checkpoint.path.rglob("*") if path.is_file())
         files = {path.relative_to(resumed.folder).as_posix(): path.read_bytes() for path in paths}
     team.first((config.model_dump_json(exclude_unset=True), files))
+    if files is None:
+        _refuse_unlike(team, _settings(config), "was given", "start all ranks with the same command")
 
 
 def follow(team: Team, config: Config, held: ExitStack) -> tuple[Config, bool]:
@@ -70,7 +75,7 @@ def follow(team: Team, config: Config, held: ExitStack) -> tuple[Config, bool]:
     told = Config.model_validate_json(given)
     folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="textpolicy-rank-")), "run")
     if files is None:
-        _refuse_unlike(team, _settings(config), _settings(told), "was given", "start all ranks with the same command")
+        _refuse_unlike(team, _settings(config), "was given", "start all ranks with the same command")
     for name, content in (files or {}).items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,9 +93,8 @@ def together(parts: Parts, team: Team) -> Parts:
         return parts
     engine: Any = parts.engine
     own = {name: value for name, value in parts.versions.items() if name not in _OWN}
-    every = team.exchange((own, engine.digest()))
-    _refuse_unlike(team, own, every[0][0], "has", "give all ranks the same versions and files, and start them again")
-    if len({digest for _, digest in every}) > 1:
+    _refuse_unlike(team, own, "has", "give all ranks the same versions and files, and start them again")
+    if len({*team.exchange(engine.digest())}) > 1:
         with tempfile.TemporaryDirectory() as folder:
             if team.rank == 0:
                 engine.write_state(Path(folder))
@@ -110,11 +114,13 @@ def _settings(config: Config) -> dict[str, Any]:
     return {name: value for name, value in found if not name.startswith(_APART)}
 
 
-def _refuse_unlike(team: Team, own: Mapping[str, Any], first: Mapping[str, Any], has: str, remedy: str) -> None:
-    """Raise UserError on the rank whose ``own`` values are not those of rank 0."""
-    for name in sorted({*own, *first}):
-        if own.get(name) != first.get(name):
-            raise UserError(
-                f"rank {team.rank} on {team.members[team.rank]} {has} {name} {own.get(name)} and rank 0 on "
-                f"{team.members[0]} {first.get(name)}; {remedy}"
-            )
+def _refuse_unlike(team: Team, own: Mapping[str, Any], has: str, remedy: str) -> None:
+    """Raise UserError on all ranks unless all have the same values. Raises RankError."""
+    first, *others = team.exchange(dict(own))
+    for rank, other in enumerate(others, 1):
+        for name in sorted({*first, *other}):
+            if other.get(name) != first.get(name):
+                raise UserError(
+                    f"rank {rank} on {team.members[rank]} {has} {name} {other.get(name)} and rank 0 on "
+                    f"{team.members[0]} {first.get(name)}; {remedy}"
+                )

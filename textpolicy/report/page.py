@@ -43,7 +43,7 @@ _METRICS: tuple[tuple[str, str, str, bool], ...] = (  # name in metrics.jsonl, t
     ("tokens_per_second", "Speed", "sampled tokens/s", False),
     ("scaling", "Ranks at work", "share of their time", True),
 )
-_OF_RANKS = (("tokens_per_second", "Speed of each rank", "sampled tokens/s"),)
+_OF_RANKS: tuple[tuple[str, str, str], ...] = (("tokens_per_second", "Speed of each rank", "sampled tokens/s"),)
 _OF_RANKS += tuple(
     (f"waited_{what}", f"Waiting of each rank while {what}", "seconds") for what in ("sampling", "updating")
 )

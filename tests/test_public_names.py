@@ -254,6 +254,12 @@ def test_importing_textpolicy_loads_no_array_library():
     assert out.strip() == ""
 
 
+def test_no_command_waits_for_scipy_stats():
+    """It takes half a second and more, and what reads or makes a run needs none of its tests."""
+    imported = "textpolicy.cli.main, textpolicy.run.training_run, textpolicy.report.page, textpolicy.doctor"
+    assert run(f"import sys, {imported}; print('scipy.stats' in sys.modules)").strip() == "False"
+
+
 def test_importing_textpolicy_takes_less_than_200_milliseconds_of_the_processor():
     script = "import time; t = time.process_time(); import textpolicy; print(time.process_time() - t)"
     assert min(float(run(script)) for _ in range(3)) < 0.2

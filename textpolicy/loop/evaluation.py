@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest, norm, t
+from scipy.special import ndtri, stdtrit  # scipy.stats, which has them as norm.ppf and t.ppf, takes long to import
 
 from ..engine import Engine, Sampling
 from ..environment.base import DrivenEnv
@@ -32,9 +32,11 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The ends of the interval."""
-        ci = binomtest(self.correct, self.total).proportion_ci(0.95, method="wilson")
-        return float(ci.low), float(ci.high)
+        """The ends of the interval (Newcombe, 1998)."""
+        n, p, z = self.total, self.value, float(ndtri(0.975))
+        twice = 2 * (n + z**2)
+        center, half = (2 * n * p + z**2) / twice, z / twice * math.sqrt(4 * n * p * (1 - p) + z**2)
+        return center - half if self.correct else 0.0, center + half if self.correct < n else 1.0
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -131,12 +133,12 @@ def clustered_interval(shares: np.ndarray, samples: int) -> tuple[float, float]:
     Graubard, 1998). m lies between N, where all answers to a problem agree, and N times ``samples``. One problem says
     nothing of others: its interval is all of 0 to 1.
     """
-    n, p, z = len(shares), float(shares.mean()), float(norm.ppf(0.975))
+    n, p, z = len(shares), float(shares.mean()), float(ndtri(0.975))
     if n == 1:
         return 0.0, 1.0
     of_mean = float(shares.var(ddof=1)) / n
     effective = p * (1 - p) / of_mean if of_mean > 0 else n * samples if 0 < p < 1 else n
-    m = min(max(min(effective, n * samples) * (z / float(t.ppf(0.975, n - 1))) ** 2, n), n * samples)
+    m = min(max(min(effective, n * samples) * (z / float(stdtrit(n - 1, 0.975))) ** 2, n), n * samples)
     center = (p + z * z / (2 * m)) / (1 + z * z / m)
     half = z / (1 + z * z / m) * math.sqrt(p * (1 - p) / m + z * z / (4 * m * m))
     return max(0.0, center - half), min(1.0, center + half)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from ..doctor.facts import evaluations
 from ..record.reader import RecordedRun, flat
@@ -75,7 +75,7 @@ def series(arm: Arm, points: Sequence[Mapping[float, float]], name: str | None =
     steps, name = np.array(common, float), name or arm.name
     if n == 1:
         return Series(name, steps, mean)
-    half = student.ppf(0.975, n - 1) * values.std(axis=0, ddof=1) / math.sqrt(n)
+    half = stdtrit(n - 1, 0.975) * values.std(axis=0, ddof=1) / math.sqrt(n)
     half[np.ptp(values, axis=0) < 1e-12] = np.nan
     return Series(name, steps, mean, mean - half, mean + half)
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm
-from scipy.stats import t as student
+from scipy.special import ndtri, stdtrit
 
 from ..doctor import examine
 from ..doctor.facts import Evaluation, evaluations, mean
@@ -117,7 +116,7 @@ def _over_problems(run: RecordedRun, found: Outcome) -> tuple[float, float]:
     rows = [row for row in run.rows if row["kind"] == "eval" and row["split"] == found.split]
     a, b = (np.array([mark == "1" for mark in marks(row) or ""], bool) for row in (rows[0], rows[-1]))
     if len(a) == len(b) > 0:
-        n, z = len(a) + 2, float(norm.ppf(0.975))
+        n, z = len(a) + 2, float(ndtri(0.975))
         gained, lost = (float((x & ~y).sum() + 1) / n for x, y in ((b, a), (a, b)))
         half = z * math.sqrt((gained + lost - (gained - lost) ** 2) / n)
         return max(-1.0, gained - lost - half), min(1.0, gained - lost + half)
@@ -130,7 +129,7 @@ def _over_seeds(differences: np.ndarray) -> tuple[float, float]:
     if np.ptp(differences) < 1e-12:
         return -math.inf, math.inf
     n, center = len(differences), float(differences.mean())
-    half = float(student.ppf(0.975, n - 1) * differences.std(ddof=1) / math.sqrt(n))
+    half = float(stdtrit(n - 1, 0.975) * differences.std(ddof=1) / math.sqrt(n))
     return center - half, center + half
 
 

@@ -18,7 +18,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from scipy.stats import rankdata
 
 from .._system.extras import extra
 from ..errors import UserError
@@ -124,6 +123,8 @@ class Judge:
         apart = np.sign(y[:, None] - y)
         agrees = np.sign(x[:, None] - x) * apart
         concordance = float(np.mean((agrees[apart != 0] + 1) / 2)) if (apart != 0).any() else math.nan
+        from scipy.stats import rankdata  # a slow import
+
         varied = len({*x}) > 1 and len({*y}) > 1
         correlation = float(np.corrcoef(rankdata(x), rankdata(y))[0, 1]) if varied else math.nan
         return Agreement(len(rows), int((~read).sum()), concordance, correlation)

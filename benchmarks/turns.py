@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,16 @@ def calculate(expression: str) -> str:
 
 
 class ReadingAgain:
-    """The engine with the rest hidden, so that every turn is read from the beginning."""
+    """The engine that keeps nothing, so that every turn is read from the beginning."""
 
     def __init__(self, engine: MLXEngine):
-        self.stop, self.sample = engine.stop, engine.sample
+        self.engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def keep_turns(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def main(model: str, prompt_tokens: int, turns: int, max_tokens: int, prompts: int, group: int, times: int) -> None:

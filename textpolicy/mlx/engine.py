@@ -76,6 +76,7 @@ class MLXEngine:
         self.max_grad_norm = max_grad_norm
         self.micro_batch_tokens, self.decode_rows = micro_batch_tokens, decode_rows
         self.checkpoint_every, self.compiled = checkpoint_every, compiled
+        self.drafts = True  # the last rows on a CPU may be decoded several tokens at a time; changes no completion
         self.copies = True  # rollouts on a CPU may fold LoRAs into copies of the weights
         # bytes that an "update", and to "decode", may take beyond what is in memory; where they are missing, any
         self.room: dict[str, float] = {}
@@ -126,9 +127,8 @@ class MLXEngine:
                 free = mx.get_memory_limit() - mx.get_active_memory() + self._kept.nbytes
                 self._kept.room = free - min(self.room.get("decode", free / 2), free)
             steps = None if self._noisy else self._steps  # which hold the norms as they were compiled with
-            flat = decode(
-                model, rows, sampling, self.stop, self.decode_rows, steps=steps, kept=self._kept, streams=streams
-            )
+            more: dict[str, Any] = {"kept": self._kept, "streams": streams, "drafts": self.drafts}
+            flat = decode(model, rows, sampling, self.stop, self.decode_rows, steps=steps, **more)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
 
     def gradients(self, batch: Batch, objective: Objective) -> tuple[dict[str, float], Any]:

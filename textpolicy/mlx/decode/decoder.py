@@ -23,8 +23,10 @@ from ..read.context import Context
 from ..read.prompts import Kept, PromptTree
 from ..read.sizes import size_up
 from .compiled_steps import StaticRows, Steps
+from .drafts import ROWS, Drafts
 from .sampling import Draw, Sampler, uniforms
 
+_GAP = 64  # unused slots between used ones, after which drafts leave the context packed again
 _SPARE = 64  # the most positions to allocate ahead
 _LEAVE = 0.75  # the context is packed again when a smaller share of its rows is still in use
 _ENTER = 0.25  # queued completions start when at least this share of the places is free
@@ -40,6 +42,7 @@ def decode(
     steps: Steps | None = None,
     kept: Kept | None = None,
     streams: Sequence[int] | None = None,
+    drafts: bool = True,
 ) -> list[Completion]:
     """Return one completion per prompt (token ids), sampling at most ``max_rows`` at a time.
 
@@ -49,7 +52,8 @@ def decode(
     ``ahead`` computes the next step while Python handles the last one; None does so on a GPU only, because a CPU
     gains nothing. ``steps`` are compiled steps of this model, used where they apply; without them the model runs
     as it is. Prompts that continue a text in ``kept`` begin with what was read then, and completions that a stop
-    token ends are added to it.
+    token ends are added to it. With ``drafts`` the last few completions are decoded several tokens at a time where
+    texts repeat (see drafts.py); without steps computed ahead, and with no running states.
     """
     n, width, penalty = len(prompts), sampling.max_tokens, sampling.repetition_penalty
     repetition = None
@@ -72,6 +76,7 @@ def decode(
         steps=steps,
         kept=kept,
         penalty=repetition,
+        tries_drafts=drafts,
         streams=range(n) if streams is None else streams,
         random=np.zeros((n, width), np.float32),
         tokens=np.zeros((n, width), np.int32),
@@ -96,6 +101,11 @@ class ActiveRows:
     def only(self, kept: np.ndarray) -> ActiveRows:
         """Return the completions at ``kept`` (K,), each of which has a row of its own."""
         return ActiveRows(self.context.fork(kept), self.rows[kept], np.arange(len(kept)), self.reads[mx.array(kept)])
+
+    def apart(self) -> ActiveRows:
+        """Return the same completions with a row of the context for each."""
+        rows = self.context.fork(self.state)
+        return ActiveRows(rows, self.rows, np.arange(len(self.rows)), self.reads[mx.array(self.state)])
 
     def after(self, tokens: np.ndarray, running: np.ndarray) -> ActiveRows:
         """Return the completions that are ``running`` (R,) bool after ``tokens`` (R,), one row for equal texts."""
@@ -147,6 +157,7 @@ class _Decoder:
     steps: Steps | None
     kept: Kept | None
     penalty: RepetitionPenalty | None
+    tries_drafts: bool
     streams: Sequence[int]  # N
     random: np.ndarray  # (N, T) float32, filled when a completion starts
     tokens: np.ndarray  # (N, T) int32
@@ -156,6 +167,8 @@ class _Decoder:
     launched: np.ndarray  # (N,) int32, tokens drawn, including those not recorded yet
     stopped: np.ndarray  # (N,) bool, by a stop token
     started: int = 0  # completions
+    drafts: Drafts | None = None  # once few are left
+    passes: int = 0  # over the rows being sampled
 
     def run(self) -> list[Completion]:
         if self.steps is not None:
@@ -166,7 +179,12 @@ class _Decoder:
                 active = self.write(active)
             else:
                 one_row_each = np.array_equal(active.state, np.arange(active.reads.shape[0]))
-                active = self.write(active) if self.ahead and one_row_each else self.write_shared(active)
+                if self.ahead and one_row_each:
+                    active = self.write(active)
+                elif self.may_draft(active):
+                    active = self.write_drafts(active if one_row_each else active.apart())
+                else:
+                    active = self.write_shared(active)
         return [
             Completion(
                 tokens=self.tokens[i, :n].copy(),
@@ -208,6 +226,7 @@ class _Decoder:
             assert self.steps is not None
             drawn, after = self.steps(active, uniform, self.sampling)
             return after, drawn, (drawn, after.own, after.recent)
+        self.passes += 1
         logits = active.context.read(self.model, active.reads[:, None])[:, -1]
         state = active.state
         if self.penalty is not None:
@@ -224,6 +243,51 @@ class _Decoder:
             self.penalty.seen[active.rows, tokens] = True
         running = self.running(active.rows)
         return active.after(tokens, running) if running.any() else None
+
+    def may_draft(self, active: ActiveRows) -> bool:
+        """Return whether few completions are left, which drafts may shorten."""
+        if not self.tries_drafts or self.penalty is not None or self.started < len(self.prompts):
+            return False
+        return len(active.rows) <= ROWS and not active.context.recurrent
+
+    def write_drafts(self, active: ActiveRows) -> ActiveRows | None:
+        """Write a token for every completion, and those of its draft that it draws, too; return the running ones."""
+        rows, context = active.rows, active.context
+        if self.drafts is None:
+            said = [self.tokens[i, :n] for i, n in enumerate(self.lengths.tolist())]
+            self.drafts = Drafts(self.prompts, said)
+        drafts = self.drafts.of(rows.tolist())
+        width = 1 + max(map(len, drafts))
+        reads = np.zeros((len(rows), width), np.int32)
+        reads[:, 0] = np.array(active.reads)
+        for line, draft in zip(reads, drafts, strict=True):
+            line[1 : 1 + len(draft)] = draft
+        columns = np.minimum(self.lengths[rows, None] + np.arange(width), self.sampling.max_tokens - 1)
+        uniform = mx.array(self.random[rows[:, None], columns].reshape(-1))
+        logits = context.read(self.model, mx.array(reads)).reshape(reads.size, -1)
+        drawn = self.sampler(logits, mx.arange(reads.size), uniform)
+        mx.eval(drawn)
+        self.passes += 1
+        tokens, logprobs, entropy = (np.array(a).reshape(reads.shape) for a in drawn)
+        within = np.arange(1, width) <= np.array([len(draft) for draft in drafts])[:, None]
+        accepted = np.cumprod((tokens[:, :-1] == reads[:, 1:]) & within, axis=1).sum(axis=1)
+        if width > 1:
+            context.take_back(width, accepted + 1)
+        for column in range(int(accepted.max()) + 1):
+            here = np.flatnonzero(accepted >= column)
+            for at in here[self.running(rows[here])].tolist():
+                self.drafts.add(int(rows[at]), int(tokens[at, column]))
+            self.note(active, here, tokens[here, column], logprobs[here, column], entropy[here, column])
+        self.launched[rows] = self.lengths[rows]
+        running = self.running(rows)
+        if not running.any():
+            return None
+        after = active.after(tokens[np.arange(len(rows)), accepted], running)
+        if after.context.ragged is not None and after.context.ragged.gap > max(_GAP, after.context.size // 4):
+            read = [len(self.prompts[i]) + int(self.lengths[i]) - 1 for i in after.rows]
+            after = after.apart()
+            after = replace(after, context=after.context.packed(read))
+        return after
 
     def write(self, active: Any) -> Any:
         """Write tokens for completions with a row each until enough have ended; return those that are running.
@@ -267,7 +331,14 @@ class _Decoder:
     def record(self, active: Any, drawn: Draw) -> np.ndarray:
         """Record one step for those rows that are running; return the tokens of all."""
         tokens, logprobs, entropy = (np.array(a) for a in drawn)
-        rows = active.rows
+        self.note(active, np.arange(len(active.rows)), tokens, logprobs, entropy)
+        return tokens
+
+    def note(
+        self, active: Any, places: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray, entropy: np.ndarray
+    ) -> None:
+        """Record a token, (K,) each, for those of the active rows at ``places`` (K,) that are running."""
+        rows = active.rows[places]
         live = self.running(rows)
         who, column = rows[live], self.lengths[rows[live]]
         if not np.isfinite(logprobs[live]).all():
@@ -282,9 +353,8 @@ class _Decoder:
         self.lengths[who] += 1
         self.stopped[who] = np.isin(tokens[live], self.stop)
         if self.kept is not None:
-            for at in np.flatnonzero(live)[self.stopped[who]].tolist():
+            for at in places[live][self.stopped[who]].tolist():
                 self.keep(self.kept, active, at)
-        return tokens
 
     def keep(self, kept: Kept, active: Any, at: int) -> None:
         """Add what the row ``at`` of the active ones has read until the token that stopped it to ``kept``."""

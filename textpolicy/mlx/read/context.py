@@ -97,6 +97,30 @@ class Context:
         self.size, self.arriving = self.size + self.arriving, 0
         return logits
 
+    def take_back(self, read: int, kept: np.ndarray) -> None:
+        """Leave, of the ``read`` tokens that every row read last, the first ``kept`` (B,) of each, at least one.
+
+        The others were not read as far as anything that follows is concerned. A model with running states cannot.
+        """
+        start, most = self.size - read, int(kept.max())
+        self.size = start + most
+        if self.ragged is None:
+            if int(kept.min()) == most:
+                return
+            lengths, used = mx.full((self.rows,), start, mx.int32), mx.ones((self.rows, start), mx.bool_)
+            before = Ragged(lengths, used, gap=0, front=np.zeros(self.rows, np.int32))
+        else:
+            before = replace(
+                self.ragged, lengths=self.ragged.lengths - read, used=self.ragged.used_until(start)[:, :start]
+            )
+        own = mx.array(kept.astype(np.int32))
+        used = mx.concatenate([before.used, mx.arange(most) < own[:, None]], axis=1)
+        self.ragged = Ragged(before.lengths + own, used, before.gap + most - int(kept.min()), before.front)
+
+    def packed(self, lengths: Sequence[int]) -> Context:
+        """Return the same rows, which have read so many tokens each, without the slots between that none uses."""
+        return Context.join([self._alone(row, length) for row, length in enumerate(lengths)])
+
     def fork(self, parents: np.ndarray | mx.array) -> Context:
         """Return a context whose row b continues row ``parents[b]``; this one does not change.
 
@@ -130,10 +154,17 @@ class Context:
 
         It is None where more were read into a running state.
         """
-        used = np.ones(self.size, bool) if self.ragged is None else np.array(self.ragged.used_until(self.size)[row])
-        slots = np.flatnonzero(used)
-        if self.recurrent and len(slots) != length:
+        if self.recurrent and len(self._slots(row)) != length:
             return None
+        return self._alone(row, length)
+
+    def _slots(self, row: int) -> np.ndarray:
+        """Return the slots that a row uses."""
+        used = np.ones(self.size, bool) if self.ragged is None else np.array(self.ragged.used_until(self.size)[row])
+        return np.flatnonzero(used)
+
+    def _alone(self, row: int, length: int) -> Context:
+        slots = self._slots(row)
         kept, here = mx.array(slots[:length]), mx.array([row])
         return self.of_one_row(
             length,

@@ -1,4 +1,4 @@
-"""Drafts of the tokens that follow, from what was said before: a pass over a draft is several steps of decoding.
+"""The drafts of tokens that follow, from what was said before: a pass over a draft is several steps of decoding.
 
 A draft token is accepted if it is the token that the row draws with its own random number at that place, so drafts
 change no completion, whatever they are (but for the rounding of passes of another size). When they are tried depends on
@@ -70,7 +70,7 @@ class Drafts:
         return [draft[:width] for draft in drafts]
 
     def _note(self, row: int, place: int) -> None:
-        """Enter that the token at ``place`` followed those before it."""
+        """Record that the token at ``place`` followed those before it."""
         text, prompt = self._texts[row], self._prompt[row]
         if len(self._after) < _ENTRIES:
             for n in _SUFFIXES:

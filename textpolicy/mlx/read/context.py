@@ -98,7 +98,7 @@ class Context:
         return logits
 
     def take_back(self, read: int, kept: np.ndarray) -> None:
-        """Leave, of the ``read`` tokens that every row read last, the first ``kept`` (B,) of each, at least one.
+        """Keep, of the ``read`` tokens that every row read last, the first ``kept`` (B,) of each, at least one.
 
         The others were not read as far as anything that follows is concerned. A model with running states cannot.
         """

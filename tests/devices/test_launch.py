@@ -67,6 +67,8 @@ def test_a_program_without_a_file_starts_no_other_ranks(alone, monkeypatch):
 
 
 def test_a_remote_engine_has_no_devices_here(alone):
-    with pytest.raises(UserError, match=r"machine\.devices is 2 and engine tinker"):
-        joined(Config(engine="tinker", machine={"devices": 2}))
-    assert joined(Config()).size == 1
+    refused = joined(Config(engine="tinker", machine={"devices": 2}))
+    with pytest.raises(UserError, match=r"machine\.devices is 2 and engine tinker"), refused:
+        pass
+    with joined(Config()) as team:
+        assert team.size == 1

@@ -54,7 +54,6 @@ class Team:
     links: Mapping[int, Connection] = field(default_factory=dict)  # rank 0: to all others; each of them: to rank 0
     deadline: float = 600.0  # seconds that a rank is waited for
     last_words: Callable[[int], str] = lambda rank: ""  # of a rank that this process started and that is dead
-    on_end: Callable[[], None] = lambda: None  # called once the team has ended
     voice: int = 2  # the descriptor that a rank above 0 says a failure to, where rank 0 cannot
     remedy: str = "start it again"  # what to do when a rank has ended the run
 
@@ -102,7 +101,6 @@ class Team:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Send the other ranks word of how this one ended. Raises RankError where another had failed."""
         if self.size == 1 or self._closed.is_set():
-            self.on_end()
             return
         if self.failure is not None:
             if not self.relayed:
@@ -113,7 +111,6 @@ class Team:
             why = one_line(str(error)) or type(error).__name__
             self._tell(("failed", f"{self._name(self.rank)} failed while {self._phase} ({why}); {self.remedy}"))
         self._closed.set()
-        self.on_end()
         if self.failure is not None:
             if self.rank:
                 self._say()

@@ -73,7 +73,7 @@ def meet(deadline: float, others: Others | None = None) -> Team:
                 same.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     team = Team(rank, members, links, deadline, voice=int(os.environ.get(VOICE, "2")))
     if others is not None:
-        team.last_words, team.on_end = others.last_words, others.end
+        team.last_words = others.last_words
     return team
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,26 +26,32 @@ _OWN = {"platform", "python", "device", "blas_threads", "copies", "not_bit_for_b
 _APART = ("output", "quiet", "machine.", "tracking.")  # beginnings of settings that may differ
 
 
-def joined(config: Config) -> Team:
-    """Return the ranks that the run of ``config`` has, started or found; one alone if that is all. Raises UserError."""
+@contextmanager
+def joined(config: Config) -> Iterator[Team]:
+    """Hold the ranks that the run of ``config`` has, started or found, or one alone if that is all. Raises UserError.
+
+    A rank that fails ends the others at the end of the context, which raises RankError where another has failed.
+    """
     devices = config.machine.devices
     if config.engine != "mlx" and devices > 1:
         raise UserError(
             f"machine.devices is {devices} and engine {config.engine}, which trains elsewhere; leave it at 1"
         )
     if config.engine != "mlx" or (devices == 1 and not launched()):
-        return ALONE
+        yield ALONE
+        return
     from ..mlx.collectives import backend, meet
 
-    others = start(devices, backend)
+    others, before = start(devices, backend), os.environ.get(RUNS)
     try:
-        team = meet(config.machine.deadline, others)
-        os.environ[RUNS] = str(runs_at_a_time() * team.sharing)
-        return team
-    except BaseException:
+        with meet(config.machine.deadline, others) as team:
+            os.environ[RUNS] = str(runs_at_a_time() * team.sharing)  # which share the memory of this machine
+            yield team
+    finally:
+        os.environ.pop(RUNS, None)
+        os.environ |= {} if before is None else {RUNS: before}
         if others is not None:
             others.end()
-        raise
 
 
 def lead(team: Team, config: Config, resumed: Resumed | None) -> None:

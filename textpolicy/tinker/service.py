@@ -62,7 +62,8 @@ class Service:
                 self._key = None
         if self.url is not None and not answers(self.url) and not answers(self.url, seconds=min(30.0, patience)):
             raise ServiceError(
-                f"no Tinker server answers at {self.url}; start one with 'textpolicy serve', or correct the address"
+                f"no Tinker server answers at {self.url}; start one with 'textpolicy serve' (formerly "
+                "tinker-server), or correct the address"
             )
         with self.telling("connecting to the Tinker server"):
             self.client = sdk().ServiceClient(base_url=self.url, api_key=self._key)

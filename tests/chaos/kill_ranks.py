@@ -13,6 +13,7 @@ import json
 import random
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -36,23 +37,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = settings(folder, steps=4)
-        _, _, whole_seconds = train(folder, config, "--output", "whole", *options)
+        train(folder, config, "--output", "whole", *options[:-1], 600)
         whole = outcome(folder / "whole")
         for n in range(asked.trials):
             run, words = f"run{n}", [config, "--output", f"run{n}", *options]
             for _ in range(draw.randint(1, 3)):
                 phase = draw.choice([p for p in PHASES if p != "finish"])
                 fault = f"{draw.randint(0, 1)} {phase} {draw.randint(1, 6)} {draw.choice(['kill', 'later', 'stop'])}"
-                code, printed, seconds = train(folder, *words, fault=fault)
-                if code == 0:
-                    break  # it was done before
-                killed[phase] += 1
-                longest = max(longest, seconds - whole_seconds)
+                struck = folder / "struck"
+                struck.unlink(missing_ok=True)
+                code, printed, _ = train(folder, *words, fault=fault)
+                if struck.exists():
+                    killed[phase] += 1
+                    longest = max(longest, time.time() - float(struck.read_text()))
                 if "resume with" in printed:
                     words = ["--resume", run, *options]
+                if code == 0 or (folder / run / "summary.json").exists():
+                    break  # it was done before
             if not (folder / run / "summary.json").exists():
-                code, printed, _ = train(folder, *words)
-            same = code == 0 and outcome(folder / run) == whole
+                code, printed, _ = train(folder, *words[:-1], 600)  # a busy machine may need long to start
+            same = (folder / run / "summary.json").exists() and outcome(folder / run) == whole
             equal += same
             print(n, "equal" if same else f"NOT equal: {fault}: {printed}", flush=True)
     row = {
@@ -63,7 +67,7 @@ def main() -> None:
         "kills": killed.total(),
         "phases": dict(killed),
         "deadline": DEADLINE,
-        "longest_over_a_whole_run": longest,
+        "longest_until_all_are_gone": longest,
         **describe(),
     }
     with (ROOT / "benchmarks/results/chaos.jsonl").open("a", encoding="utf-8") as file:

@@ -63,6 +63,7 @@ def plant(phase: str, count: int, fault: str) -> None:
 
     def faulty(*arguments, **keywords):
         if next(left) == 1:
+            Path("struck").write_text(str(time.time()))
             if fault == "raise":
                 raise ValueError("it is planted")
             if fault == "later":

@@ -15,8 +15,6 @@ from ..errors import UserError
 from .team import GRACE
 
 _LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # in the environment of a rank
-
-
 VOICE = "TEXTPOLICY_TERMINAL"  # in the environment of a rank above 0 on the machine of rank 0: a descriptor
 
 

@@ -213,19 +213,22 @@ class Team:
         if not length:
             return None
         if self.rank == 0:
-            with self._news:
-                place, self._taken[number] = self._taken[number], self._taken[number] + 1
+            place = self._hand_out(number)
         else:
             self._send(0, ("take", number))
             place = self._await(0, -1)
         return place if place < length else None
 
+    def _hand_out(self, number: int) -> int:
+        with self._news:
+            place, self._taken[number] = self._taken[number], self._taken[number] + 1
+            return place
+
     def figures(self, digest: Any) -> dict[str, float]:
         """Return the speed and the seconds of waiting of every rank since the last call; {} for one rank.
 
-        ``wall_seconds`` have passed since then, and ``scaling`` is the share of them that ranks worked.
-
-        ``digest`` stands for what must be equal in all ranks after a step. Raises RankError where it is not.
+        ``wall_seconds`` have passed since then, and ``scaling`` is the share of them that ranks worked. ``digest``
+        stands for what must be equal in all ranks after a step. Raises RankError where it is not.
         """
         if self.size == 1:
             return {}
@@ -307,9 +310,7 @@ class Team:
                         self._fail(rest[0])
                 self._news.notify_all()
             if kind == "take":
-                with self._news:
-                    place, self._taken[rest[0]] = self._taken[rest[0]], self._taken[rest[0]] + 1
-                self._send(rank, ("taken", place))
+                self._send(rank, ("taken", self._hand_out(rest[0])))
         if not self._closed.is_set() and rank not in self._left:
             words = self.last_words(rank)
             self._fail(f"{self._name(rank)} died while {self._phases[rank]}{words}; {self.remedy}")

@@ -56,8 +56,8 @@ def collect(
 def _play(engine: Engine, env: TextGenerationEnv | DrivenEnv, wanted: Wanted) -> list[Episode]:
     """Return the scored episodes that are ``wanted``; the draws of each depend on the number of its group alone."""
     several = isinstance(env, DrivenEnv) or not env.single_turn
-    team = engine.team if isinstance(engine, LocalEngine) else ALONE
-    kept = engine.keep_turns() if isinstance(engine, LocalEngine) and several else nullcontext()
+    local = engine if isinstance(engine, LocalEngine) else None
+    team, kept = local.team if local else ALONE, local.keep_turns() if local and several else nullcontext()
     if isinstance(env, DrivenEnv):
         with kept:
             played, index = env.play(engine, wanted), dict(zip(wanted.numbers, wanted.prompts, strict=True))

@@ -30,13 +30,8 @@ BASE = "model "  # what the entries with digests of its base begin with
 _ALWAYS = {"model", "task", "steps", "seed", "algorithm", "rollout"}  # in the config of a run of any version
 _BEFORE_CONFIG = {LOCK, TASK, VERSIONS, *(f".{name}.new" for name in (TASK, VERSIONS, CONFIG))}  # files of a new run
 _STEP, _LATER = re.compile(rb'"kind":\s*"train"'), re.compile(rb'"step":\s*[1-9]')  # in rows of metrics, if damaged
-_FREE = (
-    "output",
-    "quiet",
-    "machine.devices",
-    "machine.deadline",
-    *(f"tinker.{name}" for name in MONEY),
-)  # settings without effect on the numbers
+# settings without effect on the numbers
+_FREE = ("output", "quiet", "machine.devices", "machine.deadline", *(f"tinker.{name}" for name in MONEY))
 
 
 @dataclass(frozen=True, slots=True)

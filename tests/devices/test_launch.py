@@ -1,6 +1,12 @@
 """Which backend connects the ranks of a machine, whether a process is one of several, and what is refused."""
 
+import json
+import secrets
 import sys
+import threading
+from contextlib import suppress
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Listener
 
 import mlx.core as mx
 import pytest
@@ -40,6 +46,38 @@ def test_a_mac_has_one_gpu_for_one_rank_and_its_ranks_share_its_memory(monkeypat
     assert collectives._machine() == collectives._boot()
     with pytest.raises(UserError, match="this Mac has one GPU"):
         collectives.backend()
+
+
+def test_rank_0_is_looked_for_where_the_ranks_were_launched(alone, monkeypatch, tmp_path):
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([["10.0.0.7:32323", "10.0.1.7:32324"], ["10.0.0.8:32325"]]))
+    monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
+    monkeypatch.setattr(collectives.socket, "gethostname", lambda: "studio.invalid")
+    assert collectives._addresses() == ["10.0.0.7", "10.0.1.7"]
+    monkeypatch.setenv("MLX_JACCL_COORDINATOR", "192.168.1.5:41000")
+    assert collectives._addresses() == ["192.168.1.5", "10.0.0.7", "10.0.1.7"]
+
+
+def test_a_link_takes_the_first_address_that_answers_and_only_with_the_key():
+    key = secrets.token_bytes(32)
+    listener, came = Listener(("127.0.0.1", 0), authkey=key), []
+
+    def accept():
+        while not came:
+            with suppress(OSError, EOFError, AuthenticationError):
+                came.append(listener.accept().recv())
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    first = {"host": "studio", "port": listener.address[1], "key": key.hex()}
+    with pytest.raises(AuthenticationError):
+        collectives._reach({**first, "addresses": ["127.0.0.1"], "key": secrets.token_bytes(32).hex()})
+    collectives._reach({**first, "addresses": ["127.0.0.2.invalid", "127.0.0.1"]}).send("here")
+    thread.join(10)
+    listener.close()
+    assert came == ["here"]
+    with pytest.raises(UserError, match=r"rank 0 on studio cannot be reached at 127\.0\.0\.1; give its address"):
+        collectives._reach({**first, "addresses": ["127.0.0.1"]})
 
 
 @pytest.mark.parametrize(

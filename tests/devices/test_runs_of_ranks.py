@@ -160,6 +160,24 @@ def test_gradients_of_three_ranks_are_those_of_one_within_1e_6(free_ports):
     assert sum(value > 0 for value in differences.values()) > 10  # they are computed apart
 
 
+def test_a_rank_whose_machine_lacks_the_folder_resumes_from_what_rank_0_sends(home, tmp_path, free_ports):
+    folder, config = home
+    words = [config, "--output", "far", "--quiet", "--machine.devices", "2"]
+    assert train(folder, *words, fault="1 update 5 kill", steady=True)[0] != 0
+    script = tmp_path / "elsewhere.py"
+    script.write_text(
+        "import os, sys, runpy\n"
+        "os.environ['TOY_STEADY'] = '1'\n"
+        f"os.chdir([{str(folder)!r}, {str(tmp_path)!r}][int(os.environ['MLX_RANK'])])\n"
+        "sys.argv = ['toy', 'train', '--resume', 'far', '--quiet']\n"
+        f"runpy.run_path({str(HERE / 'toy_ranks.py')!r}, run_name='__main__')\n"
+    )
+    found = launch(2, script, port=free_ports(2))
+    assert "adapter of step" in found.stdout, found.stdout + found.stderr
+    assert not (tmp_path / "far").exists()
+    agree(folder / "one", folder / "far")
+
+
 def test_validate_under_mlx_launch_measures_the_links_and_train_refuses_other_settings(home, tmp_path, free_ports):
     found = launch(2, "-m", "textpolicy", "validate", "--json", port=free_ports(2))
     report = json.loads(found.stdout[found.stdout.index("{") : found.stdout.rindex("}") + 1])

@@ -1,4 +1,4 @@
-"""Run tests/mlx on a GPU, a process for each part of a file, and append one JSON row of what passed for each mode.
+"""Run tests/mlx on a GPU, some tests in each process, and append one JSON row of what passed for each mode.
 
     python benchmarks/gpu_tests.py [--mode generic kernels] [--jobs 16] [--logs FOLDER] [tests/mlx/decode ...]
 
@@ -107,7 +107,10 @@ def known(file: Path | None) -> dict[str, dict[str, str]]:
 
 
 def parts_of(tests: Iterable[str], size: int, paths: list[str]) -> list[list[str]]:
-    """The tests in parts of one file and at most ``size`` each; those of a path before the next, long files first."""
+    """The tests in parts of at most ``size``; those of a path before the next, long files first, files kept together.
+
+    Small files share a part, since a process takes seconds to import what it needs and to find the GPU.
+    """
     files: dict[str, list[str]] = {}
     for test in tests:
         files.setdefault(test.split("::")[0], []).append(test)
@@ -116,7 +119,8 @@ def parts_of(tests: Iterable[str], size: int, paths: list[str]) -> list[list[str
         return next(i for i, path in enumerate(paths) if file.startswith(path.split("::")[0])), -len(files[file])
 
     files = {file: files[file] for file in sorted(files, key=order)}
-    return [tests[i : i + size] for tests in files.values() for i in range(0, len(tests), size)]
+    ordered = list(chain.from_iterable(files.values()))
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
 def run(mode: str, part: list[str], asked: argparse.Namespace, end: float) -> dict[str, str]:

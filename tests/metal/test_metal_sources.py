@@ -26,7 +26,6 @@ BRANCHES = {
     "mlx/adapters/attach.py attach": ("LoRAs of any rank on experts", KERNELS),
     "mlx/decode/compiled_steps.py Steps.__init__": ("operations, unless told otherwise", ENGINE),
     "mlx/decode/compiled_steps.py Steps.chosen": ("our Metal kernels, if they draw what operations do", ENGINE),
-    "mlx/decode/compiled_steps.py _rounded": ("slots in blocks of 64", ENGINE),
     "mlx/decode/decoder.py decode": ("the next step is computed ahead", ENGINE),
     "mlx/decode/folded_weights.py copies": ("no copies of weights", ENGINE),
     "mlx/decode/sampling.py Sampler.__init__": ("a compiled sampler", ENGINE),

@@ -16,7 +16,7 @@ import textpolicy.mlx  # noqa: F401 - first, because it puts a fast BLAS below m
 # isort: split
 import mlx.core as mx
 import mlx.nn as nn
-from conftest import recipe
+from conftest import recipe, tiny_llama
 from families import tiny_family
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
@@ -28,6 +28,7 @@ from textpolicy.errors import UserError
 from textpolicy.losses import Surrogate
 from textpolicy.mlx import memory
 from textpolicy.mlx.adapters.merging import attach, attach_lora
+from textpolicy.mlx.decode.compiled_steps import Steps
 from textpolicy.mlx.engine import MLXEngine
 from textpolicy.mlx.kernels import attention
 from textpolicy.mlx.memory import Costs, Curve, Workload, fit, limit_memory, preflight, usable_memory
@@ -327,12 +328,30 @@ def test_decoding_of_round_numbers_costs_what_a_hand_calculation_gives(costs):
 
 
 def test_decoding_on_a_gpu_counts_shared_prompts_once(costs, monkeypatch):
-    """2 prompts of 10 slots and 256 more; 8 rows of 246 own slots and 64 recent ones, and a seventh for copies."""
+    """2 prompts of 64 slots; 8 rows of 64 own slots and 64 recent ones, a seventh for copies; a block, if larger."""
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    shared, own = 2 * (10 + 256) * 4, 8 * (246 + 64) * 4
+    shared, own = 2 * 64 * 4, 8 * (64 + 64) * 4
     assert costs.decode(ROUND, 8) == pytest.approx(1.12 * (1000 + shared + 1.15 * own))
     assert costs.decode(ROUND, 4) == pytest.approx(1.12 * (1000 + shared + 1.15 * own / 2 + 2 * 10))
     assert costs.decode(Workload(2, 64, 10, 10), 128) < 16 * costs.decode(ROUND, 8)
+    assert replace(costs, block=10_000).decode(ROUND, 8) == pytest.approx(1.12 * (1000 + shared + 10_000))
+
+
+@pytest.mark.usefixtures("no_work_ahead")
+@pytest.mark.parametrize("work", [Workload(2, 4, 14, 24), Workload(1, 8, 40, 100), Workload(4, 3, 30, 100)], ids=str)
+def test_the_peak_of_decoding_by_steps_is_predicted(work):
+    """As on a GPU: rows share the keys of their prompts, and the weights are joined anew for each rollout."""
+    beside = mx.get_active_memory()
+    model = attach_lora(tiny_llama(500, layers=6), rank=1)
+    engine = MLXEngine(model, stop=[], decode_rows=work.rows)
+    engine.copies, engine.drafts = False, False
+    engine._steps, engine._tried_steps = Steps(model, compiled=False), True
+    predicted = measured(model, work)._decode_sharing(work, work.rows)
+    draw = np.random.default_rng(0)
+    prompts = [draw.integers(1, 500, work.prompt_tokens).tolist() for _ in range(work.prompts)]
+    mx.reset_peak_memory()
+    engine.sample(prompts, work.group, Sampling(work.completion_tokens))
+    assert 1 <= predicted / (mx.get_peak_memory() - beside) <= 1.5
 
 
 def test_sizes_that_fit_stay_as_requested(costs):

@@ -27,7 +27,7 @@ from .kernels import attention
 from .kernels.patching import patched
 from .kernels.plain import plain_operations
 from .read.context import Context
-from .read.sizes import size_up, slot_block
+from .read.sizes import size_up, slot_block, step_slots
 from .score.checkpointing import held
 from .score.divergences import token_divergences
 from .score.logprobs import Split, token_logprobs, tokens_at_once
@@ -41,7 +41,7 @@ _BEFORE = 5  # tokens of the prompt before such a row, which padding makes uneve
 _CHUNKS = (1, 2, 4)  # chunks of tokens through the head, likewise, and parts of one: more hardly raise the peak
 _FEWEST = 16  # tokens through the head that a measurement begins with
 _SPARE = 64  # slots by which keys and values grow while decoding
-_SLOTS, _RECENT = 256, 64  # slots of steps on a GPU come in multiples of the first; the others are written anew
+_RECENT = 64  # slots of steps on a GPU that are written anew: those of the step before and after
 _COPIED = 1.15  # own slots, with those of the layers that are being copied
 _LOGITS = 11 * 4  # bytes per logit while a token is drawn from float32 ones
 _SHARE = {mx.cpu: 0.8, mx.gpu: 0.9}  # of the device's memory that a run may plan with
@@ -123,6 +123,7 @@ class Costs:
     scored: float  # per scored token
     logits: float  # per row from which a token is drawn
     folded: float = 0.0  # copies of weights that a rollout makes
+    block: float = 0.0  # the weights of a block, at most; steps on a GPU have them twice while they join them anew
     taught: tuple[Curve, ...] = ()  # the forward passes of teachers
     heads: int = 0  # query heads of the attention that keeps no scores beyond ``attention.most_kept()``; 0: none does
 
@@ -176,6 +177,7 @@ class Costs:
                 scored=3 * hidden.nbytes + 2 * states,
                 logits=_LOGITS * vocabulary,
                 folded=folded.copies(model),
+                block=max(_bytes(dict(tree_flatten(block.parameters())).values()) for block in model.layers),
                 taught=tuple(_reading(teacher, limit) for teacher in teachers),
                 heads=_heads(model),
             )
@@ -249,11 +251,11 @@ class Costs:
     def _decode_sharing(self, work: Workload, rows: int) -> float:
         """Return the peak of decoding by steps whose rows share their prompts' keys, as on a GPU."""
         prompts, p, n = work.spanned(rows), work.prompt_tokens, size_up(rows)
-        slots = math.ceil((p + work.completion_tokens) / _SLOTS) * _SLOTS - p + _RECENT
+        slots = step_slots(step_slots(p) + work.completion_tokens) - step_slots(p) + _RECENT
         own = n * (slots * self.cache + self.state)
-        shared = size_up(prompts) * (p + _SLOTS) * self.cache
+        shared = size_up(prompts) * step_slots(p) * self.cache
         # rows that leave, join or get more slots are copied a layer after the other, so that own slots are never twice
-        peak = max(self.reading(prompts * p, prompts * p * p), _COPIED * own) + shared
+        peak = max(self.reading(prompts * p, prompts * p * p), _COPIED * own, self.block) + shared
         if rows < work.rows:  # others are read meanwhile
             peak += self.reading(prompts * p, prompts * p * p)
         fixed = self.weights + 4 * self.trained  # with the moments of Adam, and the LoRAs as steps want them

@@ -1,5 +1,6 @@
 """Compiled decoding steps of one shape give the completions of the plain loop, whatever happens to their rows."""
 
+import gc
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ import pytest
 from adapter_kinds import ADAPTERS
 from adapter_kinds import adapted as adapter_of_kind
 from architectures import adapted, decoding_error
+from conftest import tiny_llama
 from families import tiny_family
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, KVCache
@@ -16,11 +18,13 @@ from test_decoder import PROMPTS, STOP
 from test_decoder import assert_same as assert_close
 
 from textpolicy.engine import Sampling
+from textpolicy.mlx.adapters.merging import attach_lora
 from textpolicy.mlx.decode import compiled_steps
 from textpolicy.mlx.decode.compiled_steps import Steps
 from textpolicy.mlx.decode.decoder import decode
 from textpolicy.mlx.kernels import operations
 from textpolicy.mlx.kernels.fused_linear import View
+from textpolicy.mlx.read import sizes
 from textpolicy.mlx.read.prompts import PromptTree
 
 LONG = [prompt for prompt in PROMPTS if len(prompt) > 1]  # a prompt of one token leaves nothing to continue
@@ -72,7 +76,7 @@ def test_many_rows_that_end_one_by_one_all_end(tiny_engine):
 @pytest.mark.parametrize("recent", [0, 1, 4, 16])
 def test_rows_outgrow_their_slots(tiny_engine, recent, monkeypatch):
     monkeypatch.setattr(compiled_steps, "_RECENT", recent)
-    monkeypatch.setitem(compiled_steps._ROOM, mx.default_device().type, 8)
+    monkeypatch.setattr(sizes, "_ROOM", 8)
     sampling = Sampling(max_tokens=40, seed=5)
     steps = Steps(tiny_engine.model, compiled=True, kernels=operations if recent else device())
     ours = decode(tiny_engine.model, LONG, sampling, np.array([0]), 5, steps=steps)
@@ -158,6 +162,16 @@ def test_fused_layers_keep_their_weights_and_store_nothing_twice():
     assert grown < 0.1 * sum(value.nbytes for value in before.values())
 
 
+def test_weights_that_are_joined_anew_are_in_memory_once_but_for_a_block():
+    model = attach_lora(tiny_llama(60, layers=12), rank=2)
+    weights = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+    steps = Steps(model, compiled=False)
+    for _ in range(2):  # the second time the weights are those that the first has joined
+        mx.reset_peak_memory()
+        steps.refresh()
+        assert mx.get_peak_memory() - mx.get_active_memory() < 0.2 * weights
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_a_slot_too_many_seen_shows_in_the_logprobs(name, monkeypatch):
     original = compiled_steps._Slots.make_mask
@@ -205,6 +219,19 @@ class TestKernelsOfTheDevice:
 
     def test_right_ones_are_taken(self, tiny_engine, ours):
         assert Steps.chosen(tiny_engine.model, compiled=True).kernels is ours
+
+    def test_weights_are_in_memory_once_thereafter(self, ours):
+        ours.off = 0.2
+        model = attach_lora(tiny_llama(60, layers=6), rank=2)
+        weights = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+        held = mx.get_active_memory()
+        gc.disable()
+        try:
+            steps = Steps.chosen(model, compiled=False)
+            assert mx.get_active_memory() - held < 0.5 * weights
+        finally:
+            gc.enable()
+        assert steps.kernels is operations
 
     def test_wrong_ones_are_not_and_a_line_says_so(self, tiny_engine, ours, caplog):
         ours.off = 0.2

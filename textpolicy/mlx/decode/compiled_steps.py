@@ -27,12 +27,11 @@ from ..kernels.operations import Sharing
 from ..kernels.patching import patched
 from ..read.context import Attention, Context, Group, State, members
 from ..read.prompts import Kept, PromptTree
-from ..read.sizes import size_up
+from ..read.sizes import size_up, step_slots
 from .sampling import Draw, Sampler
 
 _KEPT = 64  # compiled functions remembered
 _NEAR = 8  # copies of the slot's index, see StepState
-_ROOM, _MANY = {mx.cpu: 64, mx.gpu: 64}, 256  # slots are allocated in multiples of the first; of the second, if many
 _TRIED, _STEPS = (12, 40, 90), 3  # lengths of prompts, and steps, on which kernels are tried
 _AGREES = 0.05  # nats by which log-probs and entropies may differ then; of a wrong kernel they differ by far more
 _UNUSED = "the Metal kernels of this machine %s; decoding goes on with MLX's own operations"
@@ -75,7 +74,7 @@ class StaticRows:
         Each gets ``recent`` slots that are written first.
         """
         spelled, parents = context.spelled_out(), mx.array(tree.parents)
-        wide, tall = _rounded(context.size), size_up(context.rows)
+        wide, tall = step_slots(context.size), size_up(context.rows)
         pad = [(0, tall - context.rows), (0, 0), (0, wide - context.size), (0, 0)]
         tail = [(0, 0), (0, 0), (0, recent), (0, 0)]
         common: list[Arrays] = []
@@ -144,7 +143,7 @@ class StaticRows:
                 start_slot=self.start_slot - cut,
                 own=self._attending(lambda a: a[..., cut:, :]),
             )
-        more = _rounded(p + here.used + needed) - p - (capacity - cut)
+        more = step_slots(p + here.used + needed) - p - (capacity - cut)
         if more <= 0:
             return here
         pad, end = [(0, 0), (0, 0), (0, more), (0, 0)], here.seen.shape[1] - w
@@ -244,12 +243,13 @@ class Steps:
         """
         for kernels in [*(kernels for kernels in (cuda, metal) if kernels.is_default()), operations]:
             try:
+                # first, since steps join the weights of the model anew, and those before would be in memory twice
+                expected = cls(model, compiled=compiled, kernels=operations)._tried()[0] if kernels is metal else None
                 steps = cls(model, compiled=compiled, kernels=kernels)
-                drawn, in_place = steps._tried()
+                drawn, in_place = steps._tried(expected[0] if expected else None)
                 if kernels is operations or (in_place and kernels is cuda):
                     return steps
-                if in_place:
-                    expected, _ = cls(model, compiled=compiled, kernels=operations)._tried(drawn[0])
+                if in_place and expected:
                     off = max(float(np.abs(a - b).max()) for a, b in zip(drawn[1:], expected[1:], strict=True))
                     if off <= _AGREES:
                         return steps
@@ -280,6 +280,7 @@ class Steps:
             steps.append([np.array(a) for a in drawn])
             if forced is not None:
                 rows = replace(rows, reads=mx.array(forced[i]))
+        self.known.clear()  # which hold the steps themselves: those that are not taken go now, with their arrays
         return [np.stack(arrays) for arrays in zip(*steps, strict=True)], in_place
 
     def refresh(self) -> None:
@@ -287,8 +288,10 @@ class Steps:
         self.trained = {n: v for n, v in trainable(self.model).items() if n not in self.view.consumed}
         # what the model computes in is the type of its output, since a quantised weight does not tell
         logits = self.model(mx.zeros((1, 1), mx.int32))
-        self.vocabulary = logits.shape[-1]
-        self.adapters = self.view.adapters(logits.dtype)
+        self.vocabulary, dtype = logits.shape[-1], logits.dtype
+        del logits  # which would hold the weights that are joined anew
+        self.adapters = []
+        self.adapters = self.view.adapters(dtype)
         mx.eval(self.adapters)
 
     def begin(self, tree: PromptTree, rows: np.ndarray, kept: Kept | None = None) -> StaticRows | None:
@@ -299,6 +302,7 @@ class Steps:
         """
         with self.view.using(self.adapters, {}), patched(self.model, self.patches):
             context = tree.read(self.view.model, kept=kept)
+            context.evaluate()  # or the memory that reading takes would come on top of the slots for what is written
         recent = _RECENT if self.kernels is operations else 0
         return StaticRows.begin(context, tree, rows, recent) if context.complete else None
 
@@ -497,12 +501,6 @@ def _layer(layer: Any, now: StepState, given: Any) -> Any:
     if isinstance(layer, State):
         return State.holding(list(own))
     return _Slots(now, now.lengths, layer.window, common, own, recent)
-
-
-def _rounded(slots: int) -> int:
-    room = _ROOM[mx.default_device().type]
-    room = room if slots <= 2 * _MANY else _MANY
-    return -(-slots // room) * room
 
 
 def _joined(a: tuple[Arrays, ...], b: tuple[Arrays, ...]) -> tuple[Arrays, ...]:

@@ -176,7 +176,8 @@ class _Decoder:
         active: Any = None  # ActiveRows, or StaticRows where there are compiled steps
         while (active := self.start_queued(active)) is not None:
             if isinstance(active, StaticRows):
-                active = self.write(active)
+                alone, active = [active], None  # a variable would hold the first keys and values beside the last
+                active = self.write(alone.pop())
             else:
                 one_row_each = np.array_equal(active.state, np.arange(active.reads.shape[0]))
                 if self.ahead and one_row_each:

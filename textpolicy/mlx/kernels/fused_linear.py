@@ -20,7 +20,7 @@ from .patching import StandIn, with_modules
 
 Where = tuple[str | int, ...]  # from the model to a module in it
 
-_AT_ONCE = 16  # groups whose weights are joined at a time; until that is done they are in memory twice
+_AT_ONCE = 4  # groups whose weights are joined at a time, as many as a block has; meanwhile they are in memory twice
 
 
 class FusedLinear:

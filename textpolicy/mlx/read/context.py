@@ -184,6 +184,10 @@ class Context:
         one.layers = [_holding(layer, one, given) for layer in self.layers]
         return one
 
+    def evaluate(self) -> None:
+        """Compute the keys, values and running states now."""
+        mx.eval([a for layer in members(self.layers) for a in _held(layer) if a is not None])
+
     @property
     def nbytes(self) -> int:
         """The bytes of keys, values and running states."""

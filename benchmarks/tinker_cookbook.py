@@ -1,7 +1,7 @@
 """Recipes of the tinker-cookbook, unmodified, against ``textpolicy serve`` on this machine: one JSON row per run.
 
     python -m venv COOKBOOK
-    COOKBOOK/bin/pip install 'tinker>=0.38' torch transformers datasets chz blobfile pyrage termcolor tiktoken
+    COOKBOOK/bin/pip install 'tinker>=0.38' torch transformers datasets chz blobfile pillow pyrage termcolor tiktoken
     COOKBOOK/bin/pip install --no-deps tinker-cookbook==0.6.1  # without tml-renderers, which only Inkling models need
     .venv/bin/python benchmarks/tinker_cookbook.py --python COOKBOOK/bin/python --recipes arithmetic dpo
 
@@ -45,16 +45,17 @@ class Recipe:
     """A program of the cookbook with the arguments that a small model and two cores need."""
 
     program: str  # a module, or a line of Python that hands a configuration to the recipe's own main
-    arguments: str  # with {model}, {renderer}, {data}, {wheel} and {log}
+    arguments: str  # with {model}, {renderer}, {data}, {wheel}, {log}, and {sums}: what the recipe sums has trained
     figure: str  # the metric that is reported
     says: str = ""  # what the recipe has to say when it fails, as it has to
     rises: float | None = None  # by how much the figure has to rise
 
 
 RL = "model_name={model} renderer_name={renderer} log_path={log} behavior_if_log_dir_exists=delete "
+SL_BASIC = "import chz; from tinker_cookbook.recipes import sl_basic as r; r.main(chz.entrypoint(r.train.Config))"
 SUPERVISED = (
+    "model_name={model} renderer_name={renderer} log_path={log} learning_rate=5e-4 recipe_name=sl_basic "
     "dataset_builder=tinker_cookbook.supervised.data:FromConversationFileBuilder "
-    "dataset_builder.file_path={wheel}/example_data/conversations.jsonl "
 )
 COMPARISONS = (
     "dataset_builder=tinker_cookbook.preference.dpo_datasets:DPODatasetBuilderFromComparisons "
@@ -64,15 +65,19 @@ COMPARISONS = (
 COMMON = (
     "dataset_builder.common_config.model_name_for_tokenizer={model} "
     "dataset_builder.common_config.renderer_name={renderer} dataset_builder.common_config.max_length=512 "
-    "dataset_builder.common_config.batch_size=16 "
+    "dataset_builder.common_config.batch_size="
 )
 REWARD = "env/all/reward/total"
 RECIPES = {
+    "sums": Recipe(
+        SL_BASIC,
+        SUPERVISED + "max_steps=8 dataset_builder.file_path={data}/sums.jsonl " + COMMON + "128",
+        "train_mean_nll",
+    ),
     "arithmetic": Recipe(
         "tinker_cookbook.recipes.math_rl.train",
-        RL
-        + "env=arithmetic loss_fn=importance_sampling groups_per_batch=8 group_size=16 num_substeps=2 temperature=0.5 "
-        "learning_rate=2e-4 max_tokens=4 max_steps=15",
+        RL + "env=arithmetic loss_fn=importance_sampling groups_per_batch=16 group_size=16 learning_rate=2e-4 "
+        "max_tokens=5 max_steps=15 eval_every=0 save_every=0 load_checkpoint_path={sums}",
         REWARD,
         rises=0.3,
     ),
@@ -92,9 +97,8 @@ RECIPES = {
         "train_mean_nll",
     ),
     "sl_basic": Recipe(
-        "import chz; from tinker_cookbook.recipes import sl_basic as r; r.main(chz.entrypoint(r.train.Config))",
-        "model_name={model} renderer_name={renderer} log_path={log} learning_rate=5e-4 recipe_name=sl_basic "
-        "max_steps=4 " + SUPERVISED + COMMON,
+        SL_BASIC,
+        SUPERVISED + "max_steps=4 dataset_builder.file_path={wheel}/example_data/conversations.jsonl " + COMMON + "16",
         "train_mean_nll",
     ),
     "rubric": Recipe(
@@ -108,7 +112,8 @@ RECIPES = {
         "import chz; from tinker_cookbook.preference import train_dpo as r; r.main(chz.entrypoint(r.Config))",
         "model_name={model} renderer_name={renderer} log_path={log} learning_rate=5e-4 recipe_name=dpo max_steps=3 "
         + COMPARISONS
-        + COMMON,
+        + COMMON
+        + "16",
         "accuracy",
     ),
     "stable_reinforce": Recipe(
@@ -147,7 +152,11 @@ def run(name: str, asked: argparse.Namespace, url: str, folder: Path, named: dic
     """Run one recipe to its end, append its row, and return whether it did what it has to."""
     recipe, log = RECIPES[name], folder / name
     code = ["-c", recipe.program] if recipe.program.startswith("import ") else ["-m", recipe.program]
-    arguments = [a.format(**named, log=log) for a in recipe.arguments.split()] + asked.arguments
+    taught = read(folder / "sums" / "checkpoints.jsonl").splitlines()
+    sums = json.loads(taught[-1])["state_path"] if taught else None
+    if "{sums}" in recipe.arguments and sums is None:
+        raise SystemExit(f"{name} goes on from what the recipe sums has trained; name sums before it in --recipes")
+    arguments = [a.format(**named, log=log, sums=sums) for a in recipe.arguments.split()] + asked.arguments
     given = {"HF_HUB_OFFLINE": "1", "TINKER_API_KEY": "tml-local", "TINKER_BASE_URL": url, "OMP_NUM_THREADS": "1"}
     started = time.perf_counter()
     with (folder / f"{name}.log").open("w", encoding="utf-8") as output:
@@ -226,9 +235,18 @@ def answers(url: str) -> bool:
 
 
 def make_data(python: Path, wheel: Path, data: Path) -> None:
-    """Write the files of the recipes that read one: languages by script, sums with a grader, sums in two styles."""
+    """Write the files of the recipes that read one: languages by script, sums with a grader, sums in two styles.
+
+    A conversation of the recipe sums begins with the example that arithmetic puts before its questions.
+    """
     rng = random.Random(0)
     sums = [(rng.randint(0, 100), rng.randint(0, 100)) for _ in range(64)]
+    further = [(4, 5), *((rng.randint(0, 100), rng.randint(0, 100)) for _ in range(8 * 128))]
+    said = [
+        [{"role": "user", "content": f"What is {x} + {y}?"}, {"role": "assistant", "content": f"{x + y}"}]
+        for x, y in further
+    ]
+    write_lines(data / "sums.jsonl", [{"messages": said[0] + turns} for turns in said[1:]])
     pairs = [
         {
             "comparison": {

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib
+import os
 import platform
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from textpolicy._system import openblas as _openblas
 from textpolicy.errors import MissingDependencyError, UserError
 from textpolicy.mlx import blas
+from textpolicy.mlx.models import load_model
 
 linux_cpu = pytest.mark.skipif(not _openblas.runs_on_linux_cpu(), reason="mlx brings its own fast BLAS here")
 
@@ -178,6 +180,7 @@ def test_the_install_line_names_the_gpu_build_where_there_is_an_nvidia_gpu(monke
 )
 def test_no_more_threads_are_used_than_other_programs_leave_cores_free(monkeypatch, caplog, cores, threads, load, used):
     counts = [threads]
+    monkeypatch.setattr(blas, "_chosen", False)
     monkeypatch.setattr(blas, "blas_threads", lambda: counts[-1])
     monkeypatch.setattr(blas, "set_blas_threads", counts.append)
     monkeypatch.setattr(blas.os, "cpu_count", lambda: cores)
@@ -187,9 +190,36 @@ def test_no_more_threads_are_used_than_other_programs_leave_cores_free(monkeypat
     monkeypatch.setattr(blas.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(blas.time, "process_time", lambda: 7.0)
     monkeypatch.setattr(blas.time, "sleep", lambda seconds: None)
-    blas.leave_busy_cores()
+    for _ in range(2):  # the clock has no more times: the first call decides
+        blas.leave_busy_cores()
     assert counts[-1] == used
     assert [f"{used} of {threads} BLAS threads" in said for said in caplog.messages] == [True] * (used < threads)
+
+
+def test_the_first_model_that_a_script_loads_settles_the_threads(monkeypatch, small_model):
+    used = []
+    monkeypatch.setattr(blas, "_chosen", False)
+    monkeypatch.setattr(blas, "blas_threads", lambda: 2)
+    monkeypatch.setattr(blas.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(blas, "_busy_seconds", lambda: 3.0 * time.perf_counter())
+    monkeypatch.setattr(blas, "set_blas_threads", used.append)
+    for _ in range(2):
+        load_model(small_model)
+    assert used == [1]
+
+
+@linux_cpu
+def test_threads_that_were_asked_for_stay(monkeypatch):
+    monkeypatch.setattr(blas, "_chosen", False)
+    monkeypatch.setattr(blas, "_busy_seconds", lambda: pytest.fail("the cores are watched"))
+    blas.set_blas_threads(blas.blas_threads())
+    monkeypatch.setattr(blas, "blas_threads", lambda: 2)
+    blas.leave_busy_cores()
+    script = "import textpolicy.mlx.blas as blas; print(blas._chosen)"
+    unset = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    for given in ({}, {"OPENBLAS_NUM_THREADS": "2"}):
+        said = subprocess.check_output([sys.executable, "-c", script], env=unset | given, text=True)
+        assert said.strip() == str(bool(given))
 
 
 @linux_cpu

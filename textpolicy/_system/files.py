@@ -168,7 +168,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def is_litter(path: Path) -> bool:
-    """Return whether macOS put ``path`` there by itself: Finder's .DS_Store and kin, the ._ half of another file."""
+    """Return whether macOS put ``path`` there by itself, such as Finder's .DS_Store or the ._ half of another file."""
     return path.name.startswith("._") or path.name in _LITTER
 
 

@@ -23,7 +23,7 @@ from .settings import CampaignSettings, check_campaign
 
 FORMAT = 1
 _PACKAGES = ("textpolicy", "mlx", "mlx-lm", "tinker", "numpy", "scipy", "statsmodels")
-_RESTORE = "restore it, or plan the campaign anew in another folder"
+_RESTORE = "restore it, or plan the campaign again in another folder"
 _MAY_CHANGE = ("prices",)  # between calls; everything else was fixed before the first run
 
 

@@ -40,7 +40,7 @@ COLDEST = 0.01  # lowest sampling temperature in training
 MONEY = ("price_prefill", "price_sample", "price_train", "max_tokens_total", "max_cost")  # of TinkerSettings
 _UNTRAINABLE = ("top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 _LONGEST = 60  # characters of a wrong value that are shown
-_MOST = 20  # mistakes that are told
+_MOST = 20  # mistakes that are listed
 _SECRET = re.compile(r"[?&;](?=[^=&;]*(key|token|secret|passw|pwd|auth|sig|cred))[^=&;]*=", re.IGNORECASE)  # name=value
 _PASSWORD_GOES_IN = {
     "base_url": "TINKER_API_KEY, or TINKER_BASE_URL",

@@ -21,6 +21,7 @@ from ..errors import MissingDependencyError, UserError
 logger = logging.getLogger(__name__)
 
 _LOOK = 0.4  # seconds for which the cores are watched
+_chosen = "OPENBLAS_NUM_THREADS" in os.environ  # whether the number of threads is settled in this process
 _PACKAGE = "ngsolve-openblas" if platform.machine() == "x86_64" else "cmeel-openblas"
 SLOW_GFLOPS = 20.0  # the reference BLAS reaches about 6, OpenBLAS 80 or more per core
 SLOW_ADVICE = (
@@ -67,8 +68,10 @@ def set_blas_threads(n: int) -> None:
 
     Two threads wait for each other on a busy machine.
     """
+    global _chosen
     if n < 1:
         raise UserError(f"the number of BLAS threads is {n}; set it to 1 or more")
+    _chosen = True
     try:
         set_threads = ctypes.CDLL(None).openblas_set_num_threads
     except AttributeError:
@@ -111,10 +114,15 @@ def _busy_seconds() -> float:
 
 
 def leave_busy_cores() -> None:
-    """Use no more BLAS threads than other programs leave cores free, and log it where those are fewer."""
+    """Use no more BLAS threads than other programs leave cores free, and log it where those are fewer.
+
+    The first call in a process decides, unless OPENBLAS_NUM_THREADS or ``set_blas_threads`` has.
+    """
+    global _chosen
     most, cores = blas_threads(), os.cpu_count() or 1
-    if most < 2:
+    if _chosen or most < 2:
         return
+    _chosen = True
     started, busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
     time.sleep(_LOOK)  # what is busy now: the load average holds the minutes before, such as an installation's
     used = _busy_seconds() - busy - (time.process_time() - own)

@@ -28,6 +28,7 @@ from ..errors import MissingDependencyError, UserError
 from .adapters.attach import complete
 from .adapters.quantised import dequantise
 from .adapters.saving import load_adapter, read_adapter
+from .blas import leave_busy_cores
 from .files.entries import is_longrope, settle
 from .files.folder import tensor_names, weight_files
 from .files.gguf import NOTES, convert
@@ -104,8 +105,10 @@ def load_model(
     Other models stay as stored on an accelerator. ``dequantize`` True or False overrides this. Layers of a GGUF file
     whose type has no exact form in MLX (Q6_K, Q3_K, Q2_K) become floats, exactly; False quantises them again, to the
     next larger number of bits, and logs by how much the weights change.
-    ``verbose`` logs the steps through ``logging`` at the level INFO.
+    ``verbose`` logs the steps through ``logging`` at the level INFO. The first call settles how many BLAS threads a
+    Linux CPU uses, by the cores that other programs leave free.
     """
+    leave_busy_cores()
     log: Callable[..., None] = logger.info if verbose else logger.debug
     if adapter_path is not None and read_adapter(adapter_path).is_full:  # raises for a wrong path at once, too
         dequantize = True  # weights that were trained in full are floats

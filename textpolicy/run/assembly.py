@@ -204,15 +204,13 @@ def build_engine(config: Config, recipe: Algorithm | None = None, threads: int =
 
         return build(config, recipe or configure(config))
     from ..mlx.adapters.merging import attach
-    from ..mlx.blas import leave_busy_cores, set_blas_threads  # the first import of mlx, and what it costs, is here
+    from ..mlx.blas import set_blas_threads  # the first import of mlx, and what it costs, is here
     from ..mlx.engine import MLXEngine
     from ..mlx.kernels.plain import refuse_kernels_alone
     from ..mlx.models import load_model
 
     if threads := config.machine.threads or threads:
         set_blas_threads(threads)
-    else:
-        leave_busy_cores()
     refuse_beyond_context(config, config.rollout.max_tokens, "a completion")
     adapter = config.adapter.chosen()
     model, tokenizer = load_model(config.model, dequantize=adapter.dequantize)

@@ -83,10 +83,7 @@ def serve(args: ServeArguments) -> None:
             f"whoever reaches {args.host} could use this server; give it a key with --api-key or {KEY}, or serve at "
             "127.0.0.1 alone"
         )
-    from ..mlx.blas import leave_busy_cores
-
     with bound(args.host, args.port) as listening:  # before the work of loading
-        leave_busy_cores()
         service = Service(lambda: load(args.models), args.folder, patience=args.session_timeout)
         try:
             config = uvicorn.Config(

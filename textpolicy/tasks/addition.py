@@ -15,19 +15,19 @@ TEST, VALIDATION = 200, 100
 _SPLIT_SEED = 2026  # the split is part of the task: every run and seed is evaluated on the same problems
 
 
-def addition_task() -> Task:
-    """Add two numbers from 1 to 40, and answer with the number alone.
+def addition_task(largest: int = LARGEST) -> Task:
+    """Add two numbers from 1 to ``largest``, and answer with the number alone.
 
     The split is by unordered pair: 3 + 5 and 5 + 3 stay together.
     """
-    pairs = [(a, b) for a in range(1, LARGEST + 1) for b in range(a, LARGEST + 1) if (a, b) not in WORKED]
+    pairs = [(a, b) for a in range(1, largest + 1) for b in range(a, largest + 1) if (a, b) not in WORKED]
     random = np.random.default_rng(_SPLIT_SEED)
     pairs = [pairs[i] if random.random() < 0.5 else pairs[i][::-1] for i in random.permutation(len(pairs))]
     test, validation, train = pairs[:TEST], pairs[TEST : TEST + VALIDATION], pairs[TEST + VALIDATION :]
     both_ways = [*train, *(pair[::-1] for pair in train if pair[0] != pair[1])]
     return Task(
         name="addition",
-        summary=f"add two numbers from 1 to {LARGEST} and answer with the number alone",
+        summary=f"add two numbers from 1 to {largest} and answer with the number alone",
         train=tuple(_problem(*p) for p in both_ways),
         validation=tuple(_problem(*p) for p in validation),
         test=tuple(_problem(*p) for p in test),

@@ -24,7 +24,7 @@ _ADVICE = {
 
 
 def require(settings: TrackingSettings) -> None:
-    """Check, before a run begins, that every tracker is installed and takes it. Raises UserError and kin."""
+    """Check that every tracker is installed and accepts the run. Raises UserError or MissingDependencyError."""
     from . import mlflow, weights_and_biases
 
     for name in settings.to:

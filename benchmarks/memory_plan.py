@@ -4,9 +4,10 @@
     TEXTPOLICY_GENERIC_GPU=1 .venv/bin/python benchmarks/memory_plan.py
 
 Each update and rollout has a process of its own: random weights, a LoRA, one prompt of 128 tokens, and as many
-completions of full length as the default micro-batch holds; a rollout has 16 times as many, at most 256, and about half
-of them stop before. Three updates, or two rollouts, as a run makes them; the largest peak counts. Rows are appended to
-benchmarks/results/memory_plan.jsonl; the target is a prediction of 1 to 1.3 times the peak.
+completions of full length as the default micro-batch holds; a rollout has 16 times as many, at most 256. Three updates,
+or two rollouts, as a run makes them, of which in the second about half of the rows stop before; the largest peak
+counts. Rows are appended to benchmarks/results/memory_plan.jsonl; the target is a prediction of 1 to 1.3 times the
+peak.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ def compare(asked: argparse.Namespace, name: str, kind: str, length: int) -> dic
             metrics, took, _ = measured(lambda batch=batch: engine.update(batch, Surrogate(), 1e-5))
             peak = metrics["peak_memory_bytes"]
         else:
+            engine.stop = np.array(stop if seed else [], np.int32)
             prompt = rng.integers(0, asked.vocabulary, PROMPT).tolist()
             sampling = Sampling(length, seed=seed)
             _, took, peak = measured(lambda prompt=prompt, sampling=sampling: engine.sample([prompt], rows, sampling))

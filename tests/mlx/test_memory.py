@@ -146,6 +146,7 @@ def settled(peak, most):
 CASES = [(kind, WORK) for kind in ABOVE] + [(kind, LONG) for kind in ("lora", "checkpointed", "full")]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("kind", "work"), CASES)
 def test_the_peak_of_updates_and_rollouts_is_predicted_from_above(kind, work, tmp_path, monkeypatch):
     """Decoding is predicted at most twofold: a fork of all rows at full length is counted, and no row ends before."""
@@ -256,6 +257,7 @@ def test_a_pass_is_held_to_its_room_and_the_limit_restored(monkeypatch):
     assert mx.set_memory_limit(2**40) == 10**6
 
 
+@pytest.mark.cpu
 def test_checkpointing_lowers_the_measured_peak_and_the_predicted_one():
     """The activations of 12 blocks are nearly all the memory, so kept ones would show."""
     peaks, predicted = [], []
@@ -307,12 +309,14 @@ def costs():
 ROUND = Workload(prompts=2, group=4, prompt_tokens=10, completion_tokens=10)
 
 
+@pytest.mark.cpu
 def test_an_update_of_round_numbers_costs_what_a_hand_calculation_gives(costs):
     """2 prompts and 8 completions of 10 tokens at 10 bytes, their own keys included, and the prompt's for 8 rows."""
     longest = 1000 + 10 * (2 * 10 + 8 * 10) + 8 * 10 * 4
     assert costs.update(ROUND, 160) == pytest.approx(1.05 * longest)
 
 
+@pytest.mark.cpu
 def test_shorter_completions_of_which_more_fit_are_considered(costs):
     """20 tokens hold one completion of 10 after its prompt, or one of 1: two rows of 11 are too many."""
     one_long = 1000 + 10 * (10 + 10) + 10 * 4
@@ -321,6 +325,7 @@ def test_shorter_completions_of_which_more_fit_are_considered(costs):
     assert costs.update(ROUND, 24) == pytest.approx(1.05 * max(one_long, two_of_two))
 
 
+@pytest.mark.cpu
 def test_decoding_of_round_numbers_costs_what_a_hand_calculation_gives(costs):
     """All at once: 8 rows of 10 + 11 slots, twice while they fork. Two at a time: others enter meanwhile."""
     assert costs.decode(ROUND, 8) == pytest.approx(1.05 * (1000 + 2 * 8 * 21 * 4))
@@ -328,19 +333,21 @@ def test_decoding_of_round_numbers_costs_what_a_hand_calculation_gives(costs):
 
 
 def test_decoding_on_a_gpu_counts_shared_prompts_once(costs, monkeypatch):
-    """2 prompts of 64 slots; 8 rows of 64 own slots and 64 recent ones, a seventh for copies; a block, if larger."""
+    """2 prompts of 64 slots; 8 rows of 64 own slots and 64 recent ones, a tenth for copies; a block, if larger."""
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     shared, own = 2 * 64 * 4, 8 * (64 + 64) * 4
-    assert costs.decode(ROUND, 8) == pytest.approx(1.12 * (1000 + shared + 1.15 * own))
-    assert costs.decode(ROUND, 4) == pytest.approx(1.12 * (1000 + shared + 1.15 * own / 2 + 2 * 10))
+    assert costs.decode(ROUND, 8) == pytest.approx(1.12 * (1000 + shared + 1.1 * own))
+    assert costs.decode(ROUND, 4) == pytest.approx(1.12 * (1000 + shared + 1.1 * own / 2 + 2 * 10))
     assert costs.decode(Workload(2, 64, 10, 10), 128) < 16 * costs.decode(ROUND, 8)
     assert replace(costs, block=10_000).decode(ROUND, 8) == pytest.approx(1.12 * (1000 + shared + 10_000))
 
 
+@pytest.mark.cpu
 @pytest.mark.usefixtures("no_work_ahead")
 @pytest.mark.parametrize("work", [Workload(2, 4, 14, 24), Workload(1, 8, 40, 100), Workload(4, 3, 30, 100)], ids=str)
 def test_the_peak_of_decoding_by_steps_is_predicted(work):
     """As on a GPU: rows share the keys of their prompts, and the weights are joined anew for each rollout."""
+    gc.collect()
     beside = mx.get_active_memory()
     model = attach_lora(tiny_llama(500, layers=6), rank=1)
     engine = MLXEngine(model, stop=[], decode_rows=work.rows)
@@ -359,6 +366,7 @@ def test_sizes_that_fit_stay_as_requested(costs):
     assert (plan.micro_batch_tokens, plan.decode_rows, plan.shrunk) == (8192, 128, ())
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("budget", [1700, 2000, 2400])
 def test_sizes_shrink_to_the_largest_that_fit(costs, budget):
     plan = fit(costs, ROUND, budget, micro_batch_tokens=8192, decode_rows=128)
@@ -368,6 +376,7 @@ def test_sizes_shrink_to_the_largest_that_fit(costs, budget):
     assert plan.decode_bytes <= budget
 
 
+@pytest.mark.cpu
 def test_evaluation_on_many_prompts_bounds_the_rows_decoded_side_by_side(costs):
     judged = Workload(prompts=1000, group=1, prompt_tokens=10, completion_tokens=10)
     plan = fit(costs, ROUND, 5000, micro_batch_tokens=20, decode_rows=128, evaluation=[judged])
@@ -389,6 +398,7 @@ def test_a_compiled_pass_costs_what_it_is_padded_to(costs):
     assert compiled.update(even, 1000) == costs.update(even, 1000)
 
 
+@pytest.mark.cpu
 def test_an_engine_gets_smaller_sizes_and_the_same_gradients():
     engine = engine_of("lora")
     rows, before, requested = batch(WORK), others(engine), engine.micro_batch_tokens
@@ -456,6 +466,7 @@ def test_steps_with_work_in_flight_stay_within_the_prediction(kind, vocabulary, 
 # the machine
 
 
+@pytest.mark.cpu
 def test_a_container_sees_its_own_share_of_the_machine(tmp_path, monkeypatch):
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(host, "_CGROUP", limit)
@@ -479,6 +490,7 @@ def test_runs_at_the_same_time_have_equal_parts_of_the_memory(runs, gpu, monkeyp
     assert usable_memory() == pytest.approx(whole / runs)
 
 
+@pytest.mark.cpu
 def test_copies_give_way_before_any_size_shrinks_for_them():
     costs = Costs.measure(model_of("lora"))
     assert costs.folded > 0
@@ -494,12 +506,14 @@ def test_copies_give_way_before_any_size_shrinks_for_them():
     assert fit(lean, WORK, need, **room).decode_bytes == without
 
 
+@pytest.mark.cpu
 def test_the_limit_that_is_set_is_the_one_returned():
     assert limit_memory(5e9) == 5e9
     assert mx.set_memory_limit(2**40) == 5_000_000_000
     assert limit_memory() == pytest.approx(15 / 16 * usable_memory())
 
 
+@pytest.mark.cpu
 def test_arrays_and_kept_free_buffers_stay_within_the_memory_limit(monkeypatch):
     """MLX keeps freed buffers beyond its limit on arrays."""
     monkeypatch.setattr(memory, "usable_memory", lambda: 64e6)

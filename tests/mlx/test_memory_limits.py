@@ -35,6 +35,7 @@ MAKERS = {
 }
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("make", MAKERS)
 def test_whoever_makes_an_engine_limits_mlx(make, monkeypatch):
     monkeypatch.setattr(memory, "usable_memory", lambda: 6.4e9)

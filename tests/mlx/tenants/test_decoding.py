@@ -98,8 +98,8 @@ def test_one_sampler_alone_samples_what_our_engine_does():
     request = Request(weights, np.array([5, 6, 7]), 6, Sampling(10, seed=4), frozenset([0]))
     for theirs, ours in zip(expected, decoded(base, {"a": request})["a"], strict=True):
         assert theirs.tokens.tolist() == ours.completion.tokens.tolist()
-        np.testing.assert_allclose(theirs.logprobs, ours.completion.logprobs, atol=1e-5)
-        np.testing.assert_allclose(theirs.entropy, ours.completion.entropy, atol=1e-5)
+        np.testing.assert_allclose(theirs.logprobs, ours.completion.logprobs, atol=1e-4)
+        np.testing.assert_allclose(theirs.entropy, ours.completion.entropy, atol=1e-4)
         assert theirs.truncated == ours.completion.truncated
 
 

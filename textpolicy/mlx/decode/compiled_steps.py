@@ -366,8 +366,9 @@ class Steps:
         ) -> Any:  # fmt: skip
             seen = mx.slice_update(seen, mx.ones((len(tokens), 1), mx.bool_), last + first, axes=[1])
             near = last + mx.zeros((_NEAR,), mx.int32)
+            here = (mx.arange(seen.shape[1] - first) == last)[:, None]
             sharing = Sharing(shared[0], shared[1], shared[2], even)
-            now = StepState(lengths, seen, last, near, sharing, self.context.grouped, self.kernels)
+            now = StepState(lengths, seen, last, near, here, sharing, self.context.grouped, self.kernels)
             given = iter(zip(common, own, recent, strict=True))
             layers = [_layer(layer, now, given) for layer in self.context.layers]
             with self.view.using(adapters, trained), patched(self.model, self.patches):
@@ -397,6 +398,7 @@ class StepState:
     seen: mx.array  # including the arriving token
     last: mx.array  # (1,) int32
     near: mx.array  # (n,) int32, the same in the memory of a GPU, where arrays of a few bytes are not
+    here: mx.array  # (slots that a step writes, 1) bool, the one that it writes
     sharing: Sharing
     grouped: bool
     kernels: Any
@@ -469,8 +471,8 @@ class _Slots:
     def _write(self, keys: mx.array, values: mx.array) -> None:
         before = self.recent or self.own
         self.fresh = [a.astype(old.dtype) for a, old in zip((keys, values), before, strict=True)]
-        here = (mx.arange(before[0].shape[2]) == self.now.last)[:, None]  # copying and writing is one kernel
-        self.written = [mx.where(here, a, old) for old, a in zip(before, self.fresh, strict=True)]
+        # copying and writing is one kernel
+        self.written = [mx.where(self.now.here, a, old) for old, a in zip(before, self.fresh, strict=True)]
 
     def _parts(self) -> list[Arrays]:
         """Return the keys and values of the row's own tokens, oldest first."""

@@ -69,14 +69,18 @@ def attend(
         a = (a if sharing.even else a[sharing.grid]).reshape(prompts, across, kv, -1, a.shape[-1])
         return a.swapaxes(1, 2).reshape(prompts, kv, -1, a.shape[-1])
 
-    def by_row(a: mx.array) -> mx.array:
-        a = a.reshape(prompts, kv, across, -1, a.shape[-1]).swapaxes(1, 2).reshape(-1, kv, heads // kv, a.shape[-1])
-        return a if sharing.even else a[sharing.place]
+    def by_row(a: mx.array) -> mx.array:  # (U, M, kv heads, G, N) if even, which is no copy, else (R, kv heads, G, N)
+        a = a.reshape(prompts, kv, across, -1, a.shape[-1]).swapaxes(1, 2)
+        return a if sharing.even else a.reshape(-1, *a.shape[2:])[sharing.place]
+
+    def alike(a: mx.array) -> mx.array:
+        return a.reshape(prompts, across, *a.shape[1:]) if sharing.even else a
 
     q = queries.reshape(rows, kv, heads // kv, -1)
     scores = mx.concatenate(
-        [by_row(by_prompt(q) @ prefix[0].swapaxes(2, 3)), *(q @ keys.swapaxes(2, 3) for keys, _ in own)], axis=-1
-    )
+        [by_row(by_prompt(q) @ prefix[0].swapaxes(2, 3)), *(alike(q @ keys.swapaxes(2, 3)) for keys, _ in own)],
+        axis=-1,
+    ).reshape(rows, kv, heads // kv, -1)
     scores = mx.where(seen[:, None, None], scores * scale, -mx.inf)
     if sinks is not None:
         sink = mx.broadcast_to(sinks.astype(scores.dtype).reshape(kv, -1, 1), (*scores.shape[:-1], 1))
@@ -84,7 +88,7 @@ def attend(
     masses = mx.softmax(scores, axis=-1, precise=True)
     out = by_row(by_prompt(masses[..., :slots]) @ prefix[1])
     for _, values in own:
-        out = out + masses[..., slots : slots + values.shape[2]] @ values
+        out = out + alike(masses[..., slots : slots + values.shape[2]] @ values)
         slots += values.shape[2]
     return out.reshape(rows, heads, 1, -1)
 
@@ -143,5 +147,7 @@ def add_and_norm(
 
 def swiglu(y: mx.array, b: mx.array) -> mx.array:
     """Return SiLU(gate) * up (N, W) of two layers of W outputs each."""
-    gate, up = mx.split(_with_loras(y, b), 2, axis=-1)
+    n, width = b.shape[1] // 2, b.shape[1]  # each half is added and multiplied in one kernel
+    more = y[:, width:] @ b
+    gate, up = y[:, :n] + more[:, :n], y[:, n:width] + more[:, n:]
     return nn.silu(gate) * up

@@ -200,6 +200,16 @@ def test_prompts_whose_completions_have_ended_are_let_go(tiny_engine):
     np.testing.assert_allclose(np.array(part.logprobs), np.array(whole.logprobs)[kept], atol=1e-5)
 
 
+def test_kernels_that_leave_the_attention_to_mlx_share_prompts_in_any_way():
+    """Rows of a prompt lie in order at first, and no more when others have joined."""
+    model = adapted("llama")
+    prompts = [LONG[0], LONG[0], *LONG, LONG[0], LONG[1], LONG[1]]
+    sampling, stop = Sampling(12, seed=3), np.arange(0, 60, 4)
+    steps = Steps(model, compiled=False, kernels=device())
+    expected = decode(model, prompts, sampling, stop, 4, ahead=False)
+    assert_same(decode(model, prompts, sampling, stop, 4, ahead=False, steps=steps), expected)
+
+
 class TestKernelsOfTheDevice:
     """Kernels are taken where they serve every layer and draw what MLX's operations draw."""
 

@@ -132,11 +132,11 @@ def test_a_gradient_as_on_a_gpu_equals_the_cpus_and_no_scatter_in_it_uses_a_plac
 @pytest.mark.parametrize(
     ("family", "adapter", "dtype", "metal", "named"),
     [
-        ("llama", LoRA(rank=2), mx.float32, True, []),
-        ("llama", LoRA(rank=2), mx.bfloat16, True, []),
-        ("llama", LoRA(rank=2), mx.bfloat16, False, ["attention"]),
-        ("llama", LoRA(rank=2, modules=["model.embed_tokens"]), mx.float32, False, ["embeddings"]),
-        ("qwen3_moe", LoRA(rank=2), mx.float32, True, ["experts"]),
+        ("llama", LoRA(rank=4), mx.float32, True, []),
+        ("llama", LoRA(rank=4), mx.bfloat16, True, []),
+        ("llama", LoRA(rank=4), mx.bfloat16, False, ["attention"]),
+        ("llama", LoRA(rank=4, modules=["model.embed_tokens"]), mx.float32, False, ["embeddings"]),
+        ("qwen3_moe", LoRA(rank=4), mx.float32, True, ["experts"]),
         ("llama", Full(), mx.float32, False, ["embeddings"]),
     ],
 )

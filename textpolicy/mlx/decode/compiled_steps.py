@@ -356,7 +356,8 @@ class Steps:
             self.known.move_to_end(key)
             return self.known[key]
         # the step must not hold ``rows``
-        even, sampler = rows.sharing.even, Sampler(sampling, compiled=False, kernels=self.kernels)
+        even = rows.sharing.even and self.kernels is operations  # others have steps for all ways to share prompts
+        sampler = Sampler(sampling, compiled=False, kernels=self.kernels)
         first = rows.seen.shape[1] - rows.recent_slots if rows.recent_slots else rows.prompt_slots
 
         def step(

@@ -15,7 +15,7 @@ from mlx_lm.models import switch_layers
 
 from textpolicy.config.adapters import Full, LoRA
 from textpolicy.mlx.adapters.merging import attach
-from textpolicy.mlx.kernels.gathers import gather_sort, take_by_product, take_rows, unsteady
+from textpolicy.mlx.kernels.gathers import gather_mm, gather_sort, in_order, take_by_product, take_rows, unsteady
 from textpolicy.mlx.kernels.patching import patched
 from textpolicy.mlx.read import context
 from textpolicy.mlx.score import micro_batches
@@ -90,6 +90,49 @@ def batch():
     return Batch.pack(episodes, [rng.normal(size=len(e.tokens)).astype(np.float32) * e.mask for e in episodes])
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("outputs", [5, 128])
+def test_a_product_with_a_tokens_experts_has_mlxs_gradients_without_a_scatter(shared, outputs, tmp_path):
+    rng = np.random.default_rng(0)
+    indices = mx.array(rng.integers(0, 4, (2, 7, 3)))  # expert 4 has no token
+    a = mx.array(rng.normal(size=(2, 7, 1 if shared else 3, 1, 6)))
+    b, slope = mx.array(rng.normal(size=(5, 6, outputs))), mx.array(rng.normal(size=(2, 7, 3, 1, outputs)))
+
+    def gradients(product):
+        def loss(a, b):
+            return (product(a, b, rhs_indices=indices, sorted_indices=False) * slope).sum()
+
+        return mx.value_and_grad(loss, argnums=(0, 1))(a, b)
+
+    mx.export_to_dot(str(tmp_path / "graph"), gradients(gather_mm))
+    assert "Scatter" not in (tmp_path / "graph").read_text()
+    for one, other in zip(
+        *((loss, *slopes) for loss, slopes in map(gradients, (gather_mm, mx.gather_mm))), strict=True
+    ):
+        np.testing.assert_allclose(np.array(one), np.array(other), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["phixtral", "qwen3_moe", "gpt_oss"])
+def test_few_pairs_of_token_and_expert_add_in_a_fixed_order(family, tmp_path):
+    model = attach(tiny_family(family), LoRA(rank=4))
+    model.load_weights([(n, v + 0.1) for n, v in tree_flatten(model.trainable_parameters())], strict=False)
+    completion = Completion(np.array([5, 6, 7], np.int32), np.full(3, -3, np.float32), None)
+    rows = Batch.pack(
+        [Episode.from_completion([1, 2, 3, 4], completion, reward=0.0, group=0)], [np.ones(7, np.float32)]
+    )
+    scatters = []
+    found = []
+    for names in ({}, in_order()):
+        with patched(model, names):
+            gradients = nn.value_and_grad(model, lambda model: score(model, Layout.build(rows)).sum())(model)[1]
+        mx.export_to_dot(str(tmp_path / "graph"), gradients)
+        scatters.append((tmp_path / "graph").read_text().count('"Scatter Sum"'))
+        found.append(tree_flatten(gradients))
+    assert scatters[1] < scatters[0]
+    for (name, a), (_, b) in zip(*found, strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "unsorted"),  # 4 layers x 3 levels, but header and rests end in their last layer's keys
     [("llama", {}, 0), ("qwen3_moe", {"num_experts_per_tok": 3}, 10), ("gpt_oss", {"num_experts_per_tok": 3}, 10)],
@@ -117,7 +160,7 @@ def test_a_gradient_as_on_a_gpu_equals_the_cpus_and_no_scatter_in_it_uses_a_plac
         mx.eval(plain)
         for library in (context, micro_batches):
             monkeypatch.setattr(library, "take_rows", counted)
-        with patched(model, {"_gather_sort": gather_sort}):
+        with patched(model, in_order()):
             steady = gradients()
         mx.export_to_dot(str(tmp_path / "graph"), steady)  # before anything is computed
         monkeypatch.undo()

@@ -5,7 +5,8 @@ There MLX's own gradient of a gather adds rows that were used more than once in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -61,6 +62,34 @@ def gather_sort(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array, mx.
     return result, indices.flatten()[order], inverse
 
 
+def gather_mm(a: mx.array, b: mx.array, *, rhs_indices: mx.array, sorted_indices: bool = False) -> mx.array:
+    """Return ``mx.gather_mm`` as mlx-lm calls it: tokens (..., 1, D), each times its experts' of ``b`` (E, D, N).
+
+    Of fewer than 64 pairs of token and expert, P, which are not sorted, MLX adds the gradient of ``b`` in any order,
+    and on CUDA in float32 with a kernel that asks for more shared memory than there is, if N is above 64. Here it is
+    E products, in each of which the tokens of other experts are zeros.
+    """
+    if sorted_indices:
+        return mx.gather_mm(a, b, rhs_indices=rhs_indices, sorted_indices=True)
+
+    @mx.custom_function
+    def product(a: mx.array, b: mx.array) -> mx.array:
+        return mx.gather_mm(a, b, rhs_indices=rhs_indices)
+
+    @product.vjp
+    def backward(primals: tuple[mx.array, mx.array], slope: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+        a, b = primals
+        each = mx.gather_mm(slope, b.swapaxes(-1, -2), rhs_indices=rhs_indices)  # (..., K, 1, D)
+        shared = [axis for axis, size in enumerate(a.shape) if size < each.shape[axis]]
+        tokens = mx.broadcast_to(a, each.shape).reshape(-1, a.shape[-1])  # (P, D)
+        own = (mx.arange(len(b))[:, None] == rhs_indices.flatten()).astype(a.dtype)  # (E, P)
+        slopes = (own[..., None] * tokens).swapaxes(-1, -2) @ slope.reshape(-1, slope.shape[-1])
+        return each.sum(axis=shared, keepdims=True) if shared else each, slopes
+
+    result: Any = product(a, b)
+    return result
+
+
 def unsteady(model: nn.Module) -> str:
     """Return what may differ in last bits between two equal updates of ``model`` on the default device; "" if nothing.
 
@@ -82,6 +111,11 @@ def unsteady(model: nn.Module) -> str:
     return "; ".join(what for what, holds in found.items() if holds)
 
 
-def patches() -> Mapping[str, Callable[..., Any]]:
-    """Return the function that replaces mlx-lm's of the same name on a GPU; empty on a CPU, which adds in order."""
-    return {} if mx.default_device() == mx.Device(mx.cpu) else {"_gather_sort": gather_sort}
+def patches() -> Mapping[str, Any]:
+    """Return what replaces mlx-lm's of the same name on a GPU, its ``mx`` too; empty on a CPU, which adds in order."""
+    return {} if mx.default_device() == mx.Device(mx.cpu) else in_order()
+
+
+def in_order() -> dict[str, Any]:
+    """Return mlx-lm's names whose gradients add in any order, with what adds in a fixed one."""
+    return {"_gather_sort": gather_sort, "mx": SimpleNamespace(**{**vars(mx), "gather_mm": gather_mm})}

@@ -28,23 +28,22 @@ def plain_operations(*families: str) -> Iterator[None]:
     They decide by what their ``mx`` says of the device, so they get one that says CPU. MLX's operations still run on
     the default device, as fast as they can one token after another.
     """
-    device = SimpleNamespace(is_available=lambda: False)
-    plain = SimpleNamespace(**{**vars(mx), "default_device": lambda: mx.Device(mx.cpu), "metal": device})
-    exchanged = [
-        module
+    cpu = {"default_device": lambda: mx.Device(mx.cpu), "metal": SimpleNamespace(is_available=lambda: False)}
+    before = {
+        name: vars(module)["mx"]  # or what kernels/gathers.py has put in its place
         for name, module in sys.modules.copy().items()
         if name.startswith(_FAMILIES)
-        and vars(module).get("mx") is mx
+        and "mx" in vars(module)
         and (not families or name.removeprefix(_FAMILIES) in families)
         and mx.metal.is_available()
-    ]
-    for module in exchanged:
-        vars(module)["mx"] = plain
+    }
+    for name, library in before.items():
+        vars(sys.modules[name])["mx"] = SimpleNamespace(**{**vars(library), **cpu})
     try:
         yield
     finally:
-        for module in exchanged:
-            vars(module)["mx"] = mx
+        for name, library in before.items():
+            vars(sys.modules[name])["mx"] = library
 
 
 def refuse_kernels_alone(model: nn.Module) -> None:

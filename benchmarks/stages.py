@@ -1,13 +1,14 @@
 """Compare what teaches a model: rewards alone, demonstrations first, or a teacher that judges every token.
 
-    .venv/bin/python benchmarks/stages.py distil [--teacher RUN] [--steps 64] [--seeds 0 1 2]
+    .venv/bin/python benchmarks/stages.py distil [--teacher RUN] [--beta 0] [--steps 64] [--seeds 0 1 2]
     .venv/bin/python benchmarks/stages.py sft [--task addition] [--steps 100] [--share 0.25] [--seeds 0 1 2]
     .venv/bin/python benchmarks/stages.py sft --steps 4 --problems 8 --seeds 0            (a small form, in minutes)
 
 ``distil``: the teacher is the run RUN, or one of GRPO on the embedded task that is trained first with the first seed.
-Each seed then distils it into the base in half of its steps, so that about half as many tokens are sampled. ``sft``: a
-run of rewards alone against one whose first ``share`` of the steps learns demonstrations; these take less time, so rows
-have the seconds of both. A row per seed is appended to benchmarks/results/stages.jsonl.
+Each seed then distils it into the base in half of its steps, so that about half as many tokens are sampled, by the
+sampled tokens alone, or with ``beta`` by the teacher's whole distribution at each. ``sft``: a run of rewards alone
+against one whose first ``share`` of the steps learns demonstrations; these take less time, so rows have the seconds of
+both. A row per seed is appended to benchmarks/results/stages.jsonl.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=["distil", "sft"])
     parser.add_argument("--teacher", type=Path, help="a finished run; by default one is made")
+    parser.add_argument("--beta", type=float, help="from forward KL, 0, to reverse KL, 1")
     parser.add_argument("--task", default="addition")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--steps", type=int, default=64)
@@ -51,12 +53,14 @@ def main() -> None:
 
 def distils(asked: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Held-out points of the student above the teacher, and what each sampled."""
-    teacher = asked.teacher or made(asked, folder / "teacher", asked.seeds[0], "largest")
+    asked.task = "largest"
+    teacher = asked.teacher or made(asked, folder / "teacher", asked.seeds[0])
     taught = result(teacher)
     stage = {"kind": "distill", "steps": max(1, asked.steps // 2), "teacher": str(teacher)}
+    stage |= {} if asked.beta is None else {"beta": asked.beta}
     rows = []
     for seed in asked.seeds:
-        student = result(made(asked, folder / f"student{seed}", seed, "largest", [stage]))
+        student = result(made(asked, folder / f"student{seed}", seed, [stage]))
         rows.append(compared("distil", asked, seed, student, taught))
     return rows
 
@@ -67,16 +71,16 @@ def sfts(asked: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     stages = [{"kind": "sft", "steps": first}, {"kind": "rl", "steps": asked.steps - first}]
     rows = []
     for seed in asked.seeds:
-        alone = result(made(asked, folder / f"alone{seed}", seed, asked.task))
-        both = result(made(asked, folder / f"both{seed}", seed, asked.task, stages))
+        alone = result(made(asked, folder / f"alone{seed}", seed))
+        both = result(made(asked, folder / f"both{seed}", seed, stages))
         rows.append(compared("sft", asked, seed, both, alone))
     return rows
 
 
-def made(asked: argparse.Namespace, folder: Path, seed: int, task: str, stages: list[Any] | None = None) -> Path:
+def made(asked: argparse.Namespace, folder: Path, seed: int, stages: list[Any] | None = None) -> Path:
     """Train, and return the run's folder."""
     values: dict[str, Any] = {
-        "model": asked.model, "task": task, "seed": seed, "output": str(folder), "quiet": True,
+        "model": asked.model, "task": asked.task, "seed": seed, "output": str(folder), "quiet": True,
         "rollout": {"prompts_per_step": asked.prompts}, "optimizer": {"warmup_steps": 1},
         "evaluation": {"every": 10**6, "problems": asked.problems},
     }  # fmt: skip
@@ -98,7 +102,9 @@ def result(folder: Path) -> dict[str, float]:
 def compared(
     what: str, asked: argparse.Namespace, seed: int, one: dict[str, float], other: dict[str, float]
 ) -> dict[str, Any]:
-    settings = {name: getattr(asked, name) for name in ("model", "task", "steps", "share", "problems", "prompts")}
+    settings = {
+        name: getattr(asked, name) for name in ("model", "task", "steps", "share", "beta", "problems", "prompts")
+    }
     points = 100 * (one["accuracy"] - other["accuracy"])
     return {"what": what, "seed": seed, **settings, "one": one, "other": other, "points": points}
 

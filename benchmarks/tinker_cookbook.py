@@ -1,9 +1,10 @@
 """Recipes of the tinker-cookbook, unmodified, against ``textpolicy serve`` on this machine: one JSON row per run.
 
     python -m venv COOKBOOK
-    COOKBOOK/bin/pip install 'tinker>=0.38' torch transformers datasets chz blobfile pillow pyrage termcolor tiktoken
+    COOKBOOK/bin/pip install 'tinker>=0.38' torch transformers datasets chz blobfile math-verify pillow pyrage \\
+        pylatexenc sympy termcolor tiktoken
     COOKBOOK/bin/pip install --no-deps tinker-cookbook==0.6.1  # without tml-renderers, which only Inkling models need
-    .venv/bin/python benchmarks/tinker_cookbook.py --python COOKBOOK/bin/python --recipes arithmetic dpo
+    .venv/bin/python benchmarks/tinker_cookbook.py --python COOKBOOK/bin/python --recipes sums arithmetic
 
 The model is the built-in one, and no hub is asked. Where other programs use the cores, OPENBLAS_NUM_THREADS=1 is ten
 times faster. Rows are appended to benchmarks/results/tinker_cookbook.jsonl.
@@ -71,12 +72,12 @@ REWARD = "env/all/reward/total"
 RECIPES = {
     "sums": Recipe(
         SL_BASIC,
-        SUPERVISED + "max_steps=8 dataset_builder.file_path={data}/sums.jsonl " + COMMON + "128",
+        SUPERVISED + "max_steps=14 dataset_builder.file_path={data}/sums.jsonl " + COMMON + "32",
         "train_mean_nll",
     ),
     "arithmetic": Recipe(
         "tinker_cookbook.recipes.math_rl.train",
-        RL + "env=arithmetic loss_fn=importance_sampling groups_per_batch=16 group_size=16 learning_rate=2e-4 "
+        RL + "env=arithmetic loss_fn=importance_sampling groups_per_batch=16 group_size=16 learning_rate=4e-4 "
         "max_tokens=5 max_steps=15 eval_every=0 save_every=0 load_checkpoint_path={sums}",
         REWARD,
         rises=0.3,
@@ -241,7 +242,7 @@ def make_data(python: Path, wheel: Path, data: Path) -> None:
     """
     rng = random.Random(0)
     sums = [(rng.randint(0, 100), rng.randint(0, 100)) for _ in range(64)]
-    further = [(4, 5), *((rng.randint(0, 100), rng.randint(0, 100)) for _ in range(8 * 128))]
+    further = [(4, 5), *((rng.randint(0, 100), rng.randint(0, 100)) for _ in range(14 * 32))]
     said = [
         [{"role": "user", "content": f"What is {x} + {y}?"}, {"role": "assistant", "content": f"{x + y}"}]
         for x, y in further

@@ -8,7 +8,7 @@ As a script this trains for some minutes and prints what each stage reached. The
     steps = 12
     [[stage]]
     kind = "rl"
-    steps = 8
+    steps = 24
 """
 
 import json
@@ -18,7 +18,7 @@ from textpolicy.config.settings import Config
 from textpolicy.run.training_run import run
 
 
-def main(sft: int = 12, rl: int = 8, problems: int = 40) -> None:
+def main(sft: int = 12, rl: int = 24, problems: int = 40) -> None:
     folder = run(
         Config(
             task="addition",

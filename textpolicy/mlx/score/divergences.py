@@ -30,9 +30,10 @@ def token_divergences(
 ) -> mx.array:
     """Return D_beta (N,) after hidden states (N, D) of the student and (N, E) of the teacher, ``at_once`` at a time.
 
-    Its gradient is that of the student alone.
+    Its gradient is that of the student alone. By default there are half as many tokens in a chunk as for log-probs,
+    since they have logits of two heads.
     """
-    rows = at_once or tokens_at_once(student.head(hidden[:1]).shape[-1])
+    rows = at_once or max(1, tokens_at_once(student.head(hidden[:1]).shape[-1]) // 2)
     trained = student.trained()
     chunks: list[mx.array] = []
     for a, b in pairwise([*range(0, len(hidden), rows), len(hidden)]):

@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--share", type=float, default=0.25, help="of the steps that learn demonstrations")
+    parser.add_argument("--alone", type=int, help="steps of rewards alone; by default as many as with demonstrations")
     parser.add_argument("--problems", type=int, default=0, help="of each split in an evaluation; 0 is all")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -71,7 +72,9 @@ def sfts(asked: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     stages = [{"kind": "sft", "steps": first}, {"kind": "rl", "steps": asked.steps - first}]
     rows = []
     for seed in asked.seeds:
-        alone = result(made(asked, folder / f"alone{seed}", seed))
+        alone = result(
+            made(asked, folder / f"alone{seed}", seed, [{"kind": "rl", "steps": asked.alone or asked.steps}])
+        )
         both = result(made(asked, folder / f"both{seed}", seed, stages))
         rows.append(compared("sft", asked, seed, both, alone))
     return rows
@@ -103,7 +106,8 @@ def compared(
     what: str, asked: argparse.Namespace, seed: int, one: dict[str, float], other: dict[str, float]
 ) -> dict[str, Any]:
     settings = {
-        name: getattr(asked, name) for name in ("model", "task", "steps", "share", "beta", "problems", "prompts")
+        name: getattr(asked, name)
+        for name in ("model", "task", "steps", "share", "alone", "beta", "problems", "prompts")
     }
     points = 100 * (one["accuracy"] - other["accuracy"])
     return {"what": what, "seed": seed, **settings, "one": one, "other": other, "points": points}

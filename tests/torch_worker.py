@@ -11,6 +11,8 @@ import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+HOW = {"dtype": torch.float32, "attn_implementation": "eager"}  # other attention may leave out Gemma 2's soft cap
+
 
 def score(model, tokens):
     """Log-probs of every token after the first, as lists."""
@@ -47,12 +49,10 @@ def load(job):
     if "settings" in job:
         return make(job)
     if "adapter" in job:
-        model = peft.AutoPeftModelForCausalLM.from_pretrained(job["adapter"], dtype=torch.float32)
+        model = peft.AutoPeftModelForCausalLM.from_pretrained(job["adapter"], **HOW)
         found = set(peft.get_peft_model_state_dict(model))
         return model.eval(), {"arrays": sorted(found)}
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        job["folder"], dtype=torch.float32, output_loading_info=True
-    )
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(job["folder"], output_loading_info=True, **HOW)
     return model.eval(), {key: sorted(map(str, report[key])) for key in ("missing_keys", "unexpected_keys")}
 
 

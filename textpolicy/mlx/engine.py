@@ -402,7 +402,8 @@ class MLXEngine:
 
 def decode_patches() -> Mapping[str, Callable[..., Any]]:
     """Return the functions that replace mlx-lm's while completions are sampled."""
-    return {**attention.patches(), **scans.patches()}
+    experts = {} if mx.metal.is_available() else gathers.patches()  # MLX's own are wrong on CUDA alone
+    return {**attention.patches(), **experts, **scans.patches()}
 
 
 def _with(totals: dict[str, float], more: Mapping[str, float]) -> dict[str, float]:

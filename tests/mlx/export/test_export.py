@@ -475,8 +475,18 @@ def test_the_built_in_with_an_adapter_writes_the_same_text_from_its_gguf_files(t
     for quant, path in files.items():
         back, back_tokenizer = load_model(path)
         assert question_prompts(back_tokenizer) == prompts
-        assert greedy(back, back_tokenizer, prompts) == ours[quant]
-    assert greedy(*bare, prompts) not in ours.values()
+        assert nats_short(back, prompts, ours[quant]) < 0.02  # on any device, whose rounding may turn a tie over
+        assert nats_short(bare[0], prompts, ours[quant]) > 0.5
+
+
+def nats_short(model, prompts, completions):
+    """By how much at most a written token is less likely than the likeliest, in nats."""
+    short = []
+    for prompt, tokens in zip(prompts, completions, strict=True):
+        logits = model(mx.array([[*prompt, *tokens]]))[0, len(prompt) - 1 : -1].astype(mx.float32)
+        logprobs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        short.append((logprobs.max(axis=-1) - logprobs[np.arange(len(tokens)), tokens]).max())
+    return max(short)
 
 
 def question_prompts(tokenizer):

@@ -112,6 +112,33 @@ def test_a_product_with_a_tokens_experts_has_mlxs_gradients_without_a_scatter(sh
         np.testing.assert_allclose(np.array(one), np.array(other), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("outputs", [4, 32])
+def test_sorted_tokens_with_an_inserted_axis_and_their_slopes_are_read_where_they_are(outputs, monkeypatch):
+    """MLX on CUDA takes the stride of that axis, 1, for the distance between tokens."""
+    rng, strides = np.random.default_rng(0), []
+    tokens, b = mx.array(rng.normal(size=(90, 8))), mx.array(rng.normal(size=(4, 8, outputs)))
+    indices = mx.array(np.sort(rng.integers(0, 4, 90)).astype(np.uint32))
+    c = mx.array(rng.normal(size=(90, outputs)))
+    assert memoryview(mx.contiguous(mx.expand_dims(tokens, -2))).strides[1] == 4  # so the test can fail
+    whole = mx.gather_mm
+
+    def loss(tokens):
+        product = gather_mm(mx.expand_dims(tokens, -2), b, rhs_indices=indices, sorted_indices=True)
+        return (product * mx.expand_dims(c, -2)).sum()
+
+    def noted(a, *others, **named):
+        strides.append(memoryview(a).strides)
+        return whole(a, *others, **named)
+
+    value, slope = mx.value_and_grad(loss)(tokens)
+    chosen = np.array(b)[np.array(indices)]
+    np.testing.assert_allclose(value.item(), np.einsum("pd,pdn,pn->", np.array(tokens), chosen, np.array(c)), rtol=1e-4)
+    np.testing.assert_allclose(np.array(slope), np.einsum("pdn,pn->pd", chosen, np.array(c)), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(mx, "gather_mm", noted)
+    loss(tokens)
+    assert strides == [(32, 32, 4)]
+
+
 @pytest.mark.parametrize("family", ["phixtral", "qwen3_moe", "gpt_oss"])
 def test_few_pairs_of_token_and_expert_add_in_a_fixed_order(family, tmp_path):
     model = attach(tiny_family(family), LoRA(rank=4))
@@ -156,8 +183,9 @@ def test_a_gradient_as_on_a_gpu_equals_the_cpus_and_no_scatter_in_it_uses_a_plac
 
             return nn.value_and_grad(model, loss)(model)[1]
 
-        plain = gradients()
-        mx.eval(plain)
+        with mx.stream(mx.cpu):
+            plain = gradients()
+            mx.eval(plain)
         for library in (context, micro_batches):
             monkeypatch.setattr(library, "take_rows", counted)
         with patched(model, in_order()):

@@ -68,9 +68,12 @@ def gather_mm(a: mx.array, b: mx.array, *, rhs_indices: mx.array, sorted_indices
     Of fewer than 64 pairs of token and expert, P, which are not sorted, MLX adds the gradient of ``b`` in any order,
     and on CUDA in float32 with a kernel that asks for more shared memory than there is, if N is above 64. Here it is
     E products, in each of which the tokens of other experts are zeros.
+
+    Of sorted pairs MLX on CUDA takes the stride of the axis of one element for the distance between tokens. That is 1
+    where the axis was inserted, as in experts' biases, from which sums may take their strides.
     """
     if sorted_indices:
-        return mx.gather_mm(a, b, rhs_indices=rhs_indices, sorted_indices=True)
+        return _strided(mx.gather_mm(_strided(a), b, rhs_indices=rhs_indices, sorted_indices=True))
 
     @mx.custom_function
     def product(a: mx.array, b: mx.array) -> mx.array:
@@ -88,6 +91,11 @@ def gather_mm(a: mx.array, b: mx.array, *, rhs_indices: mx.array, sorted_indices
 
     result: Any = product(a, b)
     return result
+
+
+def _strided(tokens: mx.array) -> mx.array:
+    """Return ``tokens`` (P, 1, D), and give their slope, with D as the stride of the axis of one element."""
+    return tokens.reshape(-1, tokens.shape[-1]).reshape(tokens.shape)
 
 
 def unsteady(model: nn.Module) -> str:

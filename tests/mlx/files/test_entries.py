@@ -104,7 +104,8 @@ SILENT = {  # what has no effect here, and why
     "kimi_linear": "norm_topk_prob",  # is the default
     "kimi_k3": "rope_theta rope_parameters",  # without positions
     "lfm2-vl": "partial_rotary_factor",
-    "minimax_m3_vl": "hidden_act partial_rotary_factor",  # which transformers' class of the type sets itself
+    # which transformers' class of the type sets itself; before it had that class, another name is not told from a typo
+    "minimax_m3_vl": "hidden_act hidden_activation partial_rotary_factor",
     "nemotron-nas": "hidden_activation",  # hidden_act has precedence
     "olmo3": "rope_parameters",  # transformers reads them for each type of layer alone
     "olmo_hybrid": "rope_parameters",  # without positions

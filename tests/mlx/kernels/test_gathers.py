@@ -106,9 +106,11 @@ def test_a_product_with_a_tokens_experts_has_mlxs_gradients_without_a_scatter(sh
 
     mx.export_to_dot(str(tmp_path / "graph"), gradients(gather_mm))
     assert "Scatter" not in (tmp_path / "graph").read_text()
-    for one, other in zip(
-        *((loss, *slopes) for loss, slopes in map(gradients, (gather_mm, mx.gather_mm))), strict=True
-    ):
+    loss, slopes = gradients(gather_mm)
+    with mx.stream(mx.cpu):  # MLX's own gradient asks for more shared memory than there is on CUDA
+        wanted, theirs = gradients(mx.gather_mm)
+        mx.eval(wanted, theirs)
+    for one, other in zip((loss, *slopes), (wanted, *theirs), strict=True):
         np.testing.assert_allclose(np.array(one), np.array(other), rtol=1e-4, atol=1e-4)
 
 
@@ -149,10 +151,11 @@ def test_few_pairs_of_token_and_expert_add_in_a_fixed_order(family, tmp_path):
     )
     scatters = []
     found = []
-    for names in ({}, in_order()):
-        with patched(model, names):
+    for names, device in (({}, mx.cpu), (in_order(), mx.default_device())):
+        with patched(model, names), mx.stream(device):
             gradients = nn.value_and_grad(model, lambda model: score(model, Layout.build(rows)).sum())(model)[1]
-        mx.export_to_dot(str(tmp_path / "graph"), gradients)
+            mx.export_to_dot(str(tmp_path / "graph"), gradients)
+            mx.eval(gradients)
         scatters.append((tmp_path / "graph").read_text().count('"Scatter Sum"'))
         found.append(tree_flatten(gradients))
     assert scatters[1] < scatters[0]

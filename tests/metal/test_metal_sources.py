@@ -29,6 +29,7 @@ BRANCHES = {
     "mlx/decode/decoder.py decode": ("the next step is computed ahead", ENGINE),
     "mlx/decode/folded_weights.py copies": ("no copies of weights", ENGINE),
     "mlx/decode/sampling.py Sampler.__init__": ("a compiled sampler", ENGINE),
+    "mlx/engine.py decode_patches": ("MLX's own products of experts", ENGINE),
     "mlx/engine.py MLXEngine.__init__": ("compiled gradients and optimiser", ENGINE),
     "mlx/engine.py MLXEngine.platform": ("the name of the GPU", ENGINE),
     "mlx/engine.py MLXEngine.sample": ("compiled steps", ENGINE),

@@ -42,6 +42,24 @@ def test_a_conversation_is_the_tokens_of_its_template_and_its_turns_with_their_s
     assert not episode.logprobs.any()
 
 
+@pytest.mark.parametrize("family", sorted(SPECIAL))
+def test_of_a_prompt_and_a_completion_nothing_in_the_prompt_is_learned(family):
+    """Answers that a prompt shows are read, in the tokens that the policy reads."""
+    tokenizer = chat_tokenizer(family)
+    codec, asked = ChatCodec.of(tokenizer), [*TALK, *ASKED]
+    for said in ("hell 12", [{"role": "assistant", "content": "hell 12"}]):
+        [episode] = demonstrations([{"prompt": asked, "completion": said}], tokenizer=tokenizer)
+        prompt = codec.encode(asked, True)
+        assert episode.tokens[: len(prompt)].tolist() == prompt
+        assert spoken(tokenizer, episode) == [f"hell 12{tokenizer.eos_token}"]
+        assert not episode.mask[: len(prompt)].any()
+    talk = [{"role": "assistant", "content": "an answer"}, *ASKED, {"role": "assistant", "content": "hell 12"}]
+    [episode] = demonstrations([{"prompt": TALK[:1], "completion": talk}], tokenizer=tokenizer)
+    assert spoken(tokenizer, episode) == [f"{said}{tokenizer.eos_token}" for said in ("an answer", "hell 12")]
+    with pytest.raises(UserError, match="two messages in a row"):
+        demonstrations([{"prompt": TALK[:2], "completion": "hell 12"}], tokenizer=tokenizer)
+
+
 @pytest.mark.parametrize("family", sorted({*SPECIAL, "qwen3"}))
 def test_a_demonstration_is_what_the_policy_would_have_read_and_sampled(family):
     tokenizer = chat_tokenizer(family, tools=family == "qwen3")

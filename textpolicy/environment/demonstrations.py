@@ -29,7 +29,8 @@ def demonstrations(
     """Return one episode per row, whose mask marks what the assistant says: its turns, each with its stop token.
 
     A row has the column "messages", or "prompt" and "completion" (texts or lists of messages), and may have "tools",
-    the schemas that the template is given. ``rows`` are a file for ``read_rows`` or mappings, as a
+    the schemas that the template is given. A prompt is read as the policy reads it, and nothing in it is learned, such
+    as answers that it shows. ``rows`` are a file for ``read_rows`` or mappings, as a
     ``datasets.Dataset`` yields them. Tokens are those that the policy would have read and sampled in such a
     conversation: a turn is never tokenised with what surrounds it. Log-probs are 0 and rewards NaN, since nothing was
     sampled or scored. Raises UserError, with the number of the row.
@@ -49,35 +50,42 @@ def _demonstration(codec: ChatCodec, row: Row, number: int, source: str) -> Epis
             f"and {COMPLETION}"
         )
     if MESSAGES in row:
-        messages = as_messages(prompt_of(row, MESSAGES, number, source))
+        messages = [plain(m) for m in as_messages(prompt_of(row, MESSAGES, number, source))]
+        first = next((n for n, m in enumerate(messages) if m["role"] == "assistant"), 0)
+        before, then = messages[:first], messages[first:]
     else:
         asked, said = (prompt_of(row, column, number, source) for column in (PROMPT, COMPLETION))
         if codec.template is None and isinstance(asked, str) and isinstance(said, str):
             turn = [*codec.encode_after(said), *sorted(codec.stop)[:1]]
             return _episode(codec.encode_text(asked), [turn], [], number, asked, said)
-        messages = [*as_messages(asked), *([{"role": "assistant", "content": said}] if isinstance(said, str) else said)]
+        before = [plain(m) for m in as_messages(asked)]
+        then = [plain(m) for m in ([{"role": "assistant", "content": said}] if isinstance(said, str) else said)]
     try:
-        return _of_messages(codec, [plain(m) for m in messages], tools, number)
+        return _of_messages(codec, before, then, tools, number)
     except UserError as error:
         raise UserError(f"{where} cannot be learned from: {error}") from error
 
 
-def _of_messages(codec: ChatCodec, messages: Sequence[Message], tools: Sequence[Schema], number: int) -> Episode:
-    """Return the episode of a conversation up to the assistant's last turn."""
-    runs = [[*run] for _, run in groupby(messages, lambda m: bool(m["role"] == "assistant"))]
+def _of_messages(
+    codec: ChatCodec, before: list[Message], then: Sequence[Message], tools: Sequence[Schema], number: int
+) -> Episode:
+    """Return the episode that reads ``before`` and goes on with ``then``, up to the assistant's last turn."""
+    runs = [[*run] for _, run in groupby(then, lambda m: bool(m["role"] == "assistant"))]
     said = [n for n, run in enumerate(runs) if run[0]["role"] == "assistant"]
-    if not said or said[0] == 0:
+    if said and said[0] == 1:  # the prompt ends in the completion
+        before, runs, said = [*before, *runs[0]], runs[1:], [n - 1 for n in said]
+    if not said or not before:
         raise UserError("a demonstration begins with a message to the assistant and has an answer; give it both")
-    if any(len(runs[n]) > 1 for n in said):
+    if any(len(runs[n]) > 1 for n in said) or before[-1]["role"] == "assistant":
         raise UserError("the assistant has two messages in a row; join them")
-    before, turns, replies = runs[0], list[list[int]](), list[list[int]]()
-    prompt = codec.encode(before, True, tools)
+    asked, prompt = before[-1]["content"], codec.encode(before, True, tools)
+    turns, replies = list[list[int]](), list[list[int]]()
     for n in said:
         if turns:
             replies.append(codec.continuation(before, runs[n - 1], turns[-1][-1], tools))
             before = [*before, *runs[n - 2], *runs[n - 1]]
         turns.append(codec.turn([*before, *runs[n]], tools))
-    return _episode(prompt, turns, replies, number, runs[0][-1]["content"], runs[said[-1]][0]["content"])
+    return _episode(prompt, turns, replies, number, asked, runs[said[-1]][0]["content"])
 
 
 def _episode(

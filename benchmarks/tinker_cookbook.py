@@ -72,13 +72,13 @@ REWARD = "env/all/reward/total"
 RECIPES = {
     "sums": Recipe(
         SL_BASIC,
-        SUPERVISED + "max_steps=14 dataset_builder.file_path={data}/sums.jsonl " + COMMON + "32",
+        SUPERVISED + "max_steps=8 dataset_builder.file_path={data}/sums.jsonl " + COMMON + "32",
         "train_mean_nll",
     ),
     "arithmetic": Recipe(
         "tinker_cookbook.recipes.math_rl.train",
-        RL + "env=arithmetic loss_fn=importance_sampling groups_per_batch=16 group_size=16 learning_rate=4e-4 "
-        "max_tokens=5 max_steps=15 eval_every=0 save_every=0 load_checkpoint_path={sums}",
+        RL + "env=arithmetic loss_fn=importance_sampling groups_per_batch=32 group_size=16 num_substeps=4 "
+        "learning_rate=3e-4 max_tokens=5 max_steps=15 eval_every=0 save_every=0 load_checkpoint_path={sums}",
         REWARD,
         rises=0.3,
     ),

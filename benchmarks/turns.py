@@ -1,9 +1,10 @@
 """Compare rollouts of several turns that keep what earlier turns have read with those that read it again.
 
-    .venv/bin/python benchmarks/turns.py [--model smollm2-135m] [--turns 6] [--prompt-tokens 500]
+    .venv/bin/python benchmarks/turns.py [--model smollm2-135m] [--turns 6] [--prompt-tokens 500] [--before CHECKOUT]
 
 Both play the same tool episodes in one run, by turns: every turn calls a calculator, after a prompt of a few hundred
-tokens. Completions must be the same; those that differ, by rounding, are counted. A row is appended to
+tokens. Completions must be the same; those that differ, by rounding, are counted. With a checkout of an earlier commit
+its rollouts are measured, too, each in a process of its own between the others. A row is appended to
 benchmarks/results/turns.jsonl.
 """
 
@@ -11,6 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -46,7 +50,44 @@ class ReadingAgain:
         return nullcontext()
 
 
-def main(model: str, prompt_tokens: int, turns: int, max_tokens: int, prompts: int, group: int, times: int) -> None:
+def main(before: Path | None, only: int | None, **sizes: Any) -> None:
+    engine, env, sampling = made(**sizes)
+    prompts, group, times = range(sizes["prompts"]), sizes["group"], sizes["times"]
+
+    def played(playing: Any, seed: int) -> tuple[float, list[list[int]]]:
+        start = time.perf_counter()
+        episodes = collect(playing, env, prompts, group, Sampling(sampling, seed=seed))
+        return time.perf_counter() - start, [e.tokens.tolist() for e in episodes]
+
+    if only is not None:
+        print(json.dumps(played(ReadingAgain(engine), only)))
+        return
+    seconds: dict[str, list[float]] = {"kept": [], "again": []} | ({"before": []} if before else {})
+    differing, lengths = dict.fromkeys([*seconds][1:], 0), []
+    for seed in range(times):
+        said = {}
+        for how in seconds:
+            if how == "before":
+                took, said[how] = earlier(before, seed, sizes)
+            else:
+                took, said[how] = played(engine if how == "kept" else ReadingAgain(engine), seed)
+            seconds[how].append(took)
+        lengths += [len(tokens) for tokens in said["kept"]]
+        for how in differing:
+            differing[how] += sum(a != b for a, b in zip(said["kept"], said[how], strict=True))
+    row = {
+        "benchmark": "turns", "model": sizes["model"], "prompt_tokens": len(env.prompt_ids(0)), "turns": sizes["turns"],
+        "max_tokens": sampling, "episodes": len(lengths), "tokens_per_episode": round(sum(lengths) / len(lengths)),
+        "differing": differing, **{f"{how}_s": [round(s, 2) for s in found] for how, found in seconds.items()},
+        **{f"of_{how}": round(min(seconds["kept"]) / min(seconds[how]), 3) for how in differing}, **describe(),
+    }  # fmt: skip
+    print(json.dumps(row))
+    with (Path(__file__).parent / "results" / "turns.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def made(model: str, prompt_tokens: int, turns: int, max_tokens: int, prompts: int, **_: int) -> tuple[Any, Any, int]:
+    """The engine, the environment, and the tokens of a turn at most."""
     loaded, tokenizer = tp.load_model(model)
     words = tokenizer.vocab_size
     engine = MLXEngine(loaded, stop=[*tokenizer.eos_token_ids, *range(10, words, 23)])  # a turn has about 23 tokens
@@ -61,32 +102,26 @@ def main(model: str, prompt_tokens: int, turns: int, max_tokens: int, prompts: i
         describe=lambda schemas: "",
         max_turns=turns,
     )
-    seconds: dict[str, list[float]] = {"kept": [], "again": []}
-    flips, played = 0, []
-    for seed in range(times):
-        said = []
-        for how in seconds:
-            playing: Any = engine if how == "kept" else ReadingAgain(engine)
-            start = time.perf_counter()
-            episodes = collect(playing, env, range(prompts), group, Sampling(max_tokens, seed=seed))
-            seconds[how].append(time.perf_counter() - start)
-            said.append([e.tokens.tolist() for e in episodes])
-        flips += sum(a != b for a, b in zip(*said, strict=True))
-        played += [len(tokens) for tokens in said[0]]
-    row = {
-        "benchmark": "turns", "model": model, "prompt_tokens": len(env.prompt_ids(0)), "turns": turns,
-        "max_tokens": max_tokens, "episodes": len(played), "tokens_per_episode": round(sum(played) / len(played)),
-        "differing": flips, **{f"{how}_s": [round(s, 2) for s in found] for how, found in seconds.items()},
-        "ratio": round(min(seconds["kept"]) / min(seconds["again"]), 3), **describe(),
-    }  # fmt: skip
-    print(json.dumps(row))
-    with (Path(__file__).parent / "results" / "turns.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    return engine, env, max_tokens
+
+
+def earlier(checkout: Path | None, seed: int, sizes: dict[str, Any]) -> tuple[float, list[list[int]]]:
+    """The seconds and the tokens of the same episodes with the package of ``checkout``."""
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
+    path = f"{Path(checkout or '.').resolve()}:{Path(__file__).parent}"
+    command = [sys.executable, "-P", __file__, f"--only={seed}", *flags]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True, check=True
+    )
+    took, said = json.loads(done.stdout.strip().splitlines()[-1])
+    return took, said
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--before", type=Path, help="a checkout of an earlier commit")
+    parser.add_argument("--only", type=int, help="read again with this seed, and print seconds and tokens")
     sizes = {"prompt_tokens": 500, "turns": 6, "max_tokens": 48, "prompts": 2, "group": 4, "times": 2}
     for name, default in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)

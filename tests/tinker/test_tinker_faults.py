@@ -127,7 +127,11 @@ def test_a_server_killed_in_a_step_is_one_sentence_and_a_new_one_resumes(served_
     assert "resume from the last checkpoint" in str(lost.value)
     assert "\n" not in str(lost.value)
     with served_by("killed") as server:
-        np.testing.assert_array_equal(connected(server, resume=state).score(batch), before)
+        resumed = connected(server, resume=state)
+        np.testing.assert_array_equal(resumed.score(batch), before)
+    began = time.monotonic()
+    resumed.close()
+    assert time.monotonic() - began < 10  # of 120 that a server may be gone
 
 
 def update_for_ever(engine, batch):

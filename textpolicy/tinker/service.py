@@ -122,6 +122,8 @@ class Service:
 
     def close(self, status: str = "success") -> None:
         """End the session, "success", "errored" or "interrupted"; a server that has gone is not an error."""
+        if self.url is not None and not answers(self.url, seconds=min(30.0, self.patience)):
+            return
         try:
             self.wait(self.client.close(status), "closing the session")
         except ServiceError:

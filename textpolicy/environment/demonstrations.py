@@ -67,7 +67,7 @@ def _demonstration(codec: ChatCodec, row: Row, number: int, source: str) -> Epis
 
 
 def _of_messages(
-    codec: ChatCodec, before: list[Message], then: Sequence[Message], tools: Sequence[Schema], number: int
+    codec: ChatCodec, before: Sequence[Message], then: Sequence[Message], tools: Sequence[Schema], number: int
 ) -> Episode:
     """Return the episode that reads ``before`` and goes on with ``then``, up to the assistant's last turn."""
     runs = [[*run] for _, run in groupby(then, lambda m: bool(m["role"] == "assistant"))]

@@ -49,18 +49,21 @@ def _demonstration(codec: ChatCodec, row: Row, number: int, source: str) -> Epis
             f"{where} has the columns {', '.join(map(str, row)):.200}; a demonstration has {MESSAGES}, or {PROMPT} "
             f"and {COMPLETION}"
         )
+    before: Sequence[Message]
+    then: Sequence[Message]
     if MESSAGES in row:
-        messages = [plain(m) for m in as_messages(prompt_of(row, MESSAGES, number, source))]
-        first = next((n for n, m in enumerate(messages) if m["role"] == "assistant"), 0)
-        before, then = messages[:first], messages[first:]
+        before, then = as_messages(prompt_of(row, MESSAGES, number, source)), ()
     else:
         asked, said = (prompt_of(row, column, number, source) for column in (PROMPT, COMPLETION))
         if codec.template is None and isinstance(asked, str) and isinstance(said, str):
             turn = [*codec.encode_after(said), *sorted(codec.stop)[:1]]
             return _episode(codec.encode_text(asked), [turn], [], number, asked, said)
-        before = [plain(m) for m in as_messages(asked)]
-        then = [plain(m) for m in ([{"role": "assistant", "content": said}] if isinstance(said, str) else said)]
+        before, then = as_messages(asked), [{"role": "assistant", "content": said}] if isinstance(said, str) else said
     try:
+        before, then = [plain(m) for m in before], [plain(m) for m in then]
+        if MESSAGES in row:
+            first = next((n for n, m in enumerate(before) if m["role"] == "assistant"), 0)
+            before, then = before[:first], before[first:]
         return _of_messages(codec, before, then, tools, number)
     except UserError as error:
         raise UserError(f"{where} cannot be learned from: {error}") from error

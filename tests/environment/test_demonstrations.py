@@ -56,9 +56,9 @@ def test_of_a_prompt_and_a_completion_nothing_in_the_prompt_is_learned(family):
     talk = [{"role": "assistant", "content": "an answer"}, *ASKED, {"role": "assistant", "content": "hell 12"}]
     [episode] = demonstrations([{"prompt": TALK[:1], "completion": talk}], tokenizer=tokenizer)
     assert spoken(tokenizer, episode) == [f"{said}{tokenizer.eos_token}" for said in ("an answer", "hell 12")]
-    with pytest.raises(UserError, match="row 1 of .* two messages in a row"):
+    with pytest.raises(UserError, match=r"row 1 of .* two messages in a row"):
         demonstrations([{"prompt": TALK[:2], "completion": "hell 12"}], tokenizer=tokenizer)
-    with pytest.raises(UserError, match="row 2 of .* lacks one of"):
+    with pytest.raises(UserError, match=r"row 2 of .* lacks one of"):
         demonstrations([{"messages": TALK}, {"messages": [*ASKED, {"role": "assistant"}]}], tokenizer=tokenizer)
 
 

@@ -1,5 +1,6 @@
 """Slow, failing and dying servers and clients: the run continues, or ends in one sentence and resumes."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -129,9 +130,22 @@ def test_a_server_killed_in_a_step_is_one_sentence_and_a_new_one_resumes(served_
     with served_by("killed") as server:
         resumed = connected(server, resume=state)
         np.testing.assert_array_equal(resumed.score(batch), before)
+    loop = resumed.service.client.holder.get_loop()
+    beating = heartbeats(loop)
     began = time.monotonic()
     resumed.close()
     assert time.monotonic() - began < 10  # of 120 that a server may be gone
+    while heartbeats(loop) != beating - 1:
+        assert time.monotonic() - began < 20
+
+
+def heartbeats(loop):
+    """The number of sessions that the SDK keeps alive in its ``loop``, of which a process has one."""
+
+    async def count():
+        return [task.get_coro().__name__ for task in asyncio.all_tasks()].count("_session_heartbeat")
+
+    return asyncio.run_coroutine_threadsafe(count(), loop).result(5)
 
 
 def update_for_ever(engine, batch):

@@ -7,6 +7,7 @@ import atexit
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
 from http.client import HTTPException
 from typing import Any
@@ -122,12 +123,16 @@ class Service:
 
     def close(self, status: str = "success") -> None:
         """End the session, "success", "errored" or "interrupted"; a server that has gone is not an error."""
-        if self.url is not None and not answers(self.url, seconds=min(30.0, self.patience)):
-            return
+        closing = self.client.close(status)
         try:
-            self.wait(self.client.close(status), "closing the session")
+            if self.url is None or answers(self.url, seconds=min(30.0, self.patience)):
+                self.wait(closing, "closing the session")
+            else:
+                wait([closing.future()], timeout=1.0)  # it has begun, and its cancellation ends the heartbeats
         except ServiceError:
-            return
+            pass
+        finally:
+            closing.future().cancel()
 
 
 def settle(loop: asyncio.AbstractEventLoop, seconds: float = 5.0) -> None:

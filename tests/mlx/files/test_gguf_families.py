@@ -166,7 +166,7 @@ def test_each_type_is_read_exactly_as_the_gguf_package_reads_it(tmp_path, kind, 
     near = np.abs(np.array(packed(TOKENS)) - np.array(model(TOKENS))).max()
     if kind in (Kind.Q4_K, Kind.Q5_K, Kind.IQ4_NL):  # these have an exact form in MLX
         assert near < 1e-3
-        assert not caplog.records
+        assert "are of types that MLX has not" not in caplog.text
     else:
         assert "are of types that MLX has not; quantised again, their weights differ by" in caplog.text
         percent = float(caplog.text.split("differ by ")[1].split("%")[0])

@@ -106,6 +106,25 @@ def test_threads_can_be_set_and_the_environment_is_honoured(threads):
     assert python(code + "print(ctypes.CDLL(None).openblas_get_num_threads())").stdout.strip() == "1"
 
 
+@linux_cpu
+@pytest.mark.skipif(os.cpu_count() == 1, reason="one core has one thread, which never waits")
+@pytest.mark.parametrize("asked", [None, "30"])  # cycles, as a power of 2: a third of a second
+def test_threads_without_work_sleep_at_once_unless_the_environment_says_otherwise(asked):
+    code = f"""
+import os, time
+os.environ |= {{"OPENBLAS_NUM_THREADS": "2"{f", 'OPENBLAS_THREAD_TIMEOUT': '{asked}'" if asked else ""}}}
+import textpolicy.mlx, mlx.core as mx
+a = mx.ones((1024, 1024))
+mx.eval(a @ a)
+before = time.process_time()
+time.sleep(0.5)
+print(time.process_time() - before)
+"""
+    ran = python(code)
+    spun = float(ran.stdout)
+    assert spun < 0.02 if asked is None else spun > 0.04, ran.stderr
+
+
 def test_no_threads_are_refused():
     with pytest.raises(UserError, match="is 0; set it to 1 or more"):
         blas.set_blas_threads(0)

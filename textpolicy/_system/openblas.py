@@ -22,6 +22,9 @@ ON_A_MAC = {  # unless the environment says otherwise
     "AGX_RELAX_CDM_CTXSTORE_TIMEOUT": "1",  # macOS then waits for long GPU work, though the display is on (mlx 3267)
     "MLX_ENABLE_TF32": "0",  # an M5 would round the operands of float32 products to 11 bits
 }
+_SPIN = (
+    "18"  # a thread without work sleeps after 2^18 cycles, 0.1 ms; by default it spins for 0.1 s, after each product
+)
 
 
 class BeforeMLX(importlib.abc.MetaPathFinder):
@@ -48,6 +51,7 @@ def preload() -> None:
     """Load OpenBLAS with global symbols, if mlx computes on a Linux CPU and the library is installed."""
     if not runs_on_linux_cpu():
         return
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", _SPIN)
     if platform.machine() == "x86_64":  # cmeel-openblas needs AVX-512 here, and ends the program without it
         folder = _distribution_path("ngsolve-openblas", "ngsolve_openblas")
         library = next(folder.glob("libopenblas*.so*"), None) if folder else None

@@ -79,7 +79,7 @@ def main(before: Path | None, only: int | None, **sizes: Any) -> None:
         "benchmark": "turns", "model": sizes["model"], "prompt_tokens": len(env.prompt_ids(0)), "turns": sizes["turns"],
         "max_tokens": sampling, "episodes": len(lengths), "tokens_per_episode": round(sum(lengths) / len(lengths)),
         "differing": differing, **{f"{how}_s": [round(s, 2) for s in found] for how, found in seconds.items()},
-        **{f"of_{how}": round(min(seconds["kept"]) / min(seconds[how]), 3) for how in differing}, **describe(),
+        **{f"of_{how}": round(sum(seconds["kept"]) / sum(seconds[how]), 3) for how in differing}, **describe(),
     }  # fmt: skip
     print(json.dumps(row))
     with (Path(__file__).parent / "results" / "turns.jsonl").open("a") as file:

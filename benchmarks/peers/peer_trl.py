@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with transformers' generate, in float32 or bfloat16.
+"""TRL's GRPOTrainer in float32 or bfloat16, with transformers' generate or its continuous batching.
 
 Gradient checkpointing, on by default there, is off: it saves memory that this comparison does not need.
 """
@@ -45,12 +45,13 @@ def main() -> None:
 
 
 def settings(task: Task, folder: str) -> GRPOConfig:
-    bfloat16 = task.variant == "bfloat16"
+    dtype, _, batching = task.variant.partition("-")
     return GRPOConfig(
         output_dir=folder,
         use_cpu=not task.on_gpu,
-        bf16=bfloat16,
-        model_init_kwargs={"dtype": task.variant},
+        bf16=dtype == "bfloat16",
+        model_init_kwargs={"dtype": dtype},
+        use_transformers_continuous_batching=batching == "continuous",
         gradient_checkpointing=False,
         per_device_train_batch_size=task.at_once,
         gradient_accumulation_steps=task.rows // task.at_once,

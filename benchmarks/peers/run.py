@@ -99,6 +99,7 @@ PEERS = {
     ),
     "trl-float32": Peer("peer_trl.py", TRL, "float32"),
     "trl-bfloat16": Peer("peer_trl.py", TRL, "bfloat16"),
+    "trl-bfloat16-continuous": Peer("peer_trl.py", TRL, "bfloat16-continuous"),
     "mlx-lm-floor": Peer("peer_mlx_lm.py", MLX),
 }
 

@@ -20,6 +20,8 @@ from worker import Gate, Task, reward_of
 # Newer pyarrow says that this class lives there; datasets pickles it on some Pythons, and fails if it does not.
 builtins.MonthDayNano = pyarrow.lib.MonthDayNano  # type: ignore[attr-defined]
 
+NEVER = -1  # no token
+
 
 def main() -> None:
     task, gate = Task.from_command_line(), Gate()
@@ -39,6 +41,8 @@ def main() -> None:
             lambda: sum(p.detach().abs().sum().item() for p in trainer.model.parameters() if p.requires_grad),
             torch.cuda.max_memory_allocated if task.on_gpu else None,
         )
+        if task.variant.endswith("continuous"):
+            trainer.eos_token_ids = [NEVER]
         time_generation(trainer, gate)
         trainer.add_callback(AtTheGate(gate))
         trainer.train()
@@ -57,7 +61,8 @@ def settings(task: Task, folder: str) -> GRPOConfig:
         gradient_accumulation_steps=task.rows // task.at_once,
         num_generations=task.group,
         max_completion_length=task.new_tokens,
-        generation_kwargs={"min_new_tokens": task.new_tokens},
+        # continuous batching has no least length, so nothing ends a completion there
+        generation_kwargs={"eos_token_id": NEVER} if batching else {"min_new_tokens": task.new_tokens},
         temperature=1.0,
         beta=0.0,
         optim="adamw_torch",

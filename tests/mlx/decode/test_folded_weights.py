@@ -72,15 +72,38 @@ def test_a_copy_is_made_once_it_pays_and_not_before():
     product, x = Product(lora_layer(), few=True), mx.random.normal((1, 24))
     for _ in range(module._PAYS):
         product(x)
-        assert product.weight is None
+        assert not product.parts
     product(x)
-    assert product.weight.shape == (2, 24, 48) or product.weight.shape == (3, 24, 32)
+    [part] = product.parts
+    assert part.shape == (3, 24, 32)
+
+
+@pytest.mark.parametrize("outputs", [96, 64, 32])
+def test_two_cores_that_share_a_product_compute_what_one_does(outputs, at_once, monkeypatch):
+    layer, x = lora_layer(outputs, bias=True), mx.random.normal((FEW, 24))
+    expected = Product(layer, few=True)(x)
+    for _ in range(20):
+        assert mx.array_equal(Product(layer, few=True, cores=2, beside=True)(x), expected)
+    monkeypatch.setattr(module, "_HALVED", 1)
+    halved = Product(layer, few=True, cores=2)
+    assert mx.array_equal(halved(x), expected)
+    assert sum(len(part) for part in halved.parts) == outputs // halved.width
+
+
+def test_a_model_decodes_the_same_with_one_core_and_two(at_once, monkeypatch):
+    monkeypatch.setattr(module, "_HALVED", 1)
+    engine, said = MLXEngine(adapted("llama"), stop=[0]), []
+    for cores in (1, 2):
+        monkeypatch.setattr(module, "blas_threads", lambda cores=cores: cores)
+        [group] = engine.sample([[5, 6, 7]], FEW, Sampling(max_tokens=20, seed=2))
+        said.append([(c.tokens.tolist(), c.logprobs.tolist()) for c in group])
+    assert said[0] == said[1]
 
 
 def test_many_rows_are_left_to_the_layer_where_small_products_are_made(at_once):
     product = Product(lora_layer(), few=True)
     product(mx.random.normal((module.FEW + 1, 24)))
-    assert product.weight is None
+    assert not product.parts
 
 
 def test_small_products_are_for_one_or_two_cores_whose_blas_has_them(monkeypatch):

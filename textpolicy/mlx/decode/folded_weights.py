@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -20,26 +22,29 @@ FEW = 12  # rows that OpenBLAS multiplies with small matrices in place; it packs
 _CORES = 2  # with more cores, large products are divided among them and small ones are not
 _SMALL = 10**6  # rows x inputs x outputs of a small product, at most
 _NARROW, _WIDE = 16, 64  # outputs of a small product
+_BESIDE = ("up_proj", "k_proj", "v_proj")  # layers whose product a second core takes beside that of another
+_HALVED = 2**23  # weights of a layer whose product two cores share
 
 
 def folded(model: nn.Module, rows: int) -> nn.Module:
     """Return a view of ``model`` for decoding up to ``rows`` rows that holds the copies, or itself if none pay.
 
     A LoRA of rank 16 takes a sixth of a step of eight rows. Few rows on few cores get copies laid out for small
-    products, which take less time. Training still adds the LoRA to the product, so the log-probs of the two
-    differ by float32's rounding.
+    products, which take less time, and which two cores compute side by side. Training still adds the LoRA to the
+    product, so the log-probs of the two differ by float32's rounding.
     """
     if not copies(model):
         return model
-    few = rows <= FEW and 0 < blas_threads() <= _CORES and has_small_products()
+    cores = blas_threads()
+    few = rows <= FEW and 0 < cores <= _CORES and has_small_products()
 
     def stand_in(where: tuple[str | int, ...], module: nn.Module) -> StandIn | nn.Module | None:
         if not _suits(module) or not (few or isinstance(module, LoRALinear)):
             return module if isinstance(module, WRAPPERS) else None
         if not isinstance(module, nn.Embedding):
-            return StandIn(module, Product(module, few))
+            return StandIn(module, Product(module, few, cores, beside=where[-1] in _BESIDE))
         tied: Any = StandIn(module, module)  # an embedding may be the head, too
-        tied.as_linear = Product(module, few)
+        tied.as_linear = Product(module, few, cores)
         return tied
 
     return with_modules(model, stand_in)
@@ -58,7 +63,7 @@ def copies(model: nn.Module) -> int:
 class Product:
     """The product of a linear layer, or of an embedding used as one, with a copy of the weights once that pays."""
 
-    def __init__(self, layer: nn.Module, few: bool):
+    def __init__(self, layer: nn.Module, few: bool, cores: int = 1, beside: bool = False):
         outputs, inputs = _base(layer).weight.shape
         fitting = (n for n in (_WIDE, _WIDE // 2, _NARROW) if outputs % n == 0 and FEW * n * inputs <= _SMALL)
         self.layer = layer
@@ -66,32 +71,52 @@ class Product:
         self.width = next(fitting, 0) if few else 0  # outputs of one small product; 0 is one large product
         self.most = FEW if self.width else sys.maxsize  # rows that the copy is good for
         self.made = 0  # products so far
-        # W + scale (A B)^T (outputs, inputs), or blocks (outputs / width, inputs, width) of its transpose
-        self.weight: mx.array | None = None
+        # W + scale (A B)^T (outputs, inputs), or blocks (outputs / width, inputs, width) of its transpose, in one or
+        # two parts; OpenBLAS divides large products among cores, and small ones go to them by streams
+        self.parts: list[mx.array] = []
+        self.first = int(beside and cores > 1)  # the stream of the first part
+        self.halved = cores > 1 and outputs * inputs >= _HALVED
 
     def __call__(self, x: mx.array) -> mx.array:
         rows, base = x.size // x.shape[-1], _base(self.layer)
         if rows > self.most:
             return self.plain(x)
-        if self.weight is None:
+        if not self.parts:
             self.made += 1
             if self.made <= _PAYS:
                 return self.plain(x)
-            self.weight = base.weight
-            if self.width:
-                self.weight = mx.contiguous(base.weight.reshape(-1, self.width, x.shape[-1]).swapaxes(1, 2))
-            if isinstance(self.layer, LoRALinear):
-                a, b = self.layer.lora_a, self.layer.scale * self.layer.lora_b
-                if self.width:
-                    self.weight = self.weight + a @ b.reshape(len(b), -1, self.width).swapaxes(0, 1)
-                else:
-                    self.weight = mx.addmm(self.weight, b.T, a.T)
+            self.parts = self._copied(x.shape[-1])
         if self.width:
-            y = x.reshape(1, rows, -1) @ self.weight  # (outputs / width, rows, width)
-            y = y.swapaxes(0, 1).reshape(*x.shape[:-1], -1)
+            y = mx.concatenate([self._small(x, i) for i in range(len(self.parts))], axis=-1)
         else:
-            y = x @ self.weight.T
+            y = x @ self.parts[0].T
         return y + base.bias if "bias" in base else y
+
+    def _copied(self, inputs: int) -> list[mx.array]:
+        """Return the parts of a copy of the weights."""
+        weight = _base(self.layer).weight
+        if self.width:
+            weight = mx.contiguous(weight.reshape(-1, self.width, inputs).swapaxes(1, 2))
+        if isinstance(self.layer, LoRALinear):
+            a, b = self.layer.lora_a, self.layer.scale * self.layer.lora_b
+            if self.width:
+                weight = weight + a @ b.reshape(len(b), -1, self.width).swapaxes(0, 1)
+            else:
+                weight = mx.addmm(weight, b.T, a.T)
+        if self.width and self.halved:
+            return [mx.contiguous(part) for part in mx.split(weight, [(len(weight) + 1) // 2])]
+        return [weight]
+
+    def _small(self, x: mx.array, part: int) -> mx.array:
+        """Return the outputs of a part of the weights, computed in a stream of its own if it is not the first."""
+        with mx.stream(_second()) if self.first + part else nullcontext():
+            y = x.reshape(1, -1, x.shape[-1]) @ self.parts[part]  # (outputs / width, rows, width)
+            return y.swapaxes(0, 1).reshape(*x.shape[:-1], -1)
+
+
+@cache
+def _second() -> mx.ThreadLocalStream:
+    return mx.new_thread_local_stream(mx.cpu)
 
 
 def _base(layer: nn.Module) -> nn.Module:

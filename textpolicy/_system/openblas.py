@@ -22,9 +22,7 @@ ON_A_MAC = {  # unless the environment says otherwise
     "AGX_RELAX_CDM_CTXSTORE_TIMEOUT": "1",  # macOS then waits for long GPU work, though the display is on (mlx 3267)
     "MLX_ENABLE_TF32": "0",  # an M5 would round the operands of float32 products to 11 bits
 }
-_SPIN = (
-    "18"  # a thread without work sleeps after 2^18 cycles, 0.1 ms; by default it spins for 0.1 s, after each product
-)
+_SPIN = "18"  # a thread without work sleeps after 2^18 cycles, 0.1 ms; by default it spins for 0.1 s
 
 
 class BeforeMLX(importlib.abc.MetaPathFinder):

@@ -85,8 +85,10 @@ def test_two_cores_that_share_a_product_compute_what_one_does(outputs, at_once, 
     for _ in range(20):
         assert mx.array_equal(Product(layer, few=True, cores=2, beside=True)(x), expected)
     monkeypatch.setattr(module, "_HALVED", 1)
-    halved = Product(layer, few=True, cores=2)
-    assert mx.array_equal(halved(x), expected)
+    for beside in (False, True):
+        halved = Product(layer, few=True, cores=2, beside=beside)
+        assert mx.array_equal(halved(x), expected)
+    assert halved.first == 0
     assert sum(len(part) for part in halved.parts) == outputs // halved.width
 
 

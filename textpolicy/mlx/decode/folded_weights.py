@@ -74,8 +74,8 @@ class Product:
         # W + scale (A B)^T (outputs, inputs), or blocks (outputs / width, inputs, width) of its transpose, in one or
         # two parts; OpenBLAS divides large products among cores, and small ones go to them by streams
         self.parts: list[mx.array] = []
-        self.first = int(beside and cores > 1)  # the stream of the first part
         self.halved = cores > 1 and outputs * inputs >= _HALVED
+        self.first = int(beside and cores > 1 and not self.halved)  # the stream of the first part
 
     def __call__(self, x: mx.array) -> mx.array:
         rows, base = x.size // x.shape[-1], _base(self.layer)

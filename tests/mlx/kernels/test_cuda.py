@@ -24,6 +24,10 @@ SHAPES = [  # rows, prompts, heads, kv heads, head size, prompt slots, own slots
     (3, 3, 8, 1, 128, 9, 64),
     (4, 1, 9, 3, 64, 5, 64),
     (1030, 9, 2, 1, 128, 33, 64),
+    (301, 16, 16, 8, 128, 70, 50),  # from here on tensor cores in half precision
+    (520, 5, 9, 3, 64, 16, 17),
+    (515, 5, 14, 2, 64, 33, 40),
+    (130, 3, 16, 16, 128, 50, 33),
 ]
 
 
@@ -37,8 +41,9 @@ def attention(queries, keys, values, seen, scale):
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(mx.float32, 1e-5), (mx.float16, 2e-3), (mx.bfloat16, 1e-2)])
+@pytest.mark.parametrize("together", [True, False])  # the rows of a prompt
 @pytest.mark.parametrize("shape", SHAPES)
-def test_attention_reads_prompts_and_own_slots_and_writes_the_new_keys_and_values(shape, dtype, error):
+def test_attention_reads_prompts_and_own_slots_and_writes_the_new_keys_and_values(shape, together, dtype, error):
     rows, prompts, heads, kv_heads, size, prompt_slots, own_slots = shape
 
     def random(*shape):
@@ -49,6 +54,7 @@ def test_attention_reads_prompts_and_own_slots_and_writes_the_new_keys_and_value
     own = [random(rows, kv_heads, own_slots, size) for _ in "kv"]
     prefix = [random(prompts, kv_heads, prompt_slots, size) for _ in "kv"]
     parents, last = mx.random.randint(0, prompts, (rows,)), mx.array([own_slots // 2], mx.int32)
+    parents = mx.sort(parents) if together else parents
     seen = (mx.random.uniform(shape=(rows, prompt_slots + own_slots)) > 0.3) & (
         mx.arange(prompt_slots + own_slots) <= prompt_slots + last
     )

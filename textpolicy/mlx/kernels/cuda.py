@@ -17,11 +17,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .cuda_source import ABSORB, ADD_AND_NORM, ADD_LORA, ATTEND, DRAW, HEADS, LOAD, SWIGLU
+from .cuda_source import ABSORB, ADD_AND_NORM, ADD_LORA, ATTEND, ATTEND_MANY, DRAW, HEADS, LOAD, PRODUCTS, SWIGLU
 
 HEAD_SIZES = (64, 128)  # LANES divide a warp
 _GROUPS = (4, 3, 2, 1)  # query heads per block of threads; they share their keys
 _TILES = (2, 1)  # rows per block; with four, too few blocks fit a multiprocessor
+_MANY = 64  # blocks of eight rows from which on half precision takes tensor cores
 _BLOCKS = 256  # with fewer, some of a GPU's multiprocessors are idle
 
 
@@ -69,13 +70,17 @@ def attend(
     """
     rows, heads, _, size = queries.shape
     per_kv, threads = heads // own[0].shape[1], 256
-    group = next(g for g in _GROUPS if per_kv % g == 0 and g * size <= 256)
-    blocks = rows * heads // group
-    tile = next(t for t in _TILES if t == 1 or blocks >= t * _BLOCKS)
-    sizes = {"D": size, "G": group, "PER_KV": per_kv, "HEADS": heads, "THREADS": threads, "TILE": tile}
-    [out] = _attend_kernel(scale)(
+    group = next(g for g in range(8, 0, -1) if per_kv % g == 0)
+    tile = 8
+    has_products = int(mx.device_info().get("compute_capability_major", 8)) >= 8  # of bfloat16
+    many = has_products and queries.dtype != mx.float32 and rows * heads // group >= tile * _MANY
+    if not many:
+        group = next(g for g in _GROUPS if per_kv % g == 0 and g * size <= 256)
+        tile = next(t for t in _TILES if t == 1 or rows * heads // group >= t * _BLOCKS)
+    sizes = {"D": size, "G": group, "PER_KV": per_kv, "HEADS": heads}
+    [out] = _attend_kernel(scale, many)(
         inputs=[queries, *fresh, *own, *prefix, parents, seen, last],
-        template=[("T", queries.dtype), *sizes.items()],
+        template=[("T", queries.dtype), *sizes.items(), *([] if many else [("THREADS", threads), ("TILE", tile)])],
         grid=(threads * (heads // group), -(-rows // tile), 1),
         threadgroup=(threads, 1, 1),
         output_shapes=[queries.shape],
@@ -194,9 +199,10 @@ def _kernel(name: str, inputs: Sequence[str], outputs: Sequence[str], source: st
 
 
 @cache
-def _attend_kernel(scale: float) -> Any:
+def _attend_kernel(scale: float, many: bool) -> Any:
     arrays = [f"{where}{what}" for where in ("fresh_", "", "prefix_") for what in ("keys", "values")]
-    return _kernel("attend", ["queries", *arrays, "parents", "seen", "last"], ["out"], ATTEND, ABSORB, SCALE=scale)
+    name, source, load = ("attend_many", ATTEND_MANY, PRODUCTS) if many else ("attend", ATTEND, ABSORB)
+    return _kernel(name, ["queries", *arrays, "parents", "seen", "last"], ["out"], source, load, SCALE=scale)
 
 
 @cache

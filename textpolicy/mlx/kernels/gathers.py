@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.dora import DoRAEmbedding
 from mlx_lm.tuner.lora import LoRAEmbedding
 
@@ -83,14 +83,39 @@ def gather_mm(a: mx.array, b: mx.array, *, rhs_indices: mx.array, sorted_indices
     def backward(primals: tuple[mx.array, mx.array], slope: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
         a, b = primals
         each = mx.gather_mm(slope, b.swapaxes(-1, -2), rhs_indices=rhs_indices)  # (..., K, 1, D)
-        shared = [axis for axis, size in enumerate(a.shape) if size < each.shape[axis]]
         tokens = mx.broadcast_to(a, each.shape).reshape(-1, a.shape[-1])  # (P, D)
         own = (mx.arange(len(b))[:, None] == rhs_indices.flatten()).astype(a.dtype)  # (E, P)
         slopes = (own[..., None] * tokens).swapaxes(-1, -2) @ slope.reshape(-1, slope.shape[-1])
-        return each.sum(axis=shared, keepdims=True) if shared else each, slopes
+        return _of_tokens(a, each), slopes
 
     result: Any = product(a, b)
     return result
+
+
+def gather_qmm(
+    x: mx.array, w: mx.array, scales: mx.array, biases: mx.array | None, *, sorted_indices: bool = False, **how: Any
+) -> mx.array:
+    """Return ``mx.gather_qmm`` as mlx-lm calls it: ``gather_mm`` with frozen experts that are quantized."""
+    if sorted_indices:
+        return mx.gather_qmm(x, w, scales, biases, sorted_indices=True, **how)
+
+    @mx.custom_function
+    def product(x: mx.array) -> mx.array:
+        return mx.gather_qmm(x, w, scales, biases, **how)
+
+    @product.vjp
+    def backward(x: mx.array, slope: mx.array, _: mx.array) -> mx.array:
+        back = {**how, "transpose": not how["transpose"]}
+        return _of_tokens(x, mx.gather_qmm(slope, w, scales, biases, **back))
+
+    result: Any = product(x)
+    return result
+
+
+def _of_tokens(tokens: mx.array, each: mx.array) -> mx.array:
+    """Return the slopes of ``tokens`` (..., 1 or K, 1, D) from those for each of their experts (..., K, 1, D)."""
+    shared = [axis for axis, size in enumerate(tokens.shape) if size < each.shape[axis]]
+    return each.sum(axis=shared, keepdims=True) if shared else each
 
 
 def _strided(tokens: mx.array) -> mx.array:
@@ -101,19 +126,19 @@ def _strided(tokens: mx.array) -> mx.array:
 def unsteady(model: nn.Module) -> str:
     """Return what may differ in last bits between two equal updates of ``model`` on the default device; "" if nothing.
 
-    These are sums in the order of threads that are not ours: gradients of embeddings, of a mixture's experts where few
-    tokens come together, and of cuDNN's attention.
+    These are sums in the order of threads that are not ours: gradients of embeddings, of the biases of a mixture's
+    experts, and of cuDNN's attention.
     """
     if mx.default_device() == mx.Device(mx.cpu):
         return ""
     parts = list(model.modules())
     tables = [part for part in parts if isinstance(part, nn.Embedding | LoRAEmbedding | DoRAEmbedding)]
-    experts = any(isinstance(part, SwitchLinear | QuantizedSwitchLinear) for part in parts)
+    experts = [part for part in parts if isinstance(part, SwitchLinear)]
     parameters: Any = tree_flatten(model.parameters())
     half = any(a.dtype in (mx.bfloat16, mx.float16) for _, a in parameters)
     found = {
         "the gradients of embeddings": any(tree_flatten(table.trainable_parameters()) for table in tables),
-        "the gradients of experts with fewer than 64 pairs of token and expert": experts,
+        "the gradients of experts' biases": any("bias" in part.trainable_parameters() for part in experts),
         "the gradients of attention in half precision": half and not mx.metal.is_available(),
     }
     return "; ".join(what for what, holds in found.items() if holds)
@@ -126,4 +151,5 @@ def patches() -> Mapping[str, Any]:
 
 def in_order() -> dict[str, Any]:
     """Return mlx-lm's names whose gradients add in any order, with what adds in a fixed one."""
-    return {"_gather_sort": gather_sort, "mx": SimpleNamespace(**{**vars(mx), "gather_mm": gather_mm})}
+    products = {"gather_mm": gather_mm, "gather_qmm": gather_qmm}
+    return {"_gather_sort": gather_sort, "mx": SimpleNamespace(**{**vars(mx), **products})}

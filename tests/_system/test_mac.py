@@ -182,18 +182,23 @@ def test_make_says_so_before_it_makes_anything(tmp_path):
 # ---- before mlx is imported
 
 
-@pytest.mark.parametrize(("system", "expected"), [("darwin", ("1", "0")), ("linux", (None, None))])
-def test_a_mac_gets_two_variables_unless_they_are_set(system, expected, monkeypatch):
+@pytest.mark.parametrize(
+    ("system", "on_cpu", "given"),
+    [("darwin", False, openblas.ON_A_MAC), ("linux", False, openblas.ON_NVIDIA), ("linux", True, {})],
+)
+def test_a_gpu_gets_its_variables_unless_they_are_set(system, on_cpu, given, monkeypatch):
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
-    for name in openblas.ON_A_MAC:
+    monkeypatch.setattr(openblas, "runs_on_linux_cpu", lambda: on_cpu)
+    names = [*openblas.ON_A_MAC, *openblas.ON_NVIDIA]
+    for name in names:
         monkeypatch.delenv(name, raising=False)
     openblas.await_mlx()
-    assert tuple(os.environ.get(name) for name in openblas.ON_A_MAC) == expected
-    for name in openblas.ON_A_MAC:
+    assert {name: os.environ[name] for name in names if name in os.environ} == given
+    for name in names:
         monkeypatch.setenv(name, "7")
     openblas.await_mlx()
-    assert [os.environ[name] for name in openblas.ON_A_MAC] == ["7", "7"]
+    assert {os.environ[name] for name in names} == {"7"}
 
 
 def test_the_finder_of_mlx_hides_no_other_finder():

@@ -1,4 +1,4 @@
-"""Prepare the process for mlx before any module imports it: OpenBLAS on a Linux CPU, two variables on a Mac.
+"""Prepare the process for mlx before any module imports it: OpenBLAS on a Linux CPU, variables on a Mac or NVIDIA GPU.
 
 The CPU wheel of mlx links a reference BLAS about thirty times slower than OpenBLAS. The loader binds
 ``cblas_sgemm`` when ``mlx.core`` is imported, so OpenBLAS must be in the process, with global symbols,
@@ -22,6 +22,11 @@ ON_A_MAC = {  # unless the environment says otherwise
     "AGX_RELAX_CDM_CTXSTORE_TIMEOUT": "1",  # macOS then waits for long GPU work, though the display is on (mlx 3267)
     "MLX_ENABLE_TF32": "0",  # an M5 would round the operands of float32 products to 11 bits
 }
+ON_NVIDIA = {
+    "MLX_ENABLE_CACHE_THRASHING_CHECK": "0",  # which ends a process at its 801st CUDA graph, however long it has run
+    "MLX_CUDA_GRAPH_CACHE_SIZE": "2000",  # five times MLX's, since a run has graphs of rollouts and of updates
+    "MLX_CUDA_SDPA_BACKWARD_CACHE_SIZE": "256",  # plans of cuDNN, one for each shape of a micro-batch
+}
 _SPIN = "18"  # a thread without work sleeps after 2^18 cycles, 0.1 ms; by default it spins for 0.1 s
 
 
@@ -37,10 +42,10 @@ class BeforeMLX(importlib.abc.MetaPathFinder):
 
 
 def await_mlx() -> None:
-    """Load OpenBLAS when ``mlx.core`` is about to be imported, on a Linux CPU; on a Mac, set ``ON_A_MAC``."""
-    if sys.platform == "darwin":
-        for name, value in ON_A_MAC.items():
-            os.environ.setdefault(name, value)
+    """Load OpenBLAS when ``mlx.core`` is about to be imported, on a Linux CPU; set ``ON_A_MAC`` or ``ON_NVIDIA``."""
+    cuda = sys.platform == "linux" and not runs_on_linux_cpu()
+    for name, value in (ON_A_MAC if sys.platform == "darwin" else ON_NVIDIA if cuda else {}).items():
+        os.environ.setdefault(name, value)
     if sys.platform == "linux" and "mlx.core" not in sys.modules:
         sys.meta_path.insert(0, BeforeMLX())
 

@@ -1,5 +1,8 @@
 """The CUDA kernels agree with MLX's own operations; run where there is an NVIDIA GPU."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -68,6 +71,25 @@ def test_attention_reads_prompts_and_own_slots_and_writes_the_new_keys_and_value
     )
     for a, e in zip(own, expected, strict=True):
         np.testing.assert_array_equal(np.array(a.astype(mx.float32)), np.array(e.astype(mx.float32)))
+
+
+@pytest.mark.parametrize("check", [None, "1"])
+def test_a_run_may_have_any_number_of_cuda_graphs(check):
+    """MLX ends a process after twice as many as it keeps, unless it is told not to."""
+    code = (
+        "import textpolicy, mlx.core as mx\n"
+        "for n in range(1, 12):\n"
+        "    x = mx.ones((4, 4))\n"
+        "    for _ in range(n):\n"
+        "        x = x @ x\n"
+        "    mx.eval(x)\n"
+        "print('alive')\n"
+    )
+    env = {**os.environ, "MLX_CUDA_GRAPH_CACHE_SIZE": "2"}
+    env.pop("MLX_ENABLE_CACHE_THRASHING_CHECK", None)
+    env |= {"MLX_ENABLE_CACHE_THRASHING_CHECK": check} if check else {}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert ("alive" in ran.stdout, "thrashing" in ran.stderr) == (check is None, check is not None), ran.stderr
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])

@@ -23,9 +23,7 @@ ON_A_MAC = {  # unless the environment says otherwise
     "MLX_ENABLE_TF32": "0",  # an M5 would round the operands of float32 products to 11 bits
 }
 ON_NVIDIA = {
-    "MLX_ENABLE_CACHE_THRASHING_CHECK": "0",  # which ends a process at its 801st CUDA graph, however long it has run
-    "MLX_CUDA_GRAPH_CACHE_SIZE": "2000",  # five times MLX's, since a run has graphs of rollouts and of updates
-    "MLX_CUDA_SDPA_BACKWARD_CACHE_SIZE": "256",  # plans of cuDNN, one for each shape of a micro-batch
+    "MLX_ENABLE_CACHE_THRASHING_CHECK": "0",  # which ends a process at its 801st CUDA graph, however long that took
 }
 _SPIN = "18"  # a thread without work sleeps after 2^18 cycles, 0.1 ms; by default it spins for 0.1 s
 

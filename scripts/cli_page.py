@@ -12,7 +12,8 @@ from pydantic.fields import FieldInfo
 
 from textpolicy.cli.campaign import COMMANDS as CAMPAIGN
 from textpolicy.cli.main import COMMANDS, AlgorithmsArguments, DoctorArguments, TasksArguments
-from textpolicy.config.settings import Config, Positional, settings_of
+from textpolicy.config.mistakes import settings_of
+from textpolicy.config.settings import Config, Positional
 from textpolicy.report.page import ReportArguments
 from textpolicy.report.view.server import ViewArguments
 from textpolicy.run.export import ExportArguments

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from ..config.settings import Config, NonNegative, Section, check_config, explain, merged, read_values
+from ..config.mistakes import explain
+from ..config.settings import Config, NonNegative, Section, check_config, merged, read_values
 from ..errors import UserError, unknown_name
 
 Summary = Literal["last", "auc", "kept"]

@@ -18,7 +18,8 @@ from pydantic.fields import FieldInfo
 
 from .._system.files import parse_json
 from ..errors import UserError
-from .settings import Positional, explain, merged, nearest, settings_of, untrainable
+from .mistakes import explain, nearest, settings_of, untrainable
+from .settings import Positional, merged
 
 Arguments = TypeVar("Arguments", bound=BaseModel)
 _COLUMN = 28  # of the meaning of a flag in the help, counted from 0

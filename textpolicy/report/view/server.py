@@ -18,7 +18,8 @@ from pydantic import Field, ValidationError
 
 from ..._system.extras import extra
 from ..._system.ports import bound
-from ...config.settings import LocalPath, Positional, Section, explain
+from ...config.mistakes import explain
+from ...config.settings import LocalPath, Positional, Section
 from ...errors import TextPolicyError, UserError
 from ...record.prompts import compare
 from ...record.reader import flat

@@ -47,6 +47,7 @@ RESULTS = HERE.parent / "results" / "peers.jsonl"
 ENVS = Path(user_cache_dir("textpolicy")) / "peers"
 
 MLX = ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2", "ngsolve-openblas==0.3.33.post1", "transformers==5.23.0")
+UNSLOTH = ("mlx-vlm==0.7.10", "transformers==5.17.0", "datasets==4.8.5", "msgspec", "psutil", *MLX[:-1])
 TRL = ("torch==2.13.0", "trl==1.16.0", "peft==0.21.2", "transformers==5.23.0", "accelerate==1.15.0")
 
 
@@ -83,6 +84,7 @@ class Peer:
 
     script: str
     packages: tuple[str, ...] = ()  # () is the environment of the driver
+    bare: tuple[str, ...] = ()  # packages that are installed without what they ask for (torch, where it is not used)
     variant: str = ""
     python: tuple[int, int] = (3, 11)  # the oldest that will do
     is_mlx_trainer: bool = False  # one of the peers that textpolicy is held against
@@ -94,6 +96,7 @@ PEERS = {
     "textpolicy-generic": Peer("peer_textpolicy.py", settings=(("TEXTPOLICY_GENERIC_GPU", "1"),)),
     "mlx-lm-lora": Peer("peer_mlx_lm_lora.py", ("mlx-lm-lora==5.10.2", *MLX), is_mlx_trainer=True),
     "mlx-lm-lora-wide": Peer("peer_mlx_lm_lora.py", ("mlx-lm-lora==5.10.2", *MLX), "wide", is_mlx_trainer=True),
+    "unsloth": Peer("peer_unsloth.py", UNSLOTH, bare=("unsloth-zoo==2026.10.9",), is_mlx_trainer=True),
     "textpolicy-0.1.11": Peer(
         "peer_textpolicy_0_1_11.py", ("textpolicy==0.1.11", *MLX), python=(3, 12), is_mlx_trainer=True
     ),
@@ -295,12 +298,14 @@ def environment(peer: Peer, envs: Path) -> str:
         return sys.executable
     folder = envs / "-".join([peer.packages[0].replace("==", "-").split("[")[0], *map(str, peer.python)])
     python, made = folder / "bin" / "python", folder / "packages.txt"
-    wanted = "\n".join(peer.packages) + "\n"
+    wanted = "\n".join(peer.packages + peer.bare) + "\n"
     if not (made.exists() and made.read_text() == wanted):
         shutil.rmtree(folder, ignore_errors=True)
         print(f"making {folder} with {', '.join(peer.packages)}", flush=True)
         _call(interpreter(peer.python), "-m", "venv", str(folder))
         _call(str(python), "-m", "pip", "install", "--quiet", *peer.packages)
+        if peer.bare:
+            _call(str(python), "-m", "pip", "install", "--quiet", "--no-deps", *peer.bare)
         made.write_text(wanted)
     return str(python)
 

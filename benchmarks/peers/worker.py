@@ -21,7 +21,18 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PACKAGES = ("textpolicy", "mlx", "mlx-lm", "mlx-lm-lora", "torch", "transformers", "trl", "peft", "numpy")
+PACKAGES = (
+    "textpolicy",
+    "mlx",
+    "mlx-lm",
+    "mlx-lm-lora",
+    "unsloth-zoo",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)

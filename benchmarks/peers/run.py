@@ -84,11 +84,11 @@ class Peer:
 
     script: str
     packages: tuple[str, ...] = ()  # () is the environment of the driver
-    bare: tuple[str, ...] = ()  # packages that are installed without what they ask for (torch, where it is not used)
     variant: str = ""
     python: tuple[int, int] = (3, 11)  # the oldest that will do
     is_mlx_trainer: bool = False  # one of the peers that textpolicy is held against
     settings: tuple[tuple[str, str], ...] = ()  # environment variables
+    bare: tuple[str, ...] = ()  # packages that are installed without what they ask for (torch, where it is not used)
 
 
 PEERS = {

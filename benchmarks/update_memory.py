@@ -3,6 +3,8 @@
     .venv/bin/python benchmarks/update_memory.py [--model small | qwen3-0.6b] [--completion 1024] [--vocabulary 151936]
     .venv/bin/python benchmarks/update_memory.py --model smollm2-135m --vocabulary 49152 --rows 1 --prompt 1 \\
         --completion 8192 --paths "every block checkpointed" "checkpointed, scores kept"
+    .venv/bin/python benchmarks/update_memory.py --model smollm2-135m --vocabulary 49152 --rows 1 --prompt 1 \\
+        --completion 32768 --updates 1 --paths "every block checkpointed"
     .venv/bin/python benchmarks/update_memory.py --paths textpolicy "distil from its base" "distil from another"
 
 Both take the same step of the same model on the same completions: GRPO's loss, LoRA on every linear layer,
@@ -101,6 +103,7 @@ class Asked:
     completion: int  # tokens
     vocabulary: int
     rank: int
+    updates: int = 2
 
 
 def main() -> None:
@@ -112,6 +115,7 @@ def main() -> None:
     parser.add_argument("--completion", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--updates", type=int, default=2 if mx.default_device() == mx.cpu else 3)
     parser.add_argument("--path", choices=PATHS, help=argparse.SUPPRESS)  # this process runs one path and prints it
     parser.add_argument("--paths", choices=PATHS, nargs="*", default=list(PATHS))
     given = vars(parser.parse_args())
@@ -183,7 +187,7 @@ def measure(asked: Asked, path: str) -> dict[str, Any]:
         if path == HELD:
             mx.set_memory_limit(int(predicted))
     results, seconds = [], []
-    for _ in range(2 if mx.default_device() == mx.cpu else 3):
+    for _ in range(asked.updates):
         mx.reset_peak_memory()
         started = time.perf_counter()
         results.append(step(batch))

@@ -17,7 +17,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .cuda_source import ABSORB, ADD_AND_NORM, ADD_LORA, ATTEND, ATTEND_MANY, DRAW, HEADS, LOAD, PRODUCTS, SWIGLU
+from .cuda_attention import ABSORB, ATTEND, ATTEND_MANY, PRODUCTS
+from .cuda_source import ADD_AND_NORM, ADD_LORA, DRAW, HEADS, LOAD, SWIGLU
 
 HEAD_SIZES = (64, 128)  # LANES divide a warp
 _GROUPS = (4, 3, 2, 1)  # query heads per block of threads; they share their keys

@@ -18,6 +18,7 @@ from textpolicy.mlx.decode.sampling import draw
 from textpolicy.mlx.kernels import cuda
 from textpolicy.mlx.kernels.masks import SharedMasks
 from textpolicy.mlx.read.prompts import PromptTree
+from textpolicy.mlx.score.logprobs import token_logprobs
 
 pytestmark = pytest.mark.cuda
 
@@ -259,3 +260,61 @@ def test_a_logit_that_is_no_number_shows_in_the_logprob_of_its_row_alone(wrong, 
     assert np.isfinite(np.array(logprobs)).tolist() == [True, False, True]
     assert np.isfinite(np.array(entropy)).tolist() == [True, False, True]
     assert 0 <= min(tokens.tolist()) <= max(tokens.tolist()) < 4096
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(mx.float32, 1e-6), (mx.float16, 1e-3), (mx.bfloat16, 8e-3)])
+@pytest.mark.parametrize("vocabulary", [8, 1000, 49152, 151936])
+def test_scores_and_their_slopes_are_those_of_float64(vocabulary, dtype, error):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 4, (37, vocabulary)).astype(np.float32)
+    logits[rng.uniform(size=logits.shape) < 0.1] = -np.inf  # tokens that are impossible
+    targets, temperatures = rng.integers(0, vocabulary, 37), rng.uniform(0.5, 2, 37).astype(np.float32)
+    logits[np.arange(37), targets] = 1.5
+    given = mx.array(logits).astype(dtype)
+    z = np.array(given.astype(mx.float32)).astype(np.float64) / temperatures[:, None]
+    p = np.exp(z - z.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    onehot = np.arange(vocabulary) == targets[:, None]
+    logprobs, entropy, slopes = cuda.score(given, mx.array(targets), mx.array(temperatures))
+    np.testing.assert_allclose(np.array(logprobs), np.log(p[onehot]), atol=2e-5)
+    np.testing.assert_allclose(np.array(entropy), -(p * np.log(np.where(p > 0, p, 1))).sum(axis=1), atol=2e-5)
+    assert slopes.dtype == dtype
+    expected = (onehot - p) / temperatures[:, None]
+    np.testing.assert_allclose(np.array(slopes.astype(mx.float32)), expected, rtol=error, atol=1e-7)
+    only = cuda.score(given, mx.array(targets), mx.array(temperatures), slopes=False)
+    assert [a.tolist() for a in only[:2]] == [logprobs.tolist(), entropy.tolist()]
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("places", [[0], [3000], slice(None)])
+def test_a_logit_that_is_no_number_shows_in_the_score_of_its_row_alone(wrong, places):
+    rows = np.random.default_rng(0).normal(0, 3, (3, 4096)).astype(np.float32)
+    rows[1, places] = wrong
+    found = cuda.score(mx.array(rows), mx.array([5, 6, 7]), mx.ones(3))
+    assert [np.isfinite(np.array(a)).reshape(3, -1).all(axis=1).tolist() for a in found] == [[True, False, True]] * 3
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_log_probs_of_a_head_and_their_gradient_are_those_of_mlxs_own_operations(entropy, monkeypatch):
+    mx.random.seed(0)
+    weight, hidden = mx.random.normal((4096, 64)), mx.random.normal((700, 64))
+    targets, temperatures = mx.random.randint(0, 4096, (700,)), mx.random.uniform(0.5, 2, (700,))
+    weights = mx.arange(700)
+
+    class Linear:
+        head = staticmethod(lambda h: h @ weight.T)
+        trained = staticmethod(dict)
+
+    def found():
+        def loss(hidden):
+            scored = token_logprobs(Linear, hidden, targets, temperatures, at_once=300)
+            return (weights * scored.logprobs).sum(), scored.logprobs
+
+        (_, logprobs), slopes = mx.value_and_grad(loss)(hidden)
+        plain = token_logprobs(Linear, hidden, targets, temperatures, entropy=entropy, gradient=False, at_once=300)
+        return [np.array(a) for a in (logprobs, slopes, *plain) if a is not None]
+
+    ours = found()
+    monkeypatch.setattr(cuda, "can_draw", lambda logits: False)
+    for a, b in zip(ours, found(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())

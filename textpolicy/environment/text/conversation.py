@@ -284,14 +284,16 @@ class Conversation:
         A ``truncated`` turn, one that was cut off, gets no reply and ends the episode. ``text`` is what ``tokens``
         were made of, where the policy wrote text.
         """
-        heard = self.codec.text(list(tokens), self.special) if text is None else text
+        said = self.codec.text(list(tokens)) if text is None else text
+        heard = said
         if self.special:  # a thought that the prompt opened is one for the partner too
-            said = begun(self.prompt_messages) if not self.turns else ""
-            heard = self.codec.thinking(self.added[-1] if self.added else self.prompt, said).get("thinking", "") + heard
-        text = self.codec.text(list(tokens)) if text is None else text
+            heard = self.codec.text(list(tokens), special=True) if text is None else text
+            started = begun(self.prompt_messages) if not self.turns else ""
+            last = self.added[-1] if self.added else self.prompt
+            heard = self.codec.thinking(last, started).get("thinking", "") + heard
         before = [*self.prompt_messages, *self.messages]
         self.turns.append(list(tokens))
-        self.messages.append({"role": "assistant", "content": text})
+        self.messages.append({"role": "assistant", "content": said})
         if truncated:
             self.over = self.truncated = True
             return

@@ -359,6 +359,8 @@ class Steps:
         even = rows.sharing.even and self.kernels is operations  # others have steps for all ways to share prompts
         sampler = Sampler(sampling, compiled=False, kernels=self.kernels)
         first = rows.seen.shape[1] - rows.recent_slots if rows.recent_slots else rows.prompt_slots
+        every = mx.arange(len(rows.seen))
+        mx.eval(every)  # so that it is a constant of the compiled step
 
         def step(
             trained: dict[str, mx.array], adapters: list[Arrays], tokens: mx.array, uniform: mx.array, last: mx.array,
@@ -378,7 +380,7 @@ class Steps:
                     logits = blocks.logits(self.view.model, self.blocks, tokens, lengths, attend, self.kernels)
                 else:
                     logits = self.view.model(tokens[:, None], cache=layers)[:, -1]
-            drawn = sampler(logits, mx.arange(len(tokens)), uniform)
+            drawn = sampler(logits, every, uniform)
             # a layer's states, or what it has written to, after the step; [] if that was written in place
             flat = members(layers)
             states = [[] if isinstance(m, _Slots) else list(m.cache) for m in flat]

@@ -1,6 +1,6 @@
-"""The CUDA kernels for decoding.
+"""The CUDA kernels for decoding, and for the log-probs of given tokens.
 
-The kernels are attention of one query per row, drawing a token, and the operations between two matrix products.
+Those for decoding are attention of one query per row, drawing a token, and the operations between two matrix products.
 MLX's own attention plans anew for every length and is slower under a mask; its sampling passes over the logits many
 times. These kernels take the length and the mask as data and read everything once. A decoding step is short and
 spends most of its time launching kernels, so LoRA, norm, rotation and residual share one.
@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from .cuda_attention import ABSORB, ATTEND, ATTEND_MANY, PRODUCTS
-from .cuda_source import ADD_AND_NORM, ADD_LORA, DRAW, HEADS, LOAD, SWIGLU
+from .cuda_source import ADD_AND_NORM, ADD_LORA, DRAW, HEADS, LOAD, MASSES, SCORE, SWIGLU
 
 HEAD_SIZES = (64, 128)  # LANES divide a warp
 _GROUPS = (4, 3, 2, 1)  # query heads per block of threads; they share their keys
@@ -47,7 +47,7 @@ def can_attend(queries: mx.array, values: mx.array) -> bool:
 
 
 def can_draw(logits: mx.array) -> bool:
-    """Return whether ``draw`` supports these logits (C, V): V a multiple of 8."""
+    """Return whether ``draw`` and ``score`` support these logits (C, V): V a multiple of 8."""
     return is_default() and logits.shape[-1] % 8 == 0
 
 
@@ -180,13 +180,31 @@ def swiglu(y: mx.array, b: mx.array) -> mx.array:
 def draw(logits: mx.array, state: mx.array, uniform: mx.array, temperature: float) -> tuple[Any, Any, Any]:
     """Return tokens, log-probs and entropies (R,) as ``sampling.draw`` does; logits (C, V) with V a multiple of 8."""
     rows, vocabulary = state.size, logits.shape[-1]
-    out = _draw_kernel(temperature)(
+    [drawn] = _draw_kernel(temperature)(
         inputs=[logits, state.astype(mx.int32), uniform],
         template=[("T", logits.dtype), ("THREADS", 1024), ("BLOCKS", -(-vocabulary // 256))],
         grid=(1024 * rows, 1, 1),
         threadgroup=(1024, 1, 1),
-        output_shapes=[(rows,)] * 3,
-        output_dtypes=[mx.int32, mx.float32, mx.float32],
+        output_shapes=[(3, rows)],  # one array, as the host reads each of them at the price of a page fault
+        output_dtypes=[mx.int32],
+    )
+    return drawn[0], mx.view(drawn[1], mx.float32), mx.view(drawn[2], mx.float32)
+
+
+def score(logits: mx.array, targets: mx.array, temperatures: mx.array, slopes: bool = True) -> tuple[Any, Any, Any]:
+    """Return log-probs of ``targets`` (N,) and entropies (N,), with the slopes (N, V) of the log-probs by the logits.
+
+    logits (N, V) with V a multiple of 8, temperatures (N,) float32. The slopes are of the logits' type; without
+    ``slopes`` they are not computed, and are (1,) of no meaning.
+    """
+    rows = len(logits)
+    out = _score_kernel()(
+        inputs=[logits, targets.astype(mx.int32), temperatures],
+        template=[("T", logits.dtype), ("THREADS", 1024), ("SLOPES", slopes)],
+        grid=(1024 * rows, 1, 1),
+        threadgroup=(1024, 1, 1),
+        output_shapes=[(rows,), (rows,), logits.shape if slopes else (1,)],
+        output_dtypes=[mx.float32, mx.float32, logits.dtype],
     )
     return out[0], out[1], out[2]
 
@@ -234,4 +252,10 @@ def _swiglu_kernel() -> Any:
 @cache
 def _draw_kernel(temperature: float) -> Any:
     names = ["logits", "state", "uniform"]
-    return _kernel("draw", names, ["tokens", "logprobs", "entropy"], DRAW, LOAD, TEMPERATURE=temperature)
+    return _kernel("draw", names, ["drawn"], DRAW, LOAD, TEMPERATURE=temperature)
+
+
+@cache
+def _score_kernel() -> Any:
+    names = ["logits", "targets", "temperatures"]
+    return _kernel("score", names, ["logprobs", "entropy", "slopes"], SCORE, MASSES)

@@ -199,6 +199,8 @@ DRAW = """
   const int vocabulary = logits_shape[1], blocks = (vocabulary + 255) / 256;
   const T* z = logits + size_t(state[row]) * vocabulary;
   const float cold = 1.0f / TEMPERATURE;
+  int* tokens = drawn;
+  float *logprobs = reinterpret_cast<float*>(drawn + gridDim.x), *entropy = logprobs + gridDim.x;
   __shared__ float m[BLOCKS], s[BLOCKS], e[BLOCKS];
 
   for (int b = warp; b < blocks; b += WARPS) {
@@ -295,3 +297,68 @@ DRAW = """
     entropy[row] = log_total - spread / total;
   }
 """
+
+# A block of threads has a row z of logits, each thread eight neighbours of it at a time. One pass finds the maximum m,
+# the sum s of exp(z - m) and the sum e of exp(z - m) (z - m); another makes the slopes of the target's log-prob by z.
+SCORE = """
+  constexpr int WARPS = THREADS / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int vocabulary = logits_shape[1], target = targets[blockIdx.x];
+  const T* z = logits + size_t(blockIdx.x) * vocabulary;
+  const float cold = 1.0f / temperatures[blockIdx.x];
+  __shared__ Masses shared[WARPS];
+  Pack<T, 8> part;
+  Masses all = {-INFINITY, 0, 0};
+  for (int at = threadIdx.x * 8; at < vocabulary; at += THREADS * 8) {
+    Masses here = {-INFINITY, 0, 0};
+    part.load(z + at);
+    for (int i = 0; i < 8; i++) here.m = fmaxf(here.m, part[i] * cold);
+    for (int i = 0; i < 8; i++) {
+      const float x = part[i] * cold, p = x == -INFINITY ? 0.f : expf(x - here.m);  // NaN stays NaN
+      here.s += p;
+      here.e += p > 0 ? p * (x - here.m) : 0.f;
+    }
+    all.add(here);
+  }
+  all.add_lanes();
+  if (lane == 0) shared[warp] = all;
+  __syncthreads();
+  all = shared[lane % WARPS];
+  all.add_lanes();
+  if (threadIdx.x == 0) {
+    logprobs[blockIdx.x] = static_cast<float>(z[target]) * cold - all.m - logf(all.s);
+    entropy[blockIdx.x] = logf(all.s) - all.e / all.s;
+  }
+  if (!SLOPES) return;
+  T* to = slopes + size_t(blockIdx.x) * vocabulary;
+  for (int at = threadIdx.x * 8; at < vocabulary; at += THREADS * 8) {
+    part.load(z + at);
+    for (int i = 0; i < 8; i++) {
+      const float p = expf(part[i] * cold - all.m) / all.s;
+      reinterpret_cast<T*>(part.raw)[i] = static_cast<T>(((at + i == target ? 1.f : 0.f) - p) * cold);
+    }
+    part.store(to + at);
+  }
+"""
+
+MASSES = (
+    LOAD
+    + """
+struct Masses {
+  float m, s, e;
+  __device__ void add(const Masses& other) {
+    const float top = fmaxf(m, other.m), mine = m == top ? 1.f : expf(m - top);
+    const float its = other.m == top ? 1.f : expf(other.m - top);
+    e = (mine > 0 ? mine * (e + (m == top ? 0.f : (m - top) * s)) : 0.f) +
+        (its > 0 ? its * (other.e + (other.m == top ? 0.f : (other.m - top) * other.s)) : 0.f);
+    s = mine * s + its * other.s;
+    m = top;
+  }
+  __device__ void add_lanes() {  // of a warp; lane 0 has the last word, as rounding depends on the order
+    for (int d = 16; d > 0; d /= 2)
+      add({__shfl_xor_sync(0xffffffff, m, d), __shfl_xor_sync(0xffffffff, s, d), __shfl_xor_sync(0xffffffff, e, d)});
+    m = __shfl_sync(0xffffffff, m, 0); s = __shfl_sync(0xffffffff, s, 0); e = __shfl_sync(0xffffffff, e, 0);
+  }
+};
+"""
+)

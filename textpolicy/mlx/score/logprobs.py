@@ -18,6 +18,7 @@ import mlx.nn as nn
 
 from ..adapters.merging import trainable
 from ..adapters.tinylora import SharedVectors
+from ..kernels import cuda
 from ..kernels.exponentials import exp_without_gradient
 from ..kernels.patching import Path, StandIn, child, parameters, with_child
 
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 _LOGITS = {mx.cpu: 2**22, mx.gpu: 2**24}  # of one chunk: few stay in a CPU's cache, a GPU wants large products
 _FEWEST = 64  # tokens of a chunk, below which the product with the head gets slow
-BYTES_PER_LOGIT = 50  # at the peak, since MLX allocates some steps ahead; measured on a CPU
 
 _paths: dict[type, Path] = {}  # of each class of models seen
 
@@ -115,15 +115,15 @@ def token_logprobs(
         elif gradient:
             chunks.append(_with_slopes(split.head, *chunk[:3]))
         else:
-            z = split.head(h).astype(mx.float32) / temperatures[a:b, None]
-            chunks.append(Scored(*_log_softmax(z, targets[a:b], entropy)[:2]))
+            chunks.append(_without_slopes(split.head(h), *chunk[1:]))
     entropies = [c.entropy for c in chunks if c.entropy is not None]
     return Scored(mx.concatenate([c.logprobs for c in chunks]), mx.concatenate(entropies) if entropy else None)
 
 
 def tokens_at_once(vocabulary: int) -> int:
     """Return the number of tokens of one chunk on the default device."""
-    return max(_FEWEST, _LOGITS[mx.default_device().type] // vocabulary)
+    more = 2 if cuda.is_default() else 1  # its kernel keeps few arrays of a chunk's size
+    return max(_FEWEST, more * _LOGITS[mx.default_device().type] // vocabulary)
 
 
 def _log_softmax(
@@ -145,6 +145,15 @@ def _log_softmax(
     return logprobs, mx.log(total) - mean, mass, total
 
 
+def _without_slopes(z: mx.array, targets: mx.array, temperatures: mx.array, entropy: bool) -> Scored:
+    """Score with logits z (N, V), for no gradient."""
+    if targets.ndim == 1 and cuda.can_draw(z):
+        logprobs, spread, _ = cuda.score(z, targets, temperatures, slopes=False)
+        return Scored(logprobs, spread if entropy else None)
+    z = z.astype(mx.float32) / temperatures[:, None]
+    return Scored(*_log_softmax(z, targets, entropy)[:2])
+
+
 def _with_slopes(
     head: Callable[[mx.array], mx.array], hidden: mx.array, targets: mx.array, temperatures: mx.array
 ) -> Scored:
@@ -154,11 +163,23 @@ def _with_slopes(
     the gradient of their weighted sum is those rows times the weights.
     """
 
+    @mx.custom_function
+    def picked(z: mx.array) -> list[mx.array]:
+        if cuda.can_draw(z):
+            logprobs, _, slopes = cuda.score(z, targets, temperatures)
+            return [logprobs, slopes]
+        z, dtype = z.astype(mx.float32) / temperatures[:, None], z.dtype
+        logprobs, _, mass, total = _log_softmax(z, targets, False, exp_without_gradient)
+        slopes = (mx.arange(z.shape[-1]) == targets[:, None]) - mass / total[:, None]
+        return [logprobs, (slopes / temperatures[:, None]).astype(dtype)]
+
+    @picked.vjp
+    def slopes(z: mx.array, weights: list[mx.array], out: list[mx.array]) -> mx.array:
+        return out[-1]  # of the sum of the log-probs
+
     def forward(hidden: mx.array) -> tuple[mx.array, mx.array]:
-        z = head(hidden).astype(mx.float32) / temperatures[:, None]
-        logprobs, _, mass, total = _log_softmax(mx.stop_gradient(z), targets, False, exp_without_gradient)
-        slope = (mx.arange(z.shape[-1]) == targets[:, None]) - mass / total[:, None]
-        return (z * slope).sum(), logprobs
+        found: Any = picked(head(hidden))
+        return found[0].sum(), found[0]
 
     @mx.custom_function
     def scored(hidden: mx.array) -> list[mx.array]:

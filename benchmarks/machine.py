@@ -16,7 +16,7 @@ def describe() -> dict:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {_processor()}{_gpu()}",
         "load_average": os.getloadavg()[0],
         "versions": {name: _version(name) for name in ("textpolicy", "mlx", "mlx-lm", "numpy")},
-        "settings": {name: value for name, value in os.environ.items() if name.startswith(("MLX_", "TEXTPOLICY_GENERIC"))},
+        "settings": {k: value for k, value in os.environ.items() if k.startswith(("MLX_", "TEXTPOLICY_GENERIC"))},
         "commit": os.environ.get("BENCHMARK_COMMIT") or _commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

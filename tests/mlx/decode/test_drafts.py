@@ -141,7 +141,7 @@ def test_running_states_and_many_rows_have_no_drafts(monkeypatch):
 
 def test_a_draft_continues_the_longest_suffix_of_the_same_prompt():
     one, other = np.array([1, 2], np.int32), np.array([3, 4], np.int32)
-    drafts = Drafts([one, one, other], [np.array(t) for t in ([5, 6, 7, 8, 9], [5, 6, 7], [8, 5, 6, 7])])
+    drafts = Drafts([one, one, other], [np.array(t) for t in ([5, 6, 7, 8, 9], [5, 6, 7], [8, 5, 6, 7])], {1, 2})
     assert drafts.of([1]) == [[8, 9]]  # of a sibling
     assert drafts.of([2]) == [[]]  # 5 6 7 was said, after another prompt
     drafts.add(1, 8)
@@ -152,10 +152,27 @@ def test_a_draft_continues_the_longest_suffix_of_the_same_prompt():
     assert draft[:2] == [5, 6]  # what followed 1 2 last: its own text
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_what_was_said_before_tells_what_guesses_are_worth(alike):
+    """Siblings that say the same make the first draft a long one, others none or one token."""
+    rng = np.random.default_rng(0)
+    said = np.arange(10, 40)
+    texts = [said if alike else rng.integers(10, 22, 120) for _ in range(9)]
+    drafts = Drafts([np.array([1, 2], np.int32)] * 9, [*texts[:8], texts[8][:12]], {8})
+    [draft] = drafts.of([8])
+    assert draft == said[12:20].tolist() if alike else len(draft) < 2
+
+
+def test_texts_of_other_prompts_are_not_read():
+    prompts = [np.array(p, np.int32) for p in ([1, 2], [3, 4], [1, 2])]
+    drafts = Drafts(prompts, [np.arange(5), np.arange(5), np.arange(2)], {2})
+    assert drafts._texts == [[1, 2, 0, 1, 2, 3, 4], [], [1, 2, 0, 1]]
+
+
 def test_drafts_grow_while_they_are_right_and_end_while_they_are_wrong():
     def tried(rows, rightly):
         """The lengths of 200 drafts for each of so many rows, of texts that go round."""
-        drafts = Drafts([np.arange(10, dtype=np.int32)] * rows, [np.arange(10)] * rows)
+        drafts = Drafts([np.tile(np.arange(10, dtype=np.int32), 2)] * rows, [np.arange(0)] * rows, range(rows))
         draw, lengths = np.random.default_rng(0), []
         for _ in range(200):
             drafted = drafts.of(range(rows))

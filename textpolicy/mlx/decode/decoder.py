@@ -256,7 +256,7 @@ class _Decoder:
         rows, context = active.rows, active.context
         if self.drafts is None:
             said = [self.tokens[i, :n] for i, n in enumerate(self.lengths.tolist())]
-            self.drafts = Drafts(self.prompts, said)
+            self.drafts = Drafts(self.prompts, said, set(rows.tolist()))
         drafts = self.drafts.of(rows.tolist())
         width = 1 + max(map(len, drafts))
         reads = np.zeros((len(rows), width), np.int32)

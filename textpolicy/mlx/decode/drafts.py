@@ -7,7 +7,7 @@ the texts alone, and not on the clock, so a run is repeated bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -23,23 +23,31 @@ _ENTRIES = 2**20  # of the index
 class Drafts:
     """The texts of some completions, with an index of what followed every few tokens, for each prompt."""
 
-    def __init__(self, prompts: Sequence[np.ndarray], tokens: Sequence[np.ndarray]) -> None:
-        """Index the ``tokens`` that followed each of ``prompts`` so far."""
-        self._texts = [[*map(int, prompt), *map(int, said)] for prompt, said in zip(prompts, tokens, strict=True)]
+    def __init__(self, prompts: Sequence[np.ndarray], tokens: Sequence[np.ndarray], rows: Collection[int]) -> None:
+        """Index the ``tokens`` that followed the prompts of ``rows`` so far, and judge the guesses of each of them.
+
+        What the other completions of those prompts have said comes first.
+        """
         places: dict[bytes, int] = {}
         self._prompt = [places.setdefault(prompt.tobytes(), len(places)) for prompt in prompts]
+        self._texts: list[list[int]] = [[] for _ in prompts]
         self._after: dict[tuple[int, ...], tuple[int, int]] = {}  # prompt and tokens -> text, place of what followed
-        indexed: set[int] = set()
-        for row, (text, prompt) in enumerate(zip(self._texts, prompts, strict=True)):
-            new = self._prompt[row] not in indexed
-            indexed.add(self._prompt[row])
-            for place in range(0 if new else len(prompt), len(text)):
-                self._note(row, place)
         self._right, self._all = (dict.fromkeys(_SUFFIXES, count) for count in _BELIEF)  # guesses, by suffix
         self._guessed: dict[int, tuple[int, int]] = {}  # row -> suffix, and the token that is expected next
+        new = {self._prompt[row] for row in rows}
+        of_these = [row for row, prompt in enumerate(self._prompt) if prompt in new]
+        for row in sorted(of_these, key=lambda row: row in rows):
+            text = self._texts[row] = prompts[row].tolist()
+            if self._prompt[row] in new:
+                new.remove(self._prompt[row])
+                for place in range(len(text)):
+                    self._note(row, place)
+            for token in tokens[row].tolist():
+                self._draft(row)
+                self.add(row, token)
 
     def add(self, row: int, token: int) -> None:
-        """Add a ``token`` to the text of completion ``row``; the first after ``of`` tells what its guess was worth."""
+        """Add a ``token`` to the text of completion ``row``; the first after a draft tells what its guess was worth."""
         if (guess := self._guessed.pop(row, None)) is not None:
             suffix, expected = guess
             self._right[suffix] = _FADES * self._right[suffix] + (token == expected)
@@ -57,8 +65,6 @@ class Drafts:
         drafts, chances = list[list[int]](), list[float]()
         for row in rows:
             suffix, draft = self._draft(row)
-            if draft:
-                self._guessed[row] = suffix, draft[0]
             drafts.append(draft)
             chances.append(self._right[suffix] / self._all[suffix] if draft else 0.0)
         width = 0
@@ -83,5 +89,6 @@ class Drafts:
         for n in _SUFFIXES:
             if (found := self._after.get((prompt, *text[-n:]))) is not None:
                 other, place = found
+                self._guessed[row] = n, self._texts[other][place]
                 return n, self._texts[other][place : place + _MOST]
         return 0, []

@@ -185,7 +185,7 @@ def draw(logits: mx.array, state: mx.array, uniform: mx.array, temperature: floa
         template=[("T", logits.dtype), ("THREADS", 1024), ("BLOCKS", -(-vocabulary // 256))],
         grid=(1024 * rows, 1, 1),
         threadgroup=(1024, 1, 1),
-        output_shapes=[(3 * rows,)],  # one array, as the host reads each of them at the price of a page fault
+        output_shapes=[(3 * rows,)],  # one array, for the host to read at once
         output_dtypes=[mx.int32],
     )
     return drawn[:rows], mx.view(drawn[rows : 2 * rows], mx.float32), mx.view(drawn[2 * rows :], mx.float32)

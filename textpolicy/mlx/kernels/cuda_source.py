@@ -323,7 +323,7 @@ SCORE = """
   all.add_lanes();
   if (lane == 0) shared[warp] = all;
   __syncthreads();
-  all = shared[lane % WARPS];
+  all = lane < WARPS ? shared[lane] : Masses{-INFINITY, 0, 0};
   all.add_lanes();
   if (threadIdx.x == 0) {
     logprobs[blockIdx.x] = static_cast<float>(z[target]) * cold - all.m - logf(all.s);

@@ -435,7 +435,7 @@ def test_measuring_stays_within_the_limit(kind, vocabulary, work, share, monkeyp
     """Work in flight is let go up to the limit, and one operation beyond it."""
     engine = small_engine(kind, vocabulary)
     limit = mx.get_active_memory() + share * measured(engine.model, work).update(work, 8192)
-    peaks = []
+    peaks, plans = [], []
 
     def watched(results, peak=memory._peak):
         before = mx.set_memory_limit(1)  # preflight has set it to ``limit``
@@ -444,11 +444,16 @@ def test_measuring_stays_within_the_limit(kind, vocabulary, work, share, monkeyp
         peaks.append(mx.get_peak_memory())
         return found
 
+    def highest():
+        peaks.clear()
+        plans.append(None)
+        with suppress(UserError):  # where not even one completion fits
+            plans[-1] = preflight(engine, work, limit=limit)
+        return max(peaks)
+
     monkeypatch.setattr(memory, "_peak", watched)
-    plan = None
-    with suppress(UserError):  # where not even one completion fits
-        plan = preflight(engine, work, limit=limit)
-    assert 0 < max(peaks) <= limit
+    assert 0 < settled(highest, limit) <= limit
+    plan = plans[-1]
     assert plan is not None or share < 1
     if plan is not None:
         assert plan.update_bytes <= limit

@@ -119,7 +119,7 @@ class Context:
 
     def packed(self, lengths: Sequence[int]) -> Context:
         """Return the same rows, which have read so many tokens each, without the slots between that none uses."""
-        return Context.join([self._alone(row, length) for row, length in enumerate(lengths)])
+        return Context.join([self._alone(row, length) for row, length in enumerate(lengths)], self.spare)
 
     def fork(self, parents: np.ndarray | mx.array) -> Context:
         """Return a context whose row b continues row ``parents[b]``; this one does not change.
@@ -194,11 +194,12 @@ class Context:
         return sum(a.nbytes for layer in members(self.layers) for a in _held(layer) if a is not None)
 
     @classmethod
-    def join(cls, contexts: Sequence[Context]) -> Context:
+    def join(cls, contexts: Sequence[Context], room: int = 0) -> Context:
         """Return one context with the rows of all in order; the given ones do not change.
 
         All are of one model and may differ in size: shorter ones get unused slots in front, so that
-        these can be dropped when the long rows have left (see ``fork``).
+        these can be dropped when the long rows have left (see ``fork``). ``room`` slots are allocated ahead, without
+        gradients, for what is read next.
         """
         if len(contexts) == 1:
             return contexts[0]
@@ -218,7 +219,7 @@ class Context:
                 front=np.concatenate(fronts) if len(fronts) == len(parts) else None,
             )
         joined.layers = [
-            _joined(layers, joined, contexts) for layers in zip(*(c.layers for c in contexts), strict=True)
+            _joined(layers, joined, contexts, room) for layers in zip(*(c.layers for c in contexts), strict=True)
         ]
         return joined
 
@@ -400,11 +401,11 @@ def _forked(layer: Layer, context: Context, rows: mx.array | None, cut: int) -> 
     return _holding(layer, context, iter([[a if a is None or rows is None else take_rows(a, rows) for a in held]]))
 
 
-def _joined(layers: Sequence[Any], context: Context, contexts: Sequence[Context]) -> Layer:
-    """Return ``layers``, one from each of ``contexts``, as one layer of ``context``."""
+def _joined(layers: Sequence[Any], context: Context, contexts: Sequence[Context], room: int) -> Layer:
+    """Return ``layers``, one from each of ``contexts``, as one layer of ``context`` with ``room`` for more slots."""
     if isinstance(layers[0], Group):
         caches = zip(*(layer.caches for layer in layers), strict=True)
-        return Group(*(_joined(members, context, contexts) for members in caches))
+        return Group(*(_joined(members, context, contexts, room) for members in caches))
     joined: list[mx.array | None] = []
     if isinstance(layers[0], State):
         for states in zip(*(layer.cache for layer in layers), strict=True):
@@ -419,13 +420,23 @@ def _joined(layers: Sequence[Any], context: Context, contexts: Sequence[Context]
         return State.holding(joined)
     for arrays in ([layer.keys for layer in layers], [layer.values for layer in layers]):
         like = next((a for a in arrays if a is not None), None)
-        moved = []  # each to the end of the joined slots
-        for array, part in zip(arrays, contexts, strict=True):
-            if array is not None:
-                moved.append(
-                    mx.pad(array[..., : part.size, :], [(0, 0), (0, 0), (context.size - part.size, 0), (0, 0)])
-                )
-            elif like is not None:
-                moved.append(mx.zeros((part.rows, like.shape[1], context.size, like.shape[3]), like.dtype))
-        joined.append(mx.concatenate(moved) if moved else None)
+        if like is None:
+            joined.append(None)
+            continue
+        parts = [
+            mx.zeros((part.rows, like.shape[1], part.size, like.shape[3]), like.dtype) if a is None else a
+            for a, part in zip(arrays, contexts, strict=True)
+        ]
+        moved = [context.size - part.size for part in contexts]  # each to the end of the joined slots
+        if room:  # written once, where none asks for gradients
+            whole, row = mx.zeros((context.rows, like.shape[1], context.size + room, like.shape[3]), like.dtype), 0
+            for array, part, first in zip(parts, contexts, moved, strict=True):
+                whole[row : row + part.rows, :, first : context.size] = array[..., : part.size, :]
+                row += part.rows
+        else:
+            pads = [[(0, 0), (0, 0), (first, 0), (0, 0)] for first in moved]
+            whole = mx.concatenate(
+                [mx.pad(a[..., : c.size, :], pad) for a, c, pad in zip(parts, contexts, pads, strict=True)]
+            )
+        joined.append(whole)
     return _holding(layers[0], context, iter([joined]))

@@ -84,12 +84,14 @@ class PromptTree:
         """Run header and prompts; return a context of U rows, one per distinct prompt.
 
         A model with running states reads prompts of equal length at a time, since padding would change them. Of
-        prompts that continue a text in ``kept`` only the rest is read.
+        prompts that continue a text in ``kept`` only the rest is read, and that text is kept no longer.
         """
         if kept is not None and kept.contexts:
             texts = [np.concatenate([self.header, rest[:n]]) for rest, n in zip(self.rests, self.lengths, strict=True)]
             found = [kept.longest(text) for text in texts]
             if any(context is not None for context in found):
+                for text, context in zip(texts, found, strict=True):
+                    kept.discard(text[: context.size] if context else text)
                 return _continued(model, spare, texts, found)
         context = Context(model, spare)
         if len(self.header):
@@ -132,9 +134,10 @@ def _continued(model: nn.Module, spare: int, texts: Sequence[np.ndarray], found:
             parts.append(PromptTree.build([np.append(rests[i], 0) for i in rows]).read(model, spare))
             continue
         begun = [c for i in rows if (c := found[i]) is not None]
-        part = Context.join(begun) if len(begun) > 1 else begun[0].fork(np.zeros(1, np.int32))
-        part.spare = spare
         lengths = np.array([len(rests[i]) for i in rows], np.int32)
+        more = int(lengths.max()) + spare if spare else 0
+        part = Context.join(begun, more) if len(begun) > 1 else begun[0].fork(np.zeros(1, np.int32))
+        part.spare = spare
         if lengths.max():
             padded = np.stack([np.pad(rests[i], (0, lengths.max() - len(rests[i]))) for i in rows])
             part.read(model, mx.array(padded), None if lengths.min() == lengths.max() else mx.array(lengths))

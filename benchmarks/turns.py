@@ -1,12 +1,11 @@
-"""Compare rollouts of several turns whose turns begin one by one with turns in rounds, and with reading them again.
+"""Compare rollouts of several turns that keep what earlier turns have read with those that read it again.
 
     .venv/bin/python benchmarks/turns.py [--model smollm2-135m] [--turns 6] [--prompt-tokens 500] [--before CHECKOUT]
 
-All play the same tool episodes in one run, one after the other: every turn calls a calculator, after a prompt of a few
-hundred tokens. "kept" is what a run does: what earlier turns have read is kept, and a turn begins while others are
-decoded. "rounds" keeps it, too, and takes the turns of all together; "again" reads it again. Completions must be the
-same; those that differ, by rounding, are counted. With a checkout of an earlier commit its rollouts are measured, too,
-each in a process of its own between the others. A row is appended to benchmarks/results/turns.jsonl.
+Both play the same tool episodes in one run, by turns: every turn calls a calculator, after a prompt of a few hundred
+tokens. Completions must be the same; those that differ, by rounding, are counted. With a checkout of an earlier commit
+its rollouts are measured, too, each in a process of its own between the others. A row is appended to
+benchmarks/results/turns.jsonl.
 """
 
 from __future__ import annotations
@@ -38,21 +37,14 @@ def calculate(expression: str) -> str:
     return f"{expression} is a sum of {len(expression)} characters"
 
 
-class InRounds:
-    """The engine that takes the turns of all episodes together."""
+class ReadingAgain:
+    """The engine that keeps nothing, so that every turn is read from the beginning."""
 
     def __init__(self, engine: MLXEngine):
         self.engine = engine
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
-
-    def keep_turns(self) -> AbstractContextManager[None]:
-        return self.engine.keep_turns()
-
-
-class ReadingAgain(InRounds):
-    """The engine that keeps nothing, so that every turn is read from the beginning."""
 
     def keep_turns(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -70,8 +62,7 @@ def main(before: Path | None, only: int | None, **sizes: Any) -> None:
     if only is not None:
         print(json.dumps(played(ReadingAgain(engine), only)))
         return
-    ways: dict[str, Any] = {"kept": engine, "rounds": InRounds(engine), "again": ReadingAgain(engine)}
-    seconds: dict[str, list[float]] = {how: [] for how in [*ways, *(["before"] if before else [])]}
+    seconds: dict[str, list[float]] = {"kept": [], "again": []} | ({"before": []} if before else {})
     differing, lengths = dict.fromkeys([*seconds][1:], 0), []
     for seed in range(times):
         said = {}
@@ -79,7 +70,7 @@ def main(before: Path | None, only: int | None, **sizes: Any) -> None:
             if how == "before":
                 took, said[how] = earlier(before, seed, sizes)
             else:
-                took, said[how] = played(ways[how], seed)
+                took, said[how] = played(engine if how == "kept" else ReadingAgain(engine), seed)
             seconds[how].append(took)
         lengths += [len(tokens) for tokens in said["kept"]]
         for how in differing:

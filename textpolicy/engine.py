@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,10 +98,6 @@ def _end_of_turn(tokenizer: Any) -> frozenset[int]:
     return frozenset() if first is None else frozenset({special[first]})
 
 
-# the number of a conversation and what was said in it -> the text that goes on, all its tokens so far; None: it is over
-Answer = Callable[[int, Completion], Sequence[int] | None]
-
-
 class Engine(Protocol):
     """The model that samples and learns. It never sees a reward or an algorithm's name."""
 
@@ -139,35 +135,6 @@ class LocalEngine(Engine, Protocol):
 
     def keep_turns(self) -> AbstractContextManager[None]:
         """Keep what completions have read, within the context, for the prompts that continue them."""
-
-
-@runtime_checkable
-class ConversingEngine(LocalEngine, Protocol):
-    """The engine in this process that samples turn after turn of many conversations."""
-
-    def converse(
-        self,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        sampling: Sampling,
-        streams: Sequence[int],
-        answer: Answer,
-    ) -> None:
-        """Sample the turns of ``n`` conversations after every prompt, for ``answer`` to hear and to reply to.
-
-        Turn t, from 0, of conversation i draws from the stream ``streams[i]`` of ``sampling``, reseeded by t after
-        the first. Within ``keep_turns`` only what is new is read.
-        """
-
-
-def conversing(engine: Engine) -> ConversingEngine | None:
-    """Return the engine if it samples whole conversations; None if what samples its turns is not of the same class.
-
-    So an engine that wraps another, or a method in the place of ``sample``, is still asked for every turn.
-    """
-    first = {name: next((c for c in type(engine).__mro__ if name in vars(c)), None) for name in ("sample", "converse")}
-    own = first["sample"] is first["converse"] and "sample" not in getattr(engine, "__dict__", {})
-    return engine if own and isinstance(engine, ConversingEngine) else None
 
 
 def sample_from(

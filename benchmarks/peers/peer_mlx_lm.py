@@ -37,9 +37,11 @@ def main() -> None:
         gate.generated(map(len, prompts), map(len, completions))
         advantages = centred([reward_of(tokenizer.decode(c)) for c in completions], task.group)
         rows = mx.array([p + c for p, c in zip(prompts, completions, strict=True)])
-        summed = None
-        for begin in range(0, len(rows), task.at_once):
-            part = slice(begin, begin + task.at_once)
+        summed, at_once = None, task.at_once
+        if task.on_gpu:  # with all of them MLX has no memory left for its CUDA graphs beside a peak of 116 GB
+            at_once = max(1, at_once // 2)
+        for begin in range(0, len(rows), at_once):
+            part = slice(begin, begin + at_once)
             _, gradients = compute(model, rows[part], advantages[part], len(prompts[0]))
             summed = gradients if summed is None else tree_map(mx.add, summed, gradients)
             mx.eval(summed)

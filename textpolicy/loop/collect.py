@@ -12,7 +12,7 @@ import numpy as np
 
 from ..algorithms.credit import Rewards
 from ..devices.team import ALONE, SAMPLING, SCORING
-from ..engine import Answer, Engine, LocalEngine, Sampling, conversing, sample_from
+from ..engine import Engine, LocalEngine, Sampling, sample_from
 from ..environment.base import DrivenEnv, Wanted
 from ..environment.single_turn import TextGenerationEnv
 from ..types import Batch, Completion, Episode, over_episode
@@ -33,9 +33,8 @@ def collect(
     """Return ``group_size`` scored episodes for each of the environment's ``prompts`` (indices), in order.
 
     The group of an episode is its prompt's place in ``prompts``, counted from ``first_group``, so a prompt
-    drawn twice has two groups. Episodes of several turns take them together: all unfinished ones go to the engine in
-    one call, with all their tokens so far, unless the engine can converse; then none waits for the others' turns.
-    ``pieces`` adds the text of every token.
+    drawn twice has two groups. Episodes of several turns take their turns together: all unfinished ones
+    go to the engine in one call, with all their tokens so far. ``pieces`` adds the text of every token.
     Where the engine is one of several ranks, one of them plays and scores a whole group, and all return all episodes.
     """
     wanted = Wanted(prompts, group_size, sampling, first_group, pieces)
@@ -66,18 +65,20 @@ def _play(engine: Engine, env: TextGenerationEnv | DrivenEnv, wanted: Wanted) ->
     size, sampling, streams = wanted.group_size, wanted.sampling, wanted.streams
     conversations = [env.begin(i) for i in wanted.prompts for _ in range(size)]
     turns: list[list[Completion]] = [[] for _ in conversations]
-
-    def answer(n: int, completion: Completion) -> list[int] | None:
-        turns[n].append(completion)
-        conversations[n].add(completion.tokens.tolist(), completion.truncated)
-        return None if conversations[n].over else conversations[n].tokens
-
-    prompts = [env.prompt_ids(i).tolist() for i in wanted.prompts]
     with kept:
-        if several and (whole := conversing(engine)):
-            whole.converse(prompts, size, sampling, streams, answer)
-        else:
-            _by_rounds(engine, prompts, size, sampling, streams, answer)
+        prompts = [env.prompt_ids(i).tolist() for i in wanted.prompts]
+        groups = sample_from(engine, prompts, size, sampling, streams)
+        sampled, unfinished = [completion for group in groups for completion in group], [*range(len(conversations))]
+        for turn in itertools.count(1):
+            for n, completion in zip(unfinished, sampled, strict=True):
+                turns[n].append(completion)
+                conversations[n].add(completion.tokens.tolist(), completion.truncated)
+            unfinished = [n for n in unfinished if not conversations[n].over]
+            if not unfinished:
+                break
+            texts, drawn = [conversations[n].tokens for n in unfinished], sampling.reseeded(turn)
+            groups = sample_from(engine, texts, 1, drawn, [streams[n] for n in unfinished])
+            sampled = [completion for [completion] in groups]
     with team.doing(SCORING):
         judged = env.judge(conversations)
     return [
@@ -98,25 +99,6 @@ def _play(engine: Engine, env: TextGenerationEnv | DrivenEnv, wanted: Wanted) ->
         )
         for n, (c, scored) in enumerate(zip(conversations, judged, strict=True))
     ]
-
-
-def _by_rounds(
-    engine: Engine,
-    prompts: Sequence[Sequence[int]],
-    size: int,
-    sampling: Sampling,
-    streams: Sequence[int],
-    answer: Answer,
-) -> None:
-    """Sample turn after turn of ``size`` conversations after every prompt, each turn of all in one call."""
-    groups = sample_from(engine, prompts, size, sampling, streams)
-    said = dict(enumerate(completion for group in groups for completion in group))
-    for turn in itertools.count(1):
-        texts = {n: text for n, completion in said.items() if (text := answer(n, completion)) is not None}
-        if not texts:
-            return
-        drawn = sample_from(engine, [*texts.values()], 1, sampling.reseeded(turn), [streams[n] for n in texts])
-        said = {n: completion for n, [completion] in zip(texts, drawn, strict=True)}
 
 
 def with_reference(engine: Engine, episodes: Sequence[Episode]) -> list[Episode]:

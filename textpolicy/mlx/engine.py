@@ -19,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from ..devices.team import ALONE, UPDATING, Team
-from ..engine import Answer, Sampling
+from ..engine import Sampling
 from ..errors import NotFiniteError, UserError, refuse_outside
 from ..losses import Surrogate, correction_weights, echo_loss, kl_estimate, policy_objective, tokens_of
 from ..types import Batch, Completion, token_ids
@@ -27,7 +27,7 @@ from .adapters.merging import adapters_off, save_adapter, trainable
 from .blas import blas_threads
 from .collectives import digest, summed
 from .decode.compiled_steps import Steps
-from .decode.decoder import converse, decode
+from .decode.decoder import decode
 from .decode.folded_weights import copies, folded
 from .kernels import attention, gathers, masks, scans
 from .kernels.patching import patched
@@ -110,64 +110,26 @@ class MLXEngine:
         Each draws from the random stream of its number in ``streams``, which count from 0 by default. This is the one
         method whose work ranks do not share.
         """
-        rows = self._rows(prompts, n, sampling)
-        with self._decoding():
-            flat = decode(**self._task(rows, sampling, streams)) if rows else []
-        return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
-
-    def converse(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, streams: Sequence[int], answer: Answer
-    ) -> None:
-        """Sample the turns of ``n`` conversations after every prompt, for ``answer`` to hear and to reply to.
-
-        Turn t, from 0, of conversation i draws from the stream ``streams[i]`` of ``sampling``, reseeded by t after
-        the first. On a CPU a turn begins while others are decoded, on a GPU when all before it have ended.
-        """
-        rows, following = self._rows(prompts, n, sampling), list[tuple[int, np.ndarray, int]]()
-        turns = [0] * len(rows)
-        with self._decoding():
-            go_on = converse(**self._task(rows, sampling, streams))
-            ended = go_on(following)
-        while ended:
-            following = []
-            for i, completion in ended:  # outside of ``_decoding``, since environments may run models of their own
-                if (text := answer(i, completion)) is not None:
-                    turns[i] += 1
-                    [prompt] = self._rows([text], 1, sampling)
-                    following.append((i, prompt, sampling.reseeded(turns[i]).seed))
-            with self._decoding():
-                ended = go_on(following)
-
-    def _rows(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> list[np.ndarray]:
-        """Return the token ids of every prompt ``n`` times."""
         refuse_outside("n", n, 1, whole=True)
         if any(len(p) == 0 for p in prompts):
             raise UserError("a prompt is empty; give every prompt at least one token")
+        if not prompts:
+            return []
         read = [token_ids(p, self.bounds.vocabulary) for p in prompts]
-        for p in read:
-            self.bounds.refuse_beyond(len(p) + sampling.max_tokens, "a prompt with its completion")
-        return [p for p in read for _ in range(n)]
-
-    @contextmanager
-    def _decoding(self) -> Iterator[None]:
-        """Let the model decode, within the context."""
+        self.bounds.refuse_beyond(max(map(len, read)) + sampling.max_tokens, "a prompt with its completion")
+        rows = [p for p in read for _ in range(n)]
         # Kimi K3 compiles a step of its own on Metal, with the adapter as it is the first time
         with patched(self.model, decode_patches()), plain_operations("kimi_k3"), self._within("decode"):
-            yield
-
-    def _task(self, rows: list[np.ndarray], sampling: Sampling, streams: Sequence[int] | None) -> dict[str, Any]:
-        """Return the arguments with which the decoder samples a completion for each of ``rows``."""
-        model = folded(self.model, min(len(rows), self.decode_rows)) if self.copies else self.model
-        if not self._tried_steps and mx.default_device() == mx.Device(mx.gpu):
-            self._steps, self._tried_steps = Steps.chosen(self.model, self.compiled), True
-        if self._kept is not None:
-            free = mx.get_memory_limit() - mx.get_active_memory() + self._kept.nbytes
-            self._kept.room = free - min(self.room.get("decode", free / 2), free)
-        steps = None if self._noisy else self._steps  # which hold the norms as they were compiled with
-        return {
-            "model": model, "prompts": rows, "sampling": sampling, "stop": self.stop, "max_rows": self.decode_rows,
-            "steps": steps, "kept": self._kept, "streams": streams, "drafts": self.drafts,
-        }  # fmt: skip
+            model = folded(self.model, min(len(rows), self.decode_rows)) if self.copies else self.model
+            if not self._tried_steps and mx.default_device() == mx.Device(mx.gpu):
+                self._steps, self._tried_steps = Steps.chosen(self.model, self.compiled), True
+            if self._kept is not None:
+                free = mx.get_memory_limit() - mx.get_active_memory() + self._kept.nbytes
+                self._kept.room = free - min(self.room.get("decode", free / 2), free)
+            steps = None if self._noisy else self._steps  # which hold the norms as they were compiled with
+            more: dict[str, Any] = {"kept": self._kept, "streams": streams, "drafts": self.drafts}
+            flat = decode(model, rows, sampling, self.stop, self.decode_rows, steps=steps, **more)
+        return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
 
     def gradients(self, batch: Batch, objective: Objective) -> tuple[dict[str, float], Any]:
         """Return summed loss statistics and gradients of ``objective`` over micro-batches of ``batch``."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from families import tiny_family
+from families import mx, tiny_family
 
 from textpolicy.engine import Sampling
 from textpolicy.mlx.decode.compiled_steps import Steps
@@ -62,6 +62,7 @@ def test_turns_are_the_same_and_read_only_what_is_new(family, ahead, monkeypatch
     kept = Kept(room=1e9)
     assert_same(played(model, 3, kept, ahead=ahead), expected)
     assert kept.nbytes == sum(context.nbytes for context in kept.contexts.values())
+    assert len(kept.contexts) <= 11  # the last text of each conversation, and one that nothing continued
     if not (ahead and Context(model).recurrent):  # most running states have read a token beyond the end
         assert sum(counts) < 0.75 * without
 
@@ -80,6 +81,30 @@ def test_compiled_steps_continue_earlier_turns(family, monkeypatch):
     monkeypatch.setattr(PromptTree, "read", noted)
     assert_same(played(model, 3, Kept(room=1e9), steps, ahead=True), played(model, 3, None))
     assert any(found) or Context(model).recurrent  # most running states have read a token beyond the end
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_texts_that_continue_have_room_for_the_rest_and_what_follows(family):
+    """So that their keys and values are copied once, and not again when the rest is read and tokens are drawn."""
+    model, rng, kept = tiny_family(family), np.random.default_rng(0), Kept(room=1e9)
+    texts = [rng.integers(1, 60, n).astype(np.int32) for n in (12, 17, 9)]
+    for text in texts:
+        context = Context(model)
+        context.read(model, mx.array(text)[None])
+        kept.add(text, context)
+    longer = [
+        np.append(text, rng.integers(1, 60, n)).astype(np.int32) for text, n in zip(texts, (4, 2, 6), strict=True)
+    ]
+    context = PromptTree.build(longer).read(model, 8, kept)
+    slots = [layer.keys.shape[2] for layer in context.layers]
+    for _ in range(8):
+        logits = context.read(model, mx.array([[7]] * 3))
+    assert [layer.keys.shape[2] for layer in context.layers] == slots
+    alone = PromptTree.build(longer).read(model, 8)
+    for _ in range(8):
+        expected = alone.read(model, mx.array([[7]] * 3))
+    np.testing.assert_allclose(np.array(logits), np.array(expected), atol=1e-4)
+    assert not kept.contexts
 
 
 @pytest.mark.parametrize("room", [0, 40_000])

@@ -8,9 +8,9 @@ places for queued ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,10 +30,6 @@ _GAP = 64  # unused slots between used ones, after which drafts leave the contex
 _SPARE = 64  # the most positions to allocate ahead
 _LEAVE = 0.75  # the context is packed again when a smaller share of its rows is still in use
 _ENTER = 0.25  # queued completions start when at least this share of the places is free
-_TURNS = 0.5  # where completions go on, they start when they would be at least this share of the rows
-
-Ended = list[tuple[int, Completion]]  # the numbers of prompts, and what was said after them
-Following = list[tuple[int, np.ndarray, int]]  # such numbers, the texts that go on, and the seeds that these draw by
 
 
 def decode(
@@ -59,18 +55,38 @@ def decode(
     token ends are added to it. With ``drafts`` the last few completions are decoded several tokens at a time where
     texts repeat (see drafts.py); without steps computed ahead, and with no running states.
     """
-    return _Decoder.of(model, prompts, sampling, stop, max_rows, ahead, steps, kept, streams, drafts).run()
-
-
-def converse(*arguments: Any, **more: Any) -> Callable[[Following], Ended]:
-    """Return a function that takes what goes on, decodes until completions have ended, and returns them; [] at the end.
-
-    The arguments are those of ``decode``. What goes on is another completion of the same stream. Without steps computed
-    ahead it starts while others are decoded, otherwise when all have ended.
-    """
-    decoder = _Decoder.of(*arguments, **more)
-    decoder.talks = True
-    return decoder.until_some_end
+    n, width, penalty = len(prompts), sampling.max_tokens, sampling.repetition_penalty
+    repetition = None
+    if penalty != 1:
+        repetition = RepetitionPenalty(penalty, np.zeros((n, model(mx.array([[0]])).shape[-1]), bool))
+        for i, prompt in enumerate(prompts):
+            repetition.seen[i, prompt] = True
+    if penalty != 1 or any(len(prompt) < 2 for prompt in prompts):
+        steps = None
+    if ahead is None:
+        ahead = mx.default_device() == mx.Device(mx.gpu)
+    decoder = _Decoder(
+        model=model,
+        prompts=prompts,
+        sampling=sampling,
+        sampler=Sampler(sampling),
+        stop=stop,
+        max_rows=max_rows,
+        ahead=ahead and penalty == 1,  # a penalty must see a token before the next is drawn
+        steps=steps,
+        kept=kept,
+        penalty=repetition,
+        tries_drafts=drafts,
+        streams=range(n) if streams is None else streams,
+        random=np.zeros((n, width), np.float32),
+        tokens=np.zeros((n, width), np.int32),
+        logprobs=np.zeros((n, width), np.float32),
+        entropy=np.zeros((n, width), np.float32),
+        lengths=np.zeros(n, np.int32),
+        launched=np.zeros(n, np.int32),
+        stopped=np.zeros(n, bool),
+    )
+    return decoder.run()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,13 +134,6 @@ class RepetitionPenalty:
     penalty: float
     seen: np.ndarray  # (N, V) bool, the tokens of each completion's text so far
 
-    def reading(self, prompts: Sequence[np.ndarray]) -> RepetitionPenalty:
-        """Return the penalty with rows for ``prompts`` after its own."""
-        more = np.zeros((len(prompts), self.seen.shape[1]), bool)
-        for line, prompt in zip(more, prompts, strict=True):
-            line[prompt] = True
-        return replace(self, seen=np.concatenate([self.seen, more]))
-
     def __call__(self, logits: mx.array, rows: np.ndarray) -> mx.array:
         """Divide positive and multiply negative logits (R, V) of the tokens seen in completions ``rows`` (R,).
 
@@ -139,7 +148,7 @@ class _Decoder:
     """The state of one call of ``decode``: its settings, and the N completions so far, of at most T tokens."""
 
     model: nn.Module
-    prompts: list[np.ndarray]  # N
+    prompts: Sequence[np.ndarray]
     sampling: Sampling
     sampler: Sampler
     stop: np.ndarray
@@ -149,10 +158,7 @@ class _Decoder:
     kept: Kept | None
     penalty: RepetitionPenalty | None
     tries_drafts: bool
-    streams: list[int]  # N
-    seeds: list[int]  # N
-    numbers: list[int]  # N, of the prompt that each began with
-    queue: list[int]  # completions that have not started, the next first
+    streams: Sequence[int]  # N
     random: np.ndarray  # (N, T) float32, filled when a completion starts
     tokens: np.ndarray  # (N, T) int32
     logprobs: np.ndarray  # (N, T) float32
@@ -160,125 +166,47 @@ class _Decoder:
     lengths: np.ndarray  # (N,) int32, tokens recorded
     launched: np.ndarray  # (N,) int32, tokens drawn, including those not recorded yet
     stopped: np.ndarray  # (N,) bool, by a stop token
-    ended: list[int] = field(default_factory=list)  # completions that may go on
+    started: int = 0  # completions
     drafts: Drafts | None = None  # once few are left
     passes: int = 0  # over the rows being sampled
-    talks: bool = False  # completions that have ended may go on
-    active: Any = None  # ActiveRows, or StaticRows where there are compiled steps
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        prompts: Sequence[np.ndarray],
-        sampling: Sampling,
-        stop: np.ndarray,
-        max_rows: int,
-        ahead: bool | None = None,
-        steps: Steps | None = None,
-        kept: Kept | None = None,
-        streams: Sequence[int] | None = None,
-        drafts: bool = True,
-    ) -> Self:
-        """Return the state before the first token; the arguments are those of ``decode``."""
-        n, width, penalty = len(prompts), sampling.max_tokens, sampling.repetition_penalty
-        repetition = None
-        if penalty != 1:
-            vocabulary = model(mx.array([[0]])).shape[-1]
-            repetition = RepetitionPenalty(penalty, np.zeros((0, vocabulary), bool)).reading(prompts)
-        if penalty != 1 or any(len(prompt) < 2 for prompt in prompts):
-            steps = None
-        if ahead is None:
-            ahead = mx.default_device() == mx.Device(mx.gpu)
-        return cls(
-            model=model,
-            prompts=[*prompts],
-            sampling=sampling,
-            sampler=Sampler(sampling),
-            stop=stop,
-            max_rows=max_rows,
-            ahead=ahead and penalty == 1,  # a penalty must see a token before the next is drawn
-            steps=steps,
-            kept=kept,
-            penalty=repetition,
-            tries_drafts=drafts,
-            streams=[*(range(n) if streams is None else streams)],
-            seeds=[sampling.seed] * n,
-            numbers=[*range(n)],
-            queue=[*range(n)],
-            random=np.zeros((n, width), np.float32),
-            tokens=np.zeros((n, width), np.int32),
-            logprobs=np.zeros((n, width), np.float32),
-            entropy=np.zeros((n, width), np.float32),
-            lengths=np.zeros(n, np.int32),
-            launched=np.zeros(n, np.int32),
-            stopped=np.zeros(n, bool),
-        )
 
     def run(self) -> list[Completion]:
-        self.until_some_end([])
-        return [self.completion(i) for i in range(len(self.prompts))]
-
-    def until_some_end(self, following: Following) -> Ended:
-        """Queue ``following``, decode until completions have ended that may go on, and return these; [] at the end."""
         if self.steps is not None:
             self.steps.refresh()
-        self.go_on(following)
-        while not self.ended or (self.ahead and (self.active is not None or self.queue)):
-            active, self.active = self.start_queued(self.active), None
-            if active is None:
-                return []
+        active: Any = None  # ActiveRows, or StaticRows where there are compiled steps
+        while (active := self.start_queued(active)) is not None:
             if isinstance(active, StaticRows):
                 alone, active = [active], None  # a variable would hold the first keys and values beside the last
-                self.active = self.write(alone.pop())
-                continue
-            one_row_each = np.array_equal(active.state, np.arange(active.reads.shape[0]))
-            if self.ahead and one_row_each:
-                self.active = self.write(active)
-            elif self.may_draft(active):
-                self.active = self.write_drafts(active if one_row_each else active.apart())
+                active = self.write(alone.pop())
             else:
-                self.active = self.write_shared(active)
-        ended, self.ended = self.ended, []
-        return [(self.numbers[i], self.completion(i)) for i in ended]
-
-    def completion(self, i: int) -> Completion:
-        """Return completion ``i`` as it is."""
-        n = self.lengths[i]
-        return Completion(
-            tokens=self.tokens[i, :n].copy(),
-            logprobs=self.logprobs[i, :n].copy(),
-            entropy=self.entropy[i, :n].copy(),
-            truncated=not self.stopped[i],
-            temperature=self.sampling.scored_temperature,
-        )
-
-    def go_on(self, following: Following) -> None:
-        """Queue what follows completions that have ended, before all others."""
-        first = len(self.prompts)
-        for number, prompt, seed in following:
-            self.prompts.append(prompt)
-            self.seeds.append(seed)
-            self.streams.append(self.streams[number])
-            self.numbers.append(number)
-        new = range(first, len(self.prompts))
-        self.queue[:0] = new
-        for name in ("random", "tokens", "logprobs", "entropy", "lengths", "launched", "stopped"):
-            array = getattr(self, name)
-            setattr(self, name, np.concatenate([array, np.zeros((len(new), *array.shape[1:]), array.dtype)]))
-        if self.penalty is not None:
-            self.penalty = self.penalty.reading(self.prompts[first:])
+                one_row_each = np.array_equal(active.state, np.arange(active.reads.shape[0]))
+                if self.ahead and one_row_each:
+                    active = self.write(active)
+                elif self.may_draft(active):
+                    active = self.write_drafts(active if one_row_each else active.apart())
+                else:
+                    active = self.write_shared(active)
+        return [
+            Completion(
+                tokens=self.tokens[i, :n].copy(),
+                logprobs=self.logprobs[i, :n].copy(),
+                entropy=self.entropy[i, :n].copy(),
+                truncated=not self.stopped[i],
+                temperature=self.sampling.scored_temperature,
+            )
+            for i, n in enumerate(self.lengths)
+        ]
 
     def start_queued(self, active: Any) -> Any:
         """Return ``active`` with queued completions in its free places; unchanged while too few are free."""
         running = np.zeros(0, bool) if active is None else self.running(active.rows)
-        rows = np.array(self.starting(int(running.sum())), int)
-        if not len(rows):
+        free = self.max_rows - int(running.sum())
+        rows = np.arange(self.started, min(self.started + free, len(self.prompts)))
+        if not len(rows) or (running.any() and free < _ENTER * self.max_rows):
             return active
-        del self.queue[: len(rows)]
-        self.drafts = None
+        self.started += len(rows)
         for row in rows.tolist():
-            self.random[row] = uniforms(self.seeds[row], self.streams[row], self.sampling.max_tokens)
+            self.random[row] = uniforms(self.sampling.seed, self.streams[row], self.sampling.max_tokens)
         tree = PromptTree.build([self.prompts[row] for row in rows.tolist()])
         new: Any = None if self.steps is None else self.steps.begin(tree, rows, self.kept)
         if new is None:
@@ -292,15 +220,6 @@ class _Decoder:
         if active is None:
             return new
         return (active if running.all() else active.only(np.flatnonzero(running))).joined(new)
-
-    def starting(self, running: int) -> list[int]:
-        """Return the queued completions that start beside so many running ones: none while places are few."""
-        free = self.max_rows - running
-        rows = self.queue[:free]
-        few = free < _ENTER * self.max_rows
-        if self.talks and not self.ahead:
-            few = few or len(rows) < _TURNS * (running + len(rows))
-        return [] if running and few else rows
 
     def step(self, active: Any) -> tuple[Any, Draw, Any]:
         """Return the rows after one more token, that token's draw, and the arrays to evaluate."""
@@ -331,7 +250,7 @@ class _Decoder:
 
     def may_draft(self, active: ActiveRows) -> bool:
         """Return whether few completions are left, which drafts may shorten."""
-        if not self.tries_drafts or self.penalty is not None or self.queue:
+        if not self.tries_drafts or self.penalty is not None or self.started < len(self.prompts):
             return False
         return len(active.rows) <= ROWS and not active.context.recurrent
 
@@ -380,8 +299,10 @@ class _Decoder:
         ``ahead`` records each step while the next is computed; tokens drawn after a completion's end are dropped.
         """
         unrecorded = None
-        running = self.running(active.rows)
-        while self.together(active, running) and not self.starting(int(running.sum())):
+        running, queued = self.running(active.rows), self.started < len(self.prompts)
+        while self.together(active, running) and not (
+            queued and self.max_rows - running.sum() >= _ENTER * self.max_rows
+        ):
             # ``active`` is replaced before evaluation, since MLX writes in place into arrays with no other reference
             active, drawn, pending = self.step(active)
             mx.async_eval(pending) if self.ahead else mx.eval(pending)
@@ -435,8 +356,6 @@ class _Decoder:
         self.entropy[who, column] = entropy[live]
         self.lengths[who] += 1
         self.stopped[who] = np.isin(tokens[live], self.stop)
-        if self.talks:
-            self.ended += who[~self.running(who)].tolist()
         if self.kept is not None:
             for at in places[live][self.stopped[who]].tolist():
                 self.keep(self.kept, active, at)

@@ -429,7 +429,8 @@ def _joined(layers: Sequence[Any], context: Context, contexts: Sequence[Context]
         ]
         moved = [context.size - part.size for part in contexts]  # each to the end of the joined slots
         if room:  # written once, where none asks for gradients
-            whole, row = mx.zeros((context.rows, like.shape[1], context.size + room, like.shape[3]), like.dtype), 0
+            slots = -(-(context.size + room) // slot_block()) * slot_block()
+            whole, row = mx.zeros((context.rows, like.shape[1], slots, like.shape[3]), like.dtype), 0
             for array, part, first in zip(parts, contexts, moved, strict=True):
                 whole[row : row + part.rows, :, first : context.size] = array[..., : part.size, :]
                 row += part.rows

@@ -91,7 +91,8 @@ class PromptTree:
             found = [kept.longest(text) for text in texts]
             if any(context is not None for context in found):
                 for text, context in zip(texts, found, strict=True):
-                    kept.discard(text[: context.size] if context else text)
+                    if context is not None:
+                        kept.discard(text[: context.size])
                 return _continued(model, spare, texts, found)
         context = Context(model, spare)
         if len(self.header):

@@ -83,11 +83,13 @@ def test_small_products_need_avx_512(core, expected, monkeypatch):
     library = SimpleNamespace(openblas_get_corename=Mock(return_value=core))
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     assert blas.has_small_products() is expected
+    assert blas.wants_large_turned() is not expected
 
 
 def test_another_blas_has_no_small_products(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     assert blas.has_small_products() is False
+    assert blas.wants_large_turned() is False
 
 
 @linux_cpu

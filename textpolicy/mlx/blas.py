@@ -138,12 +138,25 @@ def leave_busy_cores() -> None:
 
 def has_small_products() -> bool:
     """Return whether OpenBLAS multiplies small matrices in place here, which it does with AVX-512."""
+    return _core() in ("skylakex", "cooperlake", "sapphirerapids")
+
+
+def wants_large_turned() -> bool:
+    """Return whether OpenBLAS takes half as long here to multiply few rows by a large matrix that is laid out turned.
+
+    It packs the large matrix first, which takes longer by rows than by columns.
+    """
+    return _core() in ("haswell", "zen")
+
+
+def _core() -> str:
+    """Return OpenBLAS's name of the processors that it computes for here; "" without OpenBLAS."""
     try:
         core = ctypes.CDLL(None).openblas_get_corename
     except AttributeError:
-        return False
+        return ""
     core.restype = ctypes.c_char_p
-    return core().decode().lower() in ("skylakex", "cooperlake", "sapphirerapids")
+    return str(core().decode().lower())
 
 
 def matmul_gflops(n: int = 512, repeats: int = 5) -> float:

@@ -30,6 +30,16 @@ FEW, MANY = 4, 100  # rows, of which the first get small products
 def two_cores(monkeypatch):
     monkeypatch.setattr(module, "blas_threads", lambda: 2)
     monkeypatch.setattr(module, "has_small_products", lambda: True)
+    monkeypatch.setattr(module, "wants_large_turned", lambda: False)
+
+
+@pytest.fixture
+def turned(monkeypatch):
+    """OpenBLAS has no small products, and wants every frozen layer turned, in parts of 40 outputs."""
+    monkeypatch.setattr(module, "has_small_products", lambda: False)
+    monkeypatch.setattr(module, "wants_large_turned", lambda: True)
+    monkeypatch.setattr(module, "_LARGE", 1)
+    monkeypatch.setattr(module, "_TURNED", 40)
 
 
 @pytest.fixture
@@ -68,6 +78,45 @@ def test_the_head_and_a_frozen_layer_are_copied_for_few_rows(at_once):
     np.testing.assert_allclose(np.array(view.frozen(x)), np.array(model.frozen(x)), atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_large_frozen_layers_are_turned_where_there_are_no_small_products(bias, at_once, turned):
+    model, x = nn.Module(), mx.random.normal((2, FEW // 2, 24))
+    model.embedding, model.frozen, model.lora = nn.Embedding(64, 24), nn.Linear(24, 100, bias=bias), lora_layer()
+    view = folded(model, FEW)
+    for ours, theirs in ((view.embedding.as_linear, model.embedding.as_linear), (view.frozen, model.frozen)):
+        np.testing.assert_allclose(np.array(ours(x)), np.array(theirs(x)), atol=1e-5)
+    assert [part.shape for part in view.frozen.call.parts] == [(24, 40), (24, 40), (24, 20)]
+    assert [part.shape for part in view.embedding.as_linear.parts] == [(24, 40), (24, 24)]
+    assert view.lora.call.turned is False
+    assert folded(model, module.FEW + 1).frozen is model.frozen
+    view = folded(model, FEW)
+    view.frozen(mx.random.normal((module.FEW + 1, 24)))  # a prompt, say
+    assert not view.frozen.call.parts
+
+
+def test_a_turned_head_is_for_one_or_two_cores_and_large_matrices(turned, monkeypatch):
+    model = adapted("llama")
+    head = lambda rows: folded(model, rows).model.embed_tokens  # noqa: E731
+    assert isinstance(head(FEW), StandIn)
+    assert not isinstance(head(MANY), StandIn)
+    monkeypatch.setattr(module, "blas_threads", lambda: 3)
+    assert not isinstance(head(FEW), StandIn)
+    monkeypatch.setattr(module, "blas_threads", lambda: 1)
+    monkeypatch.setattr(module, "_LARGE", 10**6)
+    assert not isinstance(head(FEW), StandIn)
+
+
+def test_a_model_decodes_the_same_with_a_turned_head(at_once, turned, monkeypatch):
+    engine, said = MLXEngine(adapted("llama"), stop=[0]), []
+    for turns in (True, False):
+        monkeypatch.setattr(module, "wants_large_turned", lambda turns=turns: turns)
+        [group] = engine.sample([[5, 6, 7]], FEW, Sampling(max_tokens=20, seed=2))
+        said.append(group)
+    for a, b in zip(*said, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
 def test_a_copy_is_made_once_it_pays_and_not_before():
     product, x = Product(lora_layer(), few=True), mx.random.normal((1, 24))
     for _ in range(module._PAYS):
@@ -84,7 +133,7 @@ def test_two_cores_that_share_a_product_compute_what_one_does(outputs, at_once, 
     expected = Product(layer, few=True)(x)
     for _ in range(20):
         assert mx.array_equal(Product(layer, few=True, cores=2, beside=True)(x), expected)
-    monkeypatch.setattr(module, "_HALVED", 1)
+    monkeypatch.setattr(module, "_LARGE", 1)
     for beside in (False, True):
         halved = Product(layer, few=True, cores=2, beside=beside)
         assert mx.array_equal(halved(x), expected)
@@ -93,7 +142,7 @@ def test_two_cores_that_share_a_product_compute_what_one_does(outputs, at_once, 
 
 
 def test_a_model_decodes_the_same_with_one_core_and_two(at_once, monkeypatch):
-    monkeypatch.setattr(module, "_HALVED", 1)
+    monkeypatch.setattr(module, "_LARGE", 1)
     engine, said = MLXEngine(adapted("llama"), stop=[0]), []
     for cores in (1, 2):
         monkeypatch.setattr(module, "blas_threads", lambda cores=cores: cores)

@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/turns.py [--model smollm2-135m] [--turns 6] [--prompt-tokens 500] [--before CHECKOUT]
 
 Both play the same tool episodes in one run, by turns: every turn calls a calculator, after a prompt of a few hundred
-tokens. Completions must be the same; those that differ, by rounding, are counted. With a checkout of an earlier commit
-its rollouts are measured, too, each in a process of its own between the others. A row is appended to
-benchmarks/results/turns.jsonl.
+tokens. Each process samples a turn first that does not count. Completions must be the same; those that differ, by
+rounding, are counted. With a checkout of an earlier commit its rollouts are measured, too, each in a process of its own
+between the others. A row is appended to benchmarks/results/turns.jsonl.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def main(before: Path | None, only: int | None, **sizes: Any) -> None:
         episodes = collect(playing, env, prompts, group, Sampling(sampling, seed=seed))
         return time.perf_counter() - start, [e.tokens.tolist() for e in episodes]
 
+    engine.sample([env.prompt_ids(i).tolist() for i in prompts], group, Sampling(sampling, seed=times))  # to warm up
     if only is not None:
         print(json.dumps(played(ReadingAgain(engine), only)))
         return

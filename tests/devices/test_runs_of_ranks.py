@@ -155,11 +155,12 @@ def launch(ranks, *command, port):
     )
 
 
-def test_gradients_of_three_ranks_are_those_of_one_within_1e_6(free_ports):
+def test_gradients_of_three_ranks_are_those_of_one_within_2e_6(free_ports):
     found = launch(3, HERE / "ranks_agree.py", port=free_ports(3))
     differences = json.loads(found.stdout.strip().splitlines()[-1])
     assert len(differences) == 24
-    assert max(differences.values()) < 1e-6, differences
+    # below 1e-6 with AVX-512; without it one process with smaller micro-batches differs from itself by up to 1.6e-6
+    assert max(differences.values()) < 2e-6, differences
     assert sum(value > 0 for value in differences.values()) > 10  # they are computed apart
 
 

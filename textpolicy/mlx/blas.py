@@ -142,9 +142,9 @@ def has_small_products() -> bool:
 
 
 def wants_large_turned() -> bool:
-    """Return whether OpenBLAS takes half as long here to multiply few rows by a large matrix that is laid out turned.
+    """Return whether OpenBLAS multiplies few rows by a large matrix in less time here if that is laid out turned.
 
-    It packs the large matrix first, which takes longer by rows than by columns.
+    Measured on Zen, where it takes 0.5 to 0.6 of the time; Haswell's kernels gave equal gradients on that machine.
     """
     return _core() in ("haswell", "zen")
 
